@@ -1,14 +1,19 @@
 """Every error the library raises on purpose.
 
-One base class to catch them all, one class per concern, each also a ``ValueError`` or a ``RuntimeError`` so that callers
-who do not know the library still catch what they expect. All messages read alike::
+One base class to catch them all, one class per concern, each also a ``ValueError`` or a ``RuntimeError`` so
+that callers who do not know the library still catch what they expect. All messages read alike::
 
-    raise DataError("a label column is missing", expected="'label'", got="columns 'text', 'y'", where="reviews.csv",
-                    fix="name it with label=")
+    raise DataError(
+        "a label column is missing",
+        expected="'label'",
+        got="'text', 'y'",
+        where="reviews.csv",
+        fix="name it with label=",
+    )
 
     # a label column is missing
     #   expected: 'label'
-    #   got:      columns 'text', 'y'
+    #   got:      'text', 'y'
     #   where:    reviews.csv
     #   fix:      name it with label=
 """

@@ -1,0 +1,1 @@
+"""Users' tables, bundled real tasks and models, and batches that mix tasks."""

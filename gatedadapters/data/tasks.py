@@ -1,0 +1,188 @@
+"""Labelled tasks as plain data: what the readers return and what datasets are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gatedadapters.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+class Row(NamedTuple):
+    """One labelled example before it is assigned to a split."""
+
+    text: str
+    pair: str | None
+    label: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one split.
+
+    Attributes:
+        texts: One text per example.
+        labels: One class index per example, into the task's ``classes``.
+        pairs: A second text per example (a passage, a hypothesis), or None for single-text tasks.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    pairs: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.texts), len(self.labels), len(self.texts if self.pairs is None else self.pairs)}
+        if len(lengths) > 1:
+            pairs = "none" if self.pairs is None else len(self.pairs)
+            raise DataError(
+                "a split's columns differ in length",
+                expected="as many labels (and pairs) as texts",
+                got=f"{len(self.texts)} texts, {len(self.labels)} labels, {pairs} pairs",
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def head(self, count: int) -> Examples:
+        """The first ``count`` examples; splits are ordered so that any head is nearly stratified."""
+        return Examples(
+            self.texts[:count], self.labels[:count], None if self.pairs is None else self.pairs[:count]
+        )
+
+    @staticmethod
+    def from_rows(rows: Iterable[Row]) -> Examples:
+        """Columns from rows, which either all have a second text or all have none."""
+        rows = list(rows)
+        pairs = [row.pair for row in rows if row.pair is not None]
+        return Examples([row.text for row in rows], [row.label for row in rows], pairs or None)
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A labelled text-classification task, split.
+
+    Attributes:
+        name: What the task is called in tables and logs.
+        train: What is trained on.
+        validation: What decisions are made on.
+        test: What is reported, or None where the user gave none.
+        classes: The name of every class; labels index into it.
+    """
+
+    name: str
+    train: Examples
+    validation: Examples
+    test: Examples | None
+    classes: tuple[str, ...]
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes a head for this task distinguishes."""
+        return len(self.classes)
+
+    def split(self, name: str) -> Examples:
+        """The examples of one split.
+
+        Raises:
+            DataError: ``name`` is no split, or the task has no test split.
+        """
+        _check_split(name, self.name)
+        examples = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        if examples is None:
+            fix = "read it with a test file or a test fraction"
+            raise DataError("the task has no test split", where=self.name, fix=fix)
+        return examples
+
+
+@dataclass(frozen=True)
+class ChoiceExample:
+    """One multiple-choice question: ``answer`` indexes ``choices``; ``passage`` may be empty."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    passage: str = ""
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """A multiple-choice task, split. The number of choices may differ between its questions."""
+
+    name: str
+    train: tuple[ChoiceExample, ...]
+    validation: tuple[ChoiceExample, ...]
+    test: tuple[ChoiceExample, ...]
+
+    def split(self, name: str) -> tuple[ChoiceExample, ...]:
+        """The questions of one split.
+
+        Raises:
+            DataError: ``name`` is no split.
+        """
+        _check_split(name, self.name)
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+def text_key(*texts: str | None) -> str:
+    """What makes two examples the same example: their words, whatever the case and the spacing."""
+    return "\0".join(" ".join((text or "").casefold().split()) for text in texts)
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """The rows with repeats left out, and with every text left out that occurs under two labels."""
+    first: dict[str, Row] = {}
+    contradictory: set[str] = set()
+    for row in rows:
+        key = text_key(row.text, row.pair)
+        if row.label != first.setdefault(key, row).label:
+            contradictory.add(key)
+    return [row for key, row in first.items() if key not in contradictory]
+
+
+def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
+    """A shuffled order of ``range(len(labels))`` that is stratified wherever it is cut.
+
+    Every run of neighbours has nearly the class shares of the whole: each class is shuffled and spread evenly
+    over [0, 1); sorting by that position interleaves the classes.
+    """
+    generator = np.random.default_rng(seed)
+    position = np.empty(len(labels))
+    array = np.asarray(labels)
+    for label in np.unique(array):
+        members = generator.permutation(np.flatnonzero(array == label))
+        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    return [int(index) for index in np.argsort(position, kind="stable")]
+
+
+def split_sizes(available: int, train: int | None, validation: int, test: int) -> tuple[int, int, int]:
+    """How many examples each split gets; shrunk in proportion where there are fewer than asked for.
+
+    ``train=None`` asks for everything that validation and test leave.
+    """
+    if train is None:
+        train = max(available - validation - test, 1)
+    wanted = train + validation + test
+    if wanted > available:
+        validation, test = validation * available // wanted, test * available // wanted
+        train = min(train, available - validation - test)
+    return train, validation, test
+
+
+def split_rows(
+    rows: Sequence[Row], *, train: int | None, validation: int, test: int, seed: int
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Stratified disjoint splits; the test rows do not depend on how many training rows are asked for."""
+    train_size, validation_size, test_size = split_sizes(len(rows), train, validation, test)
+    order = [rows[index] for index in stratified_order([row.label for row in rows], seed)]
+    first, second = test_size, test_size + validation_size
+    return order[second : second + train_size], order[first:second], order[:first]
+
+
+def _check_split(name: str, task: str) -> None:
+    if name not in SPLITS:
+        raise DataError("no such split", expected=" / ".join(SPLITS), got=repr(name), where=task)
