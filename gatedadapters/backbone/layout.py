@@ -1,0 +1,412 @@
+"""The layout of a backbone: blocks, sub-layers and linear maps, discovered by running one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.backbone import roles
+from gatedadapters.backbone.sample import default_sample, device_of
+from gatedadapters.backbone.trace import (
+    BlockCall,
+    Label,
+    Map,
+    MapUse,
+    ModuleCall,
+    Stream,
+    Trace,
+    Tracer,
+    has_stream,
+    maps_of,
+)
+from gatedadapters.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """One weight matrix, or one stack of expert matrices, and what it does.
+
+    Attributes:
+        name: Qualified name of the owning module, e.g. ``"encoder.layer.0.attention.self.query"``.
+        kind: How the weight is stored: ``"linear"`` (out, in), ``"conv1d"`` (in, out), ``"experts"`` three
+            dimensions, the expert first.
+        role: In attention ``q k v qkv kv o``, in a feed-forward ``up gate gate_up down router``, in a mixer
+            ``in``, ``out`` and what its authors call the rest (``x``, ``dt``); else ``other``.
+        in_features: Width read.
+        out_features: Width written.
+        traffic: Vectors multiplied per token that enters the stack, summed over all calls of one forward: 1.0
+            as a rule, 4.0 for a map of ALBERT's one block called four times, the experts per token for
+            ``"experts"``, 0.0 for projections of relative positions.
+        parameter: Name of the parameter inside the module.
+        experts: Number of experts for kind ``"experts"``, else 0.
+        transposed: Whether the last two dimensions are stored as (in, out).
+    """
+
+    name: str
+    kind: Literal["linear", "conv1d", "experts"]
+    role: str
+    in_features: int
+    out_features: int
+    traffic: float = 1.0
+    parameter: str = "weight"
+    experts: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """Maps that together read the hidden state once and add one contribution to it.
+
+    Attributes:
+        kind: What it computes; ``"mixer"`` mixes tokens without attention (state space, recurrence, convolution).
+        name: Qualified name of the smallest module that owns all its maps.
+        width: Hidden width read and written.
+        reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
+            sub-layer: the first map that reads it, or the module around them if that is also the writer (experts).
+        writer: Module whose output (a tensor, or the first of a tuple) is the contribution, before norms on it
+            and before the residual addition. ``None``, as ``reader``, where no module boundary has that tensor.
+        maps: Its maps in call order.
+    """
+
+    kind: roles.Kind
+    name: str
+    width: int
+    reader: str | None
+    writer: str | None
+    maps: tuple[LinearMap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One repeated unit of a stack.
+
+    Attributes:
+        name: Qualified module name.
+        index: Position in call order, counted over all stacks.
+        stack: ``"encoder"``, ``"decoder"``, ``""`` for a single stack, else the name of the stack's container.
+        calls: How often one forward calls it.
+        sublayers: In call order.
+    """
+
+    name: str
+    index: int
+    stack: str
+    calls: int
+    sublayers: tuple[Sublayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A weight that has no place in the layout, under its full parameter name, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything found: each matrix of the model is in exactly one of ``blocks``, ``outside`` and ``unknown``."""
+
+    model_class: str
+    hidden_size: int
+    blocks: tuple[Block, ...]
+    outside: tuple[LinearMap, ...]
+    unknown: tuple[Unknown, ...]
+
+    def maps(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
+        """All maps of all blocks, in call order."""
+        for block in self.blocks:
+            for sublayer in block.sublayers:
+                for linear in sublayer.maps:
+                    yield block, sublayer, linear
+
+    def table(self) -> str:
+        """The layout as text, one line a map."""
+        lines = [f"{self.model_class}  hidden {self.hidden_size}"]
+        for block in self.blocks:
+            calls = f"  x{block.calls}" if block.calls > 1 else ""
+            stack = f"  ({block.stack})" if block.stack else ""
+            lines.append(f"block {block.index}  {block.name}{stack}{calls}")
+            for sub in block.sublayers:
+                ends = f"reads at {sub.reader or '-'}, writes at {sub.writer or '-'}"
+                lines.append(f"  {sub.kind}  {sub.name}: {ends}")
+                lines.extend(f"    {_row(linear, sub.name)}" for linear in sub.maps)
+        for title, entries in (
+            ("outside", [_row(linear, "") for linear in self.outside]),
+            ("unknown", [f"{entry.name}  ({entry.reason})" for entry in self.unknown]),
+        ):
+            lines.extend([title, *(f"  {entry}" for entry in entries)] if entries else [])
+        return "\n".join(lines)
+
+
+def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Layout:
+    """Find out how ``model`` is built by running ``sample`` through it once, without gradients, in evaluation mode.
+
+    The model is left exactly as it was, also when discovery fails. A model on the meta device can be laid out too.
+
+    Args:
+        model: Any module that runs as ``model(**sample)`` and contains a stack of residual blocks.
+        sample: One batch, keys as the model's ``forward`` takes them. By default eight token ids (one blank image).
+
+    Raises:
+        LayoutError: The batch does not run, or no container of blocks carries a hidden state through.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    containers = {
+        names[id(member)]: name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for member in module
+        if any(True for _ in member.children())
+    }
+    if not containers:
+        raise _no_blocks(model, "no nn.ModuleList or nn.Sequential of composite modules")
+    try:
+        batch: dict[str, Any] = default_sample(model) if sample is None else dict(sample)
+    except LookupError as error:
+        raise LayoutError(
+            "there is no default batch for this model",
+            expected="a model with token embeddings or an image size",
+            got=error,
+            where=type(model).__name__,
+            fix="pass sample=, one batch as the model's forward takes it",
+        ) from error
+    weights = dict(_weights(model))
+    with _undisturbed(model):
+        while True:
+            trace = _watch(model, batch, weights, containers)
+            # A container whose members change the shape (Swin's stages) is no stack, but one inside it may be.
+            failed = {call.stack for call in trace.blocks if not call.residual}
+            containers = {name: stack for name, stack in containers.items() if stack not in failed}
+            if not any(stack.startswith(f"{bad}.") for stack in containers.values() for bad in failed):
+                break
+    calls = [call for call in trace.blocks if call.stack not in failed]
+    if not calls:
+        raise _no_blocks(
+            model, "no container whose members take and return the same hidden state, plus something"
+        )
+    return _Assembly(model, weights, trace, calls).layout()
+
+
+class _Assembly:
+    """Turns what was seen (``trace``) into what is said about it (``Layout``)."""
+
+    def __init__(
+        self, model: nn.Module, weights: dict[Map, Tensor], trace: Trace, calls: list[BlockCall]
+    ) -> None:
+        self.model, self.weights, self.trace = model, weights, trace
+        self.calls: dict[str, list[BlockCall]] = {}
+        self.tokens: dict[str, int] = {}  # entering each stack
+        for call in calls:
+            self.calls.setdefault(call.name, []).append(call)
+            self.tokens.setdefault(call.stack, torch.Size(call.shape[:-1]).numel())
+        self.uses: dict[Map, list[MapUse]] = {}
+        for use in trace.uses:
+            self.uses.setdefault(use.map, []).append(use)
+        self.reasons: dict[Map, str] = {}
+        self.memories: set[str] = set()  # stacks read by the cross-attention of others
+
+    def layout(self) -> Layout:
+        found = [
+            (calls[0].stack, name, len(calls), self._sublayers(calls)) for name, calls in self.calls.items()
+        ]
+        crossing = {stack for stack, _, _, subs in found for sub in subs if sub.kind == "cross_attention"}
+
+        def label(stack: str) -> str:
+            if len(self.tokens) == 1:
+                return ""
+            return "decoder" if stack in crossing else "encoder" if stack in self.memories else stack
+
+        blocks = tuple(
+            Block(name, index, label(stack), calls, subs)
+            for index, (stack, name, calls, subs) in enumerate(found)
+        )
+        placed = {Map(m.name, m.parameter) for block in blocks for sub in block.sublayers for m in sub.maps}
+        outside = tuple(
+            self._linear(key, "other") for key in self.uses if key not in placed and key not in self.reasons
+        )
+        placed.update(self.uses.keys() - self.reasons.keys())
+        unknown = tuple(
+            Unknown(f"{key.name}.{key.parameter}".lstrip("."), self._reason(key))
+            for key in self.weights.keys() | self.reasons.keys()
+            if key not in placed
+        )
+        width = next(reversed(self.calls.values()))[0].shape[-1]
+        return Layout(
+            type(self.model).__name__,
+            width,
+            blocks,
+            outside,
+            tuple(sorted(unknown, key=lambda entry: entry.name)),
+        )
+
+    def _sublayers(self, calls: list[BlockCall]) -> tuple[Sublayer, ...]:
+        block, written = calls[0], frozenset[Map]().union(*(maps_of(call.writes) for call in calls))
+        # A map shared between blocks belongs to the first that calls it.
+        uses = [
+            use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name
+        ]
+        sublayers = []
+        for group in roles.groups(uses, self.trace.links, written):
+            if not group.writers:
+                self.reasons |= dict.fromkeys(
+                    group.uses, f"its values do not reach the output of {block.name}"
+                )
+                continue
+            name = _common([key.name for key in group.uses])
+            attention = roles.attention_of(group, self.trace, block.name)
+            kind = roles.kind_of(group, attention, self.trace, block.stack, name)
+            if kind == "cross_attention":
+                reads = frozenset[Label]().union(*(use.reads for use in group.uses.values()))
+                self.memories |= {label.stack for label in reads if isinstance(label, Stream)} - {block.stack}
+            role = roles.roles_of(group, kind, attention, block.shape[-1], self.trace)
+            reader, writer = self._ends(block, group, written, name)
+            maps = tuple(self._linear(key, role[key]) for key in group.uses)
+            sublayers.append(Sublayer(kind, name, block.shape[-1], reader, writer, maps))
+        return tuple(sublayers)
+
+    def _home(self, key: Map) -> str | None:
+        return next((use.block for use in self.uses[key] if use.block in self.calls), None)
+
+    def _ends(
+        self, block: BlockCall, group: roles.Group, written: frozenset[Map], name: str
+    ) -> tuple[str | None, str | None]:
+        """Reader and writer: the smallest modules at whose boundary the hidden state and the contribution appear."""
+        stream, width = Stream(block.stack), block.shape[-1]
+
+        def contributes(call: ModuleCall) -> bool:
+            return (
+                bool(call.write_shape)
+                and call.write_shape[-1] == width
+                and torch.Size(call.write_shape).numel() == torch.Size(block.shape).numel()
+                and not has_stream(call.writes)
+                and maps_of(call.writes) & written == group.writers
+            )
+
+        def reads(call: ModuleCall) -> bool:
+            return stream in call.reads and call.read_shape[-1] == width
+
+        # Of several, the first to finish is the innermost; flattened tokens only where nothing keeps the shape.
+        writers = [call for call in block.calls if contributes(call)]
+        writer = next(
+            (call for call in writers if call.write_shape == block.shape), writers[0] if writers else None
+        )
+        if writer is not None and reads(writer):
+            return writer.name, writer.name
+        owners = {key.name for key in group.uses}
+        readers = sorted(filter(reads, block.calls), key=lambda call: call.started)
+        reader = next((call.name for call in readers if call.name in owners), None)
+        reader = reader or next(
+            (call.name for call in readers if f"{name}.".startswith(f"{call.name}.")), None
+        )
+        return reader, writer.name if writer else None
+
+    def _linear(self, key: Map, role: str) -> LinearMap:
+        uses, weight = self.uses[key], self.weights.get(key)
+        home = self._home(key)
+        stack = self.calls[home][0].stack if home else uses[0].stack
+        tokens = self.tokens.get(stack or "") or next(iter(self.tokens.values()))
+        experts = weight.shape[0] if weight is not None and weight.dim() == 3 else 0
+        return LinearMap(
+            name=key.name,
+            kind="experts" if experts else "conv1d" if uses[0].transposed else "linear",
+            role=role,
+            in_features=uses[0].in_features,
+            out_features=uses[0].out_features,
+            traffic=sum(use.rows for use in uses) / tokens,
+            parameter=key.parameter,
+            experts=experts,
+            transposed=uses[0].transposed,
+        )
+
+    def _reason(self, key: Map) -> str:
+        if key in self.reasons:
+            return self.reasons[key]
+        if key in self.trace.seen:
+            return "used, but not as one matrix that multiplies the hidden state"
+        return (
+            "called, but its weight was not seen"
+            if key.name in self.trace.called
+            else "never called by the sample"
+        )
+
+
+def _watch(
+    model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], containers: dict[str, str]
+) -> Trace:
+    """Run the batch once under a tracer."""
+    device = device_of(model)
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    tracer = Tracer(model, weights, containers)
+    try:
+        for value in batch.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                tracer.label_input(value)
+        with tracer:
+            model(**batch)
+    except Exception as error:
+        shapes = ", ".join(f"{k} {list(v.shape)}" if isinstance(v, Tensor) else k for k, v in batch.items())
+        raise LayoutError(
+            "the sample batch does not run through the model",
+            expected=f"{type(model).__name__}(**sample) to return",
+            got=f"{type(error).__name__}: {error}",
+            where=f"a batch of {shapes}",
+            fix="pass sample=, one batch that the model runs on",
+        ) from error
+    finally:
+        tracer.remove()
+    return tracer.trace
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, after which training flags and random states are what they were."""
+    training = {module: module.training for module in model.modules()}
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[Map, Tensor]]:
+    """Every matrix or stack of matrices, except embeddings and the biases of experts."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            for parameter, value in module.named_parameters(recurse=False):
+                if value.dim() >= 2 and not parameter.endswith("bias"):
+                    yield Map(name, parameter), value
+
+
+def _common(names: list[str]) -> str:
+    """The longest dotted prefix shared by ``names``."""
+    first, last = min(parts := [name.split(".") for name in names]), max(parts)
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return ".".join(part for part, _ in shared)
+
+
+def _row(linear: LinearMap, prefix: str) -> str:
+    name = linear.name.removeprefix(prefix).lstrip(".") or linear.name
+    name = name if linear.parameter == "weight" else f"{name}:{linear.parameter}"
+    experts = f"{linear.experts} x " if linear.experts else ""
+    traffic = "" if linear.traffic == 1 else f"  traffic {linear.traffic:g}"
+    return f"{linear.role:<8} {name:<32} {experts}{linear.in_features} -> {linear.out_features}{traffic}"
+
+
+def _no_blocks(model: nn.Module, got: str) -> LayoutError:
+    return LayoutError(
+        "the model has no repeated blocks",
+        expected="a container of blocks, each adding to a hidden state of constant width",
+        got=got,
+        where=type(model).__name__,
+        fix="pass the backbone itself, or a sample= that runs through all of it",
+    )

@@ -1,0 +1,129 @@
+"""From a trace to the sub-layers of a block and the role of each map. Data flow decides; names only break ties."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gatedadapters.backbone.trace import Attention, Input, Map, MapUse, Stream, Trace, maps_of
+
+Kind = Literal["attention", "cross_attention", "feed_forward", "mixer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Maps of one block that feed each other: a sub-layer in the making."""
+
+    uses: dict[Map, MapUse]  # first use of each, in call order
+    feeds: dict[Map, frozenset[Map]]  # which of the group's maps each one reads
+    writers: frozenset[Map]  # whose outputs arrive in the block's output
+
+
+def groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]) -> list[Group]:
+    """Split the ``uses`` of one block into connected groups, in call order."""
+    parent = {use.map: use.map for use in uses}
+
+    def root(key: Map) -> Map:
+        while parent[key] != key:
+            key = parent[key]
+        return key
+
+    for link in links:
+        here = [key for key in link if key in parent]
+        for key in here[1:]:
+            parent[root(key)] = root(here[0])
+    members: dict[Map, dict[Map, MapUse]] = {}
+    feeds: dict[Map, frozenset[Map]] = {}
+    for use in uses:
+        members.setdefault(root(use.map), {}).setdefault(use.map, use)
+        feeds[use.map] = feeds.get(use.map, frozenset()) | maps_of(use.reads)
+    return [
+        Group(group, {key: feeds[key] & group.keys() for key in group}, written & group.keys())
+        for group in members.values()
+    ]
+
+
+def attention_of(group: Group, trace: Trace, block: str) -> Attention | None:
+    """The first attention the group computes: later ones are corrections (DeBERTa's relative positions)."""
+    return next((a for a in trace.attention if a.block == block and a.value & group.uses.keys()), None)
+
+
+def kind_of(group: Group, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
+    """Attention, cross-attention, other token mixing, or a function of each token alone."""
+    if attention is None and group.uses.keys() & trace.mixed:
+        return "mixer"
+    if attention is None and not _says_attention(name, group):
+        return "feed_forward"
+    for use in group.uses.values():
+        foreign = [label for label in use.reads if isinstance(label, (Stream, Input))] or maps_of(use.reads)
+        if foreign and Stream(stack) not in use.reads and not group.uses.keys() & maps_of(use.reads):
+            return "cross_attention"
+    return "attention"
+
+
+def roles_of(
+    group: Group, kind: Kind, attention: Attention | None, width: int, trace: Trace
+) -> dict[Map, str]:
+    """The role of every map of the group."""
+    if kind == "feed_forward":
+        return _feed_forward_roles(group, width, trace)
+    if kind == "mixer":
+        readers = [key for key, use in group.uses.items() if not group.feeds[key] and use.reads]
+        stems = {key: _stem(key) for key in group.uses}
+        sole = readers if len(readers) == 1 else []
+        return stems | dict.fromkeys(sole, "in") | dict.fromkeys(group.writers, "out")
+    if attention is None:
+        by_name = {key: _attention_role_by_name(key) for key in group.uses}
+        return by_name | dict.fromkeys(group.writers, "o")
+    inner = frozenset[Map]().union(*(group.feeds[key] for key in group.uses if key not in group.writers))
+    roles = {}
+    for key in group.uses:
+        # A map that only feeds another projection (the low-rank halves of latent attention) is none of q, k, v.
+        parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v"))
+        letters = "" if key in inner else "".join(letter for maps, letter in parts if key in maps)
+        roles[key] = "o" if key in group.writers else letters or "other"
+    return roles
+
+
+def _feed_forward_roles(group: Group, width: int, trace: Trace) -> dict[Map, str]:
+    roles = dict.fromkeys(group.uses, "other")
+    for key, use in group.uses.items():
+        if key in trace.routed or (key in group.writers and use.out_features != width):
+            roles[key] = "router"
+    for down in group.writers:
+        feeders = [key for key in group.uses if key in group.feeds[down] and roles[key] != "router"]
+        if roles[down] == "router" or not feeders:
+            continue
+        roles[down] = "down"
+        if len(feeders) == 1:
+            fused = group.uses[feeders[0]].out_features == 2 * group.uses[down].in_features
+            roles[feeders[0]] = "gate_up" if fused else "up"
+        elif len(feeders) == 2:
+            active = [key for key in feeders if key in trace.activated]
+            if len(active) != 1:
+                active = [key for key in feeders if "gate" in key.name] or feeders
+            roles |= {key: "gate" if key == active[0] else "up" for key in feeders}
+    return roles
+
+
+def _says_attention(name: str, group: Group) -> bool:
+    """For attention kernels that hide their operations: fed by maps that are called q, k and v."""
+    letters = {_attention_role_by_name(key) for key in group.uses}
+    projections = "qkv" in letters or letters >= {"q", "k", "v"}
+    return projections and re.search("att", name, re.IGNORECASE) is not None
+
+
+def _attention_role_by_name(key: Map) -> str:
+    stem = _stem(key)
+    if re.search(r"qkv|query_key_value|c_attn", stem, re.IGNORECASE):
+        return "qkv"
+    found = re.match(r"(q|k|v)(uery|ey|alue)?(?![a-z])", stem, re.IGNORECASE)
+    return found[1].lower() if found else "other"
+
+
+def _stem(key: Map) -> str:
+    """``"layers.0.mixer.in_proj"`` -> ``"in"``."""
+    last = key.name.rsplit(".", 1)[-1] if key.parameter == "weight" else key.parameter
+    return re.sub(r"_?(proj|projection|linear|weight)$", "", last) or last

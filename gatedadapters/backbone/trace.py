@@ -1,0 +1,405 @@
+"""Watch one forward pass: which weights multiply what, and who feeds whom.
+
+Every tensor carries *labels* saying where its values come from: the residual stream of a stack, or the output
+of linear maps. A linear map reads labels and starts a fresh one; every other operation passes on the union of
+what it was given. Three facts then need no name table:
+
+* a map that reads a tensor carrying the stream reads the hidden state,
+* a map whose label arrives in the block's output beside the stream writes the hidden state,
+* maps that feed each other without the stream in between belong to one sub-layer.
+
+Labels are kept per storage, so views and in-place operations need no special case. Operations are seen below
+autograd (a dispatch mode), hence also on the meta device and inside fused expert modules without ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """Label: the output of one weight matrix, ``parameter`` of module ``name``."""
+
+    name: str
+    parameter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Label: the hidden state that runs through the blocks of one container (a ``ModuleList``)."""
+
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Label: the values of a parameter itself, possibly sliced, transposed or cast."""
+
+    map: Map
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Label: a product of two activations; ``softmaxed`` once normalised into attention weights."""
+
+    order: int
+    left: frozenset[Map]
+    right: frozenset[Map]
+    softmaxed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Label: a floating-point tensor of the sample batch."""
+
+
+Label = Map | Stream | Weight | Score | Input
+Labels = frozenset[Label]
+Maps = frozenset[Map]
+NONE: Labels = frozenset()
+
+
+@dataclass(slots=True)
+class MapUse:
+    """One multiplication by a weight: ``rows`` vectors of width ``in_features`` whose origin is ``reads``."""
+
+    map: Map
+    in_features: int
+    out_features: int
+    transposed: bool  # stored (in, out) instead of (out, in)
+    rows: int
+    reads: Labels
+    block: str | None
+    stack: str | None  # the stack running, or the last one that ran
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """One call of a module inside a block. Shapes are those of the first tensor that enters and leaves."""
+
+    name: str
+    started: int  # how many uses of a map came before
+    reads: Labels
+    read_shape: tuple[int, ...]
+    writes: Labels = NONE
+    write_shape: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """One call of a block: the residual stream enters with ``shape`` and leaves carrying ``writes``."""
+
+    name: str
+    stack: str
+    shape: tuple[int, ...]
+    calls: list[ModuleCall] = field(default_factory=list)  # in order of completion: inner modules come first
+    writes: Labels = NONE
+    residual: bool = False  # the stream left the block with the shape it had
+
+
+@dataclass(slots=True)
+class Attention:
+    """One weighting of values by normalised query-key products."""
+
+    block: str | None
+    query: Maps
+    key: Maps
+    value: Maps
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one forward pass showed."""
+
+    uses: list[MapUse] = field(default_factory=list)
+    blocks: list[BlockCall] = field(default_factory=list)
+    attention: list[Attention] = field(default_factory=list)
+    links: list[Maps] = field(default_factory=list)  # maps that share a sub-layer
+    activated: set[Map] = field(default_factory=set)  # passed through a non-linearity
+    mixed: set[Map] = field(default_factory=set)  # combined along the tokens
+    routed: set[Map] = field(default_factory=set)  # decided which experts run
+    seen: set[Map] = field(default_factory=set)  # weights that took part in any operation
+    called: set[str] = field(default_factory=set)  # modules that ran
+
+
+_MIXING = {"convolution", "_convolution", "cumsum", "cumprod", "roll", "flip", "_fft_r2c", "_fft_c2c"}
+_CHOOSING = {"topk", "sort", "argmax", "max"}
+_NONLINEAR = {
+    *("relu", "gelu", "silu", "sigmoid", "tanh", "elu", "leaky_relu", "hardswish", "hardtanh", "mish"),
+    *("relu_", "gelu_", "silu_", "sigmoid_", "tanh_", "elu_", "softplus", "clamp_min", "log_sigmoid_forward"),
+}
+_ADDITIVE = {"add", "add_", "sub", "cat", "stack"}
+
+
+def first_tensor(*values: Any) -> Tensor | None:
+    """The first floating-point tensor with at least two dimensions among nested ``values``."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
+            return leaf
+    return None
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    # A weak reference lets the memory go but keeps the address from being given to another tensor, which
+    # would inherit the labels: tensors do get allocated unseen (`torch.tensor([])` passes no dispatcher).
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def maps_of(labels: Iterable[Label]) -> Maps:
+    """The maps among ``labels``."""
+    return frozenset(label for label in labels if isinstance(label, Map))
+
+
+def has_stream(labels: Labels) -> bool:
+    """Whether the values come (also) from a residual stream."""
+    return any(isinstance(label, Stream) for label in labels)
+
+
+class Tracer(TorchDispatchMode):
+    """Dispatch mode plus module hooks that fill a ``Trace``.
+
+    Args:
+        model: What will run.
+        weights: The matrices to look out for.
+        containers: The stack of each module that may turn out to be a block.
+    """
+
+    supports_higher_order_operators = True  # flex attention is one
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[Map, Tensor], containers: Mapping[str, str]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = Trace()
+        self._containers = containers
+        self._labels: dict[StorageWeakRef, Labels] = {}
+        self._owners: dict[StorageWeakRef, list[Map]] = {}
+        self._shapes = {key: weight.shape for key, weight in weights.items()}
+        self._stack: list[ModuleCall] = []
+        self._block: BlockCall | None = None
+        self._last_stack: str | None = None
+        self._order = 0
+        for key, weight in weights.items():  # tied weights have several owners
+            self._owners.setdefault(_storage(weight), []).append(key)
+        self._handles = [
+            handle
+            for name, module in model.named_modules()
+            for handle in (
+                module.register_forward_pre_hook(self._entering(name), with_kwargs=True),
+                module.register_forward_hook(self._leaving(name, module)),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off and forget every tensor."""
+        for handle in self._handles:
+            handle.remove()
+        self._labels.clear()
+
+    def label_input(self, tensor: Tensor) -> None:
+        """Mark a floating-point tensor of the sample batch."""
+        self._labels[_storage(tensor)] = frozenset({Input()})
+
+    # ---------------------------------------------------------------- modules
+    def _entering(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.trace.called.add(name)
+            hidden = first_tensor(args, kwargs.get("hidden_states"), kwargs)
+            if hidden is not None and self._block is None and name in self._containers:
+                stack = self._containers[name]
+                self._block = BlockCall(name, stack, tuple(hidden.shape))
+                self._labels[_storage(hidden)] = frozenset({Stream(stack)})
+            shape = () if hidden is None else tuple(hidden.shape)
+            call = ModuleCall(name, len(self.trace.uses), self._of(hidden), shape)
+            self._stack.append(call)
+
+        return hook
+
+    def _leaving(self, name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = self._stack.pop()
+            out = first_tensor(output)
+            if out is None:
+                return
+            self._opaque_linear(name, module, call, out)
+            if not self._of(out) and tuple(out.shape) == call.read_shape:  # a kernel outside the dispatcher
+                self._labels[_storage(out)] = self._since(call) or call.reads
+            call.writes, call.write_shape = self._of(out), tuple(out.shape)
+            block = self._block
+            if block is None:
+                return
+            if name != block.name:
+                block.calls.append(call)
+                return
+            block.writes = call.writes
+            block.residual = call.write_shape == block.shape and Stream(block.stack) in call.writes
+            self.trace.blocks.append(block)
+            self._last_stack, self._block = block.stack, None
+
+        return hook
+
+    def _opaque_linear(self, name: str, module: nn.Module, call: ModuleCall, out: Tensor) -> None:
+        """A quantized or offloaded linear module multiplies by a tensor of its own: believe its attributes."""
+        width_in, width_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if not isinstance(width_in, int) or not isinstance(width_out, int) or out.shape[-1] != width_out:
+            return
+        if any(use.map.name == name for use in self.trace.uses[call.started :]) or not call.read_shape:
+            return
+        rows = torch.Size(call.read_shape).numel() // width_in
+        use = self._use(Map(name, "weight"), width_in, width_out, False, rows, call.reads)
+        self._labels[_storage(out)] = frozenset({use.map})
+
+    # ------------------------------------------------------------- operations
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "overloadpacket", func).__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Read before running: an in-place operation changes the labels of what it writes to.
+        known = [(tensor, self._of(tensor)) for tensor in tensors if tensor.is_floating_point()]
+        out = _answer_on_meta(name, args) if tensors and tensors[0].is_meta else NotImplemented
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        labels = self._flow(name, args, known)
+        inputs = {_storage(tensor) for tensor in tensors}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                key = _storage(leaf)
+                if key in self._owners:
+                    continue
+                fresh = labels if leaf.is_floating_point() else NONE
+                self._labels[key] = self._of(leaf) | fresh if key in inputs else fresh
+        return out
+
+    def _of(self, tensor: Tensor | None) -> Labels:
+        if tensor is None:
+            return NONE
+        key = _storage(tensor)
+        known = self._labels.get(key, NONE)
+        if not known and key in self._owners:
+            # Of tied weights, the owner whose forward is running is meant.
+            running = {call.name for call in self._stack}
+            owners = self._owners[key]
+            known = frozenset({Weight(next((o for o in owners if o.name in running), owners[0]))})
+        return known
+
+    def _flow(self, name: str, args: Any, known: list[tuple[Tensor, Labels]]) -> Labels:
+        """The labels of an operation's output, noting what the operation reveals on the way."""
+        for _, labels in known:
+            self.trace.seen.update(label.map for label in labels if isinstance(label, Weight))
+        if "mm" in name or name in ("mv", "addmv", "linear", "dot"):
+            operands = args[1:3] if name.startswith(("add", "baddbmm")) else args[:2]
+            return self._product(name, *operands)
+        if any(part in name for part in ("scaled_dot_product", "attention", "flash_attn")):
+            query, key, value = (maps_of(self._of(arg)) for arg in args[:3])
+            return self._attend(query, key, value)
+        if name.endswith("_like") or name.startswith("new_"):
+            return NONE  # only shape and type of the argument count
+        if len(known) == 1 and name != "embedding":
+            union = known[0][1]  # a weight stays itself when cast, sliced, gathered or transposed
+        else:
+            union = frozenset().union(*(labels for _, labels in known))
+            union = frozenset(label for label in union if not isinstance(label, Weight))
+        if not union:
+            return NONE
+        if "softmax" in name:
+            return frozenset(
+                Score(label.order, label.left, label.right, True) if isinstance(label, Score) else label
+                for label in union
+            )
+        for names, noted in (
+            (_MIXING, self.trace.mixed),
+            (_CHOOSING, self.trace.routed),
+            (_NONLINEAR, self.trace.activated),
+        ):
+            if name in names:
+                noted.update(maps_of(union))
+        contributions = [maps for _, labels in known if not has_stream(labels) and (maps := maps_of(labels))]
+        # A block adds up the contributions of *different* sub-layers (parallel attention); everything else
+        # that combines maps happens within one sub-layer.
+        inside = self._block is not None and self._stack[-1].name != self._block.name
+        if len(contributions) > 1 and (inside or name not in _ADDITIVE):
+            self.trace.links.append(frozenset().union(*contributions))
+        return union
+
+    def _product(self, name: str, left: Any, right: Any) -> Labels:
+        from_left, from_right = self._of(left), self._of(right)
+        for weight, labels, other, reads in (
+            (right, from_right, left, from_left),
+            (left, from_left, right, from_right),
+        ):
+            key = next((label.map for label in labels if isinstance(label, Weight)), None)
+            if key is None or weight.dim() < 2:
+                continue
+            # As a right operand the matrix is (in, out); as a left operand, or in `linear`, it is (out, in).
+            rows_last = weight is left or name == "linear"
+            width_in, width_out = (weight.shape[-1], weight.shape[-2]) if rows_last else weight.shape[-2:]
+            stored = tuple(self._shapes[key][-2:])
+            if {stored, stored[::-1]}.isdisjoint({(width_in, width_out)}):
+                continue  # a reshaped tensor (XLNet's three-dimensional heads): not one matrix
+            transposed = stored == (width_in, width_out)
+            if width_in == width_out:
+                transposed = (weight.stride(-1) == 1) != rows_last
+            use = self._use(key, width_in, width_out, transposed, other.numel() // width_in, reads)
+            return frozenset({use.map})
+        left_maps, right_maps = maps_of(from_left), maps_of(from_right)
+        scores = [label for label in from_left if isinstance(label, Score) and label.softmaxed]
+        if scores:
+            first = min(scores, key=lambda score: score.order)
+            return self._attend(first.left, first.right, right_maps, left_maps)
+        union = frozenset(label for label in from_left | from_right if not isinstance(label, Weight))
+        if left_maps and right_maps:
+            self._order += 1
+            self.trace.mixed |= left_maps | right_maps
+            self.trace.links.append(left_maps | right_maps)
+            union |= {Score(self._order, left_maps, right_maps)}
+        return union
+
+    def _attend(self, query: Maps, key: Maps, value: Maps, more: Maps = frozenset()) -> Labels:
+        block = self._block.name if self._block else None
+        self.trace.attention.append(Attention(block, query, key, value))
+        union = query | key | value | more
+        self.trace.links.append(union)
+        return frozenset(union)
+
+    def _use(
+        self, key: Map, width_in: int, width_out: int, transposed: bool, rows: int, reads: Labels
+    ) -> MapUse:
+        reads = frozenset(label for label in reads if not isinstance(label, Weight))
+        block = self._block
+        if block is not None and not reads:
+            # Either positions instead of tokens (relative embeddings), or a kernel that hid its operations.
+            frame = next((call for call in reversed(self._stack) if call.name != key.name), None)
+            reads = self._since(frame) if frame else NONE
+            rows = rows if rows == torch.Size(block.shape[:-1]).numel() else 0
+        name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
+        use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack)
+        self.trace.uses.append(use)
+        if not has_stream(reads):
+            self.trace.links.append(maps_of(reads) | {key})
+        return use
+
+    def _since(self, call: ModuleCall) -> Labels:
+        return frozenset(use.map for use in self.trace.uses[call.started :])
+
+
+def _answer_on_meta(name: str, args: Any) -> Any:
+    """Plausible answers to questions about values, which meta tensors do not have."""
+    if name == "_local_scalar_dense":
+        return torch.zeros((), dtype=args[0].dtype).item()
+    if name == "equal":
+        return True
+    if name == "nonzero":  # "which experts were hit?": one; "which tokens does it get?": all
+        rows = 1 if args[0].dim() == 1 else args[0].numel()
+        return torch.empty((rows, args[0].dim()), dtype=torch.int64, device="meta")
+    if name == "_grouped_mm":  # on meta it insists on bfloat16
+        return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
+    return NotImplemented
