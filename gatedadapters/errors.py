@@ -63,9 +63,8 @@ class GatedAdaptersError(Exception):
 
     def __str__(self) -> str:
         parts = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
-        lines = [self.message] if self.message else []
-        lines += [f"  {name + ':':<9} {value}" for name, value in parts.items() if value is not None]
-        return "\n".join(lines)
+        details = [f"{name + ':':<9} {value}" for name, value in parts.items() if value is not None]
+        return "\n".join([self.message, *(f"  {line}" for line in details)] if self.message else details)
 
 
 class ConfigError(GatedAdaptersError, ValueError):

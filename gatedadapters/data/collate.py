@@ -1,0 +1,179 @@
+"""From tasks to batches: a tokenised data set, a collator that keeps task ids, a balancing sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from gatedadapters.data.tasks import TextTask
+from gatedadapters.errors import DataError
+
+_SCALARS = ("labels", "task_ids")
+Feature = dict[str, Any]
+
+
+class MixedTaskDataset(Dataset[Feature]):
+    """One split of several tasks, tokenised once, task after task; the items carry their task's position.
+
+    An item holds ``input_ids`` and ``attention_mask`` (lists of up to ``max_length`` ints),
+    ``token_type_ids`` where the tokenizer makes them, ``labels`` (a class index of its own task) and
+    ``task_ids``. A transformers Trainer drops ``task_ids`` unless its arguments say
+    ``remove_unused_columns=False``.
+
+    Args:
+        tasks: The tasks; their order gives the task ids.
+        tokenizer: Of the model the data is for.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        max_length: Tokens after which an example is cut.
+
+    Attributes:
+        sizes: How many examples each task has here.
+
+    Raises:
+        DataError: there is no task, or a task lacks the split.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TextTask],
+        tokenizer: PreTrainedTokenizerBase,
+        split: str = "train",
+        max_length: int = 128,
+    ) -> None:
+        if not tasks:
+            raise DataError("a mixed data set needs tasks", expected="at least one task", got="none")
+        self.tasks = tuple(tasks)
+        self.sizes: list[int] = []
+        self._features: list[Feature] = []
+        for task_id, task in enumerate(self.tasks):
+            examples = task.split(split)
+            encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+            for index, label in enumerate(examples.labels):
+                tokens = {key: values[index] for key, values in encoded.items()}
+                self._features.append({**tokens, "labels": label, "task_ids": task_id})
+            self.sizes.append(len(examples))
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> Feature:
+        return dict(self._features[index])
+
+
+class MixedTaskCollator:
+    """Pads a list of features to the longest among them.
+
+    Returns ``input_ids``, ``attention_mask`` (and ``token_type_ids``) as LongTensors ``(batch, length)``;
+    ``labels`` and ``task_ids`` as LongTensors ``(batch,)``.
+
+    Args:
+        tokenizer: Says what to pad with and on which side.
+        max_length: Tokens after which an example is cut, or None to trust the data set.
+
+    Raises:
+        DataError: the tokenizer has no padding token; a batch is empty or its features differ in their keys.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        if tokenizer.pad_token_id is None:
+            fix = "tokenizer.pad_token = tokenizer.eos_token"
+            raise DataError("the tokenizer cannot pad", expected="a pad_token", got="none", fix=fix)
+        self.max_length = max_length
+        self.left = tokenizer.padding_side == "left"
+        self.fill = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": tokenizer.pad_token_type_id}
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate ``features``; see the class."""
+        keys = {frozenset(feature) for feature in features}
+        if len(keys) != 1:
+            got = " and ".join(str(sorted(found)) for found in keys) or "an empty batch"
+            raise DataError("features do not collate", expected="the same keys in every feature", got=got)
+        return {key: self._column(key, [feature[key] for feature in features]) for key in features[0]}
+
+    def _column(self, key: str, values: list[Any]) -> Tensor:
+        if key in _SCALARS:
+            return torch.tensor(values, dtype=torch.long)
+        rows = [torch.as_tensor(value, dtype=torch.long)[: self.max_length] for value in values]
+        padded = torch.full((len(rows), max(map(len, rows))), self.fill.get(key, 0), dtype=torch.long)
+        for line, row in zip(padded, rows, strict=True):
+            line[len(line) - len(row) if self.left else 0 :][: len(row)] = row
+        return padded
+
+
+class TaskSampler(Sampler[int]):
+    """Draws indices into a :class:`MixedTaskDataset` with temperature sampling; see :func:`task_sampler`."""
+
+    def __init__(
+        self, sizes: Sequence[int], *, temperature: float, batch_size: int, num_samples: int, seed: int
+    ) -> None:
+        settings = {"temperature": temperature, "batch_size": batch_size, "num_samples": num_samples}
+        settings |= {f"sizes[{task}]": size for task, size in enumerate(sizes)} or {"len(sizes)": 0}
+        for name, value in settings.items():
+            if not value > 0:
+                raise DataError("a sampler cannot be built", expected=f"{name} > 0", got=value)
+        shares = np.asarray(sizes, dtype=np.float64) ** (1.0 / temperature)
+        self.probabilities = shares / shares.sum()
+        self.sizes = list(sizes)
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw differently from now on; accelerate and transformers call this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        starts = np.cumsum([0, *self.sizes[:-1]])
+        edges = np.cumsum(self.probabilities)
+        streams = [_shuffled_forever(size, generator) for size in self.sizes]
+        for first in range(0, self.num_samples, self.batch_size):
+            count = min(self.batch_size, self.num_samples - first)
+            # one random offset for evenly spaced positions: each task's share is met to within one example
+            positions = (np.arange(count) + generator.random()) / count
+            tasks = np.minimum(np.searchsorted(edges, positions, side="right"), len(self.sizes) - 1)
+            for task in generator.permutation(tasks):
+                yield int(starts[task]) + next(streams[task])
+
+
+def task_sampler(
+    sizes: Sequence[int], *, temperature: float = 2.0, batch_size: int, num_samples: int, seed: int = 0
+) -> TaskSampler:
+    """Temperature sampling across tasks of unequal size, in batches that mix the tasks.
+
+    Task t is drawn with probability ``n_t ** (1 / temperature)`` up to scale: 1 follows the sizes, infinity
+    makes all tasks equal. Every run of ``batch_size`` indices meets each task's share to within one example,
+    and a task's examples come in shuffled passes, none twice before all came once. Deterministic by seed and
+    epoch.
+
+    Args:
+        sizes: Examples per task, in the order of the tasks: ``MixedTaskDataset.sizes``.
+        temperature: Larger is more even.
+        batch_size: The loader's batch size.
+        num_samples: Indices in one pass over the sampler.
+        seed: What everything is drawn from.
+
+    Raises:
+        DataError: a size, the temperature, the batch size or the number of samples is not positive.
+
+    References:
+        Arivazhagan et al., Massively Multilingual Neural Machine Translation in the Wild, 2019, section 4.2.
+    """
+    return TaskSampler(
+        sizes, temperature=temperature, batch_size=batch_size, num_samples=num_samples, seed=seed
+    )
+
+
+def _shuffled_forever(size: int, generator: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from (int(index) for index in generator.permutation(size))

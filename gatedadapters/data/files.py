@@ -1,0 +1,244 @@
+"""Users' labelled tables: CSV, TSV, JSON lines and parquet.
+
+To read another format, write one function ``(path) -> (columns, records)`` and name its suffix in
+``_READERS``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_order
+from gatedadapters.errors import DataError
+
+_Table = list[tuple[str, dict[str, Any]]]  # where each record was read, and its cells by column
+
+
+class _Labelled(NamedTuple):
+    """One validated record; ``where`` is for messages."""
+
+    where: str
+    text: str
+    pair: str | None
+    label: str
+
+
+def read_task(
+    train: str | Path,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    name: str | None = None,
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> TextTask:
+    """A user's labelled table, or tables, as a task.
+
+    The suffix says the format: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``. A split that has a table of
+    its own is taken as it is. The others are drawn from the training table, stratified and deterministic by
+    seed: validation, and test too where ``train`` is the only table. What is split is made distinct first: a
+    repeated text is kept once, a text with two labels not at all.
+
+    Args:
+        train: The training table, or the only one.
+        validation: The validation table.
+        test: The test table.
+        text: The column of the text.
+        pair: The column of a second text, for tasks over two.
+        label: The column of the label: text, whole numbers or booleans. Classes are sorted, numbers by value.
+        name: What to call the task; the training table's stem where None.
+        fractions: Shares of train, validation and test where the training table is split.
+        max_examples: At most so many examples are kept of each table, stratified.
+        seed: What is drawn is drawn from this.
+
+    Raises:
+        DataError: a file is missing, empty, malformed or of another format; a column is missing; a cell is
+            not text; there is a single class; a label occurs that the training table lacks; or a table is too
+            small to split.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
+        expected = "three shares (train, validation, test) that sum to 1"
+        raise DataError("the table cannot be split", expected=expected, got=fractions, where="fractions")
+    columns = (text, pair, label)
+    records = _labelled(Path(train), *columns)
+    classes = sorted({record.label for record in records}, key=_numbers_by_value)
+    if len(classes) < 2:
+        got = f"only {classes[0]!r}"
+        raise DataError("nothing to tell apart", expected="two classes or more", got=got, where=train)
+
+    def rows_of(path: str | Path) -> list[Row]:
+        return _head(_indexed(_labelled(Path(path), *columns), classes, train), max_examples, seed)
+
+    trained = _head(_indexed(records, classes, train), max_examples, seed)
+    validated = None if validation is None else rows_of(validation)
+    tested = None if test is None else rows_of(test)
+    if validated is None:
+        pool = distinct(trained)
+        shares = (fractions[1], fractions[2] if tested is None else 0.0)
+        n_validation, n_test = (max(round(share * len(pool)), 1) if share else 0 for share in shares)
+        if n_validation + n_test >= len(pool):
+            expected, got = f"more than {n_validation + n_test} distinct examples", len(pool)
+            raise DataError("the table is too small to split", expected=expected, got=got, where=train)
+        trained, validated, drawn = split_rows(
+            pool, train=None, validation=n_validation, test=n_test, seed=seed
+        )
+        tested = drawn if n_test else tested
+    return TextTask(
+        name or Path(train).stem,
+        Examples.from_rows(trained),
+        Examples.from_rows(validated),
+        None if tested is None else Examples.from_rows(tested),
+        tuple(classes),
+    )
+
+
+def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labelled]:
+    """The validated records of one table."""
+    if path.suffix not in _READERS:
+        expected = ", ".join(_READERS)
+        raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
+    if not path.is_file():
+        raise DataError("no such table", expected="a file", got="nothing there", where=path)
+    try:
+        table = _READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        fix = "save it as UTF-8"
+        raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
+    if not table:
+        raise DataError("the table is empty", expected="labelled examples", got="no records", where=path)
+    wanted = {"text": text, "pair": pair, "label": label}
+    for where, cells in table:
+        for option, column in wanted.items():
+            if column is not None and column not in cells:
+                raise DataError(
+                    "a column is missing",
+                    expected=repr(column),
+                    got=", ".join(map(repr, cells)),
+                    where=where,
+                    fix=f"say which column it is with {option}=",
+                )
+    return [
+        _Labelled(
+            where,
+            _text(cells[text], f"{where}, column {text!r}"),
+            None if pair is None else _text(cells[pair], f"{where}, column {pair!r}"),
+            _label(cells[label], f"{where}, column {label!r}"),
+        )
+        for where, cells in table
+    ]
+
+
+def _text(cell: object, where: str) -> str:
+    if not isinstance(cell, str) or not cell.strip():
+        raise DataError("a cell is not text", expected="some text", got=repr(cell), where=where)
+    return cell
+
+
+def _label(cell: object, where: str) -> str:
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    if isinstance(cell, int):
+        return str(cell)
+    if isinstance(cell, str) and cell.strip():
+        return cell.strip()
+    expected = "text, a whole number or a boolean"
+    raise DataError("a cell is not a label", expected=expected, got=repr(cell), where=where)
+
+
+def _numbers_by_value(label: str) -> tuple[int, str]:
+    return (int(label), "") if label.lstrip("-").isdecimal() else (0, label)
+
+
+def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | Path) -> list[Row]:
+    index = {label: position for position, label in enumerate(classes)}
+    for record in records:
+        if record.label not in index:
+            raise DataError(
+                "a label does not occur in the training table",
+                expected=", ".join(classes),
+                got=repr(record.label),
+                where=record.where,
+                fix=f"add examples of it to {train}, or drop it",
+            )
+    return [Row(record.text, record.pair, index[record.label]) for record in records]
+
+
+def _head(rows: list[Row], count: int | None, seed: int) -> list[Row]:
+    """At most ``count`` rows, stratified; all of them in their own order where there are no more."""
+    if count is None or len(rows) <= count:
+        return rows
+    return [rows[index] for index in stratified_order([row.label for row in rows], seed)[:count]]
+
+
+def _read_delimited(path: Path, delimiter: str) -> _Table:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+            table: _Table = []
+            for cells in reader:
+                where = f"{path}, line {reader.line_num}"
+                if cells and len(cells) != len(header):
+                    got = f"{len(cells)} cells"
+                    raise DataError("malformed line", expected=f"{len(header)} cells", got=got, where=where)
+                if cells:
+                    table.append((where, dict(zip(header, cells, strict=True))))
+        except csv.Error as error:
+            raise DataError("malformed line", got=error, where=f"{path}, line {reader.line_num}") from error
+    return table
+
+
+def _read_csv(path: Path) -> _Table:
+    return _read_delimited(path, ",")
+
+
+def _read_tsv(path: Path) -> _Table:
+    return _read_delimited(path, "\t")
+
+
+def _read_jsonl(path: Path) -> _Table:
+    table: _Table = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError("malformed line", expected="a JSON object", got=error, where=where) from error
+            if not isinstance(record, dict):
+                got = type(record).__name__
+                raise DataError("malformed line", expected="a JSON object", got=got, where=where)
+            table.append((where, record))
+    return table
+
+
+def _read_parquet(path: Path) -> _Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        fix = "pip install 'gatedadapters[data]'"
+        raise DataError("parquet needs pyarrow", expected="pyarrow", where=path, fix=fix) from error
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError("malformed table", expected="a parquet file", got=error, where=path) from error
+    return [(f"{path}, row {number}", record) for number, record in enumerate(records, start=1)]
+
+
+_READERS: dict[str, Callable[[Path], _Table]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
