@@ -70,14 +70,14 @@ def roles_of(
     if kind == "feed_forward":
         return _feed_forward_roles(group, width, trace)
     if kind == "mixer":
-        readers = [key for key, use in group.uses.items() if not group.feeds[key] and use.reads]
+        readers = [key for key in group.uses if not group.feeds[key]]
         stems = {key: _stem(key) for key in group.uses}
-        sole = readers if len(readers) == 1 else []
-        return stems | dict.fromkeys(sole, "in") | dict.fromkeys(group.writers, "out")
+        return stems | dict.fromkeys(readers, "in") | dict.fromkeys(group.writers, "out")
     if attention is None:
         by_name = {key: _attention_role_by_name(key) for key in group.uses}
         return by_name | dict.fromkeys(group.writers, "o")
-    inner = frozenset[Map]().union(*(group.feeds[key] for key in group.uses if key not in group.writers))
+    fed = (use.reads for key, use in group.uses.items() if key not in group.writers)
+    inner = frozenset[Map]().union(*map(maps_of, fed))
     roles = {}
     for key in group.uses:
         # A map that only feeds another projection (the low-rank halves of latent attention) is none of q, k, v.

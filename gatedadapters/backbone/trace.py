@@ -231,7 +231,7 @@ class Tracer(TorchDispatchMode):
             if out is None:
                 return
             self._opaque_linear(name, module, call, out)
-            if not self._of(out) and tuple(out.shape) == call.read_shape:  # a kernel outside the dispatcher
+            if self._unseen(out):
                 self._labels[_storage(out)] = self._since(call) or call.reads
             call.writes, call.write_shape = self._of(out), tuple(out.shape)
             block = self._block
@@ -273,8 +273,8 @@ class Tracer(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 key = _storage(leaf)
-                if key in self._owners:
-                    continue
+                if key in self._owners or "empty" in name:
+                    continue  # weights keep their own label; what fills an empty tensor gives it one
                 fresh = labels if leaf.is_floating_point() else NONE
                 self._labels[key] = self._of(leaf) | fresh if key in inputs else fresh
         return out
@@ -348,6 +348,9 @@ class Tracer(TorchDispatchMode):
             transposed = stored == (width_in, width_out)
             if width_in == width_out:
                 transposed = (weight.stride(-1) == 1) != rows_last
+            if self._unseen(other):
+                frame = next((call for call in reversed(self._stack) if call.name != key.name), None)
+                reads = self._since(frame) if frame else NONE
             use = self._use(key, width_in, width_out, transposed, other.numel() // width_in, reads)
             return frozenset({use.map})
         left_maps, right_maps = maps_of(from_left), maps_of(from_right)
@@ -376,16 +379,17 @@ class Tracer(TorchDispatchMode):
         reads = frozenset(label for label in reads if not isinstance(label, Weight))
         block = self._block
         if block is not None and not reads:
-            # Either positions instead of tokens (relative embeddings), or a kernel that hid its operations.
-            frame = next((call for call in reversed(self._stack) if call.name != key.name), None)
-            reads = self._since(frame) if frame else NONE
-            rows = rows if rows == torch.Size(block.shape[:-1]).numel() else 0
+            rows = 0  # relative positions, not tokens
         name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
         use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack)
         self.trace.uses.append(use)
         if not has_stream(reads):
             self.trace.links.append(maps_of(reads) | {key})
         return use
+
+    def _unseen(self, tensor: Tensor) -> bool:
+        """Whether a kernel outside the dispatcher made the tensor; assume that it used all there was to use."""
+        return _storage(tensor) not in self._labels
 
     def _since(self, call: ModuleCall) -> Labels:
         return frozenset(use.map for use in self.trace.uses[call.started :])
