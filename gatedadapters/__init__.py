@@ -1,1 +1,12 @@
-"""Gated adapters: where adapters go, which kind and how large, in one training run."""
+"""Adapters whose place, kind and size are learned."""
+
+from gatedadapters.adapters import Adapters, attach, detach, get_adapters
+from gatedadapters.backbone import Layout, discover
+from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
+from gatedadapters.structure import Structure
+
+__version__ = "0.1.0"
+__all__ = [
+    "L0", "Adapters", "Budget", "GateConfig", "Layout", "Schedule", "SearchSpace", "Structure", "attach", "detach",
+    "discover", "get_adapters",
+]  # fmt: skip

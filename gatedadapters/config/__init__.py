@@ -1,0 +1,7 @@
+"""Configuration as frozen, validated, versioned data."""
+
+from gatedadapters.config.gates import GateConfig
+from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
+from gatedadapters.config.space import PathOptions, SearchSpace, Where
+
+__all__ = ["L0", "Budget", "GateConfig", "PathOptions", "Penalty", "Schedule", "SearchSpace", "Where"]

@@ -1,0 +1,41 @@
+"""What every configuration object shares: frozen, strict about keys, with errors a reader can act on."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gatedadapters.errors import ConfigError
+
+
+class Config(BaseModel):
+    """A frozen configuration; unknown keys and out-of-range values raise `ConfigError` through `parse`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    @classmethod
+    def parse(cls, data: Any, *, where: str) -> Self:
+        """Validate plain data read at `where` (a file, an argument).
+
+        Raises:
+            ConfigError: naming every wrong key, what was expected and what was found.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise config_error(error, where=where, known=tuple(cls.model_fields)) from None
+
+
+def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] = ()) -> ConfigError:
+    """Turn pydantic's report into one of ours: expected / got / where / what to do."""
+    problems = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        problems.append(f"{place}: {item['msg']} (got {item['input']!r:.80})")
+    return ConfigError(
+        expected="valid configuration" + (f" with keys among {', '.join(known)}" if known else ""),
+        got="; ".join(problems),
+        where=where,
+        fix="correct the named keys",
+    )

@@ -1,0 +1,157 @@
+"""Search spaces: which points, which candidate paths, which gate levels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+
+from gatedadapters.config.base import Config
+from gatedadapters.config.gates import GateConfig
+from gatedadapters.errors import ConfigError
+
+SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer"]
+
+
+class Where(Config):
+    """Selects points of a layout; every condition given must hold, none given selects everything.
+
+    Attributes:
+        sublayers: kinds of sub-layer.
+        roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
+        blocks: block indices; negative ones count from the end.
+        stacks: `encoder`, `decoder`, or `""` for a single stack.
+        include, exclude: regular expressions searched in the module's qualified name.
+    """
+
+    sublayers: tuple[SublayerKind, ...] | None = None
+    roles: tuple[str, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    stacks: tuple[str, ...] | None = None
+    include: str | None = None
+    exclude: str | None = None
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+    def accepts(
+        self, *, module: str, block: int, n_blocks: int, stack: str, sublayer: str, role: str | None = None
+    ) -> bool:
+        """Whether the module described is selected. `role` None (a whole sub-layer) passes any role condition."""
+        if self.blocks is not None and block not in {b + n_blocks if b < 0 else b for b in self.blocks}:
+            return False
+        if self.include is not None and not re.search(self.include, module):
+            return False
+        if self.exclude is not None and re.search(self.exclude, module):
+            return False
+        return (
+            (self.sublayers is None or sublayer in self.sublayers)
+            and (self.stacks is None or stack in self.stacks)
+            and (self.roles is None or role is None or role in self.roles)
+        )
+
+
+class PathOptions(Config):
+    """One candidate: its kind, where it goes, and (in subclasses, beside each path) its own options.
+
+    A subclass that fixes `kind` is thereby known to search spaces; nothing else has to be registered.
+    """
+
+    registry: ClassVar[dict[str, type[PathOptions]]] = {}
+
+    kind: str
+    at: Where = Where()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        kind = cls.model_fields["kind"].default
+        if isinstance(kind, str):
+            PathOptions.registry[kind] = cls
+
+    @property
+    def size(self) -> int:
+        """Number of units (ranks, widths) the candidate has when dense."""
+        return 1
+
+    def resized(self, size: int) -> Self:
+        """The same options with `size` units."""
+        if size != self.size:
+            raise ConfigError(expected="one unit", got=f"{size} units", where=f"path {self.kind!r}", fix="keep size 1")
+        return self
+
+
+def _parse_options(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind")
+    options = PathOptions.registry.get(kind) if isinstance(kind, str) else None
+    if options is None:
+        raise ValueError(f"unknown path kind {kind!r}; known kinds: {', '.join(sorted(PathOptions.registry))}")
+    return options.model_validate(dict(value))
+
+
+AnyPathOptions = Annotated[SerializeAsAny[PathOptions], BeforeValidator(_parse_options)]
+
+
+class SearchSpace(Config):
+    """Which points, which candidate paths, which gate levels. Plain data; presets lie in `search_spaces/`."""
+
+    version: Literal[1] = 1
+    name: str = "custom"
+    description: str = ""
+    gates: GateConfig = GateConfig()
+    paths: tuple[AnyPathOptions, ...] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, preset_or_file: str | FilePath) -> Self:
+        """Read a preset by name (`"lora-all-linear"`) or a YAML file by path.
+
+        Raises:
+            ConfigError: unknown preset (the known ones are listed), unreadable file, unknown or invalid keys.
+        """
+        path = FilePath(preset_or_file)
+        if path.suffix not in {".yaml", ".yml"}:
+            path = presets_folder() / f"{preset_or_file}.yaml"
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                expected=f"a preset ({', '.join(presets())}) or a YAML file",
+                got=repr(str(preset_or_file)),
+                where="SearchSpace.load",
+                fix="use one of the presets, or give the path of a file ending in .yaml",
+            ) from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                expected="readable YAML", got=f"{type(error).__name__}: {error}", where=str(path), fix="mend the file"
+            ) from error
+        return cls.parse(data, where=str(path))
+
+    def with_gates(self, **changes: Any) -> Self:
+        """The same space with other gate constants, e.g. `with_gates(levels=("path", "rank"))`."""
+        gates = GateConfig.parse({**self.gates.model_dump(), **changes}, where="SearchSpace.with_gates")
+        return self.model_copy(update={"gates": gates})
+
+
+def presets_folder() -> FilePath:
+    """Folder of the shipped presets: inside the wheel, or at the top of a checkout."""
+    package = FilePath(__file__).resolve().parent.parent
+    shipped = package / "search_spaces"
+    return shipped if shipped.is_dir() else package.parent / "search_spaces"
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the shipped search-space presets."""
+    return tuple(sorted(path.stem for path in presets_folder().glob("*.yaml")))

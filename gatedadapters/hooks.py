@@ -1,0 +1,127 @@
+"""The hooks that put paths into a backbone.
+
+Hooks are objects that reach their paths through the registered `Adapters` module, never closures: a deep copy or a
+pickle of the model then carries copies of the paths, not references to the original's. No module is replaced and no class
+swapped, so the backbone's type, signature and state-dict keys stay what they are.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gatedadapters.adapters import Adapters
+    from gatedadapters.paths import Path
+
+
+class ModelHook:
+    """Before the model runs: begin a step if the optimiser has moved, and take `task_ids` from the call."""
+
+    def __init__(self, adapters: Adapters, *, pop_task_ids: bool) -> None:
+        self.adapters, self.pop_task_ids = adapters, pop_task_ids
+
+    @torch.compiler.disable
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook with kwargs."""
+        given = kwargs.get("task_ids")
+        self.adapters.begin_forward(given)
+        if given is None or not self.pop_task_ids:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+
+
+class EmbeddingHook:
+    """Lets gradients into checkpointed blocks: the re-entrant mode gives none to a block whose input needs none."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the input embedding."""
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and self.adapters.checkpointing():
+            return output.requires_grad_() if output.is_leaf else output
+        return output
+
+
+class InputHook:
+    """Before a module runs: remember its input for paths that write elsewhere, change it for paths that write here."""
+
+    def __init__(self, adapters: Adapters, keys: list[str], stash: str | None) -> None:
+        self.adapters, self.keys, self.stash = adapters, keys, stash
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook with kwargs."""
+        if not self.adapters.enabled:
+            return None
+        hidden = first_tensor(args, kwargs)
+        if self.stash is not None:
+            self.adapters.tapped[self.stash] = hidden
+        if not self.keys:
+            return None
+        changed = run_paths(self.adapters, self.keys, hidden, hidden)
+        return None if changed is hidden else replace_first(args, kwargs, changed)
+
+
+class OutputHook:
+    """After a module ran: add what its paths contribute, in the order of their stages."""
+
+    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str]) -> None:
+        self.adapters, self.keys, self.taps = adapters, keys, taps
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook with kwargs."""
+        if not self.adapters.enabled:
+            return None
+        is_tensor = isinstance(output, Tensor)
+        target = output if is_tensor else output[0]
+        changed = run_paths(self.adapters, self.keys, first_tensor(args, kwargs), target)
+        for tap in self.taps:  # remembered inputs are not held beyond their use
+            self.adapters.tapped.pop(tap, None)
+        if changed is target:
+            return None
+        return changed if is_tensor else (changed, *output[1:])
+
+
+def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tensor) -> Tensor:
+    """Run the open paths of one point, those of one kind and tap together; the same object back if all are closed."""
+    opened: list[tuple[Path, Tensor | None]] = []
+    for key in keys:
+        is_open, gate = adapters.gate(key)
+        if is_open:
+            opened.append((adapters.paths[key], gate))  # type: ignore[arg-type]
+    for (kind, tap), group in groupby(opened, key=lambda item: (type(item[0]), item[0].site.tap)):
+        members = list(group)
+        site = members[0][0].site
+        if tap.module != site.write.module:
+            tapped = adapters.tapped[tap.module]
+        else:
+            tapped = hidden if tap.side == "input" else target
+        target = kind.forward_together([path for path, _ in members], tapped, target, [gate for _, gate in members])
+    return target
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a module's arguments: the first positional tensor, else `hidden_states`, else any float."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    hidden = kwargs.get("hidden_states")
+    if isinstance(hidden, Tensor):
+        return hidden
+    found: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+    return found
+
+
+def replace_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the tensor that `first_tensor` finds replaced."""
+    old = first_tensor(args, kwargs)
+    return tuple(value if a is old else a for a in args), {k: value if v is old else v for k, v in kwargs.items()}

@@ -1,0 +1,31 @@
+"""Candidate paths, one file per kind. To add one: write its file, and name its class here."""
+
+from gatedadapters.config import PathOptions
+from gatedadapters.paths.base import Misfit, Path, Point, Site
+from gatedadapters.paths.bottleneck import Parallel, Serial
+from gatedadapters.paths.lora import LoRA
+from gatedadapters.paths.scale import Scale
+
+_KINDS: dict[str, type[Path]] = {}
+
+
+def register(path: type[Path]) -> type[Path]:
+    """Make a path kind known to search spaces and artefacts; usable as a decorator on an outsider's class."""
+    _KINDS[path.kind] = path
+    return path
+
+
+def path_class(options: PathOptions) -> type[Path]:
+    """The class behind an options object."""
+    return _KINDS[options.kind]
+
+
+def path_kinds() -> dict[str, type[Path]]:
+    """Every registered kind by name."""
+    return dict(_KINDS)
+
+
+for _kind in (LoRA, Serial, Parallel, Scale):
+    register(_kind)
+
+__all__ = ["LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register"]

@@ -1,0 +1,224 @@
+"""The contract every candidate path meets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.backbone import Block, Layout, LinearMap, Sublayer
+from gatedadapters.config import PathOptions
+from gatedadapters.errors import PathError
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One module of the layout and the side tapped."""
+
+    module: str
+    side: Side
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.side}"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
+
+    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0).
+    """
+
+    tap: Point
+    write: Point
+    width_in: int
+    width_out: int
+    block: str
+    block_index: int
+    sublayer: str
+    role: str
+    traffic: float = 1.0
+
+    @classmethod
+    def at_map(cls, block: Block, sublayer: Sublayer, linear: LinearMap, *, tap: Side, write: Side) -> Self:
+        """The site of a path around one linear map."""
+        sides = {"input": linear.in_features, "output": linear.out_features}
+        return cls(
+            Point(linear.name, tap), Point(linear.name, write), sides[tap], sides[write], block.name, block.index,
+            sublayer.kind, linear.role, linear.traffic,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "tap": Point(**data["tap"]), "write": Point(**data["write"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A selected place where a path cannot go, and why; reported, never dropped silently."""
+
+    kind: str
+    module: str
+    reason: str
+
+
+class Path(nn.Module, ABC):
+    """One candidate adapter at one site.
+
+    Its parameters belong to `units` (ranks, hidden widths; 1 for a path that is kept whole), each costing
+    `unit_params` parameters and `unit_flops` flops per token (forward, multiply-add = 2). Every parameter belongs to
+    exactly one unit, so a structure's parameter count is a sum over its units.
+
+    Contract (checked by `gatedadapters.testing.PathContract`): output unchanged at start; a gate of 0 gives the
+    backbone's output exactly; a gate of 1 the ungated path; gates get gradient once the path is non-zero; `scale_units` and
+    `select_units` do what gates of those values did; `cost` counts the parameters.
+    """
+
+    kind: ClassVar[str]
+    stage: ClassVar[int] = 0  # order among paths writing at one point: lower first
+
+    routing: Tensor | None
+
+    def __init__(self, site: Site, options: PathOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.site, self.options = site, options
+        self.register_buffer("routing", None)  # compact, several tasks: (tasks, units), what each task uses
+
+    @classmethod
+    @abstractmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """Every place of `layout` that `options.at` selects, in order of the blocks."""
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
+        """(units, parameters of one unit, flops per token of one unit), without building anything."""
+
+    @property
+    @abstractmethod
+    def units(self) -> int:
+        """Number of units it has now."""
+
+    @abstractmethod
+    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
+        """New value at the write side.
+
+        Args:
+            tapped: what the tap carries, (..., width_in).
+            target: what the write side carries, (..., width_out); the result has its shape and dtype.
+            gate: None for fully open, else (g,) for the whole batch or (n, g) for its n examples, where target's leading
+                dimensions hold n equal runs; g is `units` or 1.
+        """
+
+    @abstractmethod
+    def scale_units(self, scale: Tensor) -> None:
+        """Multiply what each unit contributes by `scale` (units,), in place: the function of a gate of that value."""
+
+    @abstractmethod
+    def select_units(self, keep: Tensor) -> None:
+        """Keep only the units `keep` (indices), as new, smaller parameters."""
+
+    @classmethod
+    def forward_together(
+        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Several paths of this kind that share a tap; overridden where they can run fused."""
+        for path, gate in zip(paths, gates, strict=True):
+            target = path(tapped, target, gate)
+        return target
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.site.tap} -> {self.site.write}, units={self.units}"
+
+
+def map_sites(
+    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str
+) -> Iterator[Site | Misfit]:
+    """Sites around every selected linear map; fused expert weights are no single map and are reported."""
+    for block, sublayer, linear in layout.maps():
+        if not selected(options, layout, block, sublayer, linear.name, linear.role):
+            continue
+        if linear.kind == "experts":
+            yield Misfit(kind, f"{linear.name}.{linear.parameter}", "fused expert weights have no tap of their own")
+        else:
+            yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
+
+
+def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str) -> Iterator[Site | Misfit]:
+    """Sites that write where a selected sub-layer returns, before the residual addition; roles do not apply."""
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            if not selected(options, layout, block, sublayer, sublayer.name, None):
+                continue
+            reader = sublayer.reader if tap == "input" else sublayer.writer
+            if reader is None or sublayer.writer is None:
+                yield Misfit(kind, sublayer.name, "where this sub-layer reads or writes the hidden state is unknown")
+                continue
+            traffic = max((m.traffic for m in sublayer.maps if m.name == sublayer.writer), default=float(block.calls))
+            yield Site(
+                Point(reader, tap), Point(sublayer.writer, "output"), sublayer.width, sublayer.width, block.name,
+                block.index, sublayer.kind, "", traffic,
+            )  # fmt: skip
+
+
+def selected(
+    options: PathOptions, layout: Layout, block: Block, sublayer: Sublayer, module: str, role: str | None
+) -> bool:
+    """Whether `options.at` selects this module."""
+    return options.at.accepts(
+        module=module, block=block.index, n_blocks=len(layout.blocks), stack=block.stack, sublayer=sublayer.kind, role=role
+    )
+
+
+def check_width(path: Path, tensor: Tensor, width: int, side: str) -> None:
+    """Raise a `PathError` naming the point where a tensor does not have the width the layout promised."""
+    if tensor.shape[-1] != width:
+        raise PathError(
+            "a path does not fit its point",
+            expected=f"last dimension {width} at the {side}",
+            got=f"shape {tuple(tensor.shape)}",
+            where=f"{path.kind} at {path.site.tap} (block {path.site.block_index}, {path.site.sublayer})",
+            fix="attach with a sample batch of the kind you train on",
+        )
+
+
+def per_token(gate: Tensor, tokens: int, where: str) -> Tensor:
+    """Gates (n, g) of n examples spread over `tokens` rows that hold n equal runs, as (tokens, g).
+
+    Raises:
+        PathError: if the rows cannot be shared out evenly.
+    """
+    if tokens % gate.shape[0]:
+        raise PathError(
+            "task ids do not match the batch",
+            expected=f"a multiple of {gate.shape[0]} rows (one run per example)",
+            got=f"{tokens} rows",
+            where=where,
+            fix="pass one task id per example; packed batches need one task per batch",
+        )
+    return gate.repeat_interleave(tokens // gate.shape[0], dim=0)
+
+
+def resized(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """`value` as a parameter of its own that learns if `parameter` did."""
+    return nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def new_parameter(*shape: int, bound: float = 0.0, generator: torch.Generator | None = None) -> nn.Parameter:
+    """fp32 parameter, uniform in (-bound, bound), or zeros; drawn on the CPU so that every machine starts alike."""
+    value = torch.zeros(shape)
+    if bound:
+        value.uniform_(-bound, bound, generator=generator)
+    return nn.Parameter(value)

@@ -1,0 +1,127 @@
+"""Bottleneck adapters, serial and parallel: up f(down h), added to what a sub-layer returns.
+
+References:
+    Houlsby et al. 2019, arXiv 1902.00751 (serial, after attention and feed-forward); Pfeiffer et al. 2021, arXiv
+    2005.00247 (serial, after the feed-forward only): choose with `at: {sublayers: ...}`. He et al. 2022, arXiv 2110.04366
+    (parallel). There is no bias after `up`: every parameter then belongs to one unit, and a closed unit adds exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gatedadapters.backbone import Layout
+from gatedadapters.config import PathOptions
+from gatedadapters.paths.base import Misfit, Path, Site, check_width, new_parameter, per_token, resized, sublayer_sites
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class BottleneckOptions(PathOptions):
+    """`width` hidden units of 2 d + 1 parameters each."""
+
+    width: int = Field(16, gt=0)
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+
+    @property
+    def size(self) -> int:
+        """The width."""
+        return self.width
+
+    def resized(self, size: int) -> Self:
+        """The same with another width."""
+        return self.model_copy(update={"width": size})
+
+
+class SerialOptions(BottleneckOptions):
+    """Reads what the sub-layer returns."""
+
+    kind: Literal["serial"] = "serial"
+
+
+class ParallelOptions(BottleneckOptions):
+    """Reads what the sub-layer reads."""
+
+    kind: Literal["parallel"] = "parallel"
+
+
+class Bottleneck(Path):
+    """target + up (z * f(down tapped + bias)); down (width, in), bias (width,), up (out, width)."""
+
+    def __init__(self, site: Site, options: BottleneckOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__(site, options, generator)
+        self.activation = ACTIVATIONS[options.activation]
+        bound = 1 / math.sqrt(site.width_in)
+        self.down = new_parameter(options.width, site.width_in, bound=bound, generator=generator)
+        self.bias = new_parameter(options.width)
+        self.up = new_parameter(site.width_out, options.width)
+
+    @classmethod
+    def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
+        """Units are hidden units."""
+        params = site.width_in + site.width_out + 1
+        return options.size, params, 2.0 * params * site.traffic
+
+    @property
+    def units(self) -> int:
+        """The width."""
+        return self.down.shape[0]
+
+    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
+        """target + up (gate * f(down tapped + bias))."""
+        check_width(self, tapped, self.site.width_in, "input")
+        check_width(self, target, self.site.width_out, "output")
+        dtype = target.dtype
+        hidden = self.activation(F.linear(tapped.to(dtype), self.down.to(dtype), self.bias.to(dtype)))
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        if gate is not None:
+            gate = gate if gate.dim() == 1 else per_token(gate, hidden.shape[0], str(self.site.tap))
+            hidden = hidden * gate.to(dtype)
+        rows = target.reshape(-1, target.shape[-1])
+        return torch.addmm(rows, hidden, self.up.to(dtype).t()).view(target.shape)
+
+    @torch.no_grad()
+    def scale_units(self, scale: Tensor) -> None:
+        """Baked into `up`."""
+        self.up.mul_(scale.to(self.up))
+
+    def select_units(self, keep: Tensor) -> None:
+        """Rows of what reads, columns of `up`."""
+        self.down, self.bias = resized(self.down, self.down[keep]), resized(self.bias, self.bias[keep])
+        self.up = resized(self.up, self.up[:, keep])
+
+
+class Serial(Bottleneck):
+    """h + up f(down h) on a sub-layer's output h, before the residual addition."""
+
+    kind = "serial"
+    stage = 2
+
+    @classmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """The output of every selected sub-layer."""
+        return sublayer_sites(options, layout, tap="output", kind=cls.kind)
+
+
+class Parallel(Bottleneck):
+    """sublayer(x) + up f(down x), x being what the sub-layer reads."""
+
+    kind = "parallel"
+    stage = 3
+
+    @classmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """Every selected sub-layer: taps its input, adds to its output."""
+        return sublayer_sites(options, layout, tap="input", kind=cls.kind)

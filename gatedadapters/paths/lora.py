@@ -1,0 +1,107 @@
+"""LoRA: a low-rank map beside a linear map.
+
+References:
+    Hu et al. 2021, arXiv 2106.09685: h = W x + B A x, A random, B zero. The paper's scale alpha / r is 1 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gatedadapters.backbone import Layout
+from gatedadapters.config import PathOptions
+from gatedadapters.paths.base import Misfit, Path, Site, check_width, map_sites, new_parameter, per_token, resized
+from gatedadapters.paths.low_rank import low_rank
+
+
+class LoRAOptions(PathOptions):
+    """`rank` candidates at every selected linear map; each rank is a unit of in + out parameters."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, gt=0)
+
+    @property
+    def size(self) -> int:
+        """The rank."""
+        return self.rank
+
+    def resized(self, size: int) -> Self:
+        """The same with another rank."""
+        return self.model_copy(update={"rank": size})
+
+
+class LoRA(Path):
+    """h = W x + up (z * (down x)); down (rank, in), up (out, rank)."""
+
+    kind = "lora"
+    stage = 0
+
+    def __init__(self, site: Site, options: LoRAOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__(site, options, generator)
+        # kaiming_uniform with a = sqrt(5), as in the authors' code: uniform in 1 / sqrt(fan_in)
+        self.down = new_parameter(options.rank, site.width_in, bound=1 / math.sqrt(site.width_in), generator=generator)
+        self.up = new_parameter(site.width_out, options.rank)
+
+    @classmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """Every selected linear map: reads its input, adds to its output."""
+        return map_sites(options, layout, tap="input", write="output", kind=cls.kind)
+
+    @classmethod
+    def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
+        """Units are ranks."""
+        params = site.width_in + site.width_out
+        return options.size, params, 2.0 * params * site.traffic
+
+    @property
+    def units(self) -> int:
+        """The rank."""
+        return self.down.shape[0]
+
+    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
+        """target + up (gate * (down tapped))."""
+        return self.forward_together([self], tapped, target, [gate])
+
+    @classmethod
+    def forward_together(
+        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
+    ) -> Tensor:
+        """One down- and one up-projection for all of them, the gates scaling the bottleneck."""
+        several = cast(Sequence[LoRA], paths)
+        first = several[0]
+        check_width(first, tapped, first.site.width_in, "input")
+        check_width(first, target, first.site.width_out, "output")
+        tokens = target.numel() // target.shape[-1]
+        rows = [g if g is None or g.dim() == 1 else per_token(g, tokens, str(first.site.tap)) for g in gates]
+        if len(several) == 1:
+            return low_rank(tapped, target, first.down, first.up, rows[0])
+        down, up = torch.cat([p.down for p in several]), torch.cat([p.up for p in several], 1)
+        return low_rank(tapped, target, down, up, _joined(rows, several))
+
+    @torch.no_grad()
+    def scale_units(self, scale: Tensor) -> None:
+        """Baked into `up`."""
+        self.up.mul_(scale.to(self.up))
+
+    def select_units(self, keep: Tensor) -> None:
+        """Rows of what reads, columns of `up`."""
+        self.down, self.up = resized(self.down, self.down[keep]), resized(self.up, self.up[:, keep])
+
+
+def _joined(gates: Sequence[Tensor | None], paths: Sequence[LoRA]) -> Tensor | None:
+    """Gates of several paths side by side, each as wide as its path."""
+    if all(gate is None for gate in gates):
+        return None
+    rows = max((g.shape[0] for g in gates if g is not None and g.dim() == 2), default=0)
+    like = next(g for g in gates if g is not None)
+    wide = []
+    for gate, path in zip(gates, paths, strict=True):
+        gate = like.new_ones(path.units) if gate is None else gate.expand(*gate.shape[:-1], path.units)
+        wide.append(gate.expand(rows, -1) if rows and gate.dim() == 1 else gate)
+    return torch.cat(wide, -1)

@@ -1,0 +1,74 @@
+"""Scale: one learned factor per feature.
+
+References:
+    Liu et al. 2022 (IA3), arXiv 2205.05638: rescale keys, values and the feed-forward's inner activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.backbone import Layout
+from gatedadapters.config import PathOptions
+from gatedadapters.paths.base import Misfit, Path, Side, Site, check_width, map_sites, new_parameter, per_token
+
+
+class ScaleOptions(PathOptions):
+    """Rescales the `side` of every selected linear map; kept or dropped whole.
+
+    IA3 is `side: output` at keys and values with `side: input` at the feed-forward's down map.
+    """
+
+    kind: Literal["scale"] = "scale"
+    side: Side = "output"
+
+
+class Scale(Path):
+    """h (1 + z s); s (features,), zero at the start. The factor stored by other libraries is 1 + s."""
+
+    kind = "scale"
+    stage = 1
+
+    def __init__(self, site: Site, options: ScaleOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__(site, options, generator)
+        self.shift = new_parameter(site.width_out)
+
+    @classmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """One side of every selected linear map."""
+        assert isinstance(options, ScaleOptions)
+        return map_sites(options, layout, tap=options.side, write=options.side, kind=cls.kind)
+
+    @classmethod
+    def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
+        """One unit: the whole vector."""
+        return 1, site.width_out, 2.0 * site.width_out * site.traffic
+
+    @property
+    def units(self) -> int:
+        """Always 1."""
+        return 1
+
+    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
+        """target * (1 + gate * shift)."""
+        check_width(self, target, self.site.width_out, self.site.write.side)
+        shift = self.shift
+        if gate is None:
+            return target * (1 + shift).to(target.dtype)
+        if gate.dim() == 1:
+            return target * (1 + gate * shift).to(target.dtype)
+        rows = target.reshape(-1, target.shape[-1])
+        gate = per_token(gate, rows.shape[0], str(self.site.tap))
+        return (rows * (1 + gate * shift).to(target.dtype)).view(target.shape)
+
+    @torch.no_grad()
+    def scale_units(self, scale: Tensor) -> None:
+        """Baked into the shift."""
+        self.shift.mul_(scale.to(self.shift))
+
+    def select_units(self, keep: Tensor) -> None:
+        """Nothing to choose from."""

@@ -1,0 +1,104 @@
+"""From gates to a Structure: the one hard rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from gatedadapters.config import Budget, SearchSpace
+from gatedadapters.gates import GateBank, check_budget
+from gatedadapters.paths import Path
+from gatedadapters.structure import Fingerprint, KeptPath, SiteRecord, Structure
+
+
+@torch.no_grad()
+def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = None) -> Tensor:
+    """Which units each task keeps: (tasks, units) of 0 and 1.
+
+    Without a budget, test-time gate > 0. With one, greedily by `scores` (default: P(open), ties by log alpha through it;
+    after a Structure is fixed only what it kept is offered), skipping what no longer fits: never above the budget. A
+    unit that another task has already paid for costs nothing more, and is taken where the task's own gate is open.
+
+    References:
+        the greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
+    """
+    gates = bank.deterministic()
+    if budget is None and scores is None:
+        return (gates > 0).float()
+    values = bank.open_probability() if scores is None else scores.to(gates)
+    if budget is None:
+        return (values > 0).float()
+    cost = bank.cost(budget.unit).tolist()
+    left = check_budget(bank, budget)
+    cap = budget.resolve_task(bank.dense_cost(budget.unit))
+    task_left = [float("inf") if cap is None else cap] * bank.tasks
+    kept = torch.zeros_like(gates)
+    paid = [False] * bank.n_units
+    is_open = (gates > 0).tolist()
+    for flat in torch.argsort(values.flatten(), descending=True, stable=True).tolist():
+        task, unit = divmod(flat, bank.n_units)
+        if bank.frozen and not is_open[task][unit]:
+            continue
+        price = 0.0 if paid[unit] else cost[unit]
+        if price > left or cost[unit] > task_left[task] or (paid[unit] and not is_open[task][unit]):
+            continue
+        kept[task, unit] = 1.0
+        left, paid[unit] = left - price, True
+        task_left[task] -= cost[unit]
+    return kept
+
+
+def build_structure(
+    bank: GateBank,
+    kept: Tensor,
+    paths: Mapping[str, Path],
+    *,
+    tasks: Sequence[str],
+    space: SearchSpace,
+    budget: Budget | None,
+    identity: Fingerprint,
+    seed: int,
+) -> Structure:
+    """The units in `kept` (tasks, units) as plain data."""
+    with torch.no_grad():
+        probability = bank.open_probability()
+    records = []
+    for group in bank.groups:
+        where = bank.slices[group.key]
+        own = kept[:, where].expand(-1, group.units) if where.stop - where.start == 1 else kept[:, where]
+        units = {task: tuple(own[t].nonzero().flatten().tolist()) for t, task in enumerate(tasks)}
+        union = {unit for chosen in units.values() for unit in chosen}
+        if not union:
+            continue
+        path = paths[group.key]
+        p = probability[:, where].expand(-1, group.units)
+        records.append(
+            KeptPath(
+                key=group.key,
+                options=path.options.resized(len(union)),
+                site=SiteRecord.model_validate(path.site.to_dict()),
+                of=group.units,
+                units={task: chosen for task, chosen in units.items() if chosen},
+                params=int(group.params) * len(union),
+                flops=group.flops * len(union),
+                open_probability={t: round(float(p[i].mean()), 6) for i, t in enumerate(tasks)},
+            )
+        )
+    return Structure(
+        fingerprint=identity, space=space, tasks=tuple(tasks), paths=tuple(records), seed=seed, budget=budget,
+        dense_params=int(bank.dense_cost()), created_with=versions(),
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    found = {}
+    for name in ("gatedadapters", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,206 @@
+"""The discrete result of a search: plain data, diffable, printable."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from gatedadapters.config import Budget, SearchSpace
+from gatedadapters.config.base import Config
+from gatedadapters.config.space import AnyPathOptions
+from gatedadapters.errors import ArtifactError
+
+
+class Fingerprint(Config):
+    """What a backbone is: digests of its parameters' names and shapes, and of a sample of their values."""
+
+    model_class: str
+    shapes: str
+    values: str
+
+
+class SiteRecord(Config):
+    """A `Site` as data."""
+
+    tap: dict[str, str]
+    write: dict[str, str]
+    width_in: int
+    width_out: int
+    block: str
+    block_index: int
+    sublayer: str
+    role: str
+    traffic: float
+
+
+class KeptPath(Config):
+    """One path that stays.
+
+    Attributes:
+        key: its name among the candidates.
+        options: the candidate's options with the size it keeps.
+        of: the candidate's size.
+        units: which of the candidate's units each task uses.
+        params: parameters stored for it (routing values included where there are several tasks).
+        flops: forward flops per token of what is kept.
+        open_probability: per task, the mean over kept units of P(open) when the Structure was made.
+    """
+
+    key: str
+    options: AnyPathOptions
+    site: SiteRecord
+    of: int
+    units: dict[str, tuple[int, ...]]
+    params: int
+    flops: float
+    open_probability: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Units any task uses, sorted: what is stored."""
+        return tuple(sorted({unit for units in self.units.values() for unit in units}))
+
+    @property
+    def kind(self) -> str:
+        """Path kind."""
+        return self.options.kind
+
+
+class Structure(Config):
+    """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal."""
+
+    version: Literal[1] = 1
+    fingerprint: Fingerprint
+    space: SearchSpace
+    tasks: tuple[str, ...]
+    paths: tuple[KeptPath, ...]
+    dense_params: int
+    seed: int = 0
+    budget: Budget | None = None
+    created_with: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def params(self) -> int:
+        """Adapter parameters stored."""
+        return sum(path.params for path in self.paths)
+
+    @property
+    def flops(self) -> float:
+        """Adapter flops per token, forward, for a batch that uses everything kept."""
+        return sum(path.flops for path in self.paths)
+
+    def task_params(self, task: str) -> int:
+        """Parameters that one task uses."""
+        return sum(round(p.params * len(p.units.get(task, ())) / len(p.kept)) for p in self.paths)
+
+    def sharing(self) -> dict[str, Any]:
+        """How the tasks share the pool: parameters per task, and by how many tasks each stored parameter is used."""
+        by_count: Counter[int] = Counter()
+        for path in self.paths:
+            for unit in path.kept:
+                by_count[sum(unit in units for units in path.units.values())] += path.params // len(path.kept)
+        pairs = {}
+        for i, a in enumerate(self.tasks):
+            for b in self.tasks[i + 1 :]:
+                sets = [{(p.key, u) for p in self.paths for u in p.units.get(t, ())} for t in (a, b)]
+                pairs[f"{a} / {b}"] = len(sets[0] & sets[1]) / max(1, len(sets[0] | sets[1]))
+        return {
+            "params_per_task": {task: self.task_params(task) for task in self.tasks},
+            "params_used_by_n_tasks": dict(sorted(by_count.items())),
+            "overlap": pairs,
+        }
+
+    def diff(self, other: Structure) -> list[str]:
+        """What changed from this structure to `other`, one line per path."""
+        mine, theirs = ({p.key: p for p in s.paths} for s in (self, other))
+        lines = []
+        for key in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(key), theirs.get(key)
+            if a is None and b is not None:
+                lines.append(f"+ {key} ({len(b.kept)} of {b.of})")
+            elif b is None and a is not None:
+                lines.append(f"- {key} ({len(a.kept)} of {a.of})")
+            elif a is not None and b is not None and a.units != b.units:
+                lines.append(f"~ {key} ({len(a.kept)} -> {len(b.kept)} of {b.of})")
+        return lines
+
+    def table(self) -> str:
+        """One row per block, one column per (sub-layer, role, kind): units kept of units offered."""
+        columns = sorted({_column(path) for path in self.paths})
+        rows = sorted({path.site.block_index for path in self.paths})
+        cells = {(p.site.block_index, _column(p)): f"{len(p.kept)}/{p.of}" for p in self.paths}
+        body = [[str(row), *(cells.get((row, column), "·") for column in columns)] for row in rows]
+        share = self.params / self.dense_params if self.dense_params else 0.0
+        title = f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
+        return title + "\n" + format_table(["block", *columns], body)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{self.table()}</pre>"
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = "structure") -> Self:
+        """Inverse of `to_json`.
+
+        Raises:
+            ArtifactError: not JSON, another version, unknown or missing keys.
+        """
+        try:
+            data = json.loads(text)
+            version = data.get("version") if isinstance(data, dict) else None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                expected="a Structure as JSON", got=str(error), where=where, fix="is the file truncated or foreign?"
+            ) from error
+        if version != 1:
+            raise ArtifactError(
+                expected="a Structure of version 1", got=f"version {version!r}", where=where,
+                fix="read it with the release that wrote it",
+            )  # fmt: skip
+        try:
+            return cls.parse(data, where=where)
+        except ValueError as error:
+            raise ArtifactError(str(error), where=where) from None
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> Self:
+        """Read a JSON file, or the folder of a saved artefact.
+
+        Raises:
+            ArtifactError: missing, truncated or foreign file.
+        """
+        path = FilePath(file)
+        path = path / "structure.json" if path.is_dir() else path
+        try:
+            return cls.from_json(path.read_bytes(), where=str(path))
+        except OSError as error:
+            raise ArtifactError(
+                expected="a structure.json", got=str(error), where=str(path), fix="give the folder of a saved adapter"
+            ) from error
+
+
+def _column(path: KeptPath) -> str:
+    short = {"attention": "attn", "feed_forward": "ffn", "cross_attention": "cross", "mixer": "mixer"}
+    place = short.get(path.site.sublayer, path.site.sublayer)
+    return f"{place}{'.' + path.site.role if path.site.role else ''} {path.kind}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned plain text: first column left, the others right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * w for w in widths], *rows]:
+        cells = [str(row[0]).ljust(widths[0])] + [str(c).rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
