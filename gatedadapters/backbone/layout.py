@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -252,8 +253,15 @@ class _Assembly:
         uses = [
             use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name
         ]
+        # A map whose values only scale what another one of the same module reads (Llama 4's router) belongs to it.
+        scaling = [
+            frozenset({key, use.map})
+            for use in uses
+            for key in maps_of(use.reads) - written
+            if has_stream(use.reads) and _common([key.name, use.map.name]).startswith(f"{block.name}.")
+        ]
         sublayers = []
-        for group in roles.groups(uses, self.trace.links, written):
+        for group in roles.groups(uses, [*self.trace.links, *scaling], written):
             if not group.writers:
                 self.reasons |= dict.fromkeys(
                     group.uses, f"its values do not reach the output of {block.name}"
@@ -268,8 +276,17 @@ class _Assembly:
             role = roles.roles_of(group, kind, attention, block.shape[-1], self.trace)
             reader, writer = self._ends(block, group, written, name)
             maps = tuple(self._linear(key, role[key]) for key in group.uses)
+            maps += tuple(self._idle_experts(name, maps))
             sublayers.append(Sublayer(kind, name, block.shape[-1], reader, writer, maps))
         return tuple(sublayers)
+
+    def _idle_experts(self, name: str, maps: tuple[LinearMap, ...]) -> Iterator[LinearMap]:
+        """Experts in modules of their own that got no token: twins, but for a number, of maps that were called."""
+        twins = {(_numberless(m.name), m.parameter): m for m in maps}
+        for key in self.weights:
+            twin = twins.get((_numberless(key.name), key.parameter))
+            if twin is not None and key not in self.uses and key.name.startswith(f"{name}."):
+                yield replace(twin, name=key.name, traffic=0.0)
 
     def _home(self, key: Map) -> str | None:
         return next((use.block for use in self.uses[key] if use.block in self.calls), None)
@@ -392,6 +409,12 @@ def _common(names: list[str]) -> str:
     first, last = min(parts := [name.split(".") for name in names]), max(parts)
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return ".".join(part for part, _ in shared)
+
+
+def _numberless(name: str) -> str:
+    """``"mlp.experts.3.w1"`` -> ``"mlp.experts.#.w1"``."""
+    parent, _, last = name.rpartition(".")
+    return f"{re.sub(r'[0-9]+', '#', parent)}.{last}"
 
 
 def _row(linear: LinearMap, prefix: str) -> str:

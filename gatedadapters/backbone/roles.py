@@ -67,36 +67,44 @@ def roles_of(
     group: Group, kind: Kind, attention: Attention | None, width: int, trace: Trace
 ) -> dict[Map, str]:
     """The role of every map of the group."""
+    routers = [
+        key
+        for key, use in group.uses.items()
+        if (kind == "feed_forward" and key in trace.routed)
+        or (key in group.writers and use.out_features != width)
+    ]
+    writers = group.writers.difference(routers)
     if kind == "feed_forward":
-        return _feed_forward_roles(group, width, trace)
-    if kind == "mixer":
-        readers = [key for key in group.uses if not group.feeds[key]]
+        roles = _feed_forward_roles(group, writers, trace)
+    elif kind == "mixer":
         stems = {key: _stem(key) for key in group.uses}
-        return stems | dict.fromkeys(readers, "in") | dict.fromkeys(group.writers, "out")
-    if attention is None:
-        by_name = {key: _attention_role_by_name(key) for key in group.uses}
-        return by_name | dict.fromkeys(group.writers, "o")
-    fed = (use.reads for key, use in group.uses.items() if key not in group.writers)
+        roles = (
+            stems | {key: "in" for key in group.uses if not group.feeds[key]} | dict.fromkeys(writers, "out")
+        )
+    else:
+        roles = _attention_roles(group, attention) | dict.fromkeys(writers, "o")
+    return roles | dict.fromkeys(routers, "router")
+
+
+def _attention_roles(group: Group, attention: Attention | None) -> dict[Map, str]:
+    parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v")) if attention else ()
+    letters = {key: "".join(letter for maps, letter in parts if key in maps) for key in group.uses}
+    if (
+        attention is None or "qv" in letters.values()
+    ):  # hidden, or landmarks instead of tokens (Nystromformer)
+        return {key: _attention_role_by_name(key) for key in group.uses}
+    # A map that feeds a projection (the low-rank half of latent attention) is not one itself.
+    fed = (group.uses[key].reads for key in letters if letters[key])
     inner = frozenset[Map]().union(*map(maps_of, fed))
-    roles = {}
-    for key in group.uses:
-        # A map that only feeds another projection (the low-rank halves of latent attention) is none of q, k, v.
-        parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v"))
-        letters = "" if key in inner else "".join(letter for maps, letter in parts if key in maps)
-        roles[key] = "o" if key in group.writers else letters or "other"
-    return roles
+    return {key: "other" if key in inner else letters[key] or "other" for key in group.uses}
 
 
-def _feed_forward_roles(group: Group, width: int, trace: Trace) -> dict[Map, str]:
+def _feed_forward_roles(group: Group, writers: frozenset[Map], trace: Trace) -> dict[Map, str]:
     roles = dict.fromkeys(group.uses, "other")
-    for key, use in group.uses.items():
-        if key in trace.routed or (key in group.writers and use.out_features != width):
-            roles[key] = "router"
-    for down in group.writers:
-        feeders = [key for key in group.uses if key in group.feeds[down] and roles[key] != "router"]
-        if roles[down] == "router" or not feeders:
-            continue
-        roles[down] = "down"
+    for down in writers:
+        feeders = [key for key in group.uses if key in group.feeds[down] and key not in trace.routed]
+        if feeders:
+            roles[down] = "down"
         if len(feeders) == 1:
             fused = group.uses[feeders[0]].out_features == 2 * group.uses[down].in_features
             roles[feeders[0]] = "gate_up" if fused else "up"

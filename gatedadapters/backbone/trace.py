@@ -148,6 +148,11 @@ def first_tensor(*values: Any) -> Tensor | None:
     return None
 
 
+def _is_real(tensor: Tensor) -> bool:
+    """Whether the tensor carries values, not indices: rotary embeddings may be complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _storage(tensor: Tensor) -> StorageWeakRef:
     # A weak reference lets the memory go but keeps the address from being given to another tensor, which
     # would inherit the labels: tensors do get allocated unseen (`torch.tensor([])` passes no dispatcher).
@@ -243,6 +248,7 @@ class Tracer(TorchDispatchMode):
             block.writes = call.writes
             block.residual = call.write_shape == block.shape and Stream(block.stack) in call.writes
             self.trace.blocks.append(block)
+            self._labels[_storage(out)] = frozenset({Stream(block.stack)})
             self._last_stack, self._block = block.stack, None
 
         return hook
@@ -264,7 +270,7 @@ class Tracer(TorchDispatchMode):
         name = getattr(func, "overloadpacket", func).__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Read before running: an in-place operation changes the labels of what it writes to.
-        known = [(tensor, self._of(tensor)) for tensor in tensors if tensor.is_floating_point()]
+        known = [(tensor, self._of(tensor)) for tensor in tensors if _is_real(tensor)]
         out = _answer_on_meta(name, args) if tensors and tensors[0].is_meta else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
@@ -275,7 +281,7 @@ class Tracer(TorchDispatchMode):
                 key = _storage(leaf)
                 if key in self._owners or "empty" in name:
                     continue  # weights keep their own label; what fills an empty tensor gives it one
-                fresh = labels if leaf.is_floating_point() else NONE
+                fresh = labels if _is_real(leaf) else NONE
                 self._labels[key] = self._of(leaf) | fresh if key in inputs else fresh
         return out
 
@@ -315,13 +321,15 @@ class Tracer(TorchDispatchMode):
                 Score(label.order, label.left, label.right, True) if isinstance(label, Score) else label
                 for label in union
             )
-        for names, noted in (
-            (_MIXING, self.trace.mixed),
-            (_CHOOSING, self.trace.routed),
-            (_NONLINEAR, self.trace.activated),
-        ):
-            if name in names:
-                noted.update(maps_of(union))
+        if not has_stream(union):
+            mixing = name in _MIXING or (name == "select" and self._is_one_token(*args[:2]))
+            for happens, noted in (
+                (mixing, self.trace.mixed),
+                (name in _CHOOSING, self.trace.routed),
+                (name in _NONLINEAR, self.trace.activated),
+            ):
+                if happens:
+                    noted.update(maps_of(union))
         contributions = [maps for _, labels in known if not has_stream(labels) and (maps := maps_of(labels))]
         # A block adds up the contributions of *different* sub-layers (parallel attention); everything else
         # that combines maps happens within one sub-layer.
@@ -329,6 +337,11 @@ class Tracer(TorchDispatchMode):
         if len(contributions) > 1 and (inside or name not in _ADDITIVE):
             self.trace.links.append(frozenset().union(*contributions))
         return union
+
+    def _is_one_token(self, tensor: Tensor, dim: int) -> bool:
+        """Whether selecting along ``dim`` picks one position, as recurrences written as loops do."""
+        shape = self._block.shape if self._block else ()
+        return len(shape) == 3 and tensor.dim() == 3 and dim % 3 == 1 and tensor.shape[:2] == shape[:2]
 
     def _product(self, name: str, left: Any, right: Any) -> Labels:
         from_left, from_right = self._of(left), self._of(right)
@@ -359,7 +372,7 @@ class Tracer(TorchDispatchMode):
             first = min(scores, key=lambda score: score.order)
             return self._attend(first.left, first.right, right_maps, left_maps)
         union = frozenset(label for label in from_left | from_right if not isinstance(label, Weight))
-        if left_maps and right_maps:
+        if left_maps and right_maps and not has_stream(union):
             self._order += 1
             self.trace.mixed |= left_maps | right_maps
             self.trace.links.append(left_maps | right_maps)
