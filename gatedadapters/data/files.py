@@ -64,7 +64,7 @@ def read_task(
             not text; there is a single class; a label occurs that the training table lacks; or a table is too
             small to split.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
+    if min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
         expected = "three shares (train, validation, test) that sum to 1"
         raise DataError("the table cannot be split", expected=expected, got=fractions, where="fractions")
     columns = (text, pair, label)
@@ -85,8 +85,8 @@ def read_task(
         shares = (fractions[1], fractions[2] if tested is None else 0.0)
         n_validation, n_test = (max(round(share * len(pool)), 1) if share else 0 for share in shares)
         if n_validation + n_test >= len(pool):
-            expected, got = f"more than {n_validation + n_test} distinct examples", len(pool)
-            raise DataError("the table is too small to split", expected=expected, got=got, where=train)
+            expected = f"more than {n_validation + n_test} distinct examples"
+            raise DataError("the table is too small to split", expected=expected, got=len(pool), where=train)
         trained, validated, drawn = split_rows(
             pool, train=None, validation=n_validation, test=n_test, seed=seed
         )
