@@ -65,13 +65,15 @@ class Sublayer:
     """Maps that together read the hidden state once and add one contribution to it.
 
     Attributes:
-        kind: What it computes; ``"mixer"`` mixes tokens without attention (state space, recurrence, convolution).
+        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution).
         name: Qualified name of the smallest module that owns all its maps.
         width: Hidden width read and written.
         reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
-            sub-layer: the first map that reads it, or the module around them if that is also the writer (experts).
-        writer: Module whose output (a tensor, or the first of a tuple) is the contribution, before norms on it
-            and before the residual addition. ``None``, as ``reader``, where no module boundary has that tensor.
+            sub-layer: the first map that reads it, or the module around all maps where that one is also the
+            writer (mixtures of experts).
+        writer: Module whose output (a tensor, or the first of a tuple) is the contribution, before a norm
+            on it (Gemma 2) and before the residual addition. ``None``, as ``reader``, where no module
+            boundary carries that tensor.
         maps: Its maps in call order.
     """
 
@@ -90,7 +92,7 @@ class Block:
     Attributes:
         name: Qualified module name.
         index: Position in call order, counted over all stacks.
-        stack: ``"encoder"``, ``"decoder"``, ``""`` for a single stack, else the name of the stack's container.
+        stack: ``"encoder"`` or ``"decoder"``, ``""`` for a single stack, else the name of its container.
         calls: How often one forward calls it.
         sublayers: In call order.
     """
@@ -112,7 +114,15 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything found: each matrix of the model is in exactly one of ``blocks``, ``outside`` and ``unknown``."""
+    """Everything found: each matrix is in exactly one of ``blocks``, ``outside`` and ``unknown``.
+
+    Attributes:
+        model_class: Name of the model's class.
+        hidden_size: Width of the hidden state, of the last stack where they differ.
+        blocks: In call order.
+        outside: Maps outside the blocks (heads, poolers, embedding projections), role ``other``.
+        unknown: Weights with two or more dimensions that are no linear map, or that the sample did not reach.
+    """
 
     model_class: str
     hidden_size: int
@@ -147,13 +157,15 @@ class Layout:
 
 
 def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Layout:
-    """Find out how ``model`` is built by running ``sample`` through it once, without gradients, in evaluation mode.
+    """Find out how ``model`` is built by running ``sample`` through it once.
 
-    The model is left exactly as it was, also when discovery fails. A model on the meta device can be laid out too.
+    That happens without gradients and in evaluation mode, and the model is left exactly as it was, also when
+    discovery fails. A model on the meta device can be laid out too.
 
     Args:
         model: Any module that runs as ``model(**sample)`` and contains a stack of residual blocks.
-        sample: One batch, keys as the model's ``forward`` takes them. By default eight token ids (one blank image).
+        sample: One batch, keys as the model's ``forward`` takes them. By default a row of token ids, or one
+            blank image.
 
     Raises:
         LayoutError: The batch does not run, or no container of blocks carries a hidden state through.
@@ -182,7 +194,7 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
     with _undisturbed(model):
         while True:
             trace = _watch(model, batch, weights, containers)
-            # A container whose members change the shape (Swin's stages) is no stack, but one inside it may be.
+            # A container whose members change the shape is no stack, but one inside it may be (Swin).
             failed = {call.stack for call in trace.blocks if not call.residual}
             containers = {name: stack for name, stack in containers.items() if stack not in failed}
             if not any(stack.startswith(f"{bad}.") for stack in containers.values() for bad in failed):
@@ -253,7 +265,7 @@ class _Assembly:
         uses = [
             use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name
         ]
-        # A map whose values only scale what another one of the same module reads (Llama 4's router) belongs to it.
+        # A map whose values only scale what another map of the same module reads: Llama 4's router.
         scaling = [
             frozenset({key, use.map})
             for use in uses
@@ -281,7 +293,7 @@ class _Assembly:
         return tuple(sublayers)
 
     def _idle_experts(self, name: str, maps: tuple[LinearMap, ...]) -> Iterator[LinearMap]:
-        """Experts in modules of their own that got no token: twins, but for a number, of maps that were called."""
+        """Experts that got no token: twins, but for a number in the name, of maps that were called."""
         twins = {(_numberless(m.name), m.parameter): m for m in maps}
         for key in self.weights:
             twin = twins.get((_numberless(key.name), key.parameter))
@@ -294,7 +306,7 @@ class _Assembly:
     def _ends(
         self, block: BlockCall, group: roles.Group, written: frozenset[Map], name: str
     ) -> tuple[str | None, str | None]:
-        """Reader and writer: the smallest modules at whose boundary the hidden state and the contribution appear."""
+        """Reader and writer: the smallest modules that get the hidden state and return the contribution."""
         stream, width = Stream(block.stack), block.shape[-1]
 
         def contributes(call: ModuleCall) -> bool:
@@ -309,7 +321,7 @@ class _Assembly:
         def reads(call: ModuleCall) -> bool:
             return stream in call.reads and call.read_shape[-1] == width
 
-        # Of several, the first to finish is the innermost; flattened tokens only where nothing keeps the shape.
+        # The first to finish is the innermost. Flattened tokens only where nothing keeps the shape.
         writers = [call for call in block.calls if contributes(call)]
         writer = next(
             (call for call in writers if call.write_shape == block.shape), writers[0] if writers else None
@@ -346,7 +358,7 @@ class _Assembly:
         if key in self.reasons:
             return self.reasons[key]
         if key in self.trace.seen:
-            return "used, but not as one matrix that multiplies the hidden state"
+            return "used, but not as one matrix in a product"
         return (
             "called, but its weight was not seen"
             if key.name in self.trace.called

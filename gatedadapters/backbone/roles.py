@@ -1,4 +1,4 @@
-"""From a trace to the sub-layers of a block and the role of each map. Data flow decides; names only break ties."""
+"""From a trace to the sub-layers of a block and the roles in them. Data flow decides, names break ties."""
 
 from __future__ import annotations
 

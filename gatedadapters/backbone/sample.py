@@ -43,6 +43,8 @@ def default_sample(model: nn.Module) -> dict[str, Tensor]:
         and "decoder_input_ids" in inspect.signature(backbone.forward).parameters
     ):
         sample["decoder_input_ids"] = ids.clone()
+    if "task_ids" in inspect.signature(model.forward).parameters:
+        sample["task_ids"] = torch.zeros(len(ids), dtype=torch.long).to(ids.device)
     return sample
 
 

@@ -9,7 +9,7 @@ what it was given. Three facts then need no name table:
 * maps that feed each other without the stream in between belong to one sub-layer.
 
 Labels are kept per storage, so views and in-place operations need no special case. Operations are seen below
-autograd (a dispatch mode), hence also on the meta device and inside fused expert modules without ``nn.Linear``.
+autograd (a dispatch mode), hence also on the meta device and inside expert modules without ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -231,7 +231,8 @@ class Tracer(TorchDispatchMode):
 
     def _leaving(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = self._stack.pop()
+            while (call := self._stack.pop()).name != name:  # a module that raised, and was caught
+                pass
             out = first_tensor(output)
             if out is None:
                 return
@@ -254,7 +255,7 @@ class Tracer(TorchDispatchMode):
         return hook
 
     def _opaque_linear(self, name: str, module: nn.Module, call: ModuleCall, out: Tensor) -> None:
-        """A quantized or offloaded linear module multiplies by a tensor of its own: believe its attributes."""
+        """A quantized or offloaded linear module uses another tensor than its weight: ask its attributes."""
         width_in, width_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if not isinstance(width_in, int) or not isinstance(width_out, int) or out.shape[-1] != width_out:
             return
@@ -401,7 +402,7 @@ class Tracer(TorchDispatchMode):
         return use
 
     def _unseen(self, tensor: Tensor) -> bool:
-        """Whether a kernel outside the dispatcher made the tensor; assume that it used all there was to use."""
+        """Whether a kernel outside the dispatcher made the tensor: then assume it used all there was."""
         return _storage(tensor) not in self._labels
 
     def _since(self, call: ModuleCall) -> Labels:

@@ -1,14 +1,13 @@
-"""Tiny random backbones of many families, for tests here and for anyone who writes a path, a score or a perturbation.
+"""Tiny random backbones of many families, for tests here and for who writes a path, score or perturbation.
 
-Widths are all distinct (hidden 32, feed-forward 48 or 64, keys and values 16 where the family allows), so that a
-confusion of roles shows up as a wrong shape.
+Widths differ wherever the family lets them (hidden 32, feed-forward 48 or 64, keys and values 16, experts 24),
+so that a confusion of roles shows up as a wrong shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,226 +16,210 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 VOCABULARY = 99
-_TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-_HEADS: Mapping[str, str] = {"classification": "ForSequenceClassification", "lm": "ForCausalLM"}
+LABELS = 3
+
+_Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How to build one family: class prefix, configuration values, and the class suffix of each head."""
+    """How to build one family: class prefix, configuration values, class suffix of each head."""
 
     prefix: str
-    config: Mapping[str, Any]
-    base: str = "Model"
-    heads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(dict(_HEADS)))
+    config: _Values
+    heads: Mapping[str, str]
     encoder_decoder: bool = False
 
 
-_ENCODER = dict(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=64,
-    type_vocab_size=2,
-)
-_DECODER = dict(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=64,
-)
-_GROUPED = _DECODER | dict(num_key_value_heads=2, head_dim=8)
-_EXPERTS = _GROUPED | dict(num_hidden_layers=2, num_experts_per_tok=2)
-_MASKED = {"classification": "ForSequenceClassification", "lm": "ForMaskedLM"}
-_GPT = dict(n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64)
-_NO_HEADS: dict[str, str] = {}
-_CAUSAL = {"lm": "ForCausalLM"}
+_TOKENS: _Values = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_CLASSES: Mapping[str, str] = {"classification": "ForSequenceClassification"}
+_MASKED = {**_CLASSES, "lm": "ForMaskedLM"}
+_CAUSAL = {**_CLASSES, "lm": "ForCausalLM"}
+_SEQ2SEQ = {**_CLASSES, "lm": "ForConditionalGeneration"}
 
-_FAMILIES: dict[str, _Family] = {
+_PLAIN: _Values = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+_GROUPED: _Values = {**_PLAIN, "num_key_value_heads": 2, "head_dim": 8}
+_ODD_HEADS: _Values = {**_GROUPED, "head_dim": 10}
+_EXPERTS: _Values = {
+    **_GROUPED,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+}
+_SMALL_EXPERTS: _Values = {
+    **_GROUPED,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+}
+_BERT: _Values = {**_PLAIN, "intermediate_size": 64, "type_vocab_size": 2}
+_ROBERTA: _Values = {**_BERT, "pad_token_id": 1, "bos_token_id": 0}
+_GPT: _Values = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 64}
+
+
+def _encoder(prefix: str, config: _Values) -> _Family:
+    return _Family(prefix, config, _MASKED)
+
+
+def _decoder(prefix: str, config: _Values) -> _Family:
+    return _Family(prefix, config, _CAUSAL)
+
+
+_FAMILIES: Mapping[str, _Family] = {
     # encoders
-    "bert": _Family("Bert", _ENCODER, heads=_MASKED),
-    "roberta": _Family("Roberta", _ENCODER | dict(pad_token_id=1, bos_token_id=0), heads=_MASKED),
-    "xlm-roberta": _Family("XLMRoberta", _ENCODER | dict(pad_token_id=1, bos_token_id=0), heads=_MASKED),
-    "electra": _Family("Electra", _ENCODER | dict(embedding_size=24), heads=_MASKED),
-    "mpnet": _Family("MPNet", _ENCODER | dict(pad_token_id=1, bos_token_id=0), heads=_MASKED),
-    "distilbert": _Family(
+    "bert": _encoder("Bert", _BERT),
+    "roberta": _encoder("Roberta", _ROBERTA),
+    "xlm-roberta": _encoder("XLMRoberta", _ROBERTA),
+    "electra": _encoder("Electra", {**_BERT, "embedding_size": 24}),
+    "mpnet": _encoder("MPNet", _ROBERTA),
+    "distilbert": _encoder(
         "DistilBert",
-        dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=64),
-        heads=_MASKED,
+        {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
     ),
-    "deberta_v2": _Family(
+    "deberta_v2": _encoder(
         "DebertaV2",
-        _ENCODER
-        | dict(
-            relative_attention=True,
-            position_buckets=6,
-            pos_att_type=["p2c", "c2p"],
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            type_vocab_size=0,
-            position_biased_input=False,
-        ),
-        heads=_MASKED,
+        {
+            **_BERT,
+            "relative_attention": True,
+            "position_buckets": 6,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": False,
+            "type_vocab_size": 0,
+            "position_biased_input": False,
+        },
     ),
-    "modernbert": _Family(
-        "ModernBert",
-        _DECODER
-        | dict(
-            local_attention=8,
-            cls_token_id=1,
-            sep_token_id=2,
-        ),
-        heads=_MASKED,
+    "modernbert": _encoder(
+        "ModernBert", {**_PLAIN, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
     ),
-    "albert": _Family("Albert", _ENCODER | dict(embedding_size=24, num_hidden_layers=4), heads=_MASKED),
+    "albert": _encoder("Albert", {**_BERT, "embedding_size": 24, "num_hidden_layers": 4}),
     # decoders
-    "gpt2": _Family("GPT2", _GPT, heads={"classification": "ForSequenceClassification", "lm": "LMHeadModel"}),
-    "gptj": _Family("GPTJ", _GPT | dict(rotary_dim=4)),
-    "gpt_neox": _Family("GPTNeoX", _DECODER),
-    "opt": _Family(
-        "OPT",
-        dict(
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            ffn_dim=48,
-            max_position_embeddings=64,
-            word_embed_proj_dim=24,
-        ),
-    ),
-    "bloom": _Family("Bloom", dict(hidden_size=32, n_layer=3, n_head=4)),
-    "falcon": _Family(
-        "Falcon",
-        dict(
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            ffn_hidden_size=48,
-            multi_query=True,
-            parallel_attn=True,
-        ),
-    ),
-    "phi": _Family("Phi", _DECODER),
-    "llama": _Family("Llama", _GROUPED),
-    "mistral": _Family("Mistral", _GROUPED | dict(sliding_window=4)),
-    "qwen2": _Family("Qwen2", _DECODER | dict(num_key_value_heads=2)),
-    "qwen3": _Family("Qwen3", _GROUPED | dict(head_dim=10)),
-    "gemma": _Family("Gemma", _GROUPED | dict(head_dim=10)),
-    "gemma2": _Family("Gemma2", _GROUPED | dict(head_dim=10, sliding_window=4)),
-    "phi3": _Family("Phi3", _DECODER | dict(num_key_value_heads=2)),
+    "gpt2": _Family("GPT2", _GPT, {**_CLASSES, "lm": "LMHeadModel"}),
+    "gptj": _decoder("GPTJ", {**_GPT, "rotary_dim": 4}),
+    "gpt_neox": _decoder("GPTNeoX", _PLAIN),
+    "opt": _decoder("OPT", {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 24}),
+    "bloom": _decoder("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "falcon": _decoder("Falcon", {**_PLAIN, "ffn_hidden_size": 48, "multi_query": True}),
+    "phi": _decoder("Phi", _PLAIN),
+    "llama": _decoder("Llama", _GROUPED),
+    "mistral": _decoder("Mistral", {**_GROUPED, "sliding_window": 4}),
+    "qwen2": _decoder("Qwen2", {**_PLAIN, "num_key_value_heads": 2}),
+    "qwen3": _decoder("Qwen3", _ODD_HEADS),
+    "gemma": _decoder("Gemma", _ODD_HEADS),
+    "gemma2": _decoder("Gemma2", {**_ODD_HEADS, "sliding_window": 4}),
+    "phi3": _decoder("Phi3", {**_PLAIN, "num_key_value_heads": 2}),
     # mixtures of experts: the experts are fused three-dimensional parameters
-    "mixtral": _Family("Mixtral", _EXPERTS | dict(num_local_experts=4)),
-    "qwen2_moe": _Family(
-        "Qwen2Moe",
-        _EXPERTS | dict(num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40),
-    ),
-    "qwen3_moe": _Family("Qwen3Moe", _EXPERTS | dict(num_experts=4, moe_intermediate_size=24)),
-    "gpt_oss": _Family("GptOss", _EXPERTS | dict(num_local_experts=4, sliding_window=4)),
-    "deepseek_v3": _Family(
+    "mixtral": _decoder("Mixtral", _EXPERTS),
+    "qwen2_moe": _decoder("Qwen2Moe", {**_SMALL_EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": _decoder("Qwen3Moe", _SMALL_EXPERTS),
+    "gpt_oss": _decoder("GptOss", {**_EXPERTS, "intermediate_size": 32, "sliding_window": 4}),
+    "deepseek_v3": _decoder(
         "DeepseekV3",
-        _DECODER
-        | dict(
-            num_hidden_layers=2,
-            first_k_dense_replace=1,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=24,
-            n_group=1,
-            topk_group=1,
-            q_lora_rank=12,
-            kv_lora_rank=10,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=6,
-            v_head_dim=5,
-            num_key_value_heads=4,
-        ),
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 5,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
     # state space and hybrid
     "mamba": _Family(
         "Mamba",
-        dict(
-            hidden_size=32,
-            num_hidden_layers=3,
-            state_size=4,
-            intermediate_size=64,
-            conv_kernel=4,
-            time_step_rank=6,
-        ),
-        heads=_CAUSAL,
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "intermediate_size": 64,
+            "state_size": 4,
+            "time_step_rank": 6,
+        },
+        {"lm": "ForCausalLM"},
     ),
     "mamba2": _Family(
         "Mamba2",
-        dict(
-            hidden_size=32,
-            num_hidden_layers=2,
-            state_size=4,
-            num_heads=8,
-            head_dim=8,
-            n_groups=1,
-            chunk_size=4,
-        ),
-        heads=_CAUSAL,
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
+        {"lm": "ForCausalLM"},
     ),
-    "jamba": _Family(
+    "jamba": _decoder(
         "Jamba",
-        _GROUPED
-        | dict(
-            num_hidden_layers=4,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            expert_layer_period=2,
-            expert_layer_offset=1,
-            num_experts=4,
-            num_experts_per_tok=2,
-            mamba_d_state=4,
-            mamba_dt_rank=6,
-            use_mamba_kernels=False,
-        ),
+        {
+            **_GROUPED,
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 6,
+            "use_mamba_kernels": False,
+        },
     ),
-    "qwen3_next": _Family(
+    "qwen3_next": _decoder(
         "Qwen3Next",
-        _EXPERTS
-        | dict(
-            num_experts=4,
-            moe_intermediate_size=24,
-            shared_expert_intermediate_size=40,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=6,
-            linear_value_head_dim=5,
-            layer_types=["linear_attention", "full_attention"],
-        ),
+        {
+            **_SMALL_EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 5,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
     ),
     # encoder-decoders
     "t5": _Family(
         "T5",
-        dict(
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_decoder_layers=3,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        ),
-        heads={"classification": "ForSequenceClassification", "lm": "ForConditionalGeneration"},
+        {
+            "d_model": 32,
+            "d_kv": 10,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 3,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+        },
+        _SEQ2SEQ,
         encoder_decoder=True,
     ),
     "bart": _Family(
         "Bart",
-        dict(
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=3,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=64,
-            max_position_embeddings=64,
-        ),
-        heads={"classification": "ForSequenceClassification", "lm": "ForConditionalGeneration"},
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 3,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 64,
+            "max_position_embeddings": 64,
+        },
+        _SEQ2SEQ,
         encoder_decoder=True,
     ),
 }
@@ -244,17 +227,22 @@ _FAMILIES: dict[str, _Family] = {
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
+def heads(family: str) -> tuple[str, ...]:
+    """The heads ``tiny`` can build for ``family``, ``"base"`` first."""
+    return ("base", *_FAMILIES[family].heads)
+
+
 def tiny(family: str, *, head: str = "base", seed: int = 0) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A tiny random model in evaluation mode and a batch for it, the same on every call.
 
     Args:
         family: One of ``FAMILIES``.
-        head: ``"base"``, ``"classification"`` (3 labels) or ``"lm"``, where the family has it.
+        head: ``"base"``, ``"classification"`` (``LABELS`` classes) or ``"lm"``, where the family has it.
         seed: Of the weights and the batch; the global random state is left alone.
 
     Returns:
         The model, and ``input_ids`` and ``attention_mask`` (2, 8), plus ``decoder_input_ids`` for
-        encoder-decoders, (2, 6) or with a classification head (2, 8).
+        encoder-decoders, (2, 6) or with a classification head (2, 8). No labels.
 
     Raises:
         KeyError: the family, or this head of it, is not in the zoo.
@@ -262,24 +250,21 @@ def tiny(family: str, *, head: str = "base", seed: int = 0) -> tuple[PreTrainedM
     if family not in _FAMILIES:
         raise KeyError(f"no family {family!r}; there are {', '.join(FAMILIES)}")
     record = _FAMILIES[family]
-    if head != "base" and head not in record.heads:
-        raise KeyError(f"{family} has no head {head!r}; it has base, {', '.join(record.heads)}")
+    if head not in heads(family):
+        raise KeyError(f"{family} has no head {head!r}; it has {', '.join(heads(family))}")
     config_class = getattr(transformers, f"{record.prefix}Config")
-    model_class = getattr(
-        transformers, record.prefix + (record.base if head == "base" else record.heads[head])
-    )
-    config = config_class(**(_TOKENS | dict(vocab_size=VOCABULARY, num_labels=3) | dict(record.config)))
+    model_class = getattr(transformers, record.prefix + ("Model" if head == "base" else record.heads[head]))
+    config = config_class(**{**_TOKENS, "vocab_size": VOCABULARY, "num_labels": LABELS, **record.config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cast(PreTrainedModel, model_class(config).eval())
+        # BART's classification head reads the state at the end-of-sequence token.
         ids = torch.randint(3, VOCABULARY, (2, 8))
         ids[:, -1] = config.eos_token_id
-        batch = {"input_ids": ids}
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if record.encoder_decoder:
-            # Classification heads look for the end of the sequence where the encoder's input has it.
-            length = 8 if head == "classification" else 6
-            batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, length))
-            batch["decoder_input_ids"][:, -1] = config.eos_token_id
-    if "mamba" not in family:
-        batch["attention_mask"] = torch.ones_like(ids)
+            # BART looks for that token where the encoder's input has it, so lengths must agree there.
+            decoder_ids = torch.randint(3, VOCABULARY, (2, 8 if head == "classification" else 6))
+            decoder_ids[:, -1] = config.eos_token_id
+            batch["decoder_input_ids"] = decoder_ids
     return model, batch
