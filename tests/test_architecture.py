@@ -41,7 +41,7 @@ def for_type_checking(node: ast.AST) -> bool:
 
 
 def imported_units(tree: ast.AST, module: str, *, typing: bool) -> set[str]:
-    """Every unit that a module imports anywhere in it, also inside functions; ``typing``: also for types only."""
+    """Every unit that a module imports, also inside functions; with ``typing`` also for types only."""
     found: set[str] = set()
     pending = [tree]
     while pending:
