@@ -385,7 +385,7 @@ def attach(
     if isinstance(space, Structure):
         built = _from_structure(model, space, identity, seed)
     else:
-        built = _from_space(model, space, discover(model, sample), tasks, identity, seed)
+        built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
         if penalty is not None:
             built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
     built.head_names = head_names
@@ -496,7 +496,12 @@ def groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[
 
 
 def _from_space(
-    model: nn.Module, space: SearchSpace, layout: Layout, tasks: Sequence[str], identity: Fingerprint, seed: int
+    space: SearchSpace,
+    layout: Layout,
+    tasks: Sequence[str],
+    identity: Fingerprint,
+    head_names: Sequence[str],
+    seed: int,
 ) -> Adapters:
     if not tasks or len(set(tasks)) != len(tasks):
         raise TaskError(expected="one or more distinct task names", got=repr(tuple(tasks)), where="attach(tasks=)")
@@ -508,7 +513,7 @@ def _from_space(
     adapters.layout, adapters.misfits = layout, misfits
     for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in misfits]:
         logger.warning(text)
-    for unknown in layout.unknown:
+    for unknown in (u for u in layout.unknown if u.name not in head_names):
         logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
     return adapters
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gatedadapters.config import GateConfig
 from gatedadapters.gates import hard_concrete
@@ -88,10 +90,11 @@ class GateBank(nn.Module):
         self.register_buffer("kept", torch.ones(tasks, self.n_units))
         self.register_buffer("evidence", torch.zeros(tasks, self.n_units))
         self._constant("noise", torch.zeros(tasks, self.n_gates))
-        self._constant("pulse", torch.zeros(tasks, self.n_units))
-        self._drawn_at = -1
+        self.register_buffer("pulse", torch.zeros(tasks, self.n_units))
+        self._moved = True
         self._values_of: tuple[Any, ...] | None = None
         self._is_fixed = False
+        _BANKS.add(self)
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
@@ -105,8 +108,10 @@ class GateBank(nn.Module):
         self._values_of = None
         return super()._apply(keep_dtype, recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_values_of": None, "_drawn_at": -2}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._values_of = None
+        _BANKS.add(self)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -121,8 +126,13 @@ class GateBank(nn.Module):
         return self._is_fixed
 
     def step_is_new(self) -> bool:
-        """Whether the optimiser has moved the gates since the last draw; gradient accumulation does not count."""
-        return not self.frozen and self.log_alpha._version != self._drawn_at
+        """Whether an optimiser has stepped on the gates since the last draw; gradient accumulation does not count."""
+        return self._moved and not self.frozen
+
+    def next_step(self) -> None:
+        """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
+        self._moved = True
+        self._values_of = None
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -136,7 +146,7 @@ class GateBank(nn.Module):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + int(self.step)) % 2**63)
         noise = hard_concrete.logistic_noise(tuple(self.log_alpha.shape), self.config, generator)
         self.noise = noise.to(self.log_alpha.device)
-        self._drawn_at = self.log_alpha._version
+        self._moved = False
         self._values_of = None
 
     def _collect_evidence(self, decay: float = 0.95) -> None:
@@ -187,8 +197,6 @@ class GateBank(nn.Module):
 
     def open_probability(self) -> Tensor:
         """P(every ancestor open) of each unit, shape (tasks, units), differentiable. Closed form: levels are independent."""
-        if self.frozen:
-            return (self.kept > 0).float()
         probability = hard_concrete.open_probability(self.log_alpha, self.config)
         padded = torch.cat([probability, probability.new_ones(self.tasks, 1)], 1)
         return padded[:, self.ancestry].prod(-1)
@@ -203,11 +211,14 @@ class GateBank(nn.Module):
 
     def expected_cost(self, unit: str = "params") -> Tensor:
         """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open)))."""
-        return self._union(self.open_probability()) @ self.cost(unit).to(self.log_alpha.dtype)
+        return self._union(self._share_open()) @ self.cost(unit).to(self.log_alpha.dtype)
 
     def expected_task_cost(self, unit: str = "params") -> Tensor:
         """E[cost of what each task keeps open], shape (tasks,)."""
-        return self.open_probability() @ self.cost(unit).to(self.log_alpha.dtype)
+        return self._share_open() @ self.cost(unit).to(self.log_alpha.dtype)
+
+    def _share_open(self) -> Tensor:
+        return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability()
 
     @staticmethod
     def _union(probability: Tensor) -> Tensor:
@@ -238,7 +249,20 @@ class GateBank(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._settle()
-        self._drawn_at = -1
+        self._moved = True
+
+
+_BANKS: WeakSet[GateBank] = WeakSet()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the banks whose gates were stepped. Version counters cannot: fused optimisers do not advance them."""
+    for bank in list(_BANKS):
+        if any(p is bank.log_alpha for group in optimizer.param_groups for p in group["params"]):
+            bank.next_step()
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 class _Take(torch.autograd.Function):

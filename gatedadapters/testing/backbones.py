@@ -1,7 +1,7 @@
 """Tiny random backbones of many families, for tests here and for who writes a path, score or perturbation.
 
-Widths differ wherever the family lets them (hidden 32, feed-forward 48 or 64, keys and values 16, experts 24),
-so that a confusion of roles shows up as a wrong shape.
+Widths differ wherever the family lets them (hidden 32, feed-forward 48 or 64, keys and values 16, experts
+24), so that a confusion of roles shows up as a wrong shape.
 """
 
 from __future__ import annotations

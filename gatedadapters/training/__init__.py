@@ -1,0 +1,6 @@
+"""Training gated models with transformers' Trainer, for one task or many."""
+
+from gatedadapters.training.multitask import MultiTaskClassifier
+from gatedadapters.training.trainer import GatedTrainer
+
+__all__ = ["GatedTrainer", "MultiTaskClassifier"]

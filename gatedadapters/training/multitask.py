@@ -1,0 +1,138 @@
+"""One encoder, one classification head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from gatedadapters.errors import TaskError
+
+
+class MultiTaskClassifier(nn.Module):
+    """A transformers encoder with a linear head per task; each example of a mixed batch goes to its own task's head.
+
+    Args:
+        backbone: returns `last_hidden_state` (batch, length, hidden).
+        classes: number of classes by task name; the order gives the task ids.
+        pooling: `mean` over unmasked positions, or the `first` position.
+        dropout: before the heads.
+    """
+
+    base_model_prefix = "backbone"  # what lies outside it is a head: trained and saved beside the adapters
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides it by the micro-batches
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        classes: Mapping[str, int],
+        *,
+        pooling: Literal["mean", "first"] = "mean",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        few = {name: n for name, n in classes.items() if n < 2}
+        if few or not classes:
+            raise TaskError(
+                expected="tasks with at least 2 classes each", got=repr(few or dict(classes)), where="MultiTaskClassifier"
+            )
+        self.backbone, self.config = backbone, backbone.config
+        self.tasks, self.pooling = tuple(classes), pooling
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleDict({_safe(name): nn.Linear(backbone.config.hidden_size, n) for name, n in classes.items()})
+        for head in self.heads.values():
+            nn.init.normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    @property
+    def widths(self) -> list[int]:
+        """Number of classes of each task."""
+        return [head.out_features for head in self.heads.values()]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Classify a mixed batch.
+
+        Args:
+            input_ids, attention_mask: (batch, length).
+            task_ids: (batch,); may be left out where there is one task.
+            labels: (batch,), each below its own task's number of classes.
+
+        Returns:
+            `logits` (batch, largest number of classes), the minimum of the dtype where a task has fewer; `loss`, the
+            mean cross-entropy over examples.
+
+        Raises:
+            TaskError: no task ids with several tasks, or a label outside its head.
+        """
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = output.last_hidden_state
+        if task_ids is None:
+            if len(self.tasks) > 1:
+                raise TaskError(
+                    expected=f"task_ids (batch,) in 0..{len(self.tasks) - 1}", got="none", where="MultiTaskClassifier",
+                    fix="pass task_ids",
+                )  # fmt: skip
+            task_ids = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        pooled = self.dropout(self._pool(hidden, attention_mask))
+        floor = torch.finfo(pooled.dtype).min
+        logits = pooled.new_full((len(pooled), max(self.widths)), floor)
+        for index, head in enumerate(self.heads.values()):
+            rows = (task_ids == index).nonzero().flatten()
+            if len(rows):
+                part = head(pooled[rows]).to(logits.dtype)
+                logits = logits.index_copy(0, rows, F.pad(part, (0, logits.shape[1] - part.shape[1]), value=floor))
+        loss = None
+        if labels is not None:
+            self._check_labels(labels, task_ids)
+            loss = F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if mask is None:
+            return hidden.mean(1)
+        weight = mask.to(hidden.dtype)[..., None]
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def _check_labels(self, labels: Tensor, task_ids: Tensor) -> None:
+        limits = torch.tensor(self.widths, device=labels.device)[task_ids]
+        wrong = ((labels < 0) | (labels >= limits)).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            task = int(task_ids[row])
+            raise TaskError(
+                "a label lies outside its task's head", expected=f"0..{self.widths[task] - 1}", got=str(int(labels[row])),
+                where=f"task {self.tasks[task]!r}, row {row} of the batch", fix="check the label column and the class list",
+            )  # fmt: skip
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        embedding: nn.Module = self.backbone.get_input_embeddings()
+        return embedding
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The backbone's."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The backbone's."""
+        self.backbone.gradient_checkpointing_disable()
+
+
+def _safe(name: str) -> str:
+    """A task name as a module name."""
+    return name.replace(".", "_")
