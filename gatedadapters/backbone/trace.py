@@ -195,6 +195,10 @@ class Tracer(TorchDispatchMode):
         self._order = 0
         for key, weight in weights.items():  # tied weights have several owners
             self._owners.setdefault(_storage(weight), []).append(key)
+        for module in model.modules():  # whatever the model holds already comes from nowhere
+            for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+                if isinstance(held, Tensor):
+                    self._labels[_storage(held)] = NONE
         self._handles = [
             handle
             for name, module in model.named_modules()
@@ -231,15 +235,15 @@ class Tracer(TorchDispatchMode):
 
     def _leaving(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            while (call := self._stack.pop()).name != name:  # a module that raised, and was caught
-                pass
-            out = first_tensor(output)
+            while self._stack[-1].name != name:
+                self._stack.pop()  # a module that raised, and was caught
+            call, out = self._stack[-1], first_tensor(output)
+            if out is not None:
+                self._opaque_linear(name, module, call, out)
+                call.writes, call.write_shape = self._of(out), tuple(out.shape)
+            self._stack.pop()
             if out is None:
                 return
-            self._opaque_linear(name, module, call, out)
-            if self._unseen(out):
-                self._labels[_storage(out)] = self._since(call) or call.reads
-            call.writes, call.write_shape = self._of(out), tuple(out.shape)
             block = self._block
             if block is None:
                 return
@@ -270,8 +274,15 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = getattr(func, "overloadpacket", func).__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # A view of a tensor nobody has filled yet, or the writing into one, does not read it.
+        view, writes = (
+            getattr(func, "is_view", False),
+            getattr(getattr(func, "_schema", None), "is_mutable", False),
+        )
         # Read before running: an in-place operation changes the labels of what it writes to.
-        known = [(tensor, self._of(tensor)) for tensor in tensors if _is_real(tensor)]
+        known = [
+            (tensor, self._of(tensor, guess=not (view or writes))) for tensor in tensors if _is_real(tensor)
+        ]
         out = _answer_on_meta(name, args) if tensors and tensors[0].is_meta else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
@@ -280,23 +291,27 @@ class Tracer(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 key = _storage(leaf)
-                if key in self._owners or "empty" in name:
+                if key in self._owners or "empty" in name or (view and key not in self._labels):
                     continue  # weights keep their own label; what fills an empty tensor gives it one
                 fresh = labels if _is_real(leaf) else NONE
-                self._labels[key] = self._of(leaf) | fresh if key in inputs else fresh
+                self._labels[key] = self._labels.get(key, NONE) | fresh if key in inputs else fresh
         return out
 
-    def _of(self, tensor: Tensor | None) -> Labels:
+    def _of(self, tensor: Tensor | None, guess: bool = True) -> Labels:
         if tensor is None:
             return NONE
         key = _storage(tensor)
-        known = self._labels.get(key, NONE)
-        if not known and key in self._owners:
+        if key in self._owners:
             # Of tied weights, the owner whose forward is running is meant.
             running = {call.name for call in self._stack}
             owners = self._owners[key]
-            known = frozenset({Weight(next((o for o in owners if o.name in running), owners[0]))})
-        return known
+            return frozenset({Weight(next((o for o in owners if o.name in running), owners[0]))})
+        if guess and key not in self._labels and self._block and tensor.dim() > 1 and _is_real(tensor):
+            # Made by a kernel that the dispatcher does not show: assume it used all that its module had made.
+            call = self._stack[-1]
+            made = frozenset(use.map for use in self.trace.uses[call.started :])
+            self._labels[key] = made or call.reads
+        return self._labels.get(key, NONE)
 
     def _flow(self, name: str, args: Any, known: list[tuple[Tensor, Labels]]) -> Labels:
         """The labels of an operation's output, noting what the operation reveals on the way."""
@@ -362,9 +377,6 @@ class Tracer(TorchDispatchMode):
             transposed = stored == (width_in, width_out)
             if width_in == width_out:
                 transposed = (weight.stride(-1) == 1) != rows_last
-            if self._unseen(other):
-                frame = next((call for call in reversed(self._stack) if call.name != key.name), None)
-                reads = self._since(frame) if frame else NONE
             use = self._use(key, width_in, width_out, transposed, other.numel() // width_in, reads)
             return frozenset({use.map})
         left_maps, right_maps = maps_of(from_left), maps_of(from_right)
@@ -400,13 +412,6 @@ class Tracer(TorchDispatchMode):
         if not has_stream(reads):
             self.trace.links.append(maps_of(reads) | {key})
         return use
-
-    def _unseen(self, tensor: Tensor) -> bool:
-        """Whether a kernel outside the dispatcher made the tensor: then assume it used all there was."""
-        return _storage(tensor) not in self._labels
-
-    def _since(self, call: ModuleCall) -> Labels:
-        return frozenset(use.map for use in self.trace.uses[call.started :])
 
 
 def _answer_on_meta(name: str, args: Any) -> Any:
