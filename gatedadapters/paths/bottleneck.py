@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.paths.base import Misfit, Path, Site, check_width, new_parameter, per_token, resized, sublayer_sites
+from gatedadapters.paths.low_rank import in_its_own_type
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -84,13 +85,14 @@ class Bottleneck(Path):
         check_width(self, tapped, self.site.width_in, "input")
         check_width(self, target, self.site.width_out, "output")
         dtype = target.dtype
-        hidden = self.activation(F.linear(tapped.to(dtype), self.down.to(dtype), self.bias.to(dtype)))
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        if gate is not None:
-            gate = gate if gate.dim() == 1 else per_token(gate, hidden.shape[0], str(self.site.tap))
-            hidden = hidden * gate.to(dtype)
         rows = target.reshape(-1, target.shape[-1])
-        return torch.addmm(rows, hidden, self.up.to(dtype).t()).view(target.shape)
+        with in_its_own_type(target):
+            hidden = self.activation(F.linear(tapped.to(dtype), self.down.to(dtype), self.bias.to(dtype)))
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            if gate is not None:
+                gate = gate if gate.dim() == 1 else per_token(gate, hidden.shape[0], str(self.site.tap))
+                hidden = hidden * gate.to(dtype)
+            return torch.addmm(rows, hidden, self.up.to(dtype).t()).view(target.shape)
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

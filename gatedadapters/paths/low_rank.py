@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,5 +65,12 @@ def _gate_gradient(inner: Tensor, bottleneck: Tensor, gate: Tensor) -> Tensor:
 def low_rank(x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
     """`LowRank` over any leading dimensions; see there for shapes."""
     rows = target.reshape(-1, target.shape[-1])
-    result: Tensor = LowRank.apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
+    with in_its_own_type(target):
+        result: Tensor = LowRank.apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
     return result.view(target.shape)
+
+
+def in_its_own_type(target: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, so that what is added to `target` has its type: a float32 target must not be rounded."""
+    device = target.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

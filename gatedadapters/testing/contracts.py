@@ -1,0 +1,473 @@
+"""The contract of a path, as tests that a subclass inherits.
+
+In a test file of your own, with pytest::
+
+    class TestMyPath(PathContract):
+        options = MyPathOptions(width=4)
+
+Nothing here imports pytest: it calls `pytest_generate_tests` of a test class by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gatedadapters.adapters import Adapters, attach, detach, get_adapters
+from gatedadapters.backbone import discover
+from gatedadapters.config import GateConfig, PathOptions, SearchSpace
+from gatedadapters.errors import PathError
+from gatedadapters.paths import Misfit, Path, Site, path_class
+from gatedadapters.structure import Structure
+from gatedadapters.testing.backbones import tiny
+
+Batch = Mapping[str, Tensor]
+
+
+class PathContract:
+    """Everything a path kind owes its users, on real (tiny) backbones and on the path alone.
+
+    Attributes:
+        options: the candidate to test, or several of the same or of different kinds.
+        families: backbones to attach it to, among `gatedadapters.testing.FAMILIES`.
+    """
+
+    options: ClassVar[PathOptions | Sequence[PathOptions]]
+    families: ClassVar[Sequence[str]] = ("bert", "llama", "gpt2")
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: Any) -> None:
+        """Run every test for every option, and where it asks for a `family`, for every family."""
+        if "option" in metafunc.fixturenames:
+            offered = [cls.options] if isinstance(cls.options, PathOptions) else list(cls.options)
+            metafunc.parametrize("option", offered, ids=[options.kind for options in offered])
+        if "family" in metafunc.fixturenames:
+            metafunc.parametrize("family", cls.families)
+
+    # -- attached to a backbone ----------------------------------------------------------------------
+
+    def test_output_is_unchanged_at_the_start(self, option: PathOptions, family: str) -> None:
+        """Bit for bit, in evaluation and (same random state) in training."""
+        model, batch = tiny(family)
+        for mode in (False, True):
+            before = _output(model.train(mode), batch)
+            attach(model, _space(option), batch)
+            assert_equal(_output(model, batch), before)
+            detach(model)
+
+    def test_closed_gate_equals_the_detached_backbone(self, option: PathOptions, family: str) -> None:
+        """Bit for bit, with the path's own parameters anything but zero."""
+        model, batch = tiny(family)
+        before = _output(model, batch)
+        adapters = _attached(model, option, batch)
+        assert not torch.equal(_output(model, batch), before), "the path has no effect to switch off"
+        _set_gates(adapters, -4.0)
+        assert_equal(_output(model, batch), before)
+        detach(model)
+        assert_equal(_output(model, batch), before)
+
+    def test_open_gate_equals_the_ungated_path(self, option: PathOptions, family: str) -> None:
+        """A gate of 1 computes what the same weights compute in a model that has no gates."""
+        model, batch = tiny(family)
+        adapters = _attached(model, option, batch)
+        _set_gates(adapters, 4.0)
+        ungated, _ = tiny(family)
+        plain = attach(ungated, adapters.discretize())
+        plain.paths.load_state_dict(adapters.paths.state_dict())
+        torch.testing.assert_close(_output(model, batch), _output(ungated, batch), rtol=1e-5, atol=1e-6)
+
+    def test_gates_get_no_gradient_while_the_path_is_zero_and_some_once_it_is_not(
+        self, option: PathOptions, family: str
+    ) -> None:
+        """At first weights learn and gates see exactly nothing; then those of every path see something."""
+        model, batch = tiny(family)
+        adapters = attach(model, _space(option), batch)
+        _set_gates(adapters, 0.0)
+        bank = adapters._gates()
+        _loss(model, batch).backward()
+        assert bank.log_alpha.grad is not None
+        assert not bank.log_alpha.grad.any(), "a path that contributes nothing moved its gates"
+        for key, path in adapters.paths.items():
+            learns = any(p.grad is not None and p.grad.any() for p in path.parameters())
+            assert learns, f"{key} cannot start to learn"
+        awaken(adapters)
+        model.zero_grad()
+        _loss(model, batch).backward()
+        for key, where in bank.slices.items():
+            own = cast(Tensor, bank.ancestry)[where, -1]
+            assert bank.log_alpha.grad[:, own].any(), f"the gates of {key} see nothing"
+
+    def test_each_example_sees_the_gates_of_its_own_task(self, option: PathOptions, family: str) -> None:
+        """A mixed batch equals one batch per task."""
+        model, batch = tiny(family)
+        adapters = _attached(model, option, batch, tasks=("a", "b"))
+        bank = adapters._gates()
+        with torch.no_grad():
+            bank.log_alpha[0].fill_(0.5)
+            bank.log_alpha[1].copy_(torch.linspace(-4.0, 4.0, bank.n_gates))
+        mixed = _output(model, {**batch, "task_ids": torch.tensor([1, 0])})
+        for row, task in enumerate((1, 0)):
+            adapters.set_task(task)
+            alone = _output(model, {name: _one(value, row) for name, value in batch.items()})
+            torch.testing.assert_close(_one(mixed, row), alone, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(mixed, _output(model, batch)), "the tasks' gates make no difference"
+
+    def test_a_trained_deep_copy_leaves_the_original_alone(self, option: PathOptions, family: str) -> None:
+        """And the original can be detached without the copy noticing."""
+        model, batch = tiny(family)
+        adapters = _attached(model, option, batch)
+        before, state = _output(model, batch), copy.deepcopy(model.state_dict())
+        twin = copy.deepcopy(model)
+        assert_equal(_output(twin, batch), before)
+        _train(twin.train(), batch)
+        _assert_same_state(model.state_dict(), state)
+        assert_equal(_output(model, batch), before)
+        trained = _output(twin.eval(), batch)
+        assert not torch.equal(trained, before), "the copy learned nothing"
+        assert get_adapters(twin).model is twin
+        assert adapters.model is model
+        detach(model)
+        assert_equal(_output(twin, batch), trained)
+
+    def test_state_dict_round_trip(self, option: PathOptions, family: str) -> None:
+        """A state dict loads into the same space attached with another seed."""
+        model, batch = tiny(family)
+        _set_gates(_attached(model, option, batch), 0.3)
+        other, _ = tiny(family)
+        attach(other, _space(option), batch, seed=1)
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert_equal(_output(other, batch), _output(model, batch))
+
+    def test_saving_the_whole_model_round_trips(self, option: PathOptions, family: str) -> None:
+        """`torch.save` of the attached model: outputs and gradients are the original's."""
+        model, batch = tiny(family)
+        _attached(model, option, batch)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        assert_equal(_output(loaded, batch), _output(model, batch))
+        for each in (model, loaded):
+            _loss(each.train(), batch).backward()
+        _assert_same_state(_gradients(loaded), _gradients(model))
+
+    def test_gradient_checkpointing_changes_no_gradient(self, option: PathOptions, family: str) -> None:
+        """In either mode; the gates' gradient up to the order of a sum."""
+        gradients = []
+        for mode in (None, True, False):
+            model, batch = tiny(family)
+            _attached(model, option, batch)
+            model.train().config.use_cache = (
+                False  # checkpointing does so too, and GPT-2 then rounds differently
+            )
+            if mode is not None:
+                checkpoint_activations(model, use_reentrant=mode)
+            _loss(model, batch).backward()
+            gradients.append(_gradients(model))
+        for checkpointed in gradients[1:]:
+            assert checkpointed.keys() == gradients[0].keys()
+            for name, value in gradients[0].items():
+                if name.endswith("log_alpha"):
+                    torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-7)
+                else:
+                    assert torch.equal(checkpointed[name], value), name
+
+    def test_bfloat16_autocast_keeps_the_type_of_the_output(self, option: PathOptions, family: str) -> None:
+        """The type is the backbone's, the values are close, gradients stay in float32."""
+        model, batch = tiny(family)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = _output(model, batch).dtype
+        _attached(model, option, batch)
+        exact = _output(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = _output(model, batch)
+            loss = _loss(model, batch)
+        loss.backward()
+        assert rough.dtype == expected
+        torch.testing.assert_close(rough.float(), exact.float(), rtol=0.1, atol=0.1)
+        for name, value in _gradients(model).items():
+            assert value.dtype == torch.float32, name
+            assert value.isfinite().all(), name
+
+    def test_compact_equals_gated_evaluation(self, option: PathOptions, family: str) -> None:
+        """Gates strictly between 0 and 1 fold into the weights, closed ones disappear."""
+        model, batch = tiny(family)
+        adapters = _attached(model, option, batch)
+        with torch.no_grad():
+            adapters._gates().log_alpha.uniform_(-3.0, 3.0, generator=torch.Generator().manual_seed(0))
+        gated = _output(model, batch)
+        structure = adapters.compact()
+        torch.testing.assert_close(_output(model, batch), gated, rtol=0, atol=1e-5)
+        assert sum(p.numel() for p in adapters.paths.parameters()) == structure.params
+
+    def test_a_structure_survives_json(self, option: PathOptions, family: str) -> None:
+        """The options are plain data: a structure with the path reads back equal and can be attached."""
+        model, batch = tiny(family)
+        structure = attach(model, _space(option), batch).discretize()
+        again = Structure.from_json(structure.to_json())
+        assert again == structure
+        detach(model)
+        assert set(attach(model, again).paths) == {path.key for path in structure.paths}
+
+    def test_every_place_is_a_site_or_a_misfit_that_says_why(self, option: PathOptions, family: str) -> None:
+        """Sites name modules of the model and the widths found there."""
+        model, batch = tiny(family)
+        modules = dict(model.named_modules())
+        for place in path_class(option).sites(option, discover(model, batch)):
+            if isinstance(place, Misfit):
+                assert place.reason
+            else:
+                assert place.tap.module in modules
+                assert place.write.module in modules
+
+    # -- the path alone ------------------------------------------------------------------------------
+
+    def test_zero_gates_return_the_target_itself_in_value(self, option: PathOptions) -> None:
+        """Also where other units or examples keep the path from being skipped."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        closed = torch.zeros(path.units)
+        assert_equal(path(tapped, target, closed), target)
+        assert_equal(path(tapped, target, torch.zeros(1)), target)
+        some = torch.stack([closed, torch.ones(path.units), closed])
+        assert_equal(path(tapped, target, some)[[0, 2]], target[[0, 2]])
+
+    def test_unit_gates_equal_no_gate(self, option: PathOptions) -> None:
+        """(1,), (units,) and (examples, units) of ones."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        plain = path(tapped, target, None)
+        for gate in (torch.ones(1), torch.ones(path.units), torch.ones(3, path.units), torch.ones(3, 1)):
+            torch.testing.assert_close(path(tapped, target, gate), plain)
+
+    def test_gates_per_example_equal_each_example_alone(self, option: PathOptions) -> None:
+        """Values and gradients, for one gate a unit and one for the whole path."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        for width in {1, path.units}:
+            gate = torch.rand(3, width, requires_grad=True)
+            together = path(tapped, target, gate)
+            apart = torch.cat([path(_one(tapped, i), _one(target, i), gate[i]) for i in range(3)])
+            torch.testing.assert_close(together, apart)
+            weight = torch.randn_like(together)
+            wanted = [gate, *path.parameters()]
+            expected = torch.autograd.grad((apart * weight).sum(), wanted)
+            for got, want in zip(
+                torch.autograd.grad((together * weight).sum(), wanted), expected, strict=True
+            ):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_paths_together_equal_one_after_the_other(self, option: PathOptions) -> None:
+        """Whatever mixture of gates they carry."""
+        paths = [self.path(option, seed=seed) for seed in range(3)]
+        tapped, target = _tensors(paths[0])
+        units = paths[0].units
+        mixtures: list[list[Tensor | None]] = [
+            [None, None, None],
+            [None, torch.rand(units), torch.rand(1)],
+            [torch.rand(3, units), None, torch.rand(1)],
+            [torch.rand(3, 1), torch.rand(units), torch.rand(3, units)],
+        ]
+        for gates in mixtures:
+            expected = target
+            for path, gate in zip(paths, gates, strict=True):
+                expected = path(tapped, expected, gate)
+            together = type(paths[0]).forward_together(paths, tapped, target, gates)
+            torch.testing.assert_close(together, expected)
+
+    def test_gradients_equal_finite_differences(self, option: PathOptions) -> None:
+        """In float64: with respect to what is tapped, the target, the gates and every parameter."""
+        path = self.path(option.resized(min(3, option.size))).double()
+        names, values = zip(*path.named_parameters(), strict=True)
+        tapped, target = (t.double()[:, :2].clone().requires_grad_() for t in _tensors(path))
+        for shape in (None, (1,), (path.units,), (3, path.units)):
+            gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
+            taps = () if _same_tensor(path.site) else (tapped,)
+
+            def run(target: Tensor, *rest: Tensor, taps: int = len(taps), gates: int = len(gate)) -> Tensor:
+                tapped = rest[0] if taps else target
+                own = dict(zip(names, rest[taps + gates :], strict=True))
+                gate = rest[taps] if gates else None
+                return cast(Tensor, functional_call(path, own, (tapped, target, gate)))
+
+            assert torch.autograd.gradcheck(run, (target, *taps, *gate, *values), fast_mode=True)
+
+    def test_cost_counts_the_parameters(self, option: PathOptions) -> None:
+        """Units times parameters of a unit is what is stored, before and after units are dropped."""
+        path = self.path(option)
+        units, params, flops = type(path).cost(path.site, option)
+        assert (units, units) == (path.units, option.size)
+        assert sum(p.numel() for p in path.parameters()) == units * params
+        assert flops > 0
+        if units > 1:
+            path.select_units(torch.arange(0, units, 2))
+            assert path.units == len(range(0, units, 2))
+            assert sum(p.numel() for p in path.parameters()) == path.units * params
+            smaller = option.resized(path.units)
+            assert type(path).cost(path.site, smaller) == (path.units, params, flops)
+            path.load_state_dict(type(path)(path.site, smaller).state_dict())  # equal names and shapes
+
+    def test_scaled_and_selected_units_do_what_gates_of_those_values_did(self, option: PathOptions) -> None:
+        """`scale_units` folds a gate into the weights; `select_units` drops what a gate of 0 had closed."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        gate = torch.rand(path.units)
+        gate[1::2] = 0.0
+        gated = path(tapped, target, gate)
+        path.scale_units(gate)
+        torch.testing.assert_close(path(tapped, target, None), gated)
+        path.select_units(gate.nonzero().flatten())
+        torch.testing.assert_close(path(tapped, target, None), gated)
+        assert all(p.requires_grad for p in path.parameters())
+
+    def test_the_result_has_the_shape_and_type_of_the_target(self, option: PathOptions) -> None:
+        """For any leading dimensions and mixture of types, under autocast and not; backward runs."""
+        path = self.path(option)
+        site = path.site
+        for shape in ((4,), (2, 3), (2, 3, 5)):
+            for dtype in (torch.float32, torch.bfloat16):
+                for autocast in (False, True):
+                    target = torch.randn(*shape, site.width_out).to(dtype).requires_grad_()
+                    tapped = target if _same_tensor(site) else torch.randn(*shape, site.width_in)
+                    gate = torch.rand(path.units, requires_grad=True)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        result = path(tapped, target, gate)
+                    assert result.shape == target.shape
+                    assert result.dtype == dtype, f"target {dtype}, autocast {autocast}"
+                    result.float().sum().backward()
+                    assert gate.grad is not None
+                    assert gate.grad.dtype == torch.float32
+
+    def test_a_wrong_shape_names_the_point(self, option: PathOptions) -> None:
+        """A width that is not the layout's, and rows that are not a multiple of the examples."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        wide_tap, wide = (torch.cat([t, t[..., :1]], -1) for t in (tapped, target))
+        if _same_tensor(path.site):
+            _assert_refused_by_name(path, wide, wide, None)
+        else:
+            _assert_refused_by_name(path, wide_tap, target, None)
+            _assert_refused_by_name(path, tapped, wide, None)
+        _assert_refused_by_name(path, tapped, target, torch.rand(4, path.units))
+
+    # -- helpers -------------------------------------------------------------------------------------
+
+    def path(self, option: PathOptions, *, seed: int = 0) -> Path:
+        """The path on its own, at its first site in the first family, with parameters that are not zero."""
+        model, batch = tiny(self.families[0])
+        kind = path_class(option)
+        site = next(place for place in kind.sites(option, discover(model, batch)) if isinstance(place, Site))
+        path = kind(site, option, torch.Generator().manual_seed(seed))
+        awaken(path, seed=seed)
+        return path
+
+
+def awaken(module: nn.Module, *, seed: int = 0) -> None:
+    """Give every parameter except gates a random value, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not name.endswith("log_alpha"):
+                parameter.normal_(std=0.3, generator=generator)
+
+
+def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
+    """Turn on gradient checkpointing of a transformers model, whatever its release calls it."""
+    enable: Any = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": use_reentrant})
+
+
+def assert_equal(a: Tensor, b: Tensor) -> None:
+    """Bitwise equality, with the largest difference in the message."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} != {tuple(b.shape)}"
+    assert torch.equal(a, b), f"differ by up to {(a - b).abs().max():.3g}"
+
+
+def _space(option: PathOptions) -> SearchSpace:
+    return SearchSpace(gates=GateConfig(levels=("point", "rank"), init_spread=0.0), paths=(option,))
+
+
+def _attached(
+    model: nn.Module, option: PathOptions, batch: Batch, *, tasks: Sequence[str] = ("default",)
+) -> Adapters:
+    """Attached, with gates near the middle of their range and paths that do something."""
+    adapters = attach(model, _space(option), batch, tasks=tasks)
+    awaken(adapters)
+    with torch.no_grad():
+        adapters._gates().log_alpha.uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(1))
+    return adapters
+
+
+def _set_gates(adapters: Adapters, log_alpha: float) -> None:
+    with torch.no_grad():
+        adapters._gates().log_alpha.fill_(log_alpha)
+
+
+def _run(model: nn.Module, batch: Batch) -> Tensor:
+    torch.manual_seed(0)  # dropout in training mode
+    return cast(Tensor, model(**batch)[0])
+
+
+def _output(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return _run(model, batch)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    output = _run(model, batch).float()
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    return (output * weight).sum()
+
+
+def _train(model: nn.Module, batch: Batch, *, steps: int = 2) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    for _ in range(steps):
+        _loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def _one(tensor: Tensor, i: int) -> Tensor:
+    return tensor[i : i + 1]
+
+
+def _same_tensor(site: Site) -> bool:
+    return site.tap == site.write
+
+
+def _tensors(path: Path) -> tuple[Tensor, Tensor]:
+    """What a site carries for 3 examples of 5 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(3, 5, path.site.width_out, generator=generator)
+    if _same_tensor(path.site):
+        return target, target
+    return torch.randn(3, 5, path.site.width_in, generator=generator), target
+
+
+def _assert_refused_by_name(path: Path, tapped: Tensor, target: Tensor, gate: Tensor | None) -> None:
+    message = None
+    try:
+        path(tapped, target, gate)
+    except PathError as error:
+        message = str(error)
+    assert message is not None, "a wrong shape was accepted"
+    assert path.site.tap.module in message or path.site.write.module in message, message
