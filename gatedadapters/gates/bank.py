@@ -162,7 +162,7 @@ class GateBank(nn.Module):
         current = (stochastic, self.log_alpha._version, self.kept._version, self.log_alpha.device)
         if self._values_of == current:
             return
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # cached values outlive an inference-mode evaluation
             noise = self.noise if stochastic else None
             one = self.log_alpha.new_ones(self.tasks, 1)
             if self.frozen:
