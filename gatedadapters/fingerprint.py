@@ -27,4 +27,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
             flat = parameter.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
             values.update(picked.view(torch.int16).numpy().tobytes())
-    return Fingerprint(model_class=type(model).__name__, shapes=shapes.hexdigest()[:32], values=values.hexdigest()[:32])
+    return Fingerprint(
+        model_class=type(model).__name__, shapes=shapes.hexdigest()[:32], values=values.hexdigest()[:32],
+        heads=tuple(sorted(skip)),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.paths import Path
-from gatedadapters.structure import Fingerprint, KeptPath, SiteRecord, Structure
+from gatedadapters.structure import Fingerprint, KeptPath, Offer, SiteRecord, Structure
 
 
 @torch.no_grad()
@@ -88,9 +88,21 @@ def build_structure(
             )
         )
     return Structure(
-        fingerprint=identity, space=space, tasks=tuple(tasks), paths=tuple(records), seed=seed, budget=budget,
-        dense_params=int(bank.dense_cost()), created_with=versions(),
+        fingerprint=identity, space=space, tasks=tuple(tasks), paths=tuple(records), offered=offers(bank, paths), seed=seed,
+        budget=budget, dense_params=int(bank.dense_cost()), created_with=versions(),
     )  # fmt: skip
+
+
+def offers(bank: GateBank, paths: Mapping[str, Path]) -> tuple[Offer, ...]:
+    """What there was to choose from, grouped by what blocks have in common."""
+    blocks: dict[tuple[str, str, str, int], list[int]] = {}
+    for group in bank.groups:
+        site = paths[group.key].site
+        blocks.setdefault((site.sublayer, site.role, paths[group.key].kind, group.units), []).append(site.block_index)
+    return tuple(
+        Offer(sublayer=sublayer, role=role, kind=kind, of=of, blocks=tuple(found))
+        for (sublayer, role, kind, of), found in blocks.items()
+    )
 
 
 def versions() -> dict[str, str]:

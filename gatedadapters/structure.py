@@ -8,27 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.config.base import Config
 from gatedadapters.config.space import AnyPathOptions
-from gatedadapters.errors import ArtifactError
+from gatedadapters.errors import ArtifactError, TaskError
 
 
 class Fingerprint(Config):
-    """What a backbone is: digests of its parameters' names and shapes, and of a sample of their values."""
+    """What a backbone is: digests of its parameters' names and shapes, and of a sample of their values.
+
+    `heads` names the parameters left out of them: task heads, which are trained and saved with the adapters.
+    """
 
     model_class: str
     shapes: str
     values: str
+    heads: tuple[str, ...] = ()
+
+
+class PointRecord(Config):
+    """A `Point` as data."""
+
+    module: str
+    side: Literal["input", "output"]
 
 
 class SiteRecord(Config):
     """A `Site` as data."""
 
-    tap: dict[str, str]
-    write: dict[str, str]
+    tap: PointRecord
+    write: PointRecord
     width_in: int
     width_out: int
     block: str
@@ -60,6 +71,12 @@ class KeptPath(Config):
     flops: float
     open_probability: dict[str, float] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> KeptPath:
+        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.of or self.options.size != len(self.kept):
+            raise ValueError(f"{self.key}: units {self.units} do not make {self.options.size} of {self.of}")
+        return self
+
     @property
     def kept(self) -> tuple[int, ...]:
         """Units any task uses, sorted: what is stored."""
@@ -71,6 +88,16 @@ class KeptPath(Config):
         return self.options.kind
 
 
+class Offer(Config):
+    """Candidates of one kind and place in the blocks, whether anything of them stayed or not."""
+
+    sublayer: str
+    role: str
+    kind: str
+    of: int
+    blocks: tuple[int, ...]
+
+
 class Structure(Config):
     """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal."""
 
@@ -79,6 +106,7 @@ class Structure(Config):
     space: SearchSpace
     tasks: tuple[str, ...]
     paths: tuple[KeptPath, ...]
+    offered: tuple[Offer, ...] = ()
     dense_params: int
     seed: int = 0
     budget: Budget | None = None
@@ -97,6 +125,31 @@ class Structure(Config):
     def task_params(self, task: str) -> int:
         """Parameters that one task uses."""
         return sum(round(p.params * len(p.units.get(task, ())) / len(p.kept)) for p in self.paths)
+
+    def for_task(self, task: str) -> Self:
+        """The part of the structure that one task uses, as a structure of that task alone.
+
+        Raises:
+            TaskError: unknown task.
+        """
+        if task not in self.tasks:
+            raise TaskError(expected=f"one of {', '.join(self.tasks)}", got=repr(task), where="Structure.for_task", fix="name a task")
+        paths = []
+        for record in self.paths:
+            units = record.units.get(task, ())
+            if units:
+                each = record.params // len(record.kept) - (len(self.tasks) if len(self.tasks) > 1 else 0)
+                paths.append(
+                    record.model_copy(
+                        update={
+                            "units": {task: units}, "params": each * len(units),
+                            "flops": record.flops / len(record.kept) * len(units),
+                            "options": record.options.resized(len(units)),
+                            "open_probability": {t: p for t, p in record.open_probability.items() if t == task},
+                        }
+                    )
+                )  # fmt: skip
+        return self.model_copy(update={"tasks": (task,), "paths": tuple(paths)})
 
     def sharing(self) -> dict[str, Any]:
         """How the tasks share the pool: parameters per task, and by how many tasks each stored parameter is used."""
@@ -129,12 +182,28 @@ class Structure(Config):
                 lines.append(f"~ {key} ({len(a.kept)} -> {len(b.kept)} of {b.of})")
         return lines
 
+    def grid(self, task: str | None = None) -> tuple[list[int], list[str], dict[tuple[int, str], tuple[int, int]]]:
+        """Blocks, columns (sub-layer, role, kind) in order of the forward pass, and (kept, offered) units of each cell.
+
+        Args:
+            task: count what this task uses; default: what any task uses.
+        """
+        cells: dict[tuple[int, str], tuple[int, int]] = {}
+        for offer in self.offered:
+            for block in offer.blocks:
+                _add(cells, (block, _column(offer.sublayer, offer.role, offer.kind)), 0, offer.of)
+        for path in self.paths:
+            kept = path.kept if task is None else path.units.get(task, ())
+            place = path.site.block_index, _column(path.site.sublayer, path.site.role, path.kind)
+            _add(cells, place, len(kept), 0 if self.offered else path.of)
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return sorted({block for block, _ in cells}), columns, cells
+
     def table(self) -> str:
         """One row per block, one column per (sub-layer, role, kind): units kept of units offered."""
-        columns = sorted({_column(path) for path in self.paths})
-        rows = sorted({path.site.block_index for path in self.paths})
-        cells = {(p.site.block_index, _column(p)): f"{len(p.kept)}/{p.of}" for p in self.paths}
-        body = [[str(row), *(cells.get((row, column), "·") for column in columns)] for row in rows]
+        rows, columns, cells = self.grid()
+        texts = {place: f"{kept}/{of}" if kept else "–" for place, (kept, of) in cells.items()}
+        body = [[str(row), *(texts.get((row, column), "") for column in columns)] for row in rows]
         share = self.params / self.dense_params if self.dense_params else 0.0
         title = f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
         return title + "\n" + format_table(["block", *columns], body)
@@ -146,8 +215,16 @@ class Structure(Config):
         return f"<pre>{self.table()}</pre>"
 
     def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        """JSON text, one line per path, so that two structures compare line by line."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        lines = []
+        for key, value in data.items():
+            if key in {"paths", "offered"} and value:
+                rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value)
+                lines.append(f' "{key}": [\n{rows}\n ]')
+            else:
+                lines.append(f' "{key}": {json.dumps(value, ensure_ascii=False)}')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "structure") -> Self:
@@ -190,10 +267,14 @@ class Structure(Config):
             ) from error
 
 
-def _column(path: KeptPath) -> str:
+def _column(sublayer: str, role: str, kind: str) -> str:
     short = {"attention": "attn", "feed_forward": "ffn", "cross_attention": "cross", "mixer": "mixer"}
-    place = short.get(path.site.sublayer, path.site.sublayer)
-    return f"{place}{'.' + path.site.role if path.site.role else ''} {path.kind}"
+    return f"{short.get(sublayer, sublayer)}{'.' + role if role else ''} {kind}"
+
+
+def _add(cells: dict[tuple[int, str], tuple[int, int]], place: tuple[int, str], kept: int, offered: int) -> None:
+    before = cells.get(place, (0, 0))
+    cells[place] = before[0] + kept, before[1] + offered
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

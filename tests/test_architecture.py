@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gatedadapters"
 LAYERS = (
     {"errors"},
-    {"config"},
+    {"config", "safe_files"},
     {"backbone", "gates", "paths"},
-    {"structure", "selection", "fingerprint", "hooks", "adapters"},
+    {"structure", "selection", "fingerprint", "hooks", "saving", "adapters", "attachment"},
     {"masking", "artifacts"},
     {"data", "training"},
     {"continual", "transfer", "robustness"},

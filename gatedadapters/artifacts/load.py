@@ -1,0 +1,119 @@
+"""From a folder back to adapters on a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gatedadapters.adapters import NAME, Adapters
+from gatedadapters.attachment import attach
+from gatedadapters.errors import ArtifactError, GatedAdaptersError
+from gatedadapters.fingerprint import fingerprint
+from gatedadapters.paths import Site, path_class
+from gatedadapters.safe_files import leftovers, read_tensors
+from gatedadapters.saving import STRUCTURE, WEIGHTS, state
+from gatedadapters.structure import Fingerprint, Structure
+
+
+def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = False) -> Adapters:
+    """Attach saved adapters to the backbone they were made for, weights and task heads included.
+
+    The result computes what the saved one did, bit for bit where it was saved in fp32. Everything is checked
+    before the model is touched, and nothing in the files is executed.
+
+    Args:
+        model: with the same backbone and heads, no adapters attached.
+        folder: what `Adapters.save` wrote.
+        other_values: accept a backbone of the same shapes with other weights, such as a newer release of it.
+
+    Raises:
+        ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another
+            one; it says whether its class, its shapes or its values differ.
+        AttachError: the model already has adapters.
+        The model is left untouched by all of them.
+    """
+    path = Path(folder)
+    structure = Structure.load(_existing(path) / STRUCTURE)
+    if not hasattr(model, NAME):  # else attach says it better
+        _check_backbone(model, structure.fingerprint, path, other_values=other_values)
+    tensors = read_tensors(path / WEIGHTS, _expected(model, structure, path))
+    adapters = attach(model, structure, heads=structure.fingerprint.heads, seed=structure.seed)
+    with torch.no_grad():
+        for name, value in state(adapters).items():
+            value.copy_(tensors[name])
+    return adapters
+
+
+def _existing(folder: Path) -> Path:
+    if (folder / STRUCTURE).is_file():
+        return folder
+    if not folder.exists():
+        interrupted = [left for left in leftovers(folder) if (left / STRUCTURE).is_file()]
+        fix = f"an interrupted save left {interrupted[0]}: rename it" if interrupted else "check the path"
+        raise ArtifactError("no such folder", expected="a saved adapter", got="nothing there", where=folder, fix=fix)
+    held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
+    peft = "adapter_config.json" in held
+    raise ArtifactError(
+        "this is not a saved adapter",
+        expected=f"a folder with {STRUCTURE} and {WEIGHTS}",
+        got="a peft adapter" if peft else ", ".join(held[:4]) or "an empty folder",
+        where=folder,
+        fix="import it as a peft adapter" if peft else "give the folder that Adapters.save wrote",
+    )
+
+
+def _check_backbone(model: nn.Module, saved: Fingerprint, folder: Path, *, other_values: bool) -> None:
+    present = dict(model.named_parameters())
+    missing = [name for name in saved.heads if name not in present]
+    if missing:
+        raise ArtifactError(
+            "the model lacks task heads that were saved",
+            expected=", ".join(missing[:4]),
+            got=f"a {type(model).__name__} without them",
+            where=folder,
+            fix="build the model with the same tasks, in the same class",
+        )
+    found = fingerprint(model, skip=frozenset(saved.heads))
+    parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
+    differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
+    if not differ or (other_values and differ == ["values"]):
+        return
+    what = " and ".join(parts[part] for part in differ)
+    fix = "load the backbone they were trained on"
+    if differ == ["values"]:
+        fix += ", or accept an updated one with other_values=True"
+    raise ArtifactError(
+        f"these adapters were made for another backbone ({what} differ)",
+        expected=_described(saved),
+        got=_described(found),
+        where=folder,
+        fix=fix,
+    )
+
+
+def _described(identity: Fingerprint) -> str:
+    return f"{identity.model_class} (shapes {identity.shapes[:8]}, values {identity.values[:8]})"
+
+
+def _expected(model: nn.Module, structure: Structure, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of everything that must be in the file, without allocating any of it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for record in structure.paths:
+        try:
+            with torch.device("meta"):
+                path = path_class(record.options)(Site.from_dict(record.site.model_dump()), record.options)
+        except (GatedAdaptersError, KeyError, TypeError, RuntimeError) as error:
+            raise ArtifactError(
+                "the structure names a path that cannot be built",
+                expected="a path as it was saved",
+                got=f"{type(error).__name__}: {error}",
+                where=f"path {record.key} in {folder / STRUCTURE}",
+                fix="restore the file",
+            ) from error
+        shapes |= {f"paths.{record.key}.{name}": tuple(value.shape) for name, value in path.state_dict().items()}
+        if len(structure.tasks) > 1:
+            shapes[f"paths.{record.key}.routing"] = (len(structure.tasks), len(record.kept))
+    heads = structure.fingerprint.heads
+    return shapes | {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in heads}

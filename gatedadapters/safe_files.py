@@ -1,0 +1,191 @@
+"""Folders that appear whole or not at all, and tensors read without running anything from the file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gatedadapters.errors import ArtifactError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` when the block ends, or is thrown away if it fails.
+
+    It is a hidden sibling until everything in it has reached the disk; then one rename gives it its name.
+    With `overwrite` the old folder and the new one change places in one step (in renames where the system
+    knows no exchange; an interruption between them leaves the old one whole under a hidden name, see
+    `leftovers`).
+
+    Args:
+        folder: where it shall be; parents are made.
+        files: names that an earlier one of its kind may hold. Anything else is the user's and never replaced.
+        overwrite: replace an earlier one.
+
+    Raises:
+        ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
+    """
+    target = Path(folder).absolute()
+    _check_free(target, files, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        for path in [*scratch.iterdir(), scratch]:
+            _flush(path)
+        _check_free(target, files, overwrite)  # somebody else may have been faster
+        if target.exists() and any(target.iterdir()):
+            _exchange(scratch, target)
+        else:
+            os.rename(scratch, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # what failed, or what was replaced
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    """Whole or half-written folders beside `folder` that interrupted calls of `whole_folder` left."""
+    target = Path(folder).absolute()
+    return sorted(target.parent.glob(f".{target.name}.????????")) if target.parent.is_dir() else []
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(plain, path, metadata=dict(metadata))
+
+
+def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read exactly the tensors `expected` (shapes by name), all fp32 or all bf16; checked before read.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or foreign; keys, shapes or dtypes differ.
+    """
+    with _opened(path) as file:
+        names = set(file.keys())
+        missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
+        if missing or extra:
+            raise ArtifactError(
+                "these weights are not those of the structure beside them",
+                expected=f"{len(expected)} tensors" + (f", {_some(missing)} among them" if missing else ""),
+                got=f"{len(names)} tensors" + (f", {_some(extra)} among them" if extra else ""),
+                where=path,
+                fix="keep the files of one artefact together, as they were saved",
+            )
+        slices = {name: file.get_slice(name) for name in expected}
+        types = {piece.get_dtype() for piece in slices.values()}
+        if len(types) > 1 or not types <= DTYPES.keys():
+            raise ArtifactError(
+                "weights of an unexpected type",
+                expected=f"all of one type among {', '.join(DTYPES)}",
+                got=", ".join(sorted(types)),
+                where=path,
+                fix="save the adapters again",
+            )
+        for name, piece in slices.items():
+            if tuple(piece.get_shape()) != tuple(expected[name]):
+                raise ArtifactError(
+                    "a weight has another shape than the model and the structure say",
+                    expected=tuple(expected[name]),
+                    got=tuple(piece.get_shape()),
+                    where=f"{name} in {path}",
+                    fix="keep an artefact's files together; build the model with the same tasks and classes",
+                )
+        return {name: file.get_tensor(name).clone() for name in expected}  # else they live in the file
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            "the weights cannot be read",
+            expected="a whole safetensors file",
+            got=_nature(Path(path), error),
+            where=path,
+            fix="copy or save it again; pickled files are never opened",
+        ) from error
+
+
+def _check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
+    if target.is_dir():
+        held = sorted(path.name for path in target.iterdir())
+        foreign = [name for name in held if name not in files]
+        if foreign:
+            raise ArtifactError(
+                "the folder holds files that do not belong to an artefact",
+                expected="a new folder, an empty one, or an artefact to overwrite",
+                got=_some(foreign),
+                where=target,
+                fix="give a folder of its own",
+            )
+        if held and not overwrite:
+            raise ArtifactError(
+                "the folder already holds an artefact",
+                expected="a new or an empty folder",
+                got=_some(held),
+                where=target,
+                fix="give another folder, or overwrite=True",
+            )
+    elif target.exists():
+        raise ArtifactError(
+            "a file is in the way", expected="a folder", got="a file", where=target, fix="give another name"
+        )
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two folders change names."""
+    names = os.fsencode(one), os.fsencode(other)
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "renameat2") and not library.renameat2(-100, names[0], -100, names[1], 2):
+        return  # Linux: AT_FDCWD, RENAME_EXCHANGE
+    if hasattr(library, "renamex_np") and not library.renamex_np(*names, 2):
+        return  # macOS: RENAME_SWAP
+    aside = other.with_name(f".{other.name}.{secrets.token_hex(4)}")
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _nature(path: Path, error: Exception) -> str:
+    """What a file that is no safetensors file is instead, without opening it as anything."""
+    if not path.is_file():
+        return "no such file"
+    with path.open("rb") as file:
+        start = file.read(4)
+    size = f"{path.stat().st_size:,} bytes"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return f"a pickled file ({size})"
+    return f"{size} that are truncated or foreign ({error})"
+
+
+def _some(names: Collection[str], limit: int = 3) -> str:
+    """The first few of some names."""
+    return ", ".join([*list(names)[:limit], *(["..."] if len(names) > limit else [])])
