@@ -1,13 +1,31 @@
 """Adapters whose place, kind and size are learned."""
 
-from gatedadapters.adapters import Adapters, attach, detach, get_adapters
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gatedadapters.adapters import Adapters, get_adapters
+from gatedadapters.artifacts import load_adapters
+from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
 from gatedadapters.structure import Structure
-from gatedadapters.training import GatedTrainer, MultiTaskClassifier
+
+if TYPE_CHECKING:
+    from gatedadapters.training import GatedTrainer, MultiTaskClassifier
 
 __version__ = "0.1.0"
 __all__ = [
     "L0", "Adapters", "Budget", "GateConfig", "GatedTrainer", "Layout", "MultiTaskClassifier", "Schedule", "SearchSpace",
-    "Structure", "attach", "detach", "discover", "get_adapters",
+    "Structure", "attach", "detach", "discover", "get_adapters", "load_adapters",
 ]  # fmt: skip
+
+# transformers' Trainer imports peft and more: only those who train pay for it.
+_ON_USE = {"GatedTrainer": "gatedadapters.training", "MultiTaskClassifier": "gatedadapters.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return getattr(import_module(_ON_USE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

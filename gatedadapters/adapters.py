@@ -1,30 +1,27 @@
-"""The supernet's life: attach, train with a penalty, discretize, prune or compact, detach."""
+"""The supernet's life: train with a penalty, discretize, prune or compact, detach."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path as FilePath
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.backbone import Layout, discover
-from gatedadapters.config import Budget, PathOptions, Penalty, Schedule, SearchSpace
-from gatedadapters.errors import AttachError, PathError, TaskError, TrainingError
-from gatedadapters.fingerprint import fingerprint
-from gatedadapters.gates import GateBank, Group, Pressure
+from gatedadapters import saving
+from gatedadapters.backbone import Layout
+from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
+from gatedadapters.errors import AttachError, TaskError, TrainingError
+from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputHook
-from gatedadapters.paths import Misfit, Path, Site, path_class
+from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
-from gatedadapters.structure import Fingerprint, KeptPath, Structure
-
-logger = logging.getLogger(__name__)
+from gatedadapters.structure import Fingerprint, Structure
 
 NAME = "gated_adapters"
-DEFAULT_TASK = "default"
 
 
 class Adapters(nn.Module):
@@ -245,7 +242,7 @@ class Adapters(nn.Module):
         bank = self._gates()
         structure = structure or self.structure or self.discretize()
         if task is not None:
-            structure = for_task(structure, task)
+            structure = structure.for_task(task)
         kept = self._kept_mask(structure)
         if self.structure is not structure:
             self.prune(structure)
@@ -271,6 +268,20 @@ class Adapters(nn.Module):
         self._task = 0 if len(self.tasks) == 1 else None
         self._hook(model)
         return structure
+
+    def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+        """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or not
+        at all. `load_adapters` reads them back.
+
+        Args:
+            folder: a new or an empty folder.
+            dtype: of what is stored, float32 or bfloat16.
+            overwrite: replace an artefact that the folder holds, in one step.
+
+        Raises:
+            ArtifactError: the adapters are not compact, or the folder is not free.
+        """
+        saving.save(self, folder, dtype=dtype, overwrite=overwrite)
 
     def _kept_mask(self, structure: Structure) -> Tensor:
         """(tasks, units) 1 where kept."""
@@ -327,7 +338,7 @@ class Adapters(nn.Module):
         self._handles.clear()
         self.tapped.clear()
 
-    def detach_from_model(self) -> nn.Module:
+    def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`
         (task heads keep what they learned)."""
         model = self.model
@@ -342,84 +353,6 @@ class Adapters(nn.Module):
         return {**self.__dict__, "tapped": {}}
 
 
-def attach(
-    model: nn.Module,
-    space: SearchSpace | Structure | str,
-    sample: Mapping[str, Tensor] | None = None,
-    *,
-    tasks: Sequence[str] = (DEFAULT_TASK,),
-    penalty: Penalty | None = None,
-    schedule: Schedule | None = None,
-    total_steps: int | None = None,
-    heads: Sequence[str] | None = None,
-    seed: int = 0,
-) -> Adapters:
-    """Freeze `model` and put gated candidates into it, in place; or build a known `Structure` without gates.
-
-    Args:
-        model: any transformers model, or a module that contains one.
-        space: a search space, the name of a preset, or a Structure to train from scratch.
-        sample: a batch that runs through the model, used to discover its layout; a default is made for token models.
-        tasks: names of the tasks; each has its own gates over the shared paths.
-        penalty, schedule, total_steps: see `Adapters.set_penalty`.
-        heads: parameters of the model (names or prefixes) to train and save along; by default everything outside the
-            backbone of a model without a language-model head, such as a classifier.
-        seed: of path weights, gates and gate noise; equal seeds give equal adapters on every machine and rank.
-
-    Raises:
-        AttachError: the model already has adapters.
-        LayoutError: no repeated blocks, or the sample batch does not run.
-        PathError: the space selects nothing, or a path does not fit its point.
-        ConfigError: unknown preset.
-        BudgetError: see `set_penalty`.
-        The model is left untouched by all of them.
-    """
-    if hasattr(model, NAME):
-        raise AttachError(
-            "this model already has adapters", expected="a model without adapters", got=f"model.{NAME}",
-            where=type(model).__name__, fix="ga.detach(model) first",
-        )  # fmt: skip
-    space = SearchSpace.load(space) if isinstance(space, str) else space
-    head_names = _head_parameters(model, heads)
-    identity = fingerprint(model, skip=frozenset(head_names))
-    if isinstance(space, Structure):
-        built = _from_structure(model, space, identity, seed)
-    else:
-        built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
-        if penalty is not None:
-            built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
-    built.head_names = head_names
-    built._required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-    built.train(model.training)
-    _place(built, model)
-    try:
-        built._model.append(model)
-        built._hook(model)
-        model.add_module(NAME, built)
-        for name, parameter in model.named_parameters():
-            if not name.startswith(f"{NAME}."):
-                parameter.requires_grad_(name in head_names)
-    except BaseException:
-        built._unhook()
-        if hasattr(model, NAME):
-            delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in built._required_grad)
-        raise
-    return built
-
-
-def detach(model: nn.Module) -> Adapters:
-    """Take the adapters out of `model`, which is then bit for bit what it was; returns them.
-
-    Raises:
-        AttachError: the model has none.
-    """
-    adapters = get_adapters(model)
-    adapters.detach_from_model()
-    return adapters
-
-
 def get_adapters(model: nn.Module) -> Adapters:
     """The adapters attached to `model` (or to what DDP and torch.compile wrapped).
 
@@ -431,144 +364,6 @@ def get_adapters(model: nn.Module) -> Adapters:
         if isinstance(found, Adapters):
             return found
     raise AttachError("this model has no adapters", where=type(model).__name__, fix="call gatedadapters.attach first")
-
-
-def for_task(structure: Structure, task: str) -> Structure:
-    """The part of a structure that one task uses, as a structure of that task alone.
-
-    Raises:
-        TaskError: unknown task.
-    """
-    if task not in structure.tasks:
-        raise TaskError(expected=f"one of {', '.join(structure.tasks)}", got=repr(task), where="for_task")
-    paths = []
-    for record in structure.paths:
-        units = record.units.get(task, ())
-        if units:
-            each = record.params // len(record.kept) - (len(structure.tasks) if len(structure.tasks) > 1 else 0)
-            paths.append(
-                record.model_copy(
-                    update={
-                        "units": {task: units}, "params": each * len(units),
-                        "flops": record.flops / len(record.kept) * len(units),
-                        "options": record.options.resized(len(units)),
-                        "open_probability": {t: p for t, p in record.open_probability.items() if t == task},
-                    }
-                )
-            )  # fmt: skip
-    return structure.model_copy(update={"tasks": (task,), "paths": tuple(paths)})
-
-
-def candidates(space: SearchSpace, layout: Layout) -> tuple[dict[str, tuple[PathOptions, Site]], tuple[Misfit, ...]]:
-    """Every candidate a space offers on a layout, by key, and the places where one does not fit.
-
-    Raises:
-        PathError: the space selects nothing.
-    """
-    found: dict[str, tuple[PathOptions, Site]] = {}
-    misfits: list[Misfit] = []
-    for options in space.paths:
-        for site in path_class(options).sites(options, layout):
-            if isinstance(site, Misfit):
-                misfits.append(site)
-                continue
-            stem = f"{site.tap.module.replace('.', '/')}:{options.kind}"
-            number = sum(key == stem or key.startswith(f"{stem}#") for key in found)
-            found[f"{stem}#{number + 1}" if number else stem] = (options, site)
-    if not found:
-        offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
-        raise PathError(
-            "the search space selects no point of this model", expected="at least one candidate",
-            got="; ".join(f"{m.module}: {m.reason}" for m in misfits[:3]) or "no match",
-            where=f"search space {space.name!r} on {layout.model_class}", fix=f"the model offers {offered}",
-        )  # fmt: skip
-    return found, tuple(misfits)
-
-
-def groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[Group]:
-    """The candidates as the gate bank counts them: with several tasks, each unit also stores one routing value a task."""
-    routing = n_tasks if n_tasks > 1 else 0
-    result = []
-    for key, (options, site) in found.items():
-        units, params, flops = path_class(options).cost(site, options)
-        result.append(Group(key, site.block, str(site.tap), units, params + routing, flops))
-    return result
-
-
-def _from_space(
-    space: SearchSpace,
-    layout: Layout,
-    tasks: Sequence[str],
-    identity: Fingerprint,
-    head_names: Sequence[str],
-    seed: int,
-) -> Adapters:
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise TaskError(expected="one or more distinct task names", got=repr(tuple(tasks)), where="attach(tasks=)")
-    found, misfits = candidates(space, layout)
-    generator = torch.Generator().manual_seed(seed)
-    paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}  # type: ignore[call-arg]
-    adapters = Adapters(paths, tasks=tasks, space=space, identity=identity, seed=seed)
-    adapters.bank = GateBank(groups(found, len(tasks)), space.gates, tasks=len(tasks), seed=seed)
-    adapters.layout, adapters.misfits = layout, misfits
-    for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in misfits]:
-        logger.warning(text)
-    for unknown in (u for u in layout.unknown if u.name not in head_names):
-        logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
-    return adapters
-
-
-def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprint, seed: int) -> Adapters:
-    modules = dict(model.named_modules())
-    generator = torch.Generator().manual_seed(seed)
-    paths: dict[str, Path] = {}
-    for record in structure.paths:
-        site = Site.from_dict(record.site.model_dump())
-        missing = [point.module for point in (site.tap, site.write) if point.module not in modules]
-        if missing:
-            raise PathError(
-                "this structure does not fit the model", expected=f"a module {missing[0]}", got="none of that name",
-                where=f"path {record.key} on {type(model).__name__}", fix="attach it to the backbone it was made for",
-            )  # fmt: skip
-        path = path_class(record.options)(site, record.options, generator)  # type: ignore[call-arg]
-        if len(structure.tasks) > 1:
-            path.routing = torch.tensor([[float(u in record.units.get(t, ())) for u in record.kept] for t in structure.tasks])
-        paths[record.key] = path
-    adapters = Adapters(paths, tasks=structure.tasks, space=structure.space, identity=identity, seed=seed)
-    adapters.structure = structure.model_copy(update={"fingerprint": identity})
-    return adapters
-
-
-def _place(adapters: Adapters, model: nn.Module) -> None:
-    """Each path beside the module it writes to, gates beside the first of them."""
-    modules = dict(model.named_modules())
-    device = None
-    for _, path in adapters._typed_paths():
-        home = next((p.device for p in modules[path.site.write.module].parameters()), None)
-        if home is not None and home.type != "meta":
-            path.to(home)
-            device = device or home
-    if device is not None:
-        for part in (adapters.bank, adapters.pressure):
-            if part is not None:
-                part.to(device)
-
-
-def _head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
-    names = [name for name, _ in model.named_parameters()]
-    if heads is not None:
-        missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]
-        if missing:
-            raise AttachError(
-                expected="names or prefixes of the model's parameters", got=", ".join(missing), where="attach(heads=)",
-                fix=f"the model's top-level parts are {', '.join(n for n, _ in model.named_children())}",
-            )  # fmt: skip
-        return tuple(n for n in names if any(n == h or n.startswith(f"{h}.") for h in heads))
-    prefix = getattr(model, "base_model_prefix", "")
-    generates = callable(getattr(model, "get_output_embeddings", None)) and model.get_output_embeddings() is not None
-    if not prefix or not hasattr(model, prefix) or generates:
-        return ()
-    return tuple(name for name in names if not name.startswith(f"{prefix}."))
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

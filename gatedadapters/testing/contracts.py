@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gatedadapters.adapters import Adapters, attach, detach, get_adapters
+from gatedadapters.adapters import Adapters, get_adapters
+from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace
 from gatedadapters.errors import PathError
