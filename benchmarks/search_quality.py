@@ -196,3 +196,98 @@ def accuracy(model: nn.Module, dataset: Any, collate: Any, batch: int = 64) -> f
         with torch.autocast("cpu", torch.bfloat16):
             right += int((model(**inputs).logits.argmax(-1) == labels).sum())
     return right / len(order)
+
+
+# -- the study ---------------------------------------------------------------------------------------------------------
+
+RATES = (2e-3, 4e-3, 8e-3)
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 100
+STUDIES = (("newsgroups", 1 / 8, 300), ("newsgroups", 1 / 32, 300), ("rotten_tomatoes", 1 / 8, 200), ("tweets", 1 / 8, 200))
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """The stored result of a cell, computed now if nobody has; written whole or not at all."""
+    if not cell.file.exists():
+        result = compute(cell, ARMS[cell.arm])
+        cell.file.parent.mkdir(parents=True, exist_ok=True)
+        part = cell.file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(part, cell.file)
+    return json.loads(cell.file.read_text())
+
+
+def tuned_rate(task: str, budget: float, arm: str, steps: int, *, compute_missing: bool) -> float | None:
+    """The learning rate with the best validation score, from a seed that the comparison does not use."""
+    scores = {}
+    for rate in RATES:
+        cell = Cell(task, budget, arm, rate, TUNING_SEED, steps, split="validation")
+        if compute_missing or cell.file.exists():
+            scores[rate] = run(cell)["score"]
+    return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
+
+
+def run_all(only: list[str]) -> None:
+    """Compute what is missing: for each study, tune each arm, then seed by seed so that pairs are complete early."""
+    for task, budget, steps in STUDIES:
+        if only and f"{task}:{budget:g}" not in only and task not in only:
+            continue
+        rates = {arm: tuned_rate(task, budget, arm, steps, compute_missing=True) for arm in ARMS}
+        for seed in SEEDS:
+            for arm, rate in rates.items():
+                assert rate is not None
+                result = run(Cell(task, budget, arm, rate, seed, steps))
+                print(f"{task} 1/{1 / budget:g} {arm} seed {seed} rate {rate:g}: {result['score']:.3f}", flush=True)
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Mean of paired differences and the half-width of its 95 % t interval."""
+    n = len(differences)
+    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
+    return float(differences.mean()), float(half)
+
+
+def table() -> str:
+    """Every study from the stored cells: mean test accuracy, and searched minus each arm with its 95 % interval."""
+    lines = ["| task | budget | arm | rate | seeds | accuracy | searched − arm (95 %) | parameters |", "|---|---|---|---|---|---|---|---|"]
+    pooled: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for task, budget, steps in STUDIES:
+        rates = {arm: tuned_rate(task, budget, arm, steps, compute_missing=False) for arm in ARMS}
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for arm, rate in rates.items():
+            if rate is not None:
+                cells = [Cell(task, budget, arm, rate, seed, steps) for seed in SEEDS]
+                found[arm] = {cell.seed: json.loads(cell.file.read_text()) for cell in cells if cell.file.exists()}
+        for arm, results in found.items():
+            pairs = sorted(set(results) & set(found.get("searched", {})))
+            differences = np.array([found["searched"][s]["score"] - results[s]["score"] for s in pairs])
+            mean, half = interval(differences) if len(pairs) else (float("nan"), float("nan"))
+            pooled[arm] += differences.tolist()
+            accuracy_ = np.mean([r["score"] for r in results.values()]) if results else float("nan")
+            size = max((r["params"] for r in results.values()), default=0)
+            versus = "" if arm == "searched" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            lines.append(
+                f"| {task} | 1/{1 / budget:g} | {arm} | {rates[arm]:g} | {len(results)} | {100 * accuracy_:.1f} | {versus} | {size:,} |"
+            )
+    for arm, differences in pooled.items():
+        if arm != "searched" and len(differences) > 1:
+            mean, half = interval(np.array(differences))
+            lines.append(f"| all | | {arm} | | {len(differences)} pairs | | {100 * mean:+.1f} ± {100 * half:.1f} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--only", nargs="*", default=[], help="studies, e.g. newsgroups:0.125 or tweets")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.command == "run":
+        run_all(options.only)
+    print(table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -182,7 +182,8 @@ class Adapters(nn.Module):
     def _gates(self) -> GateBank:
         if self.bank is None:
             raise AttachError(
-                "these adapters are compact: their gates are folded into the weights", fix="attach the search space anew"
+                "these adapters are compact: their gates are folded into the weights",
+                fix="attach the search space anew",
             )
         return self.bank
 
@@ -210,19 +211,29 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def prune(self, structure: Structure) -> None:
-        """Fix the gates to `structure` and go on training its weights: what is dropped is closed for good, what stays is
-        open without noise. Parameters keep their shapes, so the optimiser goes on; `compact` later shrinks them.
+        """Fix the gates to `structure` and go on training its weights: what is dropped is closed for good, what stays
+        is open without noise. Parameters keep their shapes, so the optimiser goes on; `compact` later shrinks them.
 
-        A single task's gate values move into the weights (the function stays what it was); of several tasks' gates the
+        A single task's gates move into the weights, and what is dropped is condensed into what stays where a path can
+        (`Path.condense`): the function stays what it was, but for what the budget cut off. Of several tasks' gates the
         largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution.
         """
         bank = self._gates()
         kept = self._kept_mask(structure)
-        values = bank.deterministic() * kept
+        gates = bank.deterministic()
+        values = gates * kept
         top = values.amax(0)
         for key, path in self._typed_paths():
-            path.scale_units(top[bank.slices[key]].expand(path.units))
-        bank.fix(torch.where(top > 0, values / top.clamp(min=1e-30), kept))
+            where = bank.slices[key]
+            own = kept[:, where].amax(0).expand(path.units)
+            if len(self.tasks) == 1:
+                path.condense(own.nonzero().flatten(), gates[0, where].expand(path.units))
+            else:
+                path.scale_units(top[where].expand(path.units))
+        if len(self.tasks) == 1:
+            bank.fix(kept)
+        else:
+            bank.fix(torch.where(top > 0, values / top.clamp(min=1e-30), kept))
         self.structure = structure
 
     @torch.no_grad()
@@ -270,8 +281,8 @@ class Adapters(nn.Module):
         return structure
 
     def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
-        """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or not
-        at all. `load_adapters` reads them back.
+        """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or
+        not at all. `load_adapters` reads them back.
 
         Args:
             folder: a new or an empty folder.
@@ -339,8 +350,10 @@ class Adapters(nn.Module):
         self.tapped.clear()
 
     def detach(self) -> nn.Module:
-        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`
-        (task heads keep what they learned)."""
+        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
+
+        Task heads keep what they learned.
+        """
         model = self.model
         self._unhook()
         delattr(model, NAME)

@@ -13,10 +13,11 @@ from gatedadapters.gates.bank import GateBank
 class Pressure(nn.Module):
     """Turns `L0` or `Budget` into the loss term, given how far training has come.
 
-    A budget is an inequality constraint c = (E[cost] - target) / dense <= 0, handled by the augmented Lagrangian: the
-    term is (max(0, m + rho c)^2 - m^2) / (2 rho), and after each step m <- max(0, m + rho c). Below the target the
-    term's gradient vanishes, so an overshoot is not driven on to a dead adapter as with an equality constraint whose
-    multiplier has wound up. `multipliers` holds one m for the union over tasks and one per task for the cap.
+    A budget is an inequality constraint c = (E[cost] - target) / dense <= 0 under a multiplier m that ascends,
+    m <- max(0, m + rho c), once a step (augmented Lagrangian). Plain ascent winds m up while the gates are still on their
+    way and then drives them far below the target, on little data down to a dead adapter. So the pressure
+    max(0, m + rho c) fades out, and m with it, as the cost falls from the target to `slack` below it.
+    `multipliers` holds one m for the union over tasks and one per task for the cap.
 
     References:
         Nocedal & Wright, Numerical Optimization, section 17.4, for the inequality form; CoFi (ACL 2022) for Lagrangian
@@ -26,7 +27,7 @@ class Pressure(nn.Module):
     multipliers: Tensor
 
     def __init__(
-        self, bank: GateBank, penalty: Penalty, schedule: Schedule, *, total_steps: int | None, rho: float = 10.0
+        self, bank: GateBank, penalty: Penalty, schedule: Schedule, *, total_steps: int | None, rho: float = 10.0, slack: float = 0.05
     ) -> None:
         super().__init__()
         if isinstance(penalty, Budget):
@@ -40,6 +41,7 @@ class Pressure(nn.Module):
                 )
             check_budget(bank, penalty)
         self.penalty, self.schedule, self.total_steps, self.rho = penalty, schedule, total_steps, rho
+        self.slack = slack
         self.register_buffer("multipliers", torch.zeros(1 + bank.tasks, device=bank.log_alpha.device))
 
     def progress(self, bank: GateBank) -> float:
@@ -56,7 +58,7 @@ class Pressure(nn.Module):
         return dense + pressure * (self.penalty.resolve(dense) - dense)
 
     def _violations(self, bank: GateBank) -> Tensor:
-        """c of the union and of each task, shape (1 + tasks,), differentiable."""
+        """Violations c of the union and of each task, shape (1 + tasks,), differentiable."""
         assert isinstance(self.penalty, Budget)
         unit = self.penalty.unit
         dense = bank.dense_cost(unit)
@@ -74,14 +76,21 @@ class Pressure(nn.Module):
         if isinstance(self.penalty, L0):
             share = bank.expected_cost(self.penalty.unit) / bank.dense_cost(self.penalty.unit)
             return self.penalty.weight * self.schedule.pressure(self.progress(bank)) * share
-        m = self.multipliers
-        return (((m + self.rho * self._violations(bank)).clamp(min=0) ** 2 - m**2) / (2 * self.rho)).sum()
+        violations = self._violations(bank)
+        return (self._pressures(bank, violations.detach()) * violations).sum()
+
+    def _pressures(self, bank: GateBank, violations: Tensor) -> Tensor:
+        """How hard each constraint presses now, shape (1 + tasks,)."""
+        assert isinstance(self.penalty, Budget)
+        band = self.slack * self.target(bank) / bank.dense_cost(self.penalty.unit)
+        fade = (1 + violations / band).clamp(0, 1)
+        return (self.multipliers + self.rho * violations).clamp(min=0) * fade
 
     @torch.no_grad()
     def ascend(self, bank: GateBank) -> None:
         """One step of ascent, at the beginning of each optimiser step."""
         if isinstance(self.penalty, Budget) and not bank.frozen and self.schedule.pressure(self.progress(bank)) > 0:
-            self.multipliers.copy_((self.multipliers + self.rho * self._violations(bank)).clamp(min=0))
+            self.multipliers.copy_(self._pressures(bank, self._violations(bank)))
 
     def prune_is_due(self, bank: GateBank) -> bool:
         """Whether the schedule says to fix the Structure now."""

@@ -28,4 +28,6 @@ def path_kinds() -> dict[str, type[Path]]:
 for _kind in (LoRA, Serial, Parallel, Scale):
     register(_kind)
 
-__all__ = ["LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register"]
+__all__ = [
+    "LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register",
+]  # fmt: skip

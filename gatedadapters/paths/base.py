@@ -50,9 +50,16 @@ class Site:
         """The site of a path around one linear map."""
         sides = {"input": linear.in_features, "output": linear.out_features}
         return cls(
-            Point(linear.name, tap), Point(linear.name, write), sides[tap], sides[write], block.name, block.index,
-            sublayer.kind, linear.role, linear.traffic,
-        )  # fmt: skip
+            Point(linear.name, tap),
+            Point(linear.name, write),
+            sides[tap],
+            sides[write],
+            block.name,
+            block.index,
+            sublayer.kind,
+            linear.role,
+            linear.traffic,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -81,8 +88,8 @@ class Path(nn.Module, ABC):
     exactly one unit, so a structure's parameter count is a sum over its units.
 
     Contract (checked by `gatedadapters.testing.PathContract`): output unchanged at start; a gate of 0 gives the
-    backbone's output exactly; a gate of 1 the ungated path; gates get gradient once the path is non-zero; `scale_units` and
-    `select_units` do what gates of those values did; `cost` counts the parameters.
+    backbone's output exactly; a gate of 1 the ungated path; gates get gradient once the path is non-zero;
+    `scale_units` and `select_units` do what gates of those values did; `cost` counts the parameters.
     """
 
     kind: ClassVar[str]
@@ -117,13 +124,23 @@ class Path(nn.Module, ABC):
         Args:
             tapped: what the tap carries, (..., width_in).
             target: what the write side carries, (..., width_out); the result has its shape and dtype.
-            gate: None for fully open, else (g,) for the whole batch or (n, g) for its n examples, where target's leading
-                dimensions hold n equal runs; g is `units` or 1.
+            gate: None for fully open, else (g,) for the whole batch or (n, g) for its n examples, where target's
+                leading dimensions hold n equal runs; g is `units` or 1.
         """
 
     @abstractmethod
     def scale_units(self, scale: Tensor) -> None:
         """Multiply what each unit contributes by `scale` (units,), in place: the function of a gate of that value."""
+
+    def condense(self, keep: Tensor, scale: Tensor) -> None:
+        """Leave only the units `keep` (indices) contributing, in place, as the gates `scale` (units,) are fixed.
+
+        Paths whose units can stand in for each other override this, so that those kept take over what they can of the
+        rest; where the rest contributes nothing the function must not change.
+        """
+        kept = torch.zeros_like(scale)
+        kept[keep] = scale[keep]
+        self.scale_units(kept)
 
     @abstractmethod
     def select_units(self, keep: Tensor) -> None:
@@ -143,9 +160,7 @@ class Path(nn.Module, ABC):
         return f"{self.site.tap} -> {self.site.write}, units={self.units}"
 
 
-def map_sites(
-    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str
-) -> Iterator[Site | Misfit]:
+def map_sites(options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str) -> Iterator[Site | Misfit]:
     """Sites around every selected linear map; fused expert weights are no single map and are reported."""
     for block, sublayer, linear in layout.maps():
         if not selected(options, layout, block, sublayer, linear.name, linear.role):
@@ -168,9 +183,16 @@ def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str
                 continue
             traffic = max((m.traffic for m in sublayer.maps if m.name == sublayer.writer), default=float(block.calls))
             yield Site(
-                Point(reader, tap), Point(sublayer.writer, "output"), sublayer.width, sublayer.width, block.name,
-                block.index, sublayer.kind, "", traffic,
-            )  # fmt: skip
+                Point(reader, tap),
+                Point(sublayer.writer, "output"),
+                sublayer.width,
+                sublayer.width,
+                block.name,
+                block.index,
+                sublayer.kind,
+                "",
+                traffic,
+            )
 
 
 def selected(
@@ -178,7 +200,12 @@ def selected(
 ) -> bool:
     """Whether `options.at` selects this module."""
     return options.at.accepts(
-        module=module, block=block.index, n_blocks=len(layout.blocks), stack=block.stack, sublayer=sublayer.kind, role=role
+        module=module,
+        block=block.index,
+        n_blocks=len(layout.blocks),
+        stack=block.stack,
+        sublayer=sublayer.kind,
+        role=role,
     )
 
 

@@ -2,8 +2,9 @@
 
 References:
     Houlsby et al. 2019, arXiv 1902.00751 (serial, after attention and feed-forward); Pfeiffer et al. 2021, arXiv
-    2005.00247 (serial, after the feed-forward only): choose with `at: {sublayers: ...}`. He et al. 2022, arXiv 2110.04366
-    (parallel). There is no bias after `up`: every parameter then belongs to one unit, and a closed unit adds exactly 0.
+    2005.00247 (serial, after the feed-forward only): choose with `at: {sublayers: ...}`. He et al. 2022, arXiv
+    2110.04366 (parallel). There is no bias after `up`: every parameter then belongs to one unit, and a closed unit adds
+    exactly 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gatedadapters.backbone import Layout
@@ -81,7 +82,7 @@ class Bottleneck(Path):
         return self.down.shape[0]
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """target + up (gate * f(down tapped + bias))."""
+        """Adds up (gate * f(down tapped + bias)) to the target."""
         check_width(self, tapped, self.site.width_in, "input")
         check_width(self, target, self.site.width_out, "output")
         dtype = target.dtype

@@ -12,7 +12,7 @@ from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
@@ -65,7 +65,7 @@ class LoRA(Path):
         return self.down.shape[0]
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """target + up (gate * (down tapped))."""
+        """Adds up (gate * (down tapped)) to the target."""
         return self.forward_together([self], tapped, target, [gate])
 
     @classmethod
@@ -88,6 +88,20 @@ class LoRA(Path):
     def scale_units(self, scale: Tensor) -> None:
         """Baked into `up`."""
         self.up.mul_(scale.to(self.up))
+
+    @torch.no_grad()
+    def condense(self, keep: Tensor, scale: Tensor) -> None:
+        """The best approximation of the gated map by as many ranks as are kept (Eckart-Young): its leading singular
+        directions. Rows of `down` keep their mean length, so that a rank that held nothing can still learn."""
+        q_up, r_up = torch.linalg.qr(self.up.double() * scale.double())
+        q_down, r_down = torch.linalg.qr(self.down.double().t())
+        u, s, v = torch.linalg.svd(r_up @ r_down.t())
+        count, length = len(keep), self.down.double().norm(dim=1).mean()
+        up, down = torch.zeros_like(self.up), self.down.clone()
+        up[:, keep] = ((q_up @ u)[:, :count] * (s[:count] / length)).to(up)
+        down[keep] = ((q_down @ v.t())[:, :count].t() * length).to(down)
+        self.up.copy_(up)
+        self.down.copy_(down)
 
     def select_units(self, keep: Tensor) -> None:
         """Rows of what reads, columns of `up`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +21,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+        """See the class."""
         x_, down_, up_ = x.to(target.dtype), down.to(target.dtype), up.to(target.dtype)
         bottleneck = down_ @ x_.t()
         ctx.save_for_backward(x_, down, up, bottleneck, gate)
@@ -27,8 +29,9 @@ class LowRank(torch.autograd.Function):
         return torch.addmm(target, _gated(bottleneck, gate).t(), up_.t())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, target, down, up and gate, those that are needed."""
         x, down, up, bottleneck, gate = ctx.saved_tensors
         need_x, _, need_down, need_up, need_gate = ctx.needs_input_grad
         grad_x = grad_down = grad_up = grad_gate = None
@@ -44,6 +47,9 @@ class LowRank(torch.autograd.Function):
             if need_x:
                 grad_x = (inner.t() @ down.to(grad.dtype)).to(ctx.x_dtype)
         return grad_x, grad, grad_down, grad_up, grad_gate
+
+
+_apply: Callable[..., Tensor] = LowRank.apply
 
 
 def _gated(bottleneck: Tensor, gate: Tensor | None) -> Tensor:
@@ -66,7 +72,7 @@ def low_rank(x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor |
     """`LowRank` over any leading dimensions; see there for shapes."""
     rows = target.reshape(-1, target.shape[-1])
     with in_its_own_type(target):
-        result: Tensor = LowRank.apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
+        result = _apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
     return result.view(target.shape)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
@@ -54,7 +54,7 @@ class Scale(Path):
         return 1
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """target * (1 + gate * shift)."""
+        """Multiplies the target by 1 + gate * shift."""
         check_width(self, target, self.site.width_out, self.site.write.side)
         shift = self.shift
         if gate is None:
