@@ -201,18 +201,14 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
                 break
     calls = [call for call in trace.blocks if call.stack not in failed]
     if not calls:
-        raise _no_blocks(
-            model, "no container whose members take and return the same hidden state, plus something"
-        )
+        raise _no_blocks(model, "no container whose members take and return the same hidden state, plus something")
     return _Assembly(model, weights, trace, calls).layout()
 
 
 class _Assembly:
     """Turns what was seen (``trace``) into what is said about it (``Layout``)."""
 
-    def __init__(
-        self, model: nn.Module, weights: dict[Map, Tensor], trace: Trace, calls: list[BlockCall]
-    ) -> None:
+    def __init__(self, model: nn.Module, weights: dict[Map, Tensor], trace: Trace, calls: list[BlockCall]) -> None:
         self.model, self.weights, self.trace = model, weights, trace
         self.calls: dict[str, list[BlockCall]] = {}
         self.tokens: dict[str, int] = {}  # entering each stack
@@ -226,9 +222,7 @@ class _Assembly:
         self.memories: set[str] = set()  # stacks read by the cross-attention of others
 
     def layout(self) -> Layout:
-        found = [
-            (calls[0].stack, name, len(calls), self._sublayers(calls)) for name, calls in self.calls.items()
-        ]
+        found = [(calls[0].stack, name, len(calls), self._sublayers(calls)) for name, calls in self.calls.items()]
         crossing = {stack for stack, _, _, subs in found for sub in subs if sub.kind == "cross_attention"}
 
         def label(stack: str) -> str:
@@ -237,8 +231,7 @@ class _Assembly:
             return "decoder" if stack in crossing else "encoder" if stack in self.memories else stack
 
         blocks = tuple(
-            Block(name, index, label(stack), calls, subs)
-            for index, (stack, name, calls, subs) in enumerate(found)
+            Block(name, index, label(stack), calls, subs) for index, (stack, name, calls, subs) in enumerate(found)
         )
         placed = {Map(m.name, m.parameter) for block in blocks for sub in block.sublayers for m in sub.maps}
         outside = tuple(
@@ -262,9 +255,7 @@ class _Assembly:
     def _sublayers(self, calls: list[BlockCall]) -> tuple[Sublayer, ...]:
         block, written = calls[0], frozenset[Map]().union(*(maps_of(call.writes) for call in calls))
         # A map shared between blocks belongs to the first that calls it.
-        uses = [
-            use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name
-        ]
+        uses = [use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name]
         # A map whose values only scale what another map of the same module reads: Llama 4's router.
         scaling = [
             frozenset({key, use.map})
@@ -275,9 +266,7 @@ class _Assembly:
         sublayers = []
         for group in roles.groups(uses, [*self.trace.links, *scaling], written):
             if not group.writers:
-                self.reasons |= dict.fromkeys(
-                    group.uses, f"its values do not reach the output of {block.name}"
-                )
+                self.reasons |= dict.fromkeys(group.uses, f"its values do not reach the output of {block.name}")
                 continue
             name = _common([key.name for key in group.uses])
             attention = roles.attention_of(group, self.trace, block.name)
@@ -323,17 +312,13 @@ class _Assembly:
 
         # The first to finish is the innermost. Flattened tokens only where nothing keeps the shape.
         writers = [call for call in block.calls if contributes(call)]
-        writer = next(
-            (call for call in writers if call.write_shape == block.shape), writers[0] if writers else None
-        )
+        writer = next((call for call in writers if call.write_shape == block.shape), writers[0] if writers else None)
         if writer is not None and reads(writer):
             return writer.name, writer.name
         owners = {key.name for key in group.uses}
         readers = sorted(filter(reads, block.calls), key=lambda call: call.started)
         reader = next((call.name for call in readers if call.name in owners), None)
-        reader = reader or next(
-            (call.name for call in readers if f"{name}.".startswith(f"{call.name}.")), None
-        )
+        reader = reader or next((call.name for call in readers if f"{name}.".startswith(f"{call.name}.")), None)
         return reader, writer.name if writer else None
 
     def _linear(self, key: Map, role: str) -> LinearMap:
@@ -359,16 +344,10 @@ class _Assembly:
             return self.reasons[key]
         if key in self.trace.seen:
             return "used, but not as one matrix in a product"
-        return (
-            "called, but its weight was not seen"
-            if key.name in self.trace.called
-            else "never called by the sample"
-        )
+        return "called, but its weight was not seen" if key.name in self.trace.called else "never called by the sample"
 
 
-def _watch(
-    model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], containers: dict[str, str]
-) -> Trace:
+def _watch(model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], containers: dict[str, str]) -> Trace:
     """Run the batch once under a tracer."""
     device = device_of(model)
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -63,24 +63,19 @@ def kind_of(group: Group, attention: Attention | None, trace: Trace, stack: str,
     return "attention"
 
 
-def roles_of(
-    group: Group, kind: Kind, attention: Attention | None, width: int, trace: Trace
-) -> dict[Map, str]:
+def roles_of(group: Group, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
     """The role of every map of the group."""
     routers = [
         key
         for key, use in group.uses.items()
-        if (kind == "feed_forward" and key in trace.routed)
-        or (key in group.writers and use.out_features != width)
+        if (kind == "feed_forward" and key in trace.routed) or (key in group.writers and use.out_features != width)
     ]
     writers = group.writers.difference(routers)
     if kind == "feed_forward":
         roles = _feed_forward_roles(group, writers, trace)
     elif kind == "mixer":
         stems = {key: _stem(key) for key in group.uses}
-        roles = (
-            stems | {key: "in" for key in group.uses if not group.feeds[key]} | dict.fromkeys(writers, "out")
-        )
+        roles = stems | {key: "in" for key in group.uses if not group.feeds[key]} | dict.fromkeys(writers, "out")
     else:
         roles = _attention_roles(group, attention) | dict.fromkeys(writers, "o")
     return roles | dict.fromkeys(routers, "router")
@@ -89,9 +84,7 @@ def roles_of(
 def _attention_roles(group: Group, attention: Attention | None) -> dict[Map, str]:
     parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v")) if attention else ()
     letters = {key: "".join(letter for maps, letter in parts if key in maps) for key in group.uses}
-    if (
-        attention is None or "qv" in letters.values()
-    ):  # hidden, or landmarks instead of tokens (Nystromformer)
+    if attention is None or "qv" in letters.values():  # hidden, or landmarks instead of tokens (Nystromformer)
         return {key: _attention_role_by_name(key) for key in group.uses}
     # A map that feeds a projection (the low-rank half of latent attention) is not one itself.
     fed = (group.uses[key].reads for key in letters if letters[key])

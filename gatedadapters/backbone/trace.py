@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,12 +153,6 @@ def _is_real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef:
-    # A weak reference lets the memory go but keeps the address from being given to another tensor, which
-    # would inherit the labels: tensors do get allocated unseen (`torch.tensor([])` passes no dispatcher).
-    return StorageWeakRef(tensor.untyped_storage())
-
-
 def maps_of(labels: Iterable[Label]) -> Maps:
     """The maps among ``labels``."""
     return frozenset(label for label in labels if isinstance(label, Map))
@@ -180,25 +174,24 @@ class Tracer(TorchDispatchMode):
 
     supports_higher_order_operators = True  # flex attention is one
 
-    def __init__(
-        self, model: nn.Module, weights: Mapping[Map, Tensor], containers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[Map, Tensor], containers: Mapping[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._containers = containers
-        self._labels: dict[StorageWeakRef, Labels] = {}
-        self._owners: dict[StorageWeakRef, list[Map]] = {}
+        # By object, not by address: a freed address goes to the next tensor, which may be allocated unseen.
+        self._labels: WeakKeyDictionary[UntypedStorage, Labels] = WeakKeyDictionary()
+        self._owners: WeakKeyDictionary[UntypedStorage, list[Map]] = WeakKeyDictionary()
         self._shapes = {key: weight.shape for key, weight in weights.items()}
         self._stack: list[ModuleCall] = []
         self._block: BlockCall | None = None
         self._last_stack: str | None = None
         self._order = 0
         for key, weight in weights.items():  # tied weights have several owners
-            self._owners.setdefault(_storage(weight), []).append(key)
+            self._owners.setdefault(weight.untyped_storage(), []).append(key)
         for module in model.modules():  # whatever the model holds already comes from nowhere
             for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
                 if isinstance(held, Tensor):
-                    self._labels[_storage(held)] = NONE
+                    self._labels[held.untyped_storage()] = NONE
         self._handles = [
             handle
             for name, module in model.named_modules()
@@ -216,7 +209,7 @@ class Tracer(TorchDispatchMode):
 
     def label_input(self, tensor: Tensor) -> None:
         """Mark a floating-point tensor of the sample batch."""
-        self._labels[_storage(tensor)] = frozenset({Input()})
+        self._labels[tensor.untyped_storage()] = frozenset({Input()})
 
     # ---------------------------------------------------------------- modules
     def _entering(self, name: str) -> Any:
@@ -226,7 +219,7 @@ class Tracer(TorchDispatchMode):
             if hidden is not None and self._block is None and name in self._containers:
                 stack = self._containers[name]
                 self._block = BlockCall(name, stack, tuple(hidden.shape))
-                self._labels[_storage(hidden)] = frozenset({Stream(stack)})
+                self._labels[hidden.untyped_storage()] = frozenset({Stream(stack)})
             shape = () if hidden is None else tuple(hidden.shape)
             call = ModuleCall(name, len(self.trace.uses), self._of(hidden), shape)
             self._stack.append(call)
@@ -253,7 +246,7 @@ class Tracer(TorchDispatchMode):
             block.writes = call.writes
             block.residual = call.write_shape == block.shape and Stream(block.stack) in call.writes
             self.trace.blocks.append(block)
-            self._labels[_storage(out)] = frozenset({Stream(block.stack)})
+            self._labels[out.untyped_storage()] = frozenset({Stream(block.stack)})
             self._last_stack, self._block = block.stack, None
 
         return hook
@@ -267,7 +260,7 @@ class Tracer(TorchDispatchMode):
             return
         rows = torch.Size(call.read_shape).numel() // width_in
         use = self._use(Map(name, "weight"), width_in, width_out, False, rows, call.reads)
-        self._labels[_storage(out)] = frozenset({use.map})
+        self._labels[out.untyped_storage()] = frozenset({use.map})
 
     # ------------------------------------------------------------- operations
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -280,17 +273,15 @@ class Tracer(TorchDispatchMode):
             getattr(getattr(func, "_schema", None), "is_mutable", False),
         )
         # Read before running: an in-place operation changes the labels of what it writes to.
-        known = [
-            (tensor, self._of(tensor, guess=not (view or writes))) for tensor in tensors if _is_real(tensor)
-        ]
+        known = [(tensor, self._of(tensor, guess=not (view or writes))) for tensor in tensors if _is_real(tensor)]
         out = _answer_on_meta(name, args) if tensors and tensors[0].is_meta else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
         labels = self._flow(name, args, known)
-        inputs = {_storage(tensor) for tensor in tensors}
+        inputs = {tensor.untyped_storage() for tensor in tensors}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                key = _storage(leaf)
+                key = leaf.untyped_storage()
                 if key in self._owners or "empty" in name or (view and key not in self._labels):
                     continue  # weights keep their own label; what fills an empty tensor gives it one
                 fresh = labels if _is_real(leaf) else NONE
@@ -300,7 +291,7 @@ class Tracer(TorchDispatchMode):
     def _of(self, tensor: Tensor | None, guess: bool = True) -> Labels:
         if tensor is None:
             return NONE
-        key = _storage(tensor)
+        key = tensor.untyped_storage()
         if key in self._owners:
             # Of tied weights, the owner whose forward is running is meant.
             running = {call.name for call in self._stack}
@@ -399,9 +390,7 @@ class Tracer(TorchDispatchMode):
         self.trace.links.append(union)
         return frozenset(union)
 
-    def _use(
-        self, key: Map, width_in: int, width_out: int, transposed: bool, rows: int, reads: Labels
-    ) -> MapUse:
+    def _use(self, key: Map, width_in: int, width_out: int, transposed: bool, rows: int, reads: Labels) -> MapUse:
         reads = frozenset(label for label in reads if not isinstance(label, Weight))
         block = self._block
         if block is not None and not reads:

@@ -43,11 +43,7 @@ def _describe(block: Block) -> Iterator[str]:
         for m in sub.maps:
             name = _relative(m.name, block) + ("" if m.parameter == "weight" else f":{m.parameter}")
             line = f"{m.role} {name} {m.in_features} {m.out_features}"
-            yield (
-                line
-                + (f" x{m.experts}" if m.experts else "")
-                + (f" ~{m.traffic:g}" if m.traffic != 1 else "")
-            )
+            yield (line + (f" x{m.experts}" if m.experts else "") + (f" ~{m.traffic:g}" if m.traffic != 1 else ""))
 
 
 @every_family
