@@ -1,9 +1,9 @@
 """What gating costs: one training step against peft's LoRA and against the frozen backbone.
 
 Claims under test, each at LoRA rank 8 on every linear map of the blocks, rank gates, AdamW, batch 8 x 128:
-a gated step costs at most 0.75 of peft's; it saves no more activation bytes; with 80 % of the paths closed it costs at most
-0.9 of the same model all open; the gate bank at 10,000 gates costs at most 1 % of a step; attaching 10,000 candidates
-takes at most 2 s.
+a gated step costs at most 0.75 of peft's; it saves no more activation bytes; with 80 % of the paths closed it costs at
+most 0.9 of the same model all open; the gate bank at 10,000 gates costs at most 1 % of a step; attaching 10,000
+candidates takes at most 2 s.
 
     python benchmarks/step_cost.py [--rounds 15] [--threads 2]
 

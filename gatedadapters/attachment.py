@@ -41,7 +41,9 @@ def attach(
         space: a search space, the name of a preset, or a Structure to train from scratch.
         sample: a batch that runs through the model, used to discover its layout; a default is made for token models.
         tasks: names of the tasks; each has its own gates over the shared paths.
-        penalty, schedule, total_steps: see `Adapters.set_penalty`.
+        penalty: see `Adapters.set_penalty`.
+        schedule: see `Adapters.set_penalty`.
+        total_steps: see `Adapters.set_penalty`.
         heads: parameters of the model (names or prefixes) to train and save along; by default everything outside the
             backbone of a model without a language-model head, such as a classifier.
         seed: of path weights, gates and gate noise; equal seeds give equal adapters on every machine and rank.
@@ -56,9 +58,12 @@ def attach(
     """
     if hasattr(model, NAME):
         raise AttachError(
-            "this model already has adapters", expected="a model without adapters", got=f"model.{NAME}",
-            where=type(model).__name__, fix="ga.detach(model) first",
-        )  # fmt: skip
+            "this model already has adapters",
+            expected="a model without adapters",
+            got=f"model.{NAME}",
+            where=type(model).__name__,
+            fix="ga.detach(model) first",
+        )
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = _head_parameters(model, heads)
     identity = fingerprint(model, skip=frozenset(head_names))
@@ -119,15 +124,17 @@ def candidates(space: SearchSpace, layout: Layout) -> tuple[dict[str, tuple[Path
     if not found:
         offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
         raise PathError(
-            "the search space selects no point of this model", expected="at least one candidate",
+            "the search space selects no point of this model",
+            expected="at least one candidate",
             got="; ".join(f"{m.module}: {m.reason}" for m in misfits[:3]) or "no match",
-            where=f"search space {space.name!r} on {layout.model_class}", fix=f"the model offers {offered}",
-        )  # fmt: skip
+            where=f"search space {space.name!r} on {layout.model_class}",
+            fix=f"the model offers {offered}",
+        )
     return found, tuple(misfits)
 
 
 def groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[Group]:
-    """The candidates as the gate bank counts them: with several tasks, each unit also stores one routing value a task."""
+    """The candidates as the gate bank counts them; with several tasks, each unit also stores a routing value a task."""
     routing = n_tasks if n_tasks > 1 else 0
     result = []
     for key, (options, site) in found.items():
@@ -148,7 +155,7 @@ def _from_space(
         raise TaskError(expected="one or more distinct task names", got=repr(tuple(tasks)), where="attach(tasks=)")
     found, misfits = candidates(space, layout)
     generator = torch.Generator().manual_seed(seed)
-    paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}  # type: ignore[call-arg]
+    paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}
     adapters = Adapters(paths, tasks=tasks, space=space, identity=identity, seed=seed)
     adapters.bank = GateBank(groups(found, len(tasks)), space.gates, tasks=len(tasks), seed=seed)
     adapters.layout, adapters.misfits = layout, misfits
@@ -168,12 +175,17 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
         missing = [point.module for point in (site.tap, site.write) if point.module not in modules]
         if missing:
             raise PathError(
-                "this structure does not fit the model", expected=f"a module {missing[0]}", got="none of that name",
-                where=f"path {record.key} on {type(model).__name__}", fix="attach it to the backbone it was made for",
-            )  # fmt: skip
-        path = path_class(record.options)(site, record.options, generator)  # type: ignore[call-arg]
+                "this structure does not fit the model",
+                expected=f"a module {missing[0]}",
+                got="none of that name",
+                where=f"path {record.key} on {type(model).__name__}",
+                fix="attach it to the backbone it was made for",
+            )
+        path = path_class(record.options)(site, record.options, generator)
         if len(structure.tasks) > 1:
-            path.routing = torch.tensor([[float(u in record.units.get(t, ())) for u in record.kept] for t in structure.tasks])
+            path.routing = torch.tensor(
+                [[float(u in record.units.get(t, ())) for u in record.kept] for t in structure.tasks]
+            )
         paths[record.key] = path
     adapters = Adapters(paths, tasks=structure.tasks, space=structure.space, identity=identity, seed=seed)
     adapters.structure = structure.model_copy(update={"fingerprint": identity})
@@ -201,12 +213,15 @@ def _head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]
         if missing:
             raise AttachError(
-                expected="names or prefixes of the model's parameters", got=", ".join(missing), where="attach(heads=)",
+                expected="names or prefixes of the model's parameters",
+                got=", ".join(missing),
+                where="attach(heads=)",
                 fix=f"the model's top-level parts are {', '.join(n for n, _ in model.named_children())}",
-            )  # fmt: skip
+            )
         return tuple(n for n in names if any(n == h or n.startswith(f"{h}.") for h in heads))
     prefix = getattr(model, "base_model_prefix", "")
-    generates = callable(getattr(model, "get_output_embeddings", None)) and model.get_output_embeddings() is not None
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    generates = callable(output_embeddings) and output_embeddings() is not None
     if not prefix or not hasattr(model, prefix) or generates:
         return ()
     return tuple(name for name in names if not name.startswith(f"{prefix}."))

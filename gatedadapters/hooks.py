@@ -1,8 +1,8 @@
 """The hooks that put paths into a backbone.
 
 Hooks are objects that reach their paths through the registered `Adapters` module, never closures: a deep copy or a
-pickle of the model then carries copies of the paths, not references to the original's. No module is replaced and no class
-swapped, so the backbone's type, signature and state-dict keys stay what they are.
+pickle of the model then carries copies of the paths, not references to the original's. No module is replaced and no
+class swapped, so the backbone's type, signature and state-dict keys stay what they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ModelHook:
     def __init__(self, adapters: Adapters, *, pop_task_ids: bool) -> None:
         self.adapters, self.pop_task_ids = adapters, pop_task_ids
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -109,7 +109,7 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among a module's arguments: the first positional tensor, else `hidden_states`, else any float."""
+    """The hidden state among a module's arguments: first positional tensor, else `hidden_states`, else any float."""
     if args and isinstance(args[0], Tensor):
         return args[0]
     hidden = kwargs.get("hidden_states")

@@ -18,12 +18,12 @@ from gatedadapters.structure import Fingerprint, KeptPath, Offer, SiteRecord, St
 def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = None) -> Tensor:
     """Which units each task keeps: (tasks, units) of 0 and 1.
 
-    Without a budget, test-time gate > 0. With one, greedily by `scores` (default: P(open), ties by log alpha through it;
-    after a Structure is fixed only what it kept is offered), skipping what no longer fits: never above the budget. A
-    unit that another task has already paid for costs nothing more, and is taken where the task's own gate is open.
+    Without a budget, test-time gate > 0. With one, greedily by `scores` (default: P(open); after a Structure is fixed
+    only what it kept is offered), skipping what no longer fits: never above the budget. A unit that another task has
+    already paid for costs nothing more, and is taken where the task's own gate is open.
 
     References:
-        the greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
+        The greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
     """
     gates = bank.deterministic()
     if budget is None and scores is None:
@@ -88,9 +88,16 @@ def build_structure(
             )
         )
     return Structure(
-        fingerprint=identity, space=space, tasks=tuple(tasks), paths=tuple(records), offered=offers(bank, paths), seed=seed,
-        budget=budget, dense_params=int(bank.dense_cost()), created_with=versions(),
-    )  # fmt: skip
+        fingerprint=identity,
+        space=space,
+        tasks=tuple(tasks),
+        paths=tuple(records),
+        offered=offers(bank, paths),
+        seed=seed,
+        budget=budget,
+        dense_params=int(bank.dense_cost()),
+        created_with=versions(),
+    )
 
 
 def offers(bank: GateBank, paths: Mapping[str, Path]) -> tuple[Offer, ...]:

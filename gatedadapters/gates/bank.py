@@ -49,11 +49,23 @@ class GateBank(nn.Module):
     per step outside the graph, with the exact derivative attached.
     """
 
-    noise: Tensor
+    # constants, per unit: ancestors among the gates, owner among the groups, cost
+    ancestry: Tensor
+    owner: Tensor
+    params: Tensor
+    flops: Tensor
+    # the state of training
     step: Tensor
+    noise: Tensor
+    pulse: Tensor
+    evidence: Tensor
     kept: Tensor
     fixed: Tensor
-    evidence: Tensor
+    # what `refresh` computes
+    values: Tensor
+    padded: Tensor
+    slopes: Tensor
+    open_paths: dict[str, bool]
 
     def __init__(self, groups: Sequence[Group], config: GateConfig, *, tasks: int, seed: int) -> None:
         super().__init__()
@@ -106,10 +118,11 @@ class GateBank(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         self._values_of = None
-        return super()._apply(keep_dtype, recurse)
+        nn.Module._apply(self, keep_dtype, recurse)
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self._values_of = None
         _BANKS.add(self)
 
@@ -138,7 +151,7 @@ class GateBank(nn.Module):
     def draw(self) -> None:
         """Begin a step: keep log alpha in range, gather evidence, draw this step's noise.
 
-        Noise is a function of (seed, step) alone, so all ranks draw the same and a resumed run draws what it would have.
+        Noise is a function of (seed, step) alone: all ranks draw the same, and a resumed run draws what it would have.
         """
         self.log_alpha.clamp_(*self.config.bounds)
         self._collect_evidence()
@@ -155,7 +168,7 @@ class GateBank(nn.Module):
         self.evidence.mul_(decay).add_(self.pulse.abs(), alpha=1 - decay)
         self.pulse.zero_()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Compute this step's gate values, slopes and the set of open paths, unless they are current."""
         stochastic = self.training and self.config.stochastic and not self.frozen
@@ -190,13 +203,12 @@ class GateBank(nn.Module):
         if self.frozen or not torch.is_grad_enabled():
             return values
         pulse = self.pulse[:, where]
-        taken: Tensor = _Take.apply(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], pulse)
-        return taken
+        return _take(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], pulse)
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 
     def open_probability(self) -> Tensor:
-        """P(every ancestor open) of each unit, shape (tasks, units), differentiable. Closed form: levels are independent."""
+        """P(every ancestor open) of each unit, (tasks, units), differentiable: a product, levels being independent."""
         probability = hard_concrete.open_probability(self.log_alpha, self.config)
         padded = torch.cat([probability, probability.new_ones(self.tasks, 1)], 1)
         return padded[:, self.ancestry].prod(-1)
@@ -291,3 +303,6 @@ class _Take(torch.autograd.Function):
             others = torch.cat([factors[..., :level], factors[..., level + 1 :]], -1).prod(-1)
             total.index_add_(1, ancestry[:, level], grad * others * local[..., level])
         return total[:, :-1], None, None, None, None, None
+
+
+_take: Callable[..., Tensor] = _Take.apply

@@ -16,7 +16,7 @@ from gatedadapters.config import GateConfig
 
 
 def logistic_noise(shape: tuple[int, ...], config: GateConfig, generator: torch.Generator) -> Tensor:
-    """log u - log(1 - u) with u uniform in (epsilon, 1 - epsilon); drawn on the CPU so that every device agrees.
+    """Logistic noise log u - log(1 - u), u uniform in (epsilon, 1 - epsilon); drawn on the CPU: every device agrees.
 
     Drawn in float64 and returned in float32: in low precision 1 - 1e-6 rounds to 1 and log(1 - u) is -inf.
     """
@@ -36,7 +36,7 @@ def sample(log_alpha: Tensor, noise: Tensor | None, config: GateConfig) -> Tenso
 
 
 def slope(log_alpha: Tensor, noise: Tensor | None, config: GateConfig) -> Tensor:
-    """d sample / d log alpha, in closed form: exactly 0 where the clamp is saturated."""
+    """Derivative of `sample` by log alpha, in closed form: exactly 0 where the clamp is saturated."""
     s = torch.sigmoid(log_alpha if noise is None else (noise + log_alpha) / config.temperature)
     stretched = s * (config.high - config.low) + config.low
     inside = (stretched > 0) & (stretched < 1)
