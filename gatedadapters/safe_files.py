@@ -152,11 +152,12 @@ def _check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
 def _exchange(one: Path, other: Path) -> None:
     """Let two folders change names."""
     names = os.fsencode(one), os.fsencode(other)
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "renameat2") and not library.renameat2(-100, names[0], -100, names[1], 2):
-        return  # Linux: AT_FDCWD, RENAME_EXCHANGE
-    if hasattr(library, "renamex_np") and not library.renamex_np(*names, 2):
-        return  # macOS: RENAME_SWAP
+    if os.name == "posix":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "renameat2") and not library.renameat2(-100, names[0], -100, names[1], 2):
+            return  # Linux: AT_FDCWD, RENAME_EXCHANGE
+        if hasattr(library, "renamex_np") and not library.renamex_np(*names, 2):
+            return  # macOS: RENAME_SWAP
     aside = other.with_name(f".{other.name}.{secrets.token_hex(4)}")
     os.rename(other, aside)
     os.rename(one, other)

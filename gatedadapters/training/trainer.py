@@ -34,6 +34,9 @@ class GatedTrainer(Trainer):
     decay on them, the schedule (warm-up, ramp, prune) from the number of steps the Trainer works out, checkpoints that
     hold only what is trained, and temperature sampling across tasks.
 
+    To see gates in TensorBoard, replace the built-in callback: `TrainingArguments(report_to="none")` and
+    `callbacks=[gatedadapters.inspection.TensorBoardInspector(folder)]`.
+
     Args:
         model: with adapters attached.
         args: transformers' TrainingArguments.
@@ -129,10 +132,12 @@ class GatedTrainer(Trainer):
             return result
         if not bool(torch.isfinite(loss).all()):
             raise TrainingError(
-                "the loss is not finite", expected="a finite loss", got=str(float(loss.detach().mean())),
+                "the loss is not finite",
+                expected="a finite loss",
+                got=str(float(loss.detach().mean())),
                 where=f"optimiser step {self.state.global_step}",
                 fix="lower the learning rate, clip gradients, or look for broken examples near this step",
-            )  # fmt: skip
+            )
         if self.adapters.pressure is not None and self.adapters.bank is not None:
             penalty = self.adapters.penalty() / self._micro_batches_to_come(num_items_in_batch)
             # the penalty's gradient without its value: the loss logged stays the task's, comparable to evaluation's
@@ -172,13 +177,18 @@ class GatedTrainer(Trainer):
         sizes = getattr(dataset, "sizes", None)
         if sizes is None:
             raise TrainingError(
-                expected="a data set with `sizes` (examples per task)", got=type(dataset).__name__,
-                where="task_temperature", fix="use gatedadapters.data.MixedTaskDataset",
-            )  # fmt: skip
+                expected="a data set with `sizes` (examples per task)",
+                got=type(dataset).__name__,
+                where="task_temperature",
+                fix="use gatedadapters.data.MixedTaskDataset",
+            )
         return task_sampler(
-            sizes, temperature=self.task_temperature, batch_size=self.args.train_batch_size,
-            num_samples=sum(sizes), seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )  # fmt: skip
+            sizes,
+            temperature=self.task_temperature,
+            batch_size=self.args.train_batch_size,
+            num_samples=sum(sizes),
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -205,10 +215,12 @@ class GatedTrainer(Trainer):
         missing = [key for key in load_result.missing_keys if self._is_trained(key)]
         if missing or load_result.unexpected_keys:
             raise TrainingError(
-                "this checkpoint is of other adapters", expected="the keys of the attached adapters",
-                got=f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}", where="resume_from_checkpoint",
+                "this checkpoint is of other adapters",
+                expected="the keys of the attached adapters",
+                got=f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}",
+                where="resume_from_checkpoint",
                 fix="attach with the search space, tasks and heads the checkpoint was made with",
-            )  # fmt: skip
+            )
 
 
 def default_gate_rate(schedule: Schedule, total_steps: int) -> float:
