@@ -53,25 +53,25 @@ class Adapters(nn.Module):
         self.head_names: tuple[str, ...] = ()
         self.enabled = True
         self.tapped: dict[str, Tensor] = {}
-        self._task: int | Tensor | None = 0 if len(self.tasks) == 1 else None
+        self._task: int | None = 0 if len(self.tasks) == 1 else None
+        self._routed: int | Tensor | None = None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
+        nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
 
     # -- what the hooks call -------------------------------------------------------------------------------------------
 
     def begin_forward(self, task_ids: Tensor | None) -> None:
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
-        if task_ids is not None:
-            self._task = self._checked_ids(task_ids)
+        self._routed = self._task if task_ids is None else self._checked_ids(task_ids)
         bank = self.bank
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
             if self.pressure is not None:
                 if self.pressure.prune_is_due(bank):
-                    budget = self.pressure.penalty if isinstance(self.pressure.penalty, Budget) else None
-                    self.prune(self.discretize(budget))
+                    self.prune(self.discretize())
                 else:
                     self.pressure.ascend(bank)
 
@@ -82,7 +82,7 @@ class Adapters(nn.Module):
             return self.bank is None, None
         if len(self.tasks) == 1:
             return True, per_task[0]
-        if self._task is None:
+        if self._routed is None:
             raise TaskError(
                 "this model holds several tasks, and the call does not say which",
                 expected=f"task_ids among 0..{len(self.tasks) - 1} ({', '.join(self.tasks)})",
@@ -90,7 +90,7 @@ class Adapters(nn.Module):
                 where="forward",
                 fix="pass task_ids=LongTensor (batch,), or call adapters.set_task(name)",
             )
-        task = self._task
+        task = self._routed
         return True, per_task[task] if isinstance(task, int) else per_task[task.to(per_task.device)]
 
     def checkpointing(self) -> bool:
@@ -121,7 +121,7 @@ class Adapters(nn.Module):
         return self._model[0]
 
     def set_task(self, task: str | int | None) -> None:
-        """Use one task for every example until the next call that carries `task_ids`.
+        """Use one task for every example of a call that carries no `task_ids`.
 
         Raises:
             TaskError: unknown task.
@@ -196,18 +196,26 @@ class Adapters(nn.Module):
         `scores` (default: the probability of being open), skipping what no longer fits, until nothing does.
 
         Args:
-            budget: what the Structure may cost at most.
+            budget: what the Structure may cost at most; default: the one trained under, if any.
             scores: (tasks, units), higher is kept first; e.g. random numbers for a control at equal budget.
 
         Raises:
             BudgetError: the budget is below the smallest candidate.
         """
         bank = self._gates()
+        if budget is None and self.pressure is not None and isinstance(self.pressure.penalty, Budget):
+            budget = self.pressure.penalty
         kept = choose_units(bank, budget, scores)
         return build_structure(
-            bank, kept, cast(Mapping[str, Path], self.paths), tasks=self.tasks, space=self.space, budget=budget,
-            identity=self.identity, seed=self.seed,
-        )  # fmt: skip
+            bank,
+            kept,
+            cast(Mapping[str, Path], self.paths),
+            tasks=self.tasks,
+            space=self.space,
+            budget=budget,
+            identity=self.identity,
+            seed=self.seed,
+        )
 
     @torch.no_grad()
     def prune(self, structure: Structure) -> None:
@@ -377,6 +385,13 @@ def get_adapters(model: nn.Module) -> Adapters:
         if isinstance(found, Adapters):
             return found
     raise AttachError("this model has no adapters", where=type(model).__name__, fix="call gatedadapters.attach first")
+
+
+def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
+    """After a state dict was loaded: fixed gates have a Structure, gates that still learn have none."""
+    bank = adapters.bank
+    if bank is not None:
+        adapters.structure = adapters.discretize() if bank.frozen else None
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

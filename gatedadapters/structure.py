@@ -133,7 +133,12 @@ class Structure(Config):
             TaskError: unknown task.
         """
         if task not in self.tasks:
-            raise TaskError(expected=f"one of {', '.join(self.tasks)}", got=repr(task), where="Structure.for_task", fix="name a task")
+            raise TaskError(
+                expected=f"one of {', '.join(self.tasks)}",
+                got=repr(task),
+                where="Structure.for_task",
+                fix="name a task",
+            )
         paths = []
         for record in self.paths:
             units = record.units.get(task, ())
@@ -142,13 +147,14 @@ class Structure(Config):
                 paths.append(
                     record.model_copy(
                         update={
-                            "units": {task: units}, "params": each * len(units),
+                            "units": {task: units},
+                            "params": each * len(units),
                             "flops": record.flops / len(record.kept) * len(units),
                             "options": record.options.resized(len(units)),
                             "open_probability": {t: p for t, p in record.open_probability.items() if t == task},
                         }
                     )
-                )  # fmt: skip
+                )
         return self.model_copy(update={"tasks": (task,), "paths": tuple(paths)})
 
     def sharing(self) -> dict[str, Any]:
@@ -191,10 +197,10 @@ class Structure(Config):
         cells: dict[tuple[int, str], tuple[int, int]] = {}
         for offer in self.offered:
             for block in offer.blocks:
-                _add(cells, (block, _column(offer.sublayer, offer.role, offer.kind)), 0, offer.of)
+                _add(cells, (block, column(offer.sublayer, offer.role, offer.kind)), 0, offer.of)
         for path in self.paths:
             kept = path.kept if task is None else path.units.get(task, ())
-            place = path.site.block_index, _column(path.site.sublayer, path.site.role, path.kind)
+            place = path.site.block_index, column(path.site.sublayer, path.site.role, path.kind)
             _add(cells, place, len(kept), 0 if self.offered else path.of)
         columns = list(dict.fromkeys(column for _, column in cells))
         return sorted({block for block, _ in cells}), columns, cells
@@ -202,7 +208,7 @@ class Structure(Config):
     def table(self) -> str:
         """One row per block, one column per (sub-layer, role, kind): units kept of units offered."""
         rows, columns, cells = self.grid()
-        texts = {place: f"{kept}/{of}" if kept else "–" for place, (kept, of) in cells.items()}
+        texts = {place: f"{kept}/{of}" if kept else "-" for place, (kept, of) in cells.items()}
         body = [[str(row), *(texts.get((row, column), "") for column in columns)] for row in rows]
         share = self.params / self.dense_params if self.dense_params else 0.0
         title = f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
@@ -242,9 +248,11 @@ class Structure(Config):
             ) from error
         if version != 1:
             raise ArtifactError(
-                expected="a Structure of version 1", got=f"version {version!r}", where=where,
+                expected="a Structure of version 1",
+                got=f"version {version!r}",
+                where=where,
                 fix="read it with the release that wrote it",
-            )  # fmt: skip
+            )
         try:
             return cls.parse(data, where=where)
         except ValueError as error:
@@ -267,7 +275,8 @@ class Structure(Config):
             ) from error
 
 
-def _column(sublayer: str, role: str, kind: str) -> str:
+def column(sublayer: str, role: str, kind: str) -> str:
+    """How a place in a block is called in tables and pictures."""
     short = {"attention": "attn", "feed_forward": "ffn", "cross_attention": "cross", "mixer": "mixer"}
     return f"{short.get(sublayer, sublayer)}{'.' + role if role else ''} {kind}"
 

@@ -144,17 +144,18 @@ class GateBank(nn.Module):
 
     def next_step(self) -> None:
         """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
+        if not self.frozen:
+            self._collect_evidence()
         self._moved = True
         self._values_of = None
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Begin a step: keep log alpha in range, gather evidence, draw this step's noise.
+        """Begin a step: keep log alpha in range, draw this step's noise.
 
         Noise is a function of (seed, step) alone: all ranks draw the same, and a resumed run draws what it would have.
         """
         self.log_alpha.clamp_(*self.config.bounds)
-        self._collect_evidence()
         self.step += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + int(self.step)) % 2**63)
         noise = hard_concrete.logistic_noise(tuple(self.log_alpha.shape), self.config, generator)
@@ -162,10 +163,14 @@ class GateBank(nn.Module):
         self._moved = False
         self._values_of = None
 
+    @torch.no_grad()
     def _collect_evidence(self, decay: float = 0.95) -> None:
+        # At the end of a step, not at the beginning of the next: DDP overwrites buffers before a forward pass, and a
+        # checkpoint holds one rank's only.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.pulse)
-        self.evidence.mul_(decay).add_(self.pulse.abs(), alpha=1 - decay)
+            self.pulse /= dist.get_world_size()  # as DDP averages gradients
+        self.evidence.mul_(decay).add_(self.pulse.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
         self.pulse.zero_()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -223,11 +228,12 @@ class GateBank(nn.Module):
 
     def expected_cost(self, unit: str = "params") -> Tensor:
         """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open)))."""
-        return self._union(self._share_open()) @ self.cost(unit).to(self.log_alpha.dtype)
+        # a product and a sum, since autocast would round a matrix product
+        return (self._union(self._share_open()) * self.cost(unit).to(self.log_alpha.dtype)).sum()
 
     def expected_task_cost(self, unit: str = "params") -> Tensor:
         """E[cost of what each task keeps open], shape (tasks,)."""
-        return self._share_open() @ self.cost(unit).to(self.log_alpha.dtype)
+        return (self._share_open() * self.cost(unit).to(self.log_alpha.dtype)).sum(-1)
 
     def _share_open(self) -> Tensor:
         return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability()

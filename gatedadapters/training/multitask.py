@@ -40,20 +40,20 @@ class MultiTaskClassifier(nn.Module):
         few = {name: n for name, n in classes.items() if n < 2}
         if few or not classes:
             raise TaskError(
-                expected="tasks with at least 2 classes each", got=repr(few or dict(classes)), where="MultiTaskClassifier"
+                expected="tasks with at least 2 classes each",
+                got=repr(few or dict(classes)),
+                where="MultiTaskClassifier",
             )
         self.backbone, self.config = backbone, backbone.config
         self.tasks, self.pooling = tuple(classes), pooling
         self.dropout = nn.Dropout(dropout)
-        self.heads = nn.ModuleDict({_safe(name): nn.Linear(backbone.config.hidden_size, n) for name, n in classes.items()})
-        for head in self.heads.values():
+        self.widths = list(classes.values())
+        self.heads = nn.ModuleDict()
+        for name, width in classes.items():
+            head = nn.Linear(backbone.config.hidden_size, width)
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-
-    @property
-    def widths(self) -> list[int]:
-        """Number of classes of each task."""
-        return [head.out_features for head in self.heads.values()]
+            self.heads[_module_name(name, self.heads)] = head
 
     def forward(
         self,
@@ -66,9 +66,11 @@ class MultiTaskClassifier(nn.Module):
         """Classify a mixed batch.
 
         Args:
-            input_ids, attention_mask: (batch, length).
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 1 where there is a token.
             task_ids: (batch,); may be left out where there is one task.
             labels: (batch,), each below its own task's number of classes.
+            **kwargs: the backbone's.
 
         Returns:
             `logits` (batch, largest number of classes), the minimum of the dtype where a task has fewer; `loss`, the
@@ -82,9 +84,11 @@ class MultiTaskClassifier(nn.Module):
         if task_ids is None:
             if len(self.tasks) > 1:
                 raise TaskError(
-                    expected=f"task_ids (batch,) in 0..{len(self.tasks) - 1}", got="none", where="MultiTaskClassifier",
+                    expected=f"task_ids (batch,) in 0..{len(self.tasks) - 1}",
+                    got="none",
+                    where="MultiTaskClassifier",
                     fix="pass task_ids",
-                )  # fmt: skip
+                )
             task_ids = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         pooled = self.dropout(self._pool(hidden, attention_mask))
         floor = torch.finfo(pooled.dtype).min
@@ -115,24 +119,38 @@ class MultiTaskClassifier(nn.Module):
             row = int(wrong[0])
             task = int(task_ids[row])
             raise TaskError(
-                "a label lies outside its task's head", expected=f"0..{self.widths[task] - 1}", got=str(int(labels[row])),
-                where=f"task {self.tasks[task]!r}, row {row} of the batch", fix="check the label column and the class list",
-            )  # fmt: skip
+                "a label lies outside its task's head",
+                expected=f"0..{self.widths[task] - 1}",
+                got=str(int(labels[row])),
+                where=f"task {self.tasks[task]!r}, row {row} of the batch",
+                fix="check the label column and the class list",
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's."""
         embedding: nn.Module = self.backbone.get_input_embeddings()
         return embedding
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone's: what newer releases of transformers call."""
+        self.backbone.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
         """The backbone's."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.backbone.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone's: what older releases of transformers call."""
+        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """The backbone's."""
         self.backbone.gradient_checkpointing_disable()
 
 
-def _safe(name: str) -> str:
-    """A task name as a module name."""
-    return name.replace(".", "_")
+def _module_name(task: str, taken: nn.ModuleDict) -> str:
+    """A task's name as the name of a module among `taken`: no dots, and none that a ModuleDict has itself ("type")."""
+    name = task.replace(".", "_") or "_"
+    while hasattr(taken, name):
+        name += "_"
+    return name
