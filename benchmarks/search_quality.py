@@ -34,7 +34,7 @@ from gatedadapters.data.bundled import load_encoder, load_task
 from gatedadapters.selection import versions
 
 STORE = Path(__file__).parent / "results" / "search_quality"
-BATCH, MAX_LENGTH, TEST = 16, 40, 2000
+BATCH, MAX_LENGTH, TEST = 16, 40, 1000
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Cell:
     arm: str
     rate: float
     seed: int
-    steps: int = 300
+    steps: int = 200
     model: str = "minilm-l3"
     train: int = 1000
     split: str = "test"
@@ -54,7 +54,16 @@ class Cell:
     @property
     def file(self) -> Path:
         """Where its result is stored."""
-        fields = (self.model, self.task, f"{self.budget:.5f}", self.arm, f"{self.rate:g}", self.steps, self.split, self.seed)
+        fields = (
+            self.model,
+            self.task,
+            f"{self.budget:.5f}",
+            self.arm,
+            f"{self.rate:g}",
+            self.steps,
+            self.split,
+            self.seed,
+        )
         return STORE / ("_".join(map(str, fields)) + ".json")
 
 
@@ -65,6 +74,22 @@ def searched(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """One gated run: warm-up, ramp, prune, fine-tune the survivors."""
     ga.attach(model, "lora-all-linear", seed=cell.seed)
     return {"budget": ga.Budget(fraction=cell.budget)}
+
+
+def searched_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
+    """The same search over every path kind, to the same number of parameters."""
+    size = _size(model, cell)
+    ga.attach(model, _mixed(), seed=cell.seed)
+    return {"budget": ga.Budget(params=size)}
+
+
+def random_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
+    """A random structure of every path kind, of the same size."""
+    return _fixed(model, cell, _mixed(), lambda bank: torch.rand(bank.kept.shape, generator=_generator(cell)))
+
+
+def _mixed() -> ga.SearchSpace:
+    return ga.SearchSpace.load("encoder-mixed").with_gates(levels=("rank",))
 
 
 def random_structure(model: nn.Module, cell: Cell) -> dict[str, Any]:
@@ -114,25 +139,32 @@ class TruncateBySVD(TrainerCallback):
         adapters.prune(adapters.discretize(self.budget, scores=scores))
 
 
-def _fixed(model: nn.Module, cell: Cell, preset: str, scores: Callable[[Any], Tensor]) -> dict[str, Any]:
-    full = ga.attach(model, "lora-all-linear", seed=cell.seed)
-    budget = ga.Budget(params=int(full.bank.dense_cost() * cell.budget))
-    ga.detach(model)
-    candidates = ga.attach(model, preset, seed=cell.seed)
+def _fixed(
+    model: nn.Module, cell: Cell, space: str | ga.SearchSpace, scores: Callable[[Any], Tensor]
+) -> dict[str, Any]:
+    """Attach the structure of the cell's size that takes the candidates with the highest scores."""
+    budget = ga.Budget(params=_size(model, cell))
+    candidates = ga.attach(model, space, seed=cell.seed)
     structure = candidates.discretize(budget, scores=scores(candidates.bank))
     ga.detach(model)
     ga.attach(model, structure, seed=cell.seed)
     return {}
 
 
+def _size(model: nn.Module, cell: Cell) -> int:
+    """Parameters of every arm: a share of LoRA rank 8 at every linear map."""
+    dense = ga.attach(model, "lora-all-linear").bank.dense_cost()
+    ga.detach(model)
+    return int(dense * cell.budget)
+
+
 def _evenly(bank: Any) -> Tensor:
     """Scores that fill rank by rank, and within a rank spread over the maps."""
-    groups = len(bank.groups)
     order = {key: i for i, key in enumerate(bank.slices)}
     scores = torch.zeros_like(bank.kept)
     for key, where in bank.slices.items():
         spread = (order[key] * 0.6180339887) % 1.0  # a low-discrepancy order, so that any prefix is spread evenly
-        scores[:, where] = 2.0 - torch.arange(where.stop - where.start) - 0.5 * spread + 0 * groups
+        scores[:, where] = 2.0 - torch.arange(where.stop - where.start) - 0.5 * spread
     return scores - scores.min() + 1
 
 
@@ -146,6 +178,8 @@ ARMS: dict[str, Callable[[nn.Module, Cell], dict[str, Any]]] = {
     "uniform": uniform,
     "attention": attention_only,
     "svd": svd,
+    "searched-mixed": searched_mixed,
+    "random-mixed": random_mixed,
 }
 
 
@@ -200,10 +234,17 @@ def accuracy(model: nn.Module, dataset: Any, collate: Any, batch: int = 64) -> f
 
 # -- the study ---------------------------------------------------------------------------------------------------------
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (3e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
-STUDIES = (("newsgroups", 1 / 8, 300), ("newsgroups", 1 / 32, 300), ("rotten_tomatoes", 1 / 8, 200), ("tweets", 1 / 8, 200))
+LORA = ("searched", "random", "uniform", "attention", "svd")
+MIXED = (*LORA, "searched-mixed", "random-mixed")
+STUDIES = (
+    ("newsgroups", 1 / 8, LORA),
+    ("rotten_tomatoes", 1 / 8, LORA),
+    ("tweets", 1 / 8, LORA),
+    ("newsgroups", 1 / 32, MIXED),
+)
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -217,11 +258,11 @@ def run(cell: Cell) -> dict[str, Any]:
     return json.loads(cell.file.read_text())
 
 
-def tuned_rate(task: str, budget: float, arm: str, steps: int, *, compute_missing: bool) -> float | None:
+def tuned_rate(task: str, budget: float, arm: str, *, compute_missing: bool) -> float | None:
     """The learning rate with the best validation score, from a seed that the comparison does not use."""
     scores = {}
     for rate in RATES:
-        cell = Cell(task, budget, arm, rate, TUNING_SEED, steps, split="validation")
+        cell = Cell(task, budget, arm, rate, TUNING_SEED, split="validation")
         if compute_missing or cell.file.exists():
             scores[rate] = run(cell)["score"]
     return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
@@ -229,14 +270,14 @@ def tuned_rate(task: str, budget: float, arm: str, steps: int, *, compute_missin
 
 def run_all(only: list[str]) -> None:
     """Compute what is missing: for each study, tune each arm, then seed by seed so that pairs are complete early."""
-    for task, budget, steps in STUDIES:
+    for task, budget, arms in STUDIES:
         if only and f"{task}:{budget:g}" not in only and task not in only:
             continue
-        rates = {arm: tuned_rate(task, budget, arm, steps, compute_missing=True) for arm in ARMS}
+        rates = {arm: tuned_rate(task, budget, arm, compute_missing=True) for arm in arms}
         for seed in SEEDS:
             for arm, rate in rates.items():
                 assert rate is not None
-                result = run(Cell(task, budget, arm, rate, seed, steps))
+                result = run(Cell(task, budget, arm, rate, seed))
                 print(f"{task} 1/{1 / budget:g} {arm} seed {seed} rate {rate:g}: {result['score']:.3f}", flush=True)
 
 
@@ -249,14 +290,17 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
 def table() -> str:
     """Every study from the stored cells: mean test accuracy, and searched minus each arm with its 95 % interval."""
-    lines = ["| task | budget | arm | rate | seeds | accuracy | searched − arm (95 %) | parameters |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | budget | arm | rate | seeds | accuracy | searched − arm (95 %) | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     pooled: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for task, budget, steps in STUDIES:
-        rates = {arm: tuned_rate(task, budget, arm, steps, compute_missing=False) for arm in ARMS}
+    for task, budget, arms in STUDIES:
+        rates = {arm: tuned_rate(task, budget, arm, compute_missing=False) for arm in arms}
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for arm, rate in rates.items():
             if rate is not None:
-                cells = [Cell(task, budget, arm, rate, seed, steps) for seed in SEEDS]
+                cells = [Cell(task, budget, arm, rate, seed) for seed in SEEDS]
                 found[arm] = {cell.seed: json.loads(cell.file.read_text()) for cell in cells if cell.file.exists()}
         for arm, results in found.items():
             pairs = sorted(set(results) & set(found.get("searched", {})))

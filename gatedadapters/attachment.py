@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -113,14 +114,15 @@ def candidates(space: SearchSpace, layout: Layout) -> tuple[dict[str, tuple[Path
     """
     found: dict[str, tuple[PathOptions, Site]] = {}
     misfits: list[Misfit] = []
+    seen: Counter[str] = Counter()
     for options in space.paths:
         for site in path_class(options).sites(options, layout):
             if isinstance(site, Misfit):
                 misfits.append(site)
                 continue
             stem = f"{site.tap.module.replace('.', '/')}:{options.kind}"
-            number = sum(key == stem or key.startswith(f"{stem}#") for key in found)
-            found[f"{stem}#{number + 1}" if number else stem] = (options, site)
+            seen[stem] += 1
+            found[stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"] = (options, site)
     if not found:
         offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
         raise PathError(
