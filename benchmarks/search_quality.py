@@ -1,8 +1,8 @@
 """Does a searched structure beat a guessed one of the same size?
 
-Claim under test: at equal parameter count and equal training steps, the structure that one gated run finds scores above a
-random structure and no worse than uniform rank, attention-only LoRA, or dense training truncated by SVD; every arm with
-its own learning rate, tuned on validation data; scores on test data, after pruning.
+Claim under test: at equal parameter count and equal training steps, the structure that one gated run finds scores above
+a random structure and no worse than uniform rank, attention-only LoRA, or dense training truncated by SVD; every arm
+with its own learning rate, tuned on validation data; scores on test data, after pruning.
 
     python benchmarks/search_quality.py run       # computes the cells that are missing, one JSON file each
     python benchmarks/search_quality.py table     # prints the tables from the stored cells
@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from scipy import stats
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import gatedadapters as ga
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
@@ -183,6 +185,88 @@ ARMS: dict[str, Callable[[nn.Module, Cell], dict[str, Any]]] = {
 }
 
 
+# -- arms through peft -------------------------------------------------------------------------------------------------
+
+
+def adalora(model: Any, cell: Cell, data: Any, collate: Any) -> dict[str, Any]:
+    """AdaLoRA from rank 8 to an average of rank 1, allocating after every step, with its orthogonality penalty."""
+    config = AdaLoraConfig(
+        init_r=8,
+        target_r=1,
+        lora_alpha=8,
+        tinit=round(0.1 * cell.steps),
+        tfinal=round(0.35 * cell.steps),
+        deltaT=5,
+        total_step=cell.steps,
+        target_modules=_block_maps(model),
+    )
+    model.backbone = get_peft_model(model.backbone, config)
+    model.register_forward_hook(OrthogonalityPenalty())
+    return {"callbacks": [Allocate()]}
+
+
+class OrthogonalityPenalty:
+    """peft adds it to a loss that the wrapped model returns; a bare encoder returns none, so it is added here."""
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        """Forward hook of the classifier."""
+        if output.loss is not None:
+            named = module.named_parameters()
+            products = [p @ p.T if "lora_A" in n else p.T @ p for n, p in named if "lora_A" in n or "lora_B" in n]
+            output.loss = output.loss + 0.5 * sum(torch.norm(c - torch.eye(len(c))) for c in products) / len(products)
+        return output
+
+
+class Allocate(TrainerCallback):
+    """Calls what AdaLoRA needs after each optimiser step, before gradients are cleared."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        """Steps count from 0 here."""
+        model.backbone.base_model.update_and_allocate(state.global_step)
+
+
+def eva(model: Any, cell: Cell, data: Any, collate: Any) -> dict[str, Any]:
+    """Rank 1 on average, redistributed by the variance that activations explain, initialised by their directions."""
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=_block_maps(model),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=8.0),
+    )
+    names = ("input_ids", "attention_mask")
+    batches = [collate([data[i + j] for j in range(BATCH)]) for i in range(0, 512, BATCH)]
+    model.backbone = get_peft_model(model.backbone, config, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(
+        model.backbone,
+        [{name: batch[name] for name in names} for batch in batches],
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda layer_input, model_input, name: layer_input[0].flatten(0, -2),
+        show_progress_bar=False,
+    )
+    return {}
+
+
+def _block_maps(model: Any) -> list[str]:
+    return [linear.name for _, _, linear in ga.discover(model.backbone).maps()]
+
+
+def peft_ranks(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(ranks in use, parameters of a rank) of every module peft adapted."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            down, up = module.lora_A["default"], module.lora_B["default"]
+            down, up = getattr(down, "weight", down), getattr(up, "weight", up)
+            extra = module.lora_E["default"] if hasattr(module, "lora_E") else None
+            ranks = len(down) if extra is None else int((extra != 0).sum())
+            found[name] = (ranks, down.shape[1] + up.shape[0] + (extra is not None))
+    return found
+
+
+PEFT_ARMS: dict[str, Callable[..., dict[str, Any]]] = {"adalora": adalora, "eva": eva}
+
+
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,29 +277,48 @@ def compute(cell: Cell, arm: Callable[[nn.Module, Cell], dict[str, Any]]) -> dic
     task = load_task(cell.task, train=cell.train, validation=1000, test=TEST, seed=cell.seed)
     set_seed(cell.seed)
     model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes})
-    options = arm(model, cell)
+    collate = MixedTaskCollator(tokenizer)
+    data = MixedTaskDataset([task], tokenizer, "train", MAX_LENGTH)
+    options = arm(model, cell, data, collate) if arm in PEFT_ARMS.values() else arm(model, cell)
     args = TrainingArguments(
-        output_dir=str(STORE / ".scratch" / str(os.getpid())), max_steps=cell.steps, per_device_train_batch_size=BATCH,
-        learning_rate=cell.rate, warmup_steps=round(0.06 * cell.steps), weight_decay=0.0, seed=cell.seed, bf16=True,
-        use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no", logging_steps=cell.steps, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = ga.GatedTrainer(
-        model, args, train_dataset=MixedTaskDataset([task], tokenizer, "train", MAX_LENGTH),
-        data_collator=MixedTaskCollator(tokenizer), **options,
-    )  # fmt: skip
+        output_dir=str(STORE / ".scratch" / str(os.getpid())),
+        max_steps=cell.steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=cell.rate,
+        warmup_steps=round(0.06 * cell.steps),
+        weight_decay=0.0,
+        seed=cell.seed,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=cell.steps,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer_class = Trainer if arm in PEFT_ARMS.values() else ga.GatedTrainer
+    trainer = trainer_class(model, args, train_dataset=data, data_collator=collate, **options)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
+    shape = peft_ranks(model) if arm in PEFT_ARMS.values() else compacted(model)
+    score = accuracy(model, MixedTaskDataset([task], tokenizer, cell.split, MAX_LENGTH), collate)
+    return {
+        "cell": asdict(cell),
+        "score": score,
+        "params": sum(ranks * each for ranks, each in shape.values()),
+        "seconds": round(seconds, 1),
+        "structure": {key: ranks for key, (ranks, _) in shape.items()},
+        "versions": versions(),
+    }
+
+
+def compacted(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Compact the adapters; (units, parameters of a unit) of every path that stays."""
     adapters = ga.get_adapters(model)
     if adapters.bank is not None:
         adapters.compact()
-    params = sum(p.numel() for p in adapters.paths.parameters())
-    score = accuracy(model, MixedTaskDataset([task], tokenizer, cell.split, MAX_LENGTH), MixedTaskCollator(tokenizer))
-    shape = {record.key: len(record.kept) for record in adapters.structure.paths}
-    return {
-        "cell": asdict(cell), "score": score, "params": params, "seconds": round(seconds, 1), "structure": shape,
-        "loss": trainer.state.log_history[0].get("loss"), "versions": versions(),
-    }  # fmt: skip
+    return {record.key: (len(record.kept), record.params // len(record.kept)) for record in adapters.structure.paths}
 
 
 @torch.no_grad()
@@ -240,7 +343,7 @@ TUNING_SEED = 100
 LORA = ("searched", "random", "uniform", "attention", "svd")
 MIXED = (*LORA, "searched-mixed", "random-mixed")
 STUDIES = (
-    ("newsgroups", 1 / 8, LORA),
+    ("newsgroups", 1 / 8, (*LORA, "adalora", "eva")),
     ("rotten_tomatoes", 1 / 8, LORA),
     ("tweets", 1 / 8, LORA),
     ("newsgroups", 1 / 32, MIXED),
@@ -250,7 +353,7 @@ STUDIES = (
 def run(cell: Cell) -> dict[str, Any]:
     """The stored result of a cell, computed now if nobody has; written whole or not at all."""
     if not cell.file.exists():
-        result = compute(cell, ARMS[cell.arm])
+        result = compute(cell, {**ARMS, **PEFT_ARMS}[cell.arm])
         cell.file.parent.mkdir(parents=True, exist_ok=True)
         part = cell.file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(result, indent=1) + "\n")
@@ -291,10 +394,10 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def table() -> str:
     """Every study from the stored cells: mean test accuracy, and searched minus each arm with its 95 % interval."""
     lines = [
-        "| task | budget | arm | rate | seeds | accuracy | searched − arm (95 %) | parameters |",
+        "| task | budget | arm | rate | seeds | accuracy | searched - arm (95 %) | parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    pooled: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    pooled: dict[str, list[float]] = {arm: [] for arm in (*ARMS, *PEFT_ARMS)}
     for task, budget, arms in STUDIES:
         rates = {arm: tuned_rate(task, budget, arm, compute_missing=False) for arm in arms}
         found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -307,12 +410,11 @@ def table() -> str:
             differences = np.array([found["searched"][s]["score"] - results[s]["score"] for s in pairs])
             mean, half = interval(differences) if len(pairs) else (float("nan"), float("nan"))
             pooled[arm] += differences.tolist()
-            accuracy_ = np.mean([r["score"] for r in results.values()]) if results else float("nan")
+            mean_score = 100 * np.mean([r["score"] for r in results.values()]) if results else float("nan")
             size = max((r["params"] for r in results.values()), default=0)
             versus = "" if arm == "searched" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
-            lines.append(
-                f"| {task} | 1/{1 / budget:g} | {arm} | {rates[arm]:g} | {len(results)} | {100 * accuracy_:.1f} | {versus} | {size:,} |"
-            )
+            place = f"| {task} | 1/{1 / budget:g} | {arm} | {rates[arm]:g} | {len(results)} "
+            lines.append(f"{place}| {mean_score:.1f} | {versus} | {size:,} |")
     for arm, differences in pooled.items():
         if arm != "searched" and len(differences) > 1:
             mean, half = interval(np.array(differences))

@@ -126,7 +126,7 @@ def gate_bank_cost(gates: int = 10_000) -> tuple[float, float]:
     times = []
     for _ in range(15):
         began = time.perf_counter()
-        bank.nextStep()
+        bank.next_step()
         bank.draw()
         bank.refresh()
         bank.expected_cost().backward()
