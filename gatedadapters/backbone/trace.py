@@ -412,6 +412,11 @@ def _answer_on_meta(name: str, args: Any) -> Any:
     if name == "nonzero":  # "which experts were hit?": one; "which tokens does it get?": all
         rows = 1 if args[0].dim() == 1 else args[0].numel()
         return torch.empty((rows, args[0].dim()), dtype=torch.int64, device="meta")
+    if name == "unique_consecutive":  # "do all rows have as many end-of-sequence tokens?": yes
+        return args[0][:1], args[0][:0], args[0][:0]
+    if name == "index" and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:  # one in each row
+        mask = args[1][0]
+        return args[0].new_empty((mask.shape[0], *args[0].shape[mask.dim() :]))
     if name == "_grouped_mm":  # on meta it insists on bfloat16
         return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
     return NotImplemented

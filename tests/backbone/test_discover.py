@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import Llama4TextConfig, Llama4TextModel, LlamaConfig, LlamaModel, PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.errors import LayoutError
@@ -331,6 +331,47 @@ def test_map_that_leads_nowhere_is_unknown() -> None:
     (entry,) = discover(model, batch).unknown
     assert entry.name == "layers.1.mlp.probe.weight"
     assert "does not reach" in entry.reason or "do not reach" in entry.reason
+
+
+def test_router_that_scales_what_the_experts_read() -> None:
+    config = Llama4TextConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        moe_layers=[0],
+        vocab_size=99,
+    )
+    layout = discover(Llama4TextModel(config))
+    _, moe = layout.blocks[0].sublayers
+    assert {m.name.rsplit(".", 1)[-1]: m.role for m in moe.maps if m.role == "router"} == {"router": "router"}
+    assert moe.reader == moe.writer == moe.name == "layers.0.feed_forward"
+    assert _roles(layout)["q_proj"] == "q"  # rotary embeddings are complex numbers here
+    assert not layout.unknown
+
+
+def test_recurrence_written_as_a_loop_mixes_tokens() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.value, self.out = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 6)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            gate, value = torch.sigmoid(self.gate(hidden)), self.value(hidden)
+            state, states = torch.zeros_like(value[:, 0]), []
+            for t in range(hidden.shape[1]):
+                state = gate[:, t] * state + value[:, t]
+                states.append(state)
+            result: Tensor = hidden + self.out(torch.stack(states, 1))
+            return result
+
+    layout = discover(_Embedded(nn.ModuleList([Block(), Block()]), 6))
+    assert [sub.kind for sub in layout.blocks[0].sublayers] == ["mixer"]
+    assert _roles(layout) == {"gate": "in", "value": "in", "out": "out"}
 
 
 def test_experts_without_a_token_get_the_role_of_their_twins() -> None:

@@ -129,9 +129,9 @@ def test_heads_and_batches_do_not_change_the_backbone(family: str, head: str) ->
     assert structure(discover(headed, batch), prefix) == structure(discover(base))
 
 
-@every_family
-def test_meta_device_gives_the_same_layout(family: str) -> None:
-    model, _ = tiny(family)
+@every_head
+def test_meta_device_gives_the_same_layout(family: str, head: str) -> None:
+    model, _ = tiny(family, head=head)
     assert discover(copy.deepcopy(model).to("meta")) == discover(model)
 
 
