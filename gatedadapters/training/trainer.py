@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -17,6 +20,7 @@ from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
 from gatedadapters.errors import TrainingError
+from gatedadapters.training.multitask import MultiTaskClassifier
 
 
 class ConstantFactor:
@@ -30,18 +34,17 @@ class ConstantFactor:
 class GatedTrainer(Trainer):
     """Trains a model that `attach` prepared; everything of transformers' Trainer applies.
 
-    Added: the penalty in the loss (once per optimiser step, however many micro-batches), a learning rate for gates and no
-    decay on them, the schedule (warm-up, ramp, prune) from the number of steps the Trainer works out, checkpoints that
-    hold only what is trained, and temperature sampling across tasks.
-
-    To see gates in TensorBoard, replace the built-in callback: `TrainingArguments(report_to="none")` and
-    `callbacks=[gatedadapters.inspection.TensorBoardInspector(folder)]`.
+    Added: the penalty in the loss (once per optimiser step, however many micro-batches), a learning rate for gates and
+    no decay on them, the schedule (warm-up, ramp, prune) from the number of steps the Trainer works out, checkpoints
+    that hold only what is trained, and temperature sampling across tasks. Where a prune is to come, only models after
+    it compete for the best checkpoint.
 
     Args:
         model: with adapters attached.
-        args: transformers' TrainingArguments.
-        budget, penalty: what holds the adapter small; give one, or neither where `attach` was given a penalty or a
+        args: transformers' TrainingArguments. Several devices: one process each (torchrun, accelerate launch).
+        budget: what the Structure may cost; give this or `penalty`, or neither where `attach` was given a penalty or a
             Structure.
+        penalty: what holds the adapter small.
         schedule: see `Schedule`.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         task_temperature: sample across tasks with probability n ** (1 / temperature); needs a data set with `sizes`.
@@ -65,51 +68,85 @@ class GatedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.adapters = get_adapters(model)
+        _check_launch(args)
         if budget is not None and penalty is not None:
             raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
         chosen = budget if budget is not None else penalty
+        if chosen is None and schedule is not None and self.adapters.pressure is not None:
+            chosen = self.adapters.pressure.penalty
         if chosen is not None:
             self.adapters.set_penalty(chosen, schedule=schedule, total_steps=max(1, args.max_steps))
+        elif schedule is not None:
+            raise TrainingError(
+                "a schedule needs something to schedule",
+                expected="budget= or penalty= beside schedule=",
+                got="neither",
+                where="GatedTrainer",
+                fix="give one, or drop the schedule",
+            )
         self.gate_learning_rate, self.task_temperature = gate_learning_rate, task_temperature
+        self._gate_group: int | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # closed paths take no part in a step
         super().__init__(model=model, args=args, **kwargs)
-        self._gate_group: int | None = None
 
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the gates in a group of their own."""
+        """The Trainer's optimiser, with the gates in a group of their own.
+
+        Raises:
+            TrainingError: an optimiser was given that leaves the gates out.
+        """
+        gates = self.adapters.gate_parameters()
+        learning = [gate for gate in gates if gate.requires_grad]
         if self.optimizer is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            if any(id(gate) not in held for gate in learning):
+                raise TrainingError(
+                    "the optimiser leaves the gates out",
+                    expected="a parameter group with adapters.gate_parameters()",
+                    got=f"{len(self.optimizer.param_groups)} groups without them",
+                    where="GatedTrainer(optimizers=)",
+                    fix='add {"params": adapters.gate_parameters(), "lr": 0.05, "weight_decay": 0.0}',
+                )
             return self.optimizer
-        gates = [p for p in self.adapters.gate_parameters() if p.requires_grad]
-        for gate in gates:
+        for gate in learning:
             gate.requires_grad_(False)
-        optimizer = super().create_optimizer(model)
-        for gate in gates:
-            gate.requires_grad_(True)
-        if gates:
+        try:
+            optimizer = super().create_optimizer(*() if model is None else (model,))
+        finally:
+            for gate in learning:
+                gate.requires_grad_(True)
+        if gates:  # fixed ones too: a run resumed after the prune finds the groups it saved
             self._gate_group = len(optimizer.param_groups)
             optimizer.add_param_group({"params": gates, "lr": self.gate_learning_rate or 0.0, "weight_decay": 0.0})
         return optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The Trainer's schedule for weights, a constant rate for gates; the pressure learns how long training is."""
         pressure = self.adapters.pressure
         if pressure is not None:
             pressure.total_steps = num_training_steps
-        if self._gate_group is not None and self.lr_scheduler is None:
-            group = (optimizer or self.optimizer).param_groups[self._gate_group]
-            if self.gate_learning_rate is None:
-                schedule = pressure.schedule if pressure is not None else Schedule()
-                group["lr"] = default_gate_rate(schedule, num_training_steps)
+        stepped = optimizer if optimizer is not None else self.optimizer
+        if self._gate_group is None or self.lr_scheduler is not None or stepped is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        rate = self.gate_learning_rate
+        if rate is None:
+            rate = default_gate_rate(pressure.schedule if pressure is not None else Schedule(), num_training_steps)
+        group = stepped.param_groups[self._gate_group]
+        group["lr"] = rate
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self._gate_group is not None and isinstance(scheduler, LambdaLR):
+        if isinstance(scheduler, LambdaLR):
+            at = pressure.schedule.prune if pressure is not None and pressure.schedule.rewind else None
+            if at is not None:
+                peak = self.args.get_warmup_steps(num_training_steps)
+                prune = math.ceil(at * num_training_steps)
+                scheduler.lr_lambdas = [rewound(f, prune, peak, num_training_steps) for f in scheduler.lr_lambdas]
             scheduler.lr_lambdas[self._gate_group] = ConstantFactor()
-            group = (optimizer or self.optimizer).param_groups[self._gate_group]
-            group["lr"] = scheduler.base_lrs[self._gate_group]
+        elif isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.min_lrs[self._gate_group] = rate
+        group["lr"] = rate
         return scheduler
 
     # -- loss ----------------------------------------------------------------------------------------------------------
@@ -126,23 +163,21 @@ class GatedTrainer(Trainer):
         Raises:
             TrainingError: the loss is not finite.
         """
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        if not model.training:
-            return result
-        if not bool(torch.isfinite(loss).all()):
-            raise TrainingError(
-                "the loss is not finite",
-                expected="a finite loss",
-                got=str(float(loss.detach().mean())),
-                where=f"optimiser step {self.state.global_step}",
-                fix="lower the learning rate, clip gradients, or look for broken examples near this step",
-            )
-        if self.adapters.pressure is not None and self.adapters.bank is not None:
-            penalty = self.adapters.penalty() / self._micro_batches_to_come(num_items_in_batch)
-            # the penalty's gradient without its value: the loss logged stays the task's, comparable to evaluation's
-            loss = loss + (penalty - penalty.detach())
-        return (loss, result[1]) if return_outputs else loss
+        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        if model.training:
+            if not bool(torch.isfinite(loss).all()):
+                raise TrainingError(
+                    "the loss is not finite",
+                    expected="a finite loss",
+                    got=str(float(loss.detach().mean())),
+                    where=f"optimiser step {self.state.global_step}",
+                    fix="lower the learning rate, clip gradients, or look for broken examples near this step",
+                )
+            if self.adapters.pressure is not None and self.adapters.bank is not None:
+                penalty = self.adapters.penalty() / self._micro_batches_to_come(num_items_in_batch)
+                # the penalty's gradient without its value: the loss logged stays the task's, comparable to evaluation's
+                loss = loss + (penalty - penalty.detach())
+        return (loss, outputs) if return_outputs else loss
 
     def _micro_batches_to_come(self, num_items_in_batch: Tensor | int | None) -> int:
         """By how much the penalty must be divided here, so that its sum over micro-batches is one penalty.
@@ -150,7 +185,7 @@ class GatedTrainer(Trainer):
         A loss normalised over the whole accumulated batch is added up as it is; otherwise the Trainer divides by the
         number of micro-batches itself, after this.
         """
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer releases let a subclass say so
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
@@ -169,6 +204,8 @@ class GatedTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if first and self._signature_columns is not None:
             self._signature_columns.append("task_ids")  # consumed by the hook before the model's own forward
+            if isinstance(self.model, MultiTaskClassifier):  # hands on what it does not know itself
+                self._signature_columns += inspect.signature(self.model.backbone.forward).parameters
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -194,33 +231,110 @@ class GatedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Only what is trained: adapters, gates and heads. The backbone is the user's and never changes."""
-        folder = output_dir if output_dir is not None else self.args.output_dir
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
         os.makedirs(folder, exist_ok=True)
         state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
         trained = {k: v.detach().contiguous().cpu() for k, v in state.items() if self._is_trained(k)}
         part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
-        save_file(trained, part, metadata={"format": "pt"})
+        save_file(trained, part, metadata={"format": "pt", "backbone": self.adapters.identity.values})
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._check_checkpoint(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The backbone's keys are absent by design; the others were checked before loading."""
+
+    def _check_checkpoint(self, folder: str) -> None:
+        """Refuse, before anything is changed, a checkpoint that is not of these adapters on this backbone."""
+        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        if not os.path.isfile(file):
+            return  # the Trainer says what it looked for
+        try:
+            with safe_open(file, framework="pt") as stored:
+                found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+                backbone = (stored.metadata() or {}).get("backbone")
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                "this checkpoint cannot be read",
+                expected="a safetensors file",
+                got=str(error),
+                where=file,
+                fix="resume from an earlier checkpoint",
+            ) from error
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
+        wrong = [
+            f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
+            for key in sorted(wanted.keys() | found.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        if not wrong and backbone != self.adapters.identity.values:
+            wrong.append("weights of another backbone")
+        if wrong:
+            raise TrainingError(
+                "this checkpoint is of other adapters",
+                expected="the attached adapters, gates and heads",
+                got="; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""),
+                where=file,
+                fix="attach with the search space, tasks, heads and penalty that the checkpoint was made with",
+            )
+
     def _is_trained(self, key: str) -> bool:
         return key.startswith(f"{NAME}.") or key in self.adapters.head_names
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The backbone's keys are absent by design; anything else missing or unexpected is an error."""
-        missing = [key for key in load_result.missing_keys if self._is_trained(key)]
-        if missing or load_result.unexpected_keys:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Before the prune no model is the best: none of them is within the budget."""
+        bank, pressure = self.adapters.bank, self.adapters.pressure
+        if bank is not None and not bank.frozen and pressure is not None and pressure.schedule.prune is not None:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+
+def _check_launch(args: TrainingArguments) -> None:
+    """Raise where hooks and gates would not survive how the model is wrapped."""
+    wrapped = {
+        "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
+        "FSDP": bool(args.fsdp),
+        "DeepSpeed": bool(args.deepspeed),
+    }
+    for name, is_on in wrapped.items():
+        if is_on:
             raise TrainingError(
-                "this checkpoint is of other adapters",
-                expected="the keys of the attached adapters",
-                got=f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}",
-                where="resume_from_checkpoint",
-                fix="attach with the search space, tasks and heads the checkpoint was made with",
+                "gated models are not trained this way",
+                expected="one device, or one process per device (DistributedDataParallel)",
+                got=name,
+                where="TrainingArguments",
+                fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
             )
+
+
+def rewound(factor: Callable[[float], float], prune: int, peak: int, total: int) -> Callable[[int], float]:
+    """A learning-rate factor that runs through its descent once more from step `prune` on, compressed to what is left.
+
+    Survivors of a prune need a rate to recover with; the tail of one descent leaves them too little.
+
+    References:
+        Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389:
+        learning-rate rewinding.
+    """
+
+    def at(step: int) -> float:
+        if step < prune:
+            return factor(step)
+        return factor(peak + (step - prune) / max(1, total - prune) * (total - peak))
+
+    return at  # a plain function: a scheduler's state then holds nothing that a safe reader of checkpoints refuses
 
 
 def default_gate_rate(schedule: Schedule, total_steps: int) -> float:
