@@ -1,0 +1,95 @@
+"""The benchmarks' own arithmetic, and that the README shows what they print."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str) -> ModuleType:
+    pytest.importorskip("peft")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    return script("search_quality")
+
+
+def store(quality: ModuleType, cell: Any, score: float) -> None:
+    cell.file.parent.mkdir(parents=True, exist_ok=True)
+    cell.file.write_text(json.dumps({"score": score, "params": 10}))
+
+
+def test_interval_is_that_of_a_paired_t_test(quality: ModuleType) -> None:
+    differences = np.array([0.01, -0.02, 0.03, 0.005, 0.015])
+    mean, half = quality.interval(differences)
+    oracle = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((oracle.low, oracle.high))
+
+
+def test_rate_is_tuned_on_validation_alone_and_only_once_all_rates_are_known(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "STORE", tmp_path)
+    cells = [
+        quality.Cell("tweets", 1 / 8, "uniform", rate, quality.TUNING_SEED, split="validation")
+        for rate in quality.RATES
+    ]
+    store(quality, cells[0], 0.7)
+    assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) is None
+    store(quality, cells[1], 0.6)
+    store(quality, quality.Cell("tweets", 1 / 8, "uniform", quality.RATES[1], 0), 0.99)  # a test score must not count
+    assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) == quality.RATES[0]
+    assert quality.TUNING_SEED not in quality.SEEDS
+
+
+def test_stored_cells_are_not_computed_again(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "STORE", tmp_path)
+    computed = []
+    monkeypatch.setattr(quality, "compute", lambda cell, arm: computed.append(cell) or {"score": 0.5, "params": 1})
+    cell = quality.Cell("tweets", 1 / 8, "uniform", 3e-3, 0)
+    assert quality.run(cell)["score"] == 0.5
+    assert quality.run(cell)["score"] == 0.5
+    assert computed == [cell]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "STORE", tmp_path)
+    monkeypatch.setattr(quality, "STUDIES", (("tweets", 1 / 8, ("searched", "random")),))
+    for arm in ("searched", "random"):
+        for rate in quality.RATES:
+            store(quality, quality.Cell("tweets", 1 / 8, arm, rate, quality.TUNING_SEED, split="validation"), 1 - rate)
+    best = min(quality.RATES)
+    for seed in quality.SEEDS:
+        store(quality, quality.Cell("tweets", 1 / 8, "searched", best, seed), 0.5 + 0.1 * seed + 0.02)
+        if seed:  # one seed of the control is still missing: it must not enter the pairs
+            store(quality, quality.Cell("tweets", 1 / 8, "random", best, seed), 0.5 + 0.1 * seed)
+    row = next(line for line in quality.table().splitlines() if "| random |" in line)
+    assert "| 4 |" in row
+    assert "+2.0 ± 0.0" in row
+
+
+def test_readme_shows_the_table_of_the_stored_cells(quality: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in quality.table().splitlines():
+        assert line in readme
