@@ -16,7 +16,7 @@ from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputHook
+from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputAnchor, OutputHook
 from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
 from gatedadapters.structure import Fingerprint, Structure
@@ -331,6 +331,7 @@ class Adapters(nn.Module):
         self._handles.append(
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
+        self._handles.append(model.register_forward_hook(OutputAnchor(self)))
         embedding = _input_embedding(model)
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))

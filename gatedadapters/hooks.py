@@ -7,6 +7,7 @@ class swapped, so the backbone's type, signature and state-dict keys stay what t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,34 @@ class ModelHook:
         if given is None or not self.pop_task_ids:
             return None
         return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+
+
+class OutputAnchor:
+    """After the model ran with every gate drawn as 0: hangs the gates on its output, at no change of value.
+
+    Without it such a step of a model without heads could not be differentiated, and under DistributedDataParallel the
+    penalty would be the gates' second contribution, after they were counted as unused.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the model."""
+        bank = self.adapters.bank
+        learning = bank is not None and not bank.frozen and self.adapters.training and torch.is_grad_enabled()
+        if bank is None or not learning or not self.adapters.enabled or any(bank.open_paths.values()):
+            return None
+        nothing = 0.0 * bank.log_alpha.sum()
+        if isinstance(output, Tensor):
+            return output + nothing
+        items = output.items() if isinstance(output, Mapping) else enumerate(output)
+        place, value = next((k, v) for k, v in items if isinstance(v, Tensor) and v.is_floating_point())
+        if isinstance(output, Mapping):
+            output[place] = value + nothing.to(value.dtype)  # type: ignore[index]
+            return output
+        return (*output[:place], value + nothing.to(value.dtype), *output[place + 1 :])
 
 
 class EmbeddingHook:

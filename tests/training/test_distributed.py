@@ -1,0 +1,78 @@
+"""Two processes that share the batch train what one process with the whole batch does, gates included."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes import assert_same
+from two_processes import SCENARIOS, scenario
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each rank ended with, by scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
+    logs = [folder / f"log of rank {rank}" for rank in (0, 1)]
+    with ExitStack() as stack:
+        ranks = []
+        for rank, log in enumerate(logs):
+            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            file = stack.enter_context(log.open("w"))
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            ranks.append(process)
+        codes = [process.wait(timeout=240) for process in ranks]
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return {
+        name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]
+        for name in SCENARIOS
+    }
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_ranks_agree_bit_for_bit(name: str, outcomes: Any) -> None:
+    first, second = outcomes[name]
+    assert_same(second["state"], first["state"])
+    assert second["structure"] == first["structure"]
+    for (noise, gradient), (other_noise, other_gradient) in zip(
+        *(o["noise and gradient"] for o in (first, second)), strict=True
+    ):
+        assert torch.equal(noise, other_noise)
+        assert gradient is other_gradient is None or torch.equal(gradient, other_gradient)
+
+
+@pytest.mark.parametrize("name", ["classifier", "causal", "accumulated", "all closed", "all closed but heads"])
+def test_two_processes_train_what_one_with_the_whole_batch_does(name: str, outcomes: Any, tmp_path: Path) -> None:
+    single = scenario(name, tmp_path, processes=1)
+    shared = outcomes[name][0]
+    assert shared["structure"] == single["structure"]
+    assert_same(shared["state"], single["state"], rtol=1e-3, atol=1e-5)
+    assert shared["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    if not name.startswith("all closed"):
+        assert single["structure"] is not None
+
+
+@pytest.mark.parametrize("name", ["all closed", "all closed but heads"])
+def test_steps_in_which_every_path_is_closed_neither_hang_nor_fail(name: str, outcomes: Any) -> None:
+    steps = len(outcomes[name][0]["noise and gradient"])
+    assert steps == 12
+    assert 0 < outcomes[name][0]["steps with everything closed"] < steps
+
+
+@pytest.mark.parametrize("name", ["resumed 4", "resumed 6"])
+def test_a_run_resumed_on_two_processes_continues_bit_for_bit(name: str, outcomes: Any) -> None:
+    assert_same(outcomes[name][0]["state"], outcomes["resumed 0"][0]["state"])
+    assert outcomes[name][0]["structure"] == outcomes["resumed 0"][0]["structure"]
