@@ -235,8 +235,6 @@ class Tracer(TorchDispatchMode):
                 self._opaque_linear(name, module, call, out)
                 call.writes, call.write_shape = self._of(out), tuple(out.shape)
             self._stack.pop()
-            if out is None:
-                return
             block = self._block
             if block is None:
                 return
@@ -246,7 +244,8 @@ class Tracer(TorchDispatchMode):
             block.writes = call.writes
             block.residual = call.write_shape == block.shape and Stream(block.stack) in call.writes
             self.trace.blocks.append(block)
-            self._labels[out.untyped_storage()] = frozenset({Stream(block.stack)})
+            if out is not None:  # for the next stack, all this is one hidden state
+                self._labels[out.untyped_storage()] = frozenset({Stream(block.stack)})
             self._last_stack, self._block = block.stack, None
 
         return hook

@@ -296,6 +296,15 @@ def test_tied_head_is_outside_under_its_own_name() -> None:
     assert [(m.name, m.in_features, m.out_features) for m in layout.outside] == [("lm_head", 32, 99)]
 
 
+def test_maps_that_share_a_weight_keep_their_own_roles() -> None:
+    model, batch = tiny("llama")
+    expected = discover(model, batch)
+    for layer in model.layers:
+        layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+        layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+    assert discover(model, batch) == expected
+
+
 def test_autocast_copies_of_weights_are_recognised() -> None:
     model, batch = tiny("llama")
     expected = discover(model, batch)
