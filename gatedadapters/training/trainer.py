@@ -141,7 +141,7 @@ class GatedTrainer(Trainer):
             at = pressure.schedule.prune if pressure is not None and pressure.schedule.rewind else None
             if at is not None:
                 peak = self.args.get_warmup_steps(num_training_steps)
-                prune = math.ceil(at * num_training_steps)
+                prune = math.ceil(at * num_training_steps - 1e-9)  # the step at which the pressure prunes
                 scheduler.lr_lambdas = [rewound(f, prune, peak, num_training_steps) for f in scheduler.lr_lambdas]
             scheduler.lr_lambdas[self._gate_group] = ConstantFactor()
         elif isinstance(scheduler, ReduceLROnPlateau):
@@ -172,6 +172,14 @@ class GatedTrainer(Trainer):
                     got=str(float(loss.detach().mean())),
                     where=f"optimiser step {self.state.global_step}",
                     fix="lower the learning rate, clip gradients, or look for broken examples near this step",
+                )
+            if not loss.requires_grad:
+                raise TrainingError(
+                    "nothing is left to train",
+                    expected="a Structure with at least one path, or a model with heads",
+                    got="every path closed by the prune",
+                    where=f"optimiser step {self.state.global_step}",
+                    fix="lower the L0 weight, or give a budget instead",
                 )
             if self.adapters.pressure is not None and self.adapters.bank is not None:
                 penalty = self.adapters.penalty() / self._micro_batches_to_come(num_items_in_batch)
@@ -319,7 +327,7 @@ def _check_launch(args: TrainingArguments) -> None:
             )
 
 
-def rewound(factor: Callable[[float], float], prune: int, peak: int, total: int) -> Callable[[int], float]:
+def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:
     """A learning-rate factor that runs through its descent once more from step `prune` on, compressed to what is left.
 
     Survivors of a prune need a rate to recover with; the tail of one descent leaves them too little.
