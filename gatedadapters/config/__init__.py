@@ -2,6 +2,19 @@
 
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
+from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
 
-__all__ = ["L0", "Budget", "GateConfig", "PathOptions", "Penalty", "Schedule", "SearchSpace", "Where"]
+__all__ = [
+    "L0",
+    "Budget",
+    "GateConfig",
+    "PathOptions",
+    "Penalty",
+    "Schedule",
+    "SearchConfig",
+    "SearchSpace",
+    "TaskConfig",
+    "TrainingConfig",
+    "Where",
+]

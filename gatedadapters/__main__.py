@@ -1,0 +1,7 @@
+"""`python -m gatedadapters`."""
+
+import sys
+
+from gatedadapters.cli import main
+
+sys.exit(main())

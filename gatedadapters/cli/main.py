@@ -1,0 +1,36 @@
+"""Commands, their arguments, and what an error looks like."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gatedadapters.cli import plan, quickstart, search, show
+from gatedadapters.errors import GatedAdaptersError
+
+COMMANDS = (quickstart, search, plan, show)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Everything the command line understands."""
+    top = argparse.ArgumentParser(prog="gatedadapters", description="Adapters whose place, kind and size are learned.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        summary = (command.__doc__ or "").splitlines()[0]
+        own = commands.add_parser(name, help=summary, description=command.__doc__)
+        command.arguments(own)
+        own.set_defaults(run=command.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where it went well, 2 where something was wrong with what it was given."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except GatedAdaptersError as error:
+        print(f"gatedadapters {options.command}: {type(error).__name__}\n{error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,112 @@
+"""From a configuration to what is trained: tasks, model, tokenizer, number format."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from gatedadapters.cli.models import is_causal, located
+from gatedadapters.config import SearchConfig, TaskConfig
+from gatedadapters.data import TextTask, read_task
+from gatedadapters.data.bundled import load_task
+from gatedadapters.errors import ConfigError
+from gatedadapters.training import MultiTaskClassifier
+
+
+def load_tasks(config: SearchConfig) -> list[TextTask]:
+    """Every task, split and cut to size.
+
+    Raises:
+        DataError: a table is missing, empty or malformed, or a data package is not installed.
+    """
+    return [_load(task, config.training.seed) for task in config.tasks]
+
+
+def _load(task: TaskConfig, seed: int) -> TextTask:
+    if task.bundled is not None:
+        train, test = task.max_train or 1500, task.max_test or 500
+        loaded = load_task(task.bundled, train=train, validation=min(train, 500), test=test, seed=seed)
+    else:
+        assert task.train is not None
+        loaded = read_task(
+            task.train, task.validation, task.test, text=task.text, pair=task.pair, label=task.label, seed=seed
+        )
+    held_out = loaded.validation if loaded.test is None else loaded.test
+    train, test = task.max_train or len(loaded.train), task.max_test or len(held_out)
+    return TextTask(task.title, loaded.train.head(train), loaded.validation, held_out.head(test), loaded.classes)
+
+
+def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A pretrained backbone under one head per task, in fp32; heads depend on the seed alone.
+
+    A single task on a causal language model gets transformers' own classification model.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        DataError: the package that carries a bundled model is not installed.
+    """
+    folder = located(config.model)
+    torch.manual_seed(config.training.seed)
+    try:
+        shape = AutoConfig.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if len(tasks) == 1 and is_causal(shape):
+            shape.num_labels, shape.pad_token_id = tasks[0].n_classes, tokenizer.pad_token_id
+            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=shape, dtype=torch.float32
+            )
+            return model, tokenizer
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "the model cannot be loaded",
+            expected="a folder that from_pretrained reads, or the id of a model on the hub",
+            got=str(error).splitlines()[0],
+            where=f"model: {config.model}",
+            fix="check the name; without a network give a folder",
+        ) from error
+    classes = {task.name: task.n_classes for task in tasks}
+    return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+
+
+def use_bf16(config: SearchConfig) -> bool:
+    """Whether to train under bf16 autocast; `auto` tries on the CPU which is faster, in some milliseconds."""
+    training = config.training
+    if training.precision != "auto":
+        return training.precision == "bf16"
+    if on_cpu(config):
+        return 1.3 * _seconds(torch.bfloat16) < _seconds(torch.float32)
+    return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported())
+
+
+def on_cpu(config: SearchConfig) -> bool:
+    """Whether there is nothing faster than the CPU, or it was asked for.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
+    return wanted == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    x, weight = torch.ones(512, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ weight
+        times.append(time.perf_counter() - start)
+    return min(times)

