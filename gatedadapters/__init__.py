@@ -17,9 +17,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "L0", "Adapters", "Budget", "GateConfig", "GatedTrainer", "Layout", "MultiTaskClassifier", "Schedule", "SearchSpace",
-    "Structure", "attach", "detach", "discover", "get_adapters", "load_adapters",
-]  # fmt: skip
+    "L0",
+    "Adapters",
+    "Budget",
+    "GateConfig",
+    "GatedTrainer",
+    "Layout",
+    "MultiTaskClassifier",
+    "Schedule",
+    "SearchSpace",
+    "Structure",
+    "attach",
+    "detach",
+    "discover",
+    "get_adapters",
+    "load_adapters",
+]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {"GatedTrainer": "gatedadapters.training", "MultiTaskClassifier": "gatedadapters.training"}

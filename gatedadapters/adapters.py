@@ -246,7 +246,7 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def compact(self, structure: Structure | None = None, *, task: str | None = None) -> Structure:
-        """Shrink to `structure` (default: the pruned one, else `discretize()`), in place: only what stays, gates folded.
+        """Shrink to `structure` (default: the pruned one, else `discretize()`), in place: what stays, gates folded.
 
         Args:
             structure: made by `discretize` on these adapters.

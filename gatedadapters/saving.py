@@ -45,7 +45,6 @@ def state(adapters: Adapters) -> dict[str, Tensor]:
     """What was learned: `paths.<key>.<parameter>` (routing included), `heads.<parameter of the model>`."""
     paths = {f"paths.{name}": value for name, value in adapters.paths.state_dict().items()}
     heads = {
-        f"heads.{name}": value
-        for name, value in zip(adapters.head_names, adapters.head_parameters(), strict=True)
+        f"heads.{name}": value for name, value in zip(adapters.head_names, adapters.head_parameters(), strict=True)
     }
     return paths | heads

@@ -110,7 +110,5 @@ def test_importing_the_package_leaves_heavy_packages_alone() -> None:
 
 @pytest.mark.parametrize("folder", ["gatedadapters", "tests", "benchmarks"])
 def test_files_stay_readable(folder: str) -> None:
-    lines = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")
-    }
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MAX_LINES}

@@ -10,9 +10,7 @@ CLASSES = [getattr(errors, name) for name in errors.__all__]
 
 
 def test_messages_say_expected_got_where_and_fix() -> None:
-    error = errors.DataError(
-        "a column is missing", expected="'y'", got="'x'", where="t.csv", fix="say label="
-    )
+    error = errors.DataError("a column is missing", expected="'y'", got="'x'", where="t.csv", fix="say label=")
     assert str(error) == (
         "a column is missing\n  expected: 'y'\n  got:      'x'\n  where:    t.csv\n  fix:      say label="
     )

@@ -51,9 +51,7 @@ def test_torch_is_pinned_without_a_build() -> None:
 
 
 def test_data_packages_are_those_the_readers_were_checked_against() -> None:
-    assert pins("benchmarks/requirements.txt") == {
-        package.name: package.version for package in PACKAGES.values()
-    }
+    assert pins("benchmarks/requirements.txt") == {package.name: package.version for package in PACKAGES.values()}
 
 
 def test_one_version_everywhere() -> None:

@@ -169,9 +169,7 @@ def task_sampler(
     References:
         Arivazhagan et al., Massively Multilingual Neural Machine Translation in the Wild, 2019, section 4.2.
     """
-    return TaskSampler(
-        sizes, temperature=temperature, batch_size=batch_size, num_samples=num_samples, seed=seed
-    )
+    return TaskSampler(sizes, temperature=temperature, batch_size=batch_size, num_samples=num_samples, seed=seed)
 
 
 def _shuffled_forever(size: int, generator: np.random.Generator) -> Iterator[int]:

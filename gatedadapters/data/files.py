@@ -87,9 +87,7 @@ def read_task(
         if n_validation + n_test >= len(pool):
             expected = f"more than {n_validation + n_test} distinct examples"
             raise DataError("the table is too small to split", expected=expected, got=len(pool), where=train)
-        trained, validated, drawn = split_rows(
-            pool, train=None, validation=n_validation, test=n_test, seed=seed
-        )
+        trained, validated, drawn = split_rows(pool, train=None, validation=n_validation, test=n_test, seed=seed)
         tested = drawn if n_test else tested
     return TextTask(
         name or Path(train).stem,

@@ -50,9 +50,7 @@ class Examples:
 
     def head(self, count: int) -> Examples:
         """The first ``count`` examples; splits are ordered so that any head is nearly stratified."""
-        return Examples(
-            self.texts[:count], self.labels[:count], None if self.pairs is None else self.pairs[:count]
-        )
+        return Examples(self.texts[:count], self.labels[:count], None if self.pairs is None else self.pairs[:count])
 
     @staticmethod
     def from_rows(rows: Iterable[Row]) -> Examples:

@@ -14,9 +14,9 @@ class Pressure(nn.Module):
     """Turns `L0` or `Budget` into the loss term, given how far training has come.
 
     A budget is an inequality constraint c = (E[cost] - target) / dense <= 0 under a multiplier m that ascends,
-    m <- max(0, m + rho c), once a step (augmented Lagrangian). Plain ascent winds m up while the gates are still on their
-    way and then drives them far below the target, on little data down to a dead adapter. So the pressure
-    max(0, m + rho c) fades out, and m with it, as the cost falls from the target to `slack` below it.
+    m <- max(0, m + rho c), once a step (augmented Lagrangian). Plain ascent winds m up while the gates are still on
+    their way and then drives them far below the target, on little data down to a dead adapter. So the pressure
+    max(0, m + rho c) fades out, and m with it, as the cost falls from the target to `slack` (a share of it) below.
     `multipliers` holds one m for the union over tasks and one per task for the cap.
 
     References:
@@ -27,7 +27,14 @@ class Pressure(nn.Module):
     multipliers: Tensor
 
     def __init__(
-        self, bank: GateBank, penalty: Penalty, schedule: Schedule, *, total_steps: int | None, rho: float = 10.0, slack: float = 0.05
+        self,
+        bank: GateBank,
+        penalty: Penalty,
+        schedule: Schedule,
+        *,
+        total_steps: int | None,
+        rho: float = 10.0,
+        slack: float = 0.05,
     ) -> None:
         super().__init__()
         if isinstance(penalty, Budget):
@@ -40,8 +47,8 @@ class Pressure(nn.Module):
                     fix="pass total_steps=, or train with GatedTrainer, which knows it",
                 )
             check_budget(bank, penalty)
-        self.penalty, self.schedule, self.total_steps, self.rho = penalty, schedule, total_steps, rho
-        self.slack = slack
+        self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
+        self.rho, self.slack = rho, slack
         self.register_buffer("multipliers", torch.zeros(1 + bank.tasks, device=bank.log_alpha.device))
 
     def progress(self, bank: GateBank) -> float:

@@ -92,7 +92,8 @@ class LoRA(Path):
     @torch.no_grad()
     def condense(self, keep: Tensor, scale: Tensor) -> None:
         """The best approximation of the gated map by as many ranks as are kept (Eckart-Young): its leading singular
-        directions. Rows of `down` keep their mean length, so that a rank that held nothing can still learn."""
+        directions. Rows of `down` keep their mean length, so that a rank that held nothing can still learn.
+        """
         q_up, r_up = torch.linalg.qr(self.up.double() * scale.double())
         q_down, r_down = torch.linalg.qr(self.down.double().t())
         u, s, v = torch.linalg.svd(r_up @ r_down.t())

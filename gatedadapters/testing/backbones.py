@@ -96,9 +96,7 @@ _FAMILIES: Mapping[str, _Family] = {
             "position_biased_input": False,
         },
     ),
-    "modernbert": _encoder(
-        "ModernBert", {**_PLAIN, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
-    ),
+    "modernbert": _encoder("ModernBert", {**_PLAIN, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}),
     "albert": _encoder("Albert", {**_BERT, "embedding_size": 24, "num_hidden_layers": 4}),
     # decoders
     "gpt2": _Family("GPT2", _GPT, {**_CLASSES, "lm": "LMHeadModel"}),

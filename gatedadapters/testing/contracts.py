@@ -101,7 +101,7 @@ class PathContract:
         model.zero_grad()
         _loss(model, batch).backward()
         for key, where in bank.slices.items():
-            own = cast(Tensor, bank.ancestry)[where, -1]
+            own = bank.ancestry[where, -1]
             assert bank.log_alpha.grad[:, own].any(), f"the gates of {key} see nothing"
 
     def test_each_example_sees_the_gates_of_its_own_task(self, option: PathOptions, family: str) -> None:
@@ -164,9 +164,7 @@ class PathContract:
         for mode in (None, True, False):
             model, batch = tiny(family)
             _attached(model, option, batch)
-            model.train().config.use_cache = (
-                False  # checkpointing does so too, and GPT-2 then rounds differently
-            )
+            model.train().config.use_cache = False  # checkpointing does so too, and GPT-2 then rounds differently
             if mode is not None:
                 checkpoint_activations(model, use_reentrant=mode)
             _loss(model, batch).backward()
@@ -259,9 +257,7 @@ class PathContract:
             weight = torch.randn_like(together)
             wanted = [gate, *path.parameters()]
             expected = torch.autograd.grad((apart * weight).sum(), wanted)
-            for got, want in zip(
-                torch.autograd.grad((together * weight).sum(), wanted), expected, strict=True
-            ):
+            for got, want in zip(torch.autograd.grad((together * weight).sum(), wanted), expected, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
     def test_paths_together_equal_one_after_the_other(self, option: PathOptions) -> None:
@@ -380,9 +376,7 @@ def awaken(module: nn.Module, *, seed: int = 0) -> None:
 
 def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
     """Turn on gradient checkpointing of a transformers model, whatever its release calls it."""
-    enable: Any = (
-        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    )
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
 
@@ -396,9 +390,7 @@ def _space(option: PathOptions) -> SearchSpace:
     return SearchSpace(gates=GateConfig(levels=("point", "rank"), init_spread=0.0), paths=(option,))
 
 
-def _attached(
-    model: nn.Module, option: PathOptions, batch: Batch, *, tasks: Sequence[str] = ("default",)
-) -> Adapters:
+def _attached(model: nn.Module, option: PathOptions, batch: Batch, *, tasks: Sequence[str] = ("default",)) -> Adapters:
     """Attached, with gates near the middle of their range and paths that do something."""
     adapters = attach(model, _space(option), batch, tasks=tasks)
     awaken(adapters)

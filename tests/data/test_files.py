@@ -9,8 +9,7 @@ from gatedadapters.data import read_task
 from gatedadapters.errors import DataError
 
 RECORDS = [
-    {"text": f'review {index}, "fine"\nsecond line', "label": "good" if index % 3 else "bad"}
-    for index in range(30)
+    {"text": f'review {index}, "fine"\nsecond line', "label": "good" if index % 3 else "bad"} for index in range(30)
 ]
 
 
@@ -40,9 +39,7 @@ def test_every_format_gives_the_same_task(tmp_path: Path, suffix: str) -> None:
     assert sorted(texts) == sorted(str(record["text"]) for record in RECORDS)
     labels = dict(zip(task.train.texts, task.train.labels, strict=True))
     assert all(
-        task.classes[labels[str(record["text"])]] == record["label"]
-        for record in RECORDS
-        if record["text"] in labels
+        task.classes[labels[str(record["text"])]] == record["label"] for record in RECORDS if record["text"] in labels
     )
 
 
@@ -66,9 +63,7 @@ def test_given_splits_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 def test_pairs_and_named_columns_are_read(tmp_path: Path) -> None:
-    records = [
-        {"q": f"question {index}", "p": f"passage {index}", "y": index % 2 == 0} for index in range(10)
-    ]
+    records = [{"q": f"question {index}", "p": f"passage {index}", "y": index % 2 == 0} for index in range(10)]
     task = read_task(write(tmp_path / "t.jsonl", records), text="q", pair="p", label="y", name="yes-no")
     assert task.name == "yes-no"
     assert task.classes == ("false", "true")

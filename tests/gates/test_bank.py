@@ -343,9 +343,7 @@ def test_evidence_is_the_smoothed_size_of_gradient_times_gate() -> None:
     for step in range(3):
         bank.draw()
         torch.testing.assert_close(bank.evidence, expected, rtol=1e-5, atol=1e-7)
-        weights = [
-            torch.randn(2, bank.n_units, generator=torch.Generator().manual_seed(step + m)) for m in (0, 9)
-        ]
+        weights = [torch.randn(2, bank.n_units, generator=torch.Generator().manual_seed(step + m)) for m in (0, 9)]
         for weight in weights:  # two micro-batches
             (everything(bank) * weight).sum().backward()
         expected = 0.95 * expected + 0.05 * ((weights[0] + weights[1]) * everything(bank)).detach().abs()

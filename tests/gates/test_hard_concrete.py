@@ -38,15 +38,11 @@ def test_the_defaults_are_the_published_constants() -> None:
 
 @CONFIGS
 def test_samples_equal_the_published_formula(config: GateConfig) -> None:
-    u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).clamp(
-        1e-6, 1 - 1e-6
-    )
+    u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(u) - torch.log(1 - u)
     for log_alpha in LOG_ALPHAS:
         gates = hard_concrete.sample(torch.tensor(log_alpha, dtype=torch.float64), noise, config)
-        expected = [
-            published_gate(v, log_alpha, config.temperature, config.low, config.high) for v in u.tolist()
-        ]
+        expected = [published_gate(v, log_alpha, config.temperature, config.low, config.high) for v in u.tolist()]
         np.testing.assert_allclose(gates.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -66,9 +62,7 @@ def test_the_test_time_gate_reaches_both_ends_within_the_range_of_log_alpha() ->
 @CONFIGS
 def test_open_probability_equals_the_logistic_tail_and_monte_carlo(config: GateConfig) -> None:
     for log_alpha in LOG_ALPHAS:
-        probability = float(
-            hard_concrete.open_probability(torch.tensor(log_alpha, dtype=torch.float64), config)
-        )
+        probability = float(hard_concrete.open_probability(torch.tensor(log_alpha, dtype=torch.float64), config))
         # z > 0 where s > -gamma / (zeta - gamma), that is where the noise exceeds beta logit(...) - log alpha
         threshold = config.temperature * math.log(-config.low / config.high) - log_alpha
         assert probability == pytest.approx(stats.logistic.sf(threshold), abs=1e-12)
@@ -82,13 +76,9 @@ def test_mean_and_atoms_of_the_samples_equal_quadrature(config: GateConfig) -> N
         gates = draw(log_alpha, config).double()
         constants = (log_alpha, config.temperature, config.low, config.high)
         mean, _ = integrate.quad(published_gate, 1e-6, 1 - 1e-6, args=constants, limit=200)
-        assert float(gates.mean()) == pytest.approx(
-            mean, abs=4 * float(gates.std()) / math.sqrt(DRAWS) + 1e-5
-        )
+        assert float(gates.mean()) == pytest.approx(mean, abs=4 * float(gates.std()) / math.sqrt(DRAWS) + 1e-5)
         # z = 1 where s >= (1 - gamma) / (zeta - gamma)
-        top = stats.logistic.sf(
-            config.temperature * math.log((1 - config.low) / (config.high - 1)) - log_alpha
-        )
+        top = stats.logistic.sf(config.temperature * math.log((1 - config.low) / (config.high - 1)) - log_alpha)
         share = float((gates == 1).double().mean())
         assert share == pytest.approx(top, abs=4 * math.sqrt(top * (1 - top) / DRAWS) + 1e-5)
 

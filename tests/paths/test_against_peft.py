@@ -16,9 +16,7 @@ from gatedadapters.testing import tiny
 from gatedadapters.testing.contracts import awaken
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing:FutureWarning"
-)  # peft asks by the old name
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 
 OPEN = GateConfig(init=4.0, init_spread=0.0, stochastic=False)  # deterministic gate exactly 1
 
@@ -70,9 +68,7 @@ def test_scale_equals_pefts_ia3(family: str) -> None:
     awaken(adapters)
     twin, _ = tiny(family)
     inner = [module_of(k) for k, p in adapters.paths.items() if p.site.write.side == "input"]
-    config = peft.IA3Config(
-        target_modules=[module_of(key) for key in adapters.paths], feedforward_modules=inner
-    )
+    config = peft.IA3Config(target_modules=[module_of(key) for key in adapters.paths], feedforward_modules=inner)
     theirs = peft.get_peft_model(twin, config).eval()
     factors: dict[str, nn.Parameter] = {}
     with torch.no_grad():

@@ -37,9 +37,7 @@ class GroupedShift(Path):
     kind = "test-grouped-shift"
     stage = 5
 
-    def __init__(
-        self, site: Site, options: GroupedShiftOptions, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, site: Site, options: GroupedShiftOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
         self.reads = nn.Parameter(torch.randn(options.groups, site.width_in, generator=generator))
         self.writes = nn.Parameter(torch.zeros(options.groups, site.width_out))

