@@ -1,0 +1,76 @@
+"""The examples run, and what they show holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+import gatedadapters as ga
+from gatedadapters.config import SearchConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often gates were drawn: once for each optimiser step while they learn."""
+    banks: list[ga.Adapters] = []
+    attach = ga.attach
+
+    def remember(*args: object, **kwargs: object) -> ga.Adapters:
+        adapters = attach(*args, **kwargs)  # type: ignore[arg-type]
+        banks.append(adapters.bank)  # type: ignore[arg-type]
+        return adapters
+
+    monkeypatch.setattr(ga, "attach", remember)
+    return lambda: int(banks[0].step)  # type: ignore[attr-defined]
+
+
+def test_the_plain_loop_keeps_the_budget_and_saves_what_it_trained(tmp_path: Path, counted: Callable[[], int]) -> None:
+    structure, accuracy = load("plain_loop").main(str(tmp_path / "out"), steps=40)
+    assert 0 < structure.params <= structure.dense_params / 8
+    assert 0 <= accuracy <= 1
+    assert ga.Structure.load(tmp_path / "out") == structure
+    assert 0.6 * 40 < counted() < 0.8 * 40  # pruned at 65 %, micro-batches not counted
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the example leaves the Trainer's default
+def test_the_trainer_example_keeps_the_budget_and_loads_what_it_saved(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "book"]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    folder = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    rows = [f"{'good' if i % 2 else 'bad'} {'film' if i % 3 else 'book'} {i},{i % 2}" for i in range(40)]
+    (tmp_path / "table.csv").write_text("\n".join(["text,label", *rows]))
+    structure = load("trainer").main(str(folder), str(tmp_path / "table.csv"), str(tmp_path / "out"), steps=10)
+    assert 0 < structure.params <= structure.dense_params / 8
+    assert ga.Structure.load(tmp_path / "out") == structure
+
+
+def test_the_example_configuration_is_valid() -> None:
+    config = SearchConfig.load(EXAMPLES / "search.yaml")
+    assert [task.title for task in config.tasks] == ["reviews", "topics"]
+    assert yaml.safe_load((EXAMPLES / "search.yaml").read_text())["tasks"][0]["train"] == "reviews.csv"
