@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,27 +29,27 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How often gates were drawn: once for each optimiser step while they learn."""
-    banks: list[ga.Adapters] = []
-    attach = ga.attach
+def test_the_plain_loop_keeps_the_budget_and_saves_what_it_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms, steps_with_gates = [], []
+    penalty = ga.Adapters.penalty
 
-    def remember(*args: object, **kwargs: object) -> ga.Adapters:
-        adapters = attach(*args, **kwargs)  # type: ignore[arg-type]
-        banks.append(adapters.bank)  # type: ignore[arg-type]
-        return adapters
+    def seen(self: ga.Adapters) -> torch.Tensor:
+        term = penalty(self)
+        terms.append(term)
+        assert self.bank is not None
+        steps_with_gates.append(int(self.bank.step))
+        return term
 
-    monkeypatch.setattr(ga, "attach", remember)
-    return lambda: int(banks[0].step)  # type: ignore[attr-defined]
-
-
-def test_the_plain_loop_keeps_the_budget_and_saves_what_it_trained(tmp_path: Path, counted: Callable[[], int]) -> None:
-    structure, accuracy = load("plain_loop").main(str(tmp_path / "out"), steps=40)
+    monkeypatch.setattr(ga.Adapters, "penalty", seen)
+    structure, accuracy = load("plain_loop").main(str(tmp_path / "out"), steps=40, accumulate=2)
     assert 0 < structure.params <= structure.dense_params / 8
     assert 0 <= accuracy <= 1
     assert ga.Structure.load(tmp_path / "out") == structure
-    assert 0.6 * 40 < counted() < 0.8 * 40  # pruned at 65 %, micro-batches not counted
+    assert len(terms) == 2 * 40  # once for each micro-batch
+    assert max(float(term.detach()) for term in terms) > 0
+    assert 0.6 * 40 < max(steps_with_gates) < 0.8 * 40  # pruned at 65 % of the optimiser steps
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the example leaves the Trainer's default

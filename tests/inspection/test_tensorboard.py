@@ -161,6 +161,23 @@ def test_many_places_are_averaged_and_writes_are_bounded(tmp_path: Path) -> None
     assert len(read(tmp_path / "b").Scalars("gates/expected_cost")) <= 6
 
 
+def test_a_place_is_open_where_any_task_has_it_open(tmp_path: Path) -> None:
+    adapters = ga.attach(tiny("bert")[0], "attention-only", tasks=("one", "two"))
+    bank = adapters.bank
+    assert bank is not None
+    with torch.no_grad():
+        bank.log_alpha.normal_(0, 2)
+        first, second = bank.open_probability()
+    with SummaryWriter(tmp_path) as writer:
+        GateWriter(adapters, writer).scalars(0)
+    events = read(tmp_path)
+    key = "encoder/layer/1/attention/self/query:lora"
+    expected = (1 - (1 - first) * (1 - second))[bank.slices[key]].mean()
+    assert events.Scalars("open block 1/attn.q lora")[0].value == pytest.approx(float(expected), abs=1e-6)
+    shares = bank.expected_task_cost() / bank.dense_cost()
+    assert events.Scalars("open task/two")[0].value == pytest.approx(float(shares[1]), abs=1e-6)
+
+
 def test_compact_adapters_have_a_picture_and_no_gates(tmp_path: Path) -> None:
     adapters = ga.attach(tiny("bert")[0], "lora-all-linear")
     structure = adapters.compact(adapters.discretize(ga.Budget(fraction=0.5)))
