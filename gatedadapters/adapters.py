@@ -133,7 +133,7 @@ class Adapters(nn.Module):
                 )
             task = self.tasks.index(task)
         self._task = None if task is None else int(self._checked_ids(torch.tensor([task]))[0])
-        self._routed = self._task  # for parts of the model that are called by themselves, as generation calls an encoder
+        self._routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
