@@ -93,11 +93,20 @@ class MultiTaskClassifier(nn.Module):
         pooled = self.dropout(self._pool(hidden, attention_mask))
         floor = torch.finfo(pooled.dtype).min
         logits = pooled.new_full((len(pooled), max(self.widths)), floor)
+        unclaimed = len(pooled)
         for index, head in enumerate(self.heads.values()):
             rows = (task_ids == index).nonzero().flatten()
+            unclaimed -= len(rows)
             if len(rows):
                 part = head(pooled[rows]).to(logits.dtype)
                 logits = logits.index_copy(0, rows, F.pad(part, (0, logits.shape[1] - part.shape[1]), value=floor))
+        if unclaimed:
+            raise TaskError(
+                expected=f"one task id among 0..{len(self.tasks) - 1} for each of {len(pooled)} examples",
+                got=f"{tuple(task_ids.shape)} ids, {unclaimed} examples without a task",
+                where="MultiTaskClassifier",
+                fix="count tasks in the order of `classes`",
+            )
         loss = None
         if labels is not None:
             self._check_labels(labels, task_ids)
