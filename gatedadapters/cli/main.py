@@ -33,4 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GatedAdaptersError as error:
         print(f"gatedadapters {options.command}: {type(error).__name__}\n{error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ngatedadapters {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gatedadapters.attachment import candidates, groups
 from gatedadapters.backbone import discover
-from gatedadapters.cli.models import is_causal, located
+from gatedadapters.cli.models import is_causal, located, reading
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.errors import ConfigError
 from gatedadapters.gates import GateBank, check_budget
@@ -54,19 +54,11 @@ def build_on_meta(name: str) -> nn.Module:
         ConfigError: there is no readable configuration of that name.
     """
     place = located(name)
-    try:
+    with reading(name, "a folder with a config.json, such a file, or the id of a model on the hub"):
         shape = AutoConfig.from_pretrained(place)
         kind = AutoModelForCausalLM if is_causal(shape) else AutoModel
         with torch.device("meta"):
             model: nn.Module = kind.from_config(shape)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            "the model's configuration cannot be read",
-            expected="a folder with a config.json, such a file, or the id of a model on the hub",
-            got=str(error).splitlines()[0],
-            where=f"model: {name}",
-            fix="check the name; without a network give a file",
-        ) from error
     return model
 
 

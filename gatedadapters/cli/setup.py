@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gatedadapters.cli.models import is_causal, located
+from gatedadapters.cli.models import is_causal, located, reading
 from gatedadapters.config import SearchConfig, TaskConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
@@ -56,28 +56,36 @@ def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module,
     """
     folder = located(config.model)
     torch.manual_seed(config.training.seed)
-    try:
+    with reading(config.model):
         shape = AutoConfig.from_pretrained(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if len(tasks) == 1 and is_causal(shape):
-            shape.num_labels, shape.pad_token_id = tasks[0].n_classes, tokenizer.pad_token_id
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+    _check_length(config.training.max_length, shape, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tasks) == 1 and is_causal(shape):
+        shape.num_labels, shape.pad_token_id = tasks[0].n_classes, tokenizer.pad_token_id
+        with reading(config.model):
+            classifier: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=shape, dtype=torch.float32
             )
-            return model, tokenizer
+        return classifier, tokenizer
+    with reading(config.model):
         backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "the model cannot be loaded",
-            expected="a folder that from_pretrained reads, or the id of a model on the hub",
-            got=str(error).splitlines()[0],
-            where=f"model: {config.model}",
-            fix="check the name; without a network give a folder",
-        ) from error
     classes = {task.name: task.n_classes for task in tasks}
     return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+
+
+def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizerBase) -> None:
+    limits = [tokenizer.model_max_length, getattr(shape, "max_position_embeddings", None)]
+    limit = min(value for value in limits if isinstance(value, int) and value > 0)
+    if max_length > limit:
+        raise ConfigError(
+            "texts would be longer than the model reads",
+            expected=f"at most {limit} tokens",
+            got=max_length,
+            where="training: max_length",
+            fix="lower it",
+        )
 
 
 def use_bf16(config: SearchConfig) -> bool:

@@ -187,6 +187,15 @@ def test_counted_parameters_are_the_stored_ones_with_several_tasks(
     assert {n for n in stored if n.startswith("heads.")} == {f"heads.{n}" for n in adapters.head_names}
 
 
+def test_the_same_backbone_in_half_precision_is_recognised(artefact: tuple[Path, ga.Adapters, Tensor]) -> None:
+    folder, _, logits = artefact
+    model, batch = classifier()
+    model.backbone.bfloat16()
+    ga.load_adapters(model, folder)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(**batch).logits[1].float(), logits[1], atol=0.3, rtol=0.1)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def test_planning_allocates_no_weights(encoder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere/model", "lora-all-linear"], ["configuration cannot be read", "nowhere/model"]),
+        (["nowhere/model", "lora-all-linear"], ["the model cannot be read", "nowhere/model"]),
         (["ENCODER", "lora"], ["attention-only", "'lora'"]),
         (["ENCODER", "lora-all-linear", "--params", "5"], ["below the smallest candidate", "at least 64"]),
         (["ENCODER", "lora-all-linear", "--fraction", "7"], ["fraction", "less than or equal to 1"]),
@@ -218,6 +218,15 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(COMMANDS[-1], "run", fail)
     with pytest.raises(ZeroDivisionError):
         main(["show", "anything"])
+
+
+def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(options: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS[-1], "run", interrupted)
+    assert main(["show", "anything"]) == 130
+    assert capsys.readouterr().err == "\ngatedadapters show: interrupted\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["search"], ["plan", "a"], ["quickstart", "--steps", "x"]])
