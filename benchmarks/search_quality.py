@@ -110,7 +110,7 @@ def attention_only(model: nn.Module, cell: Cell) -> dict[str, Any]:
 
 
 def svd(model: nn.Module, cell: Cell) -> dict[str, Any]:
-    """Dense training, cut to the budget by singular values when the search would prune, then fine-tuned alike."""
+    """Dense training for 65 % of the steps, cut to the budget by singular values, then fine-tuned."""
     space = ga.SearchSpace.load("lora-all-linear").with_gates(stochastic=False, init_spread=0.0)
     ga.attach(model, space, seed=cell.seed)
     return {"gate_learning_rate": 1e-30, "callbacks": [TruncateBySVD(ga.Budget(fraction=cell.budget), at=0.65)]}

@@ -49,7 +49,7 @@ def test_the_plain_loop_keeps_the_budget_and_saves_what_it_trained(
     assert ga.Structure.load(tmp_path / "out") == structure
     assert len(terms) == 2 * 40  # once for each micro-batch
     assert max(float(term.detach()) for term in terms) > 0
-    assert 0.6 * 40 < max(steps_with_gates) < 0.8 * 40  # pruned at 65 % of the optimiser steps
+    assert 0 <= max(steps_with_gates) / 40 - (ga.Schedule().prune or 0) < 0.1  # then pruned
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the example leaves the Trainer's default

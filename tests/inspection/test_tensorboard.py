@@ -110,7 +110,7 @@ def test_the_structure_is_an_image_when_pruned_and_at_the_end(
     images = run[0].Images("structure/kept")
     assert [event.step for event in images][-1] == STEPS
     assert len(images) == 2
-    assert 0.6 * STEPS < images[0].step < 0.8 * STEPS
+    assert 0 < images[0].step / STEPS - (ga.Schedule().prune or 0) < 0.1
     picture = Image.open(io.BytesIO(images[0].encoded_image_string))
     assert picture.size[0] > 300
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
@@ -174,7 +174,7 @@ def test_a_place_is_open_where_any_task_has_it_open(tmp_path: Path) -> None:
     key = "encoder/layer/1/attention/self/query:lora"
     expected = (1 - (1 - first) * (1 - second))[bank.slices[key]].mean()
     assert events.Scalars("open block 1/attn.q lora")[0].value == pytest.approx(float(expected), abs=1e-6)
-    shares = bank.expected_task_cost() / bank.dense_cost()
+    shares = bank.expected_task_cost().detach() / bank.dense_cost()
     assert events.Scalars("open task/two")[0].value == pytest.approx(float(shares[1]), abs=1e-6)
 
 
