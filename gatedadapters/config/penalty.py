@@ -70,10 +70,10 @@ class Schedule(Config):
     """When the penalty acts, as shares of the training steps.
 
     No penalty until `warmup`, so that paths (which start at zero) come to mean something; then the L0 weight or the
-    budget ramps until `ramp` (early: in the runs measured, steps spent on what is dropped cost more than a longer search
-    brought); at `prune` the Structure is fixed and the survivors train on without gate noise.
-    `prune = None` never prunes during training. With `rewind`, `GatedTrainer` then lets the weights' learning rate run
-    through its descent once more.
+    budget ramps until `ramp`; at `prune` the Structure is fixed and the survivors train on without gate noise. All that
+    comes early: in the runs measured, steps spent on what is dropped cost more than a longer search brought.
+    `prune = None` never prunes during training. With `rewind`, `GatedTrainer` lets the weights' learning rate run through
+    its descent once more after the prune.
     """
 
     warmup: float = Field(0.05, ge=0, le=1)
