@@ -72,8 +72,8 @@ class Schedule(Config):
     No penalty until `warmup`, so that paths (which start at zero) come to mean something; then the L0 weight or the
     budget ramps until `ramp`; at `prune` the Structure is fixed and the survivors train on without gate noise. All that
     comes early: in the runs measured, steps spent on what is dropped cost more than a longer search brought.
-    `prune = None` never prunes during training. With `rewind`, `GatedTrainer` lets the weights' learning rate run through
-    its descent once more after the prune.
+    `prune = None` never prunes during training. With `rewind`, `GatedTrainer` lets the weights' learning rate run
+    through its descent once more after the prune.
     """
 
     warmup: float = Field(0.05, ge=0, le=1)
