@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gatedadapters.config import Budget, SearchConfig, TaskConfig, TrainingConfig
 
-TASKS = ("rotten_tomatoes", "subjectivity", "tweets", "r8")
+TASKS = ("rotten_tomatoes", "subjectivity", "tweets", "medical_specialty")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
