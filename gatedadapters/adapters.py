@@ -74,6 +74,8 @@ class Adapters(nn.Module):
                     self.prune(self.discretize())
                 else:
                     self.pressure.ascend(bank)
+        if bank is not None:
+            bank.refresh()  # compiled code takes what it finds
 
     def gate(self, key: str) -> tuple[bool, Tensor | None]:
         """(whether path `key` is open, its gate for the present batch: None, (g,) or (batch, g))."""

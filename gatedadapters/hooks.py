@@ -8,7 +8,6 @@ class swapped, so the backbone's type, signature and state-dict keys stay what t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,9 +125,12 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
         is_open, gate = adapters.gate(key)
         if is_open:
             opened.append((adapters.paths[key], gate))  # type: ignore[arg-type]
-    for (kind, tap), group in groupby(opened, key=lambda item: (type(item[0]), item[0].site.tap)):
-        members = list(group)
-        site = members[0][0].site
+    while opened:
+        kind, site = type(opened[0][0]), opened[0][0].site
+        tap, count = site.tap, 1
+        while count < len(opened) and type(opened[count][0]) is kind and opened[count][0].site.tap == tap:
+            count += 1
+        members, opened = opened[:count], opened[count:]
         if tap.module != site.write.module:
             tapped = adapters.tapped[tap.module]
         else:
