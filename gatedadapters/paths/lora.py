@@ -97,6 +97,7 @@ class LoRA(Path):
         q_up, r_up = torch.linalg.qr(self.up.double() * scale.double())
         q_down, r_down = torch.linalg.qr(self.down.double().t())
         u, s, v = torch.linalg.svd(r_up @ r_down.t())
+        keep = keep[: len(s)]  # more ranks than the map has (a router of few experts) hold nothing
         count, length = len(keep), self.down.double().norm(dim=1).mean()
         up, down = torch.zeros_like(self.up), self.down.clone()
         up[:, keep] = ((q_up @ u)[:, :count] * (s[:count] / length)).to(up)
