@@ -323,6 +323,25 @@ class PathContract:
         torch.testing.assert_close(path(tapped, target, None), gated)
         assert all(p.requires_grad for p in path.parameters())
 
+    def test_condensing_drops_what_is_closed_at_no_change(self, option: PathOptions) -> None:
+        """`condense` equals the gates where all that is dropped had a gate of 0; dropped units then do nothing."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        gate = torch.rand(path.units) + 0.1
+        everything = torch.arange(path.units)
+        gated = path(tapped, target, gate)
+        path.condense(everything, gate)
+        torch.testing.assert_close(path(tapped, target, None), gated)
+        keep = everything[::2]
+        gate[1::2] = 0.0
+        gated = path(tapped, target, gate)
+        path.condense(keep, gate)
+        torch.testing.assert_close(path(tapped, target, None), gated)
+        path.condense(keep[:1], torch.ones(path.units))  # now what is dropped contributes, and may be lost in part
+        condensed = path(tapped, target, None)
+        path.select_units(keep[:1])
+        torch.testing.assert_close(path(tapped, target, None), condensed)
+
     def test_the_result_has_the_shape_and_type_of_the_target(self, option: PathOptions) -> None:
         """For any leading dimensions and mixture of types, under autocast and not; backward runs."""
         path = self.path(option)
