@@ -42,7 +42,7 @@ def main(out: str, steps: int = 300, accumulate: int = 2) -> tuple[ga.Structure,
     optimizer = torch.optim.AdamW(
         [
             {"params": [*adapters.weight_parameters(), *adapters.head_parameters()], "lr": 5e-3},
-            {"params": adapters.gate_parameters(), "lr": 8 / (0.35 * steps), "weight_decay": 0.0},
+            {"params": adapters.gate_parameters(), "lr": 0.1, "weight_decay": 0.0},
         ]
     )
     batches = DataLoader(sentences(1024, seed=0), batch_size=16, shuffle=True)
