@@ -75,7 +75,13 @@ SCENARIOS = (
 def main(folder: Path) -> None:
     """Run every scenario in this process."""
     for name in SCENARIOS:
-        outcome = scenario(name, folder / name, processes=2)
+        outcome: dict[str, Any] | None
+        try:
+            outcome = scenario(name, folder / name, processes=2)
+        except RuntimeError as error:
+            if "data location" not in str(error):
+                raise
+            outcome = None  # early releases of transformers 5 cannot read checkpoints on several CPU processes
         torch.save(outcome, folder / f"{name} of rank {torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
