@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -62,10 +63,10 @@ class Adapters(nn.Module):
 
     # -- what the hooks call -------------------------------------------------------------------------------------------
 
-    def begin_forward(self, task_ids: Tensor | None) -> None:
+    def begin_forward(self, task_ids: Tensor | None, batch: int | None = None) -> None:
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
-        self._routed = self._task if task_ids is None else self._checked_ids(task_ids)
+        self._routed = self._task if task_ids is None else self._checked_ids(task_ids, batch)
         bank = self.bank
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
@@ -99,10 +100,13 @@ class Adapters(nn.Module):
         """Whether the model checkpoints activations while training."""
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
-    def _checked_ids(self, task_ids: Tensor) -> Tensor:
-        if task_ids.dim() != 1 or task_ids.is_floating_point():
+    def _checked_ids(self, task_ids: Tensor, batch: int | None = None) -> Tensor:
+        is_tensor = isinstance(task_ids, Tensor)
+        fits = is_tensor and task_ids.dim() == 1 and not task_ids.is_floating_point() and len(task_ids) > 0
+        if not fits or batch not in (None, len(task_ids)):
             raise TaskError(
-                expected="integer task ids of shape (batch,)", got=f"{task_ids.dtype} {tuple(task_ids.shape)}",
+                expected=f"integer task ids of shape ({'batch' if batch is None else batch},)",
+                got=f"{task_ids.dtype} {tuple(task_ids.shape)}" if is_tensor else repr(task_ids),
                 where="task_ids", fix="pass one id per example",
             )  # fmt: skip
         low, high = (int(v) for v in torch.aminmax(task_ids))
@@ -347,12 +351,13 @@ class Adapters(nn.Module):
             if site.tap.module != site.write.module:
                 stashes.setdefault(site.write.module, set()).add(site.tap.module)
                 inputs.setdefault(site.tap.module, [])
-        remembered = {tap for taps in stashes.values() for tap in taps}
+        remembered = Counter(tap for taps in stashes.values() for tap in taps)
         for name, keys in inputs.items():
             hook = InputHook(self, keys, name if name in remembered else None)
             self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         for name, keys in outputs.items():
-            hook_out = OutputHook(self, keys, sorted(stashes.get(name, ())))
+            last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
+            hook_out = OutputHook(self, keys, last)
             self._handles.append(modules[name].register_forward_hook(hook_out, with_kwargs=True))
 
     def _unhook(self) -> None:

@@ -15,6 +15,7 @@ from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.gates import GateBank, Group
+from gatedadapters.hooks import InputHook, OutputHook
 from gatedadapters.paths import Misfit, Path, Site, path_class
 from gatedadapters.structure import Fingerprint, Structure
 
@@ -50,25 +51,35 @@ def attach(
         seed: of path weights, gates and gate noise; equal seeds give equal adapters on every machine and rank.
 
     Raises:
-        AttachError: the model already has adapters.
+        AttachError: the model or a part of it already has adapters; a penalty on a Structure.
         LayoutError: no repeated blocks, or the sample batch does not run.
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
         BudgetError: see `set_penalty`.
         The model is left untouched by all of them.
     """
-    if hasattr(model, NAME):
-        raise AttachError(
-            "this model already has adapters",
-            expected="a model without adapters",
-            got=f"model.{NAME}",
-            where=type(model).__name__,
-            fix="ga.detach(model) first",
-        )
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook) for hook in hooks):
+            raise AttachError(
+                "this model already has adapters",
+                expected="a model without adapters, as a whole and in its parts",
+                got=f"adapters at {name or 'the model itself'}",
+                where=type(model).__name__,
+                fix="ga.detach what they were attached to first",
+            )
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = _head_parameters(model, heads)
     identity = fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
+        if penalty is not None:
+            raise AttachError(
+                "a structure has no gates for a penalty to act on",
+                expected="no penalty",
+                got=repr(penalty),
+                where="attach",
+                fix="drop penalty=, or attach a search space",
+            )
         built = _from_structure(model, space, identity, seed)
     else:
         built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
@@ -153,8 +164,13 @@ def _from_space(
     head_names: Sequence[str],
     seed: int,
 ) -> Adapters:
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise TaskError(expected="one or more distinct task names", got=repr(tuple(tasks)), where="attach(tasks=)")
+    if not tasks or isinstance(tasks, str) or len(set(tasks)) != len(tasks):
+        raise TaskError(
+            expected="one or more distinct task names",
+            got=repr(tasks),
+            where="attach(tasks=)",
+            fix="pass a tuple or a list of names",
+        )
     found, misfits = candidates(space, layout)
     generator = torch.Generator().manual_seed(seed)
     paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}

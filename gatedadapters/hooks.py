@@ -30,7 +30,7 @@ class ModelHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook with kwargs."""
         given = kwargs.get("task_ids")
-        self.adapters.begin_forward(given)
+        self.adapters.begin_forward(given, batch_size(args, kwargs))
         if given is None or not self.pop_task_ids:
             return None
         return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
@@ -137,6 +137,12 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
             tapped = hidden if tap.side == "input" else target
         target = kind.forward_together([path for path, _ in members], tapped, target, [gate for _, gate in members])
     return target
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many examples a call of the model carries, as far as its arguments tell."""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values")]
+    return next((len(value) for value in (*named, *args[:1]) if isinstance(value, Tensor) and value.dim() > 1), None)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

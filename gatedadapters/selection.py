@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gatedadapters.config import Budget, SearchSpace
+from gatedadapters.errors import BudgetError
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.paths import Path
 from gatedadapters.structure import Fingerprint, KeptPath, Offer, SiteRecord, Structure
@@ -28,6 +29,14 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     gates = bank.deterministic()
     if budget is None and scores is None:
         return (gates > 0).float()
+    if scores is not None and scores.shape != gates.shape:
+        raise BudgetError(
+            "the scores do not match the candidates",
+            expected=f"shape {tuple(gates.shape)}, tasks by units",
+            got=f"shape {tuple(scores.shape)}",
+            where="discretize(scores=)",
+            fix="score the units in the order of the gate bank",
+        )
     values = bank.open_probability() if scores is None else scores.to(gates)
     if budget is None:
         return (values > 0).float()

@@ -45,6 +45,16 @@ class Site:
     role: str
     traffic: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.tap.side == "output" and self.tap != self.write:
+            raise PathError(
+                "what taps an output must write there",
+                expected=f"tap and write at {self.tap}",
+                got=f"write at {self.write}",
+                where=f"block {self.block_index}, {self.sublayer}",
+                fix="tap the input of the module that follows",
+            )
+
     @classmethod
     def at_map(cls, block: Block, sublayer: Sublayer, linear: LinearMap, *, tap: Side, write: Side) -> Self:
         """The site of a path around one linear map."""
