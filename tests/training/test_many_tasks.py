@@ -124,7 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"task_ids": [0, 3], "labels": [0, 0]}, r"0\.\.2 \(a, b, c\)\s+got:      0\.\.3"),
     "a negative task": ({"task_ids": [-1, 0], "labels": [0, 0]}, r"got:      -1\.\.0"),
     "task ids that are no integers": ({"task_ids": [0.0, 1.0], "labels": [0, 0]}, "integer task ids"),
-    "too few task ids": ({"task_ids": [0], "labels": [0, 0]}, "one task id"),
+    "too few task ids": ({"task_ids": [0], "labels": [0, 0]}, r"shape \(2,\)"),
     "no task ids": ({"labels": [0, 0]}, r"task_ids among 0\.\.2 \(a, b, c\)"),
 }
 
