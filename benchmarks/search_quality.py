@@ -36,7 +36,7 @@ from gatedadapters.data.bundled import load_encoder, load_task
 from gatedadapters.selection import versions
 
 STORE = Path(__file__).parent / "results" / "search_quality"
-BATCH, MAX_LENGTH, TEST = 16, 40, 1000
+BATCH, MAX_LENGTH, TEST = 16, 32, 1000
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Cell:
     arm: str
     rate: float
     seed: int
-    steps: int = 200
+    steps: int = 300
     model: str = "minilm-l3"
-    train: int = 1000
+    train: int = 6000
     split: str = "test"
 
     @property
@@ -76,6 +76,27 @@ def searched(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """One gated run: warm-up, ramp, prune, fine-tune the survivors."""
     ga.attach(model, "lora-all-linear", seed=cell.seed)
     return {"budget": ga.Budget(fraction=cell.budget)}
+
+
+def random_prune(model: nn.Module, cell: Cell) -> dict[str, Any]:
+    """The searched arm, but for what is kept at the prune: units at random. What is left of the search is its cost."""
+    options = searched(model, cell)
+    adapters = ga.get_adapters(model)
+    kept = torch.rand(adapters.bank.kept.shape, generator=_generator(cell))
+    return {**options, "callbacks": [PruneBy(options["budget"], kept, at=ga.Schedule().prune)]}
+
+
+class PruneBy(TrainerCallback):
+    """Prunes by given scores, at the step at which the schedule would by the gates."""
+
+    def __init__(self, budget: ga.Budget, scores: Tensor, at: float) -> None:
+        self.budget, self.scores, self.at = budget, scores, at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """At `at` of the steps, once."""
+        adapters = ga.get_adapters(model)
+        if not adapters.bank.frozen and state.global_step >= self.at * state.max_steps:
+            adapters.prune(adapters.discretize(self.budget, scores=self.scores))
 
 
 def searched_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
@@ -111,16 +132,43 @@ def attention_only(model: nn.Module, cell: Cell) -> dict[str, Any]:
 
 def svd(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """Dense training for 65 % of the steps, cut to the budget by singular values, then fine-tuned."""
-    space = ga.SearchSpace.load("lora-all-linear").with_gates(stochastic=False, init_spread=0.0)
-    ga.attach(model, space, seed=cell.seed)
+    _all_open(model, cell)
     return {"gate_learning_rate": 1e-30, "callbacks": [TruncateBySVD(ga.Budget(fraction=cell.budget), at=0.65)]}
 
 
+def dense(model: nn.Module, cell: Cell) -> dict[str, Any]:
+    """All candidates, nothing pruned: what the others are compressed from."""
+    _all_open(model, cell)
+    return {"gate_learning_rate": 1e-30, "callbacks": [TruncateBySVD(ga.Budget(fraction=1.0), at=2.0)]}
+
+
+def _all_open(model: nn.Module, cell: Cell) -> None:
+    space = ga.SearchSpace.load("lora-all-linear").with_gates(stochastic=False, init_spread=0.0)
+    ga.attach(model, space, seed=cell.seed)
+
+
 class TruncateBySVD(TrainerCallback):
-    """Rotates every path's ranks into singular directions and keeps the largest singular values that fit."""
+    """Rotates every path's ranks into singular directions and keeps the largest singular values that fit.
+
+    Until then paths learn at the share of the rate that the budget is of them, as the search does: the rate is that of
+    what is kept, so that one rate can be tuned for both parts.
+    """
 
     def __init__(self, budget: ga.Budget, at: float) -> None:
         self.budget, self.at = budget, at
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, lr_scheduler: Any, **kwargs: Any
+    ) -> None:
+        """Lower the rate of the dense part."""
+        paths, until = {id(p) for p in ga.get_adapters(model).weight_parameters()}, self.at * state.max_steps
+
+        def lowered(factor: Callable[[int], float]) -> Callable[[int], float]:
+            return lambda step: factor(step) * (self.budget.fraction if step < until else 1.0)
+
+        for index, group in enumerate(optimizer.param_groups):
+            if id(group["params"][0]) in paths:
+                lr_scheduler.lr_lambdas[index] = lowered(lr_scheduler.lr_lambdas[index])
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
@@ -176,6 +224,8 @@ def _generator(cell: Cell) -> torch.Generator:
 
 ARMS: dict[str, Callable[[nn.Module, Cell], dict[str, Any]]] = {
     "searched": searched,
+    "random-prune": random_prune,
+    "dense": dense,
     "random": random_structure,
     "uniform": uniform,
     "attention": attention_only,
@@ -288,7 +338,6 @@ def compute(cell: Cell, arm: Callable[[nn.Module, Cell], dict[str, Any]]) -> dic
         warmup_steps=round(0.06 * cell.steps),
         weight_decay=0.0,
         seed=cell.seed,
-        bf16=True,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
@@ -330,23 +379,24 @@ def accuracy(model: nn.Module, dataset: Any, collate: Any, batch: int = 64) -> f
     for start in range(0, len(order), batch):
         inputs = collate([dataset[i] for i in order[start : start + batch]])
         labels = inputs.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16):
-            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
     return right / len(order)
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
 
-RATES = (3e-3, 8e-3)
+RATES = (5e-3, 1e-2, 2e-2)
+DENSE_RATES = (6e-4, 1.2e-3, 2.5e-3)  # eight times the ranks
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 LORA = ("searched", "random", "uniform", "attention", "svd")
-MIXED = (*LORA, "searched-mixed", "random-mixed")
 STUDIES = (
-    ("newsgroups", 1 / 8, (*LORA, "adalora", "eva")),
+    ("tweets", 1 / 8, (*LORA, "adalora", "eva")),
+    ("tweets", 1 / 32, (*LORA, "random-prune", "searched-mixed", "random-mixed")),
+    ("newsgroups", 1 / 8, LORA),
     ("rotten_tomatoes", 1 / 8, LORA),
-    ("tweets", 1 / 8, LORA),
-    ("newsgroups", 1 / 32, MIXED),
+    ("tweets", 1 / 128, ("searched", "random", "uniform", "attention")),
+    ("tweets", 1.0, ("dense",)),
 )
 
 
@@ -364,11 +414,12 @@ def run(cell: Cell) -> dict[str, Any]:
 def tuned_rate(task: str, budget: float, arm: str, *, compute_missing: bool) -> float | None:
     """The learning rate with the best validation score, from a seed that the comparison does not use."""
     scores = {}
-    for rate in RATES:
+    rates = DENSE_RATES if arm == "dense" else RATES
+    for rate in rates:
         cell = Cell(task, budget, arm, rate, TUNING_SEED, split="validation")
         if compute_missing or cell.file.exists():
             scores[rate] = run(cell)["score"]
-    return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
+    return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(rates) else None
 
 
 def run_all(only: list[str]) -> None:
@@ -391,6 +442,20 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(half)
 
 
+Found = dict[str, dict[int, dict[str, Any]]]  # results by arm and seed
+
+
+def stored(task: str, budget: float, arms: tuple[str, ...]) -> tuple[dict[str, float], Found]:
+    """Tuned rates and test results of one study, as far as its cells are there."""
+    tuned = {arm: tuned_rate(task, budget, arm, compute_missing=False) for arm in arms}
+    rates = {arm: rate for arm, rate in tuned.items() if rate is not None}
+    found: Found = {}
+    for arm, rate in rates.items():
+        cells = [Cell(task, budget, arm, rate, seed) for seed in SEEDS]
+        found[arm] = {cell.seed: json.loads(cell.file.read_text()) for cell in cells if cell.file.exists()}
+    return rates, found
+
+
 def table() -> str:
     """Every study from the stored cells: mean test accuracy, and searched minus each arm with its 95 % interval."""
     lines = [
@@ -399,26 +464,50 @@ def table() -> str:
     ]
     pooled: dict[str, list[float]] = {arm: [] for arm in (*ARMS, *PEFT_ARMS)}
     for task, budget, arms in STUDIES:
-        rates = {arm: tuned_rate(task, budget, arm, compute_missing=False) for arm in arms}
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for arm, rate in rates.items():
-            if rate is not None:
-                cells = [Cell(task, budget, arm, rate, seed) for seed in SEEDS]
-                found[arm] = {cell.seed: json.loads(cell.file.read_text()) for cell in cells if cell.file.exists()}
+        rates, found = stored(task, budget, arms)
         for arm, results in found.items():
-            pairs = sorted(set(results) & set(found.get("searched", {})))
-            differences = np.array([found["searched"][s]["score"] - results[s]["score"] for s in pairs])
-            mean, half = interval(differences) if len(pairs) else (float("nan"), float("nan"))
+            differences = paired(found, arm)
+            mean, half = interval(differences) if len(differences) else (float("nan"), float("nan"))
             pooled[arm] += differences.tolist()
-            mean_score = 100 * np.mean([r["score"] for r in results.values()]) if results else float("nan")
+            versus = "" if arm == "searched" or not len(differences) else f"{100 * mean:+.1f} ± {100 * half:.1f}"
             size = max((r["params"] for r in results.values()), default=0)
-            versus = "" if arm == "searched" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
             place = f"| {task} | 1/{1 / budget:g} | {arm} | {rates[arm]:g} | {len(results)} "
-            lines.append(f"{place}| {mean_score:.1f} | {versus} | {size:,} |")
+            lines.append(f"{place}| {mean_score(results):.1f} | {versus} | {size:,} |")
     for arm, differences in pooled.items():
         if arm != "searched" and len(differences) > 1:
             mean, half = interval(np.array(differences))
             lines.append(f"| all | | {arm} | | {len(differences)} pairs | | {100 * mean:+.1f} ± {100 * half:.1f} | |")
+    return "\n".join(lines)
+
+
+def paired(found: Found, arm: str) -> np.ndarray:
+    """Searched minus `arm` in test accuracy, seed by seed, for the seeds that both have."""
+    ours = found.get("searched", {})
+    return np.array([ours[seed]["score"] - found[arm][seed]["score"] for seed in sorted(ours.keys() & found[arm])])
+
+
+def mean_score(results: dict[int, dict[str, Any]]) -> float:
+    """Mean test accuracy in per cent."""
+    return 100 * float(np.mean([r["score"] for r in results.values()])) if results else float("nan")
+
+
+def compression() -> str:
+    """For each arm, the accuracy at every budget and the smallest budget within a point of the dense candidates."""
+    task = next((task for task, _, arms in STUDIES if arms == ("dense",)), None)
+    if task is None:
+        return ""
+    dense_score = mean_score(stored(task, 1.0, ("dense",))[1].get("dense", {}))
+    budgets = sorted({budget for t, budget, _ in STUDIES if t == task and budget < 1}, reverse=True)
+    lines = [
+        f"| {task} | " + " | ".join(f"1/{1 / budget:g}" for budget in budgets) + " | smallest within 1 point |",
+        "|---|" + "---|" * (len(budgets) + 1),
+        f"| dense: {dense_score:.1f} |" + " |" * (len(budgets) + 1),
+    ]
+    for arm in ("searched", "random", "uniform", "attention"):
+        scores = {budget: mean_score(stored(task, budget, (arm,))[1].get(arm, {})) for budget in budgets}
+        near = [budget for budget, score in scores.items() if score >= dense_score - 1]
+        cells = " | ".join(f"{score:.1f}" for score in scores.values())
+        lines.append(f"| {arm} | {cells} | {f'1/{1 / min(near):g}' if near else 'none'} |")
     return "\n".join(lines)
 
 
@@ -432,7 +521,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.command == "run":
         run_all(options.only)
-    print(table())
+    print(table(), compression(), sep="\n\n")
 
 
 if __name__ == "__main__":

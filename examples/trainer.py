@@ -34,7 +34,7 @@ def main(name: str, table: str, out: str, steps: int = 300) -> ga.Structure:
         data_collator=MixedTaskCollator(tokenizer),
         budget=ga.Budget(fraction=1 / 8),
     )
-    trainer.train()  # at a quarter of the steps the structure is fixed; the rest trains what stays
+    trainer.train()  # at a tenth of the steps the structure is fixed; the rest trains what stays
     structure = adapters.compact()
     adapters.save(out)
 

@@ -76,9 +76,9 @@ class Schedule(Config):
     through its descent once more after the prune.
     """
 
-    warmup: float = Field(0.05, ge=0, le=1)
-    ramp: float = Field(0.2, ge=0, le=1)
-    prune: float | None = Field(0.25, gt=0, le=1)
+    warmup: float = Field(0.02, ge=0, le=1)
+    ramp: float = Field(0.08, ge=0, le=1)
+    prune: float | None = Field(0.1, gt=0, le=1)
     rewind: bool = True
 
     @model_validator(mode="after")

@@ -212,9 +212,9 @@ class GateBank(nn.Module):
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 
-    def open_probability(self) -> Tensor:
+    def open_probability(self, log_alpha: Tensor | None = None) -> Tensor:
         """P(every ancestor open) of each unit, (tasks, units), differentiable: a product, levels being independent."""
-        probability = hard_concrete.open_probability(self.log_alpha, self.config)
+        probability = hard_concrete.open_probability(self.log_alpha if log_alpha is None else log_alpha, self.config)
         padded = torch.cat([probability, probability.new_ones(self.tasks, 1)], 1)
         return padded[:, self.ancestry].prod(-1)
 
@@ -226,17 +226,20 @@ class GateBank(nn.Module):
         """Cost of all candidates."""
         return float(self.cost(unit).sum())
 
-    def expected_cost(self, unit: str = "params") -> Tensor:
-        """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open)))."""
+    def expected_cost(self, unit: str = "params", log_alpha: Tensor | None = None) -> Tensor:
+        """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open))).
+
+        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates).
+        """
         # a product and a sum, since autocast would round a matrix product
-        return (self._union(self._share_open()) * self.cost(unit).to(self.log_alpha.dtype)).sum()
+        return (self._union(self._share_open(log_alpha)) * self.cost(unit).to(self.log_alpha.dtype)).sum()
 
-    def expected_task_cost(self, unit: str = "params") -> Tensor:
-        """E[cost of what each task keeps open], shape (tasks,)."""
-        return (self._share_open() * self.cost(unit).to(self.log_alpha.dtype)).sum(-1)
+    def expected_task_cost(self, unit: str = "params", log_alpha: Tensor | None = None) -> Tensor:
+        """E[cost of what each task keeps open], shape (tasks,); `log_alpha` as in `expected_cost`."""
+        return (self._share_open(log_alpha) * self.cost(unit).to(self.log_alpha.dtype)).sum(-1)
 
-    def _share_open(self) -> Tensor:
-        return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability()
+    def _share_open(self, log_alpha: Tensor | None) -> Tensor:
+        return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability(log_alpha)
 
     @staticmethod
     def _union(probability: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,29 +16,25 @@ from gatedadapters.gates.bank import GateBank
 class Pressure(nn.Module):
     """Turns `L0` or `Budget` into the loss term, given how far training has come.
 
-    A budget is an inequality constraint c = (E[cost] - target) / dense <= 0 under a multiplier m that ascends,
-    m <- max(0, m + rho c), once a step (augmented Lagrangian). Plain ascent winds m up while the gates are still on
-    their way and then drives them far below the target, on little data down to a dead adapter. So the pressure
-    max(0, m + rho c) fades out, and m with it, as the cost falls from the target to `slack` (a share of it) below.
+    A budget is held in two ways. Once a step one number is added to every log alpha, such that the expected cost is
+    what it should be now: it can neither lag behind the ramp nor run past it to a dead adapter, whatever the learning
+    rate and the length of training. *Which* gates pay is left to the Lagrangian term m E[cost]. Its multiplier ascends
+    by the correction that was needed, m <- m exp(-shift): where costs had to be pushed down, m was too small. It counts
+    in units of the gates' own gradient evidence, so the scale of the loss does not matter. Once m has faded, the
+    constraint is slack, and nothing lifts what the loss itself closes.
+
     `multipliers` holds one m for the union over tasks and one per task for the cap.
 
     References:
-        Nocedal & Wright, Numerical Optimization, section 17.4, for the inequality form; CoFi (ACL 2022) for Lagrangian
-        ascent on a ramped sparsity target.
+        CoFi (ACL 2022): Lagrangian ascent on a ramped sparsity target. S3Delta (NeurIPS 2022): one shift of all log
+        alpha that meets a budget.
     """
 
     multipliers: Tensor
+    _ramps: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
+    SMALLEST, LARGEST = 1e-2, 1e3
 
-    def __init__(
-        self,
-        bank: GateBank,
-        penalty: Penalty,
-        schedule: Schedule,
-        *,
-        total_steps: int | None,
-        rho: float = 10.0,
-        slack: float = 0.05,
-    ) -> None:
+    def __init__(self, bank: GateBank, penalty: Penalty, schedule: Schedule, *, total_steps: int | None) -> None:
         super().__init__()
         if isinstance(penalty, Budget):
             if not total_steps:
@@ -47,9 +46,9 @@ class Pressure(nn.Module):
                     fix="pass total_steps=, or train with GatedTrainer, which knows it",
                 )
             check_budget(bank, penalty)
+            self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
-        self.rho, self.slack = rho, slack
-        self.register_buffer("multipliers", torch.zeros(1 + bank.tasks, device=bank.log_alpha.device))
+        self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
 
     def progress(self, bank: GateBank) -> float:
         """Share of training done, in [0, 1]; 1 where the length of training is unknown."""
@@ -58,51 +57,113 @@ class Pressure(nn.Module):
         return min(1.0, (int(bank.step) - 1) / self.total_steps) if int(bank.step) else 0.0
 
     def target(self, bank: GateBank) -> float:
-        """Where the expected cost should be now, in units of cost; falls linearly from dense to the budget."""
+        """Where the expected cost should be now, in units of cost.
+
+        Anything up to dense during the warm-up; then it falls geometrically to the expected cost of a Structure that
+        spends the budget, with gates at the ends of their range: what is dropped keeps the probability that log alpha's
+        lower bound leaves it. The budget itself once a Structure is fixed.
+        """
         assert isinstance(self.penalty, Budget)
         dense = bank.dense_cost(self.penalty.unit)
-        pressure = self.schedule.pressure(self.progress(bank))
-        return dense + pressure * (self.penalty.resolve(dense) - dense)
+        if bank.frozen:
+            return self.penalty.resolve(dense)
+        return self._targets(bank)[0] if self._presses(bank) else dense
 
-    def _violations(self, bank: GateBank) -> Tensor:
-        """Violations c of the union and of each task, shape (1 + tasks,), differentiable."""
-        assert isinstance(self.penalty, Budget)
-        unit = self.penalty.unit
-        dense = bank.dense_cost(unit)
-        union = (bank.expected_cost(unit) - self.target(bank)) / dense
-        cap = self.penalty.resolve_task(dense)
-        if cap is None:
-            return torch.cat([union[None], union.new_full((bank.tasks,), -1.0)])
-        ramped = dense + self.schedule.pressure(self.progress(bank)) * (cap - dense)
-        return torch.cat([union[None], (bank.expected_task_cost(unit) - ramped) / dense])
+    def _targets(self, bank: GateBank) -> tuple[float, float | None]:
+        """For the union over tasks and for each task alone (None without a cap)."""
+        pressure = self.schedule.pressure(self.progress(bank))
+        union, cap = (None if ends is None else ends[0] * (ends[1] / ends[0]) ** pressure for ends in self._ramps)
+        assert union is not None
+        return union, cap
+
+    def kept_share(self, progress: float) -> float:
+        """How much of what is open at `progress` the budget will keep, in (0, 1]; 1 for L0 and from the prune on."""
+        at, ends = self.schedule.prune, self._ramps[0]
+        if ends is None or (at is not None and progress >= at):
+            return 1.0
+        return (ends[1] / ends[0]) ** (1.0 - self.schedule.pressure(progress))
 
     def term(self, bank: GateBank) -> Tensor:
         """The loss term, a differentiable scalar; 0 once a Structure is fixed or before the warm-up ends."""
-        if bank.frozen or self.schedule.pressure(self.progress(bank)) == 0:
+        if not self._presses(bank):
             return bank.log_alpha.new_zeros(())
+        unit = self.penalty.unit
+        dense, pressure = bank.dense_cost(unit), self.schedule.pressure(self.progress(bank))
         if isinstance(self.penalty, L0):
-            share = bank.expected_cost(self.penalty.unit) / bank.dense_cost(self.penalty.unit)
-            return self.penalty.weight * self.schedule.pressure(self.progress(bank)) * share
-        violations = self._violations(bank)
-        return (self._pressures(bank, violations.detach()) * violations).sum()
-
-    def _pressures(self, bank: GateBank, violations: Tensor) -> Tensor:
-        """How hard each constraint presses now, shape (1 + tasks,)."""
-        assert isinstance(self.penalty, Budget)
-        band = self.slack * self.target(bank) / bank.dense_cost(self.penalty.unit)
-        fade = (1 + violations / band).clamp(0, 1)
-        return (self.multipliers + self.rho * violations).clamp(min=0) * fade
+            return self.penalty.weight * pressure * bank.expected_cost(unit) / dense
+        m = self.multipliers
+        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit)
+        if self.penalty.per_task is not None:
+            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit)
+        return term / dense
 
     @torch.no_grad()
     def ascend(self, bank: GateBank) -> None:
-        """One step of ascent, at the beginning of each optimiser step."""
-        if isinstance(self.penalty, Budget) and not bank.frozen and self.schedule.pressure(self.progress(bank)) > 0:
-            self.multipliers.copy_(self._pressures(bank, self._violations(bank)))
+        """Once at the beginning of each optimiser step: meet the target, and take the correction as the ascent."""
+        if not isinstance(self.penalty, Budget) or not self._presses(bank):
+            return
+        unit, (union, cap) = self.penalty.unit, self._targets(bank)
+        bounds, m = bank.config.bounds, self.multipliers
+
+        def shift(cost: Callable[[Tensor], Tensor], target: float, multiplier: Tensor) -> float:
+            """What to add: never so much up that the multiplier fades below the smallest."""
+            found = solve_shift(lambda b: cost((bank.log_alpha + b).clamp(*bounds)), target)
+            found = min(found, math.log(float(multiplier) / self.SMALLEST))
+            multiplier.mul_(math.exp(-found)).clamp_(self.SMALLEST, self.LARGEST)
+            return found
+
+        bank.log_alpha.add_(shift(lambda a: bank.expected_cost(unit, a), union, m[0])).clamp_(*bounds)
+        if cap is not None:
+            for task, own in enumerate(bank.log_alpha):
+                down = shift(lambda a, t=task: bank.expected_task_cost(unit, a)[t], cap, m[1 + task])  # type: ignore[misc]
+                own.add_(min(0.0, down)).clamp_(*bounds)
+
+    def _presses(self, bank: GateBank) -> bool:
+        return not bank.frozen and self.schedule.pressure(self.progress(bank)) > 0
 
     def prune_is_due(self, bank: GateBank) -> bool:
         """Whether the schedule says to fix the Structure now."""
         at = self.schedule.prune
         return bool(at is not None and self.total_steps and not bank.frozen and self.progress(bank) >= at)
+
+
+def _ramps(bank: GateBank, budget: Budget) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """Expected cost at the beginning and the end of the ramp: of the union over tasks, and of each task (its cap)."""
+    dense = bank.dense_cost(budget.unit)
+    low, start = (torch.full_like(bank.log_alpha, value) for value in (bank.config.bounds[0], bank.config.init))
+
+    def ends(cost: Callable[[Tensor], Tensor], goal: float) -> tuple[float, float]:
+        floor = float(cost(low))
+        return float(cost(start)), floor + (dense - floor) * min(1.0, goal / dense)
+
+    with torch.no_grad():
+        cap = budget.resolve_task(dense)
+        return (
+            ends(lambda at: bank.expected_cost(budget.unit, at), budget.resolve(dense)),
+            None if cap is None else ends(lambda at: bank.expected_task_cost(budget.unit, at)[0], cap),
+        )
+
+
+def solve_shift(cost: Callable[[Tensor], Tensor], target: float, *, tolerance: float = 5e-3) -> float:
+    """The b with cost(b) = target to a relative `tolerance`, for an increasing cost; the nearer of +-10 if none has.
+
+    Newton steps on log cost, bisection where they leave the bracket: mostly one or two evaluations, since the gates
+    move little in a step.
+    """
+    low, high, b = -10.0, 10.0, 0.0
+    for _ in range(40):
+        with torch.enable_grad():
+            at = torch.tensor(b, requires_grad=True)
+            value = cost(at)
+            now = float(value.detach())
+            error = math.log(max(now, 1e-30) / target)
+            if abs(error) < tolerance:
+                break
+            (slope,) = torch.autograd.grad(value, at)
+        low, high = (low, b) if error > 0 else (b, high)
+        newton = b - error * now / max(float(slope), 1e-12)
+        b = newton if low < newton < high else (low + high) / 2
+    return b
 
 
 def check_budget(bank: GateBank, budget: Budget) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
 from gatedadapters.errors import TrainingError
+from gatedadapters.gates import Pressure
 from gatedadapters.training.multitask import MultiTaskClassifier
 
 
@@ -35,9 +36,9 @@ class GatedTrainer(Trainer):
     """Trains a model that `attach` prepared; everything of transformers' Trainer applies.
 
     Added: the penalty in the loss (once per optimiser step, however many micro-batches), a learning rate for gates and
-    no decay on them, the schedule (warm-up, ramp, prune) from the number of steps the Trainer works out, checkpoints
-    that hold only what is trained, and temperature sampling across tasks. Where a prune is to come, only models after
-    it compete for the best checkpoint.
+    no decay on them, one for paths that grows as a budget closes the others (`shared_out`), the schedule (warm-up,
+    ramp, prune) from the number of steps the Trainer works out, checkpoints that hold only what is trained, and
+    temperature sampling across tasks. Where a prune is to come, only models after it compete for the best checkpoint.
 
     Args:
         model: with adapters attached.
@@ -86,6 +87,7 @@ class GatedTrainer(Trainer):
             )
         self.gate_learning_rate, self.task_temperature = gate_learning_rate, task_temperature
         self._gate_group: int | None = None
+        self._path_groups: list[int] = []
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # closed paths take no part in a step
         super().__init__(model=model, args=args, **kwargs)
@@ -118,6 +120,7 @@ class GatedTrainer(Trainer):
         finally:
             for gate in learning:
                 gate.requires_grad_(True)
+        self._path_groups = split_groups(optimizer, self.adapters.weight_parameters())
         if gates:  # fixed ones too: a run resumed after the prune finds the groups it saved
             self._gate_group = len(optimizer.param_groups)
             optimizer.add_param_group({"params": gates, "lr": self.gate_learning_rate or 0.0, "weight_decay": 0.0})
@@ -143,6 +146,8 @@ class GatedTrainer(Trainer):
                 peak = self.args.get_warmup_steps(num_training_steps)
                 prune = math.ceil(at * num_training_steps - 1e-9)  # the step at which the pressure prunes
                 scheduler.lr_lambdas = [rewound(f, prune, peak, num_training_steps) for f in scheduler.lr_lambdas]
+            for index in self._path_groups if pressure is not None else ():
+                scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, num_training_steps)
             scheduler.lr_lambdas[self._gate_group] = ConstantFactor()
         elif isinstance(scheduler, ReduceLROnPlateau):
             scheduler.min_lrs[self._gate_group] = rate
@@ -343,6 +348,32 @@ def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> 
         return factor(peak + (step - prune) / max(1, total - prune) * (total - peak))
 
     return at  # a plain function: a scheduler's state then holds nothing that a safe reader of checkpoints refuses
+
+
+def shared_out(factor: Callable[..., float], pressure: Pressure, total: int) -> Callable[[int], float]:
+    """A learning-rate factor for paths, smaller by the share of what is open that the budget will keep.
+
+    Under Adam every open unit moves by the rate, and what the units of a point contribute adds up: while all candidates
+    are open the model's function would move many times as fast as once the few are left that the rate is meant for.
+    """
+    return lambda step: factor(step) * pressure.kept_share(step / total)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Move `parameters` into groups of their own, each with the options of the group it comes from; their indices."""
+    wanted = {id(p) for p in parameters}
+    found = []
+    for index, group in enumerate(list(optimizer.param_groups)):
+        own = [p for p in group["params"] if id(p) in wanted]
+        if not own:
+            continue
+        if len(own) == len(group["params"]):
+            found.append(index)
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+        found.append(len(optimizer.param_groups))
+        optimizer.add_param_group({**group, "params": own})
+    return found
 
 
 def default_gate_rate(schedule: Schedule, total_steps: int) -> float:

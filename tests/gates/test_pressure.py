@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from gatedadapters.config import L0, Budget, GateConfig, Schedule
 from gatedadapters.errors import BudgetError
@@ -13,6 +15,7 @@ from gatedadapters.gates import GateBank, Group, Pressure
 
 RANKS = ("rank",)
 ALL = ("block", "point", "path", "rank")
+NO_PRUNE = Schedule(warmup=0.25, ramp=0.6, prune=None)
 
 
 def bank_of(
@@ -71,20 +74,27 @@ def test_l0_waits_for_the_warm_up_then_ramps_then_stays() -> None:
 def test_before_the_warm_up_ends_the_penalty_moves_no_gate() -> None:
     for penalty in (L0(weight=1.0), Budget(fraction=0.1)):
         bank = at(bank_of(), 0.1)
-        pressure = Pressure(bank, penalty, Schedule(warmup=0.25, ramp=0.6, prune=None), total_steps=1000)
+        pressure = Pressure(bank, penalty, NO_PRUNE, total_steps=1000)
         before = bank.log_alpha.detach().clone()
         pressure.ascend(bank)
         assert float(pressure.term(bank).detach()) == 0.0
         assert torch.equal(bank.log_alpha, before)
 
 
-def test_the_target_falls_from_everything_to_the_budget() -> None:
-    bank = bank_of()
-    pressure = Pressure(bank, Budget(fraction=0.125), Schedule(warmup=0.2, ramp=0.6, prune=None), total_steps=1000)
-    dense = bank.dense_cost()
-    assert pressure.target(at(bank, 0.1)) == dense
-    assert pressure.target(at(bank, 0.4)) == pytest.approx(dense * (1 + 0.125) / 2)
-    assert pressure.target(at(bank, 1.0)) == pytest.approx(0.125 * dense)
+def test_the_target_falls_from_what_is_open_to_what_the_budget_pays_for() -> None:
+    bank = bank_of(init_spread=0.0)
+    pressure = Pressure(bank, Budget(fraction=0.125), Schedule(warmup=0.2, ramp=0.6, prune=None), total_steps=10_000)
+    assert pressure.target(at(bank, 0.1, 10_000)) == bank.dense_cost()
+    targets = [pressure.target(at(bank, 0.2001 + i / 125, 10_000)) for i in range(100)]
+    assert targets[0] == pytest.approx(float(bank.expected_cost().detach()), rel=1e-3)
+    assert targets == sorted(targets, reverse=True)
+    # the expected cost of a Structure of exactly that size, its gates at the ends of their range
+    kept = bank.cost("params").cumsum(0) <= 0.125 * bank.dense_cost()
+    with torch.no_grad():
+        bank.log_alpha.copy_(torch.where(kept, 4.6, -4.6))
+    assert targets[-1] == pytest.approx(float(bank.expected_cost().detach()), rel=0.02)
+    bank.fix(kept[None].float())
+    assert pressure.target(bank) == 0.125 * bank.dense_cost()
 
 
 def test_pruning_is_due_at_its_share_of_the_steps_and_only_once() -> None:
@@ -95,6 +105,119 @@ def test_pruning_is_due_at_its_share_of_the_steps_and_only_once() -> None:
     bank.fix(torch.ones(1, bank.n_units))
     assert not pressure.prune_is_due(bank)
     assert float(pressure.term(bank)) == 0.0
+
+
+# -- a budget over a whole search --------------------------------------------------------------------------
+
+
+def search(
+    bank: GateBank,
+    budget: Budget,
+    *,
+    steps: int,
+    scale: float = 1.0,
+    noise: float = 0.0,
+    rate: float | None = None,
+    optimizer: str = "adam",
+    seed: int = 0,
+) -> tuple[list[float], list[Tensor], Pressure]:
+    """Gates that all want to be open, some more than others, under a budget; no model.
+
+    Returns the expected cost in each step as a share of the dense cost, that of each task, and the pressure.
+    """
+    pressure = Pressure(bank, budget, NO_PRUNE, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    wish = torch.randn(bank.tasks, bank.n_units, generator=generator).exp() * scale / bank.n_units
+    rate = rate or min(0.3, 8 / (0.35 * steps))
+    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
+    stepper = kind(bank.parameters(), lr=rate)
+    union, each = [], []
+    dense = bank.dense_cost(budget.unit)
+    for _ in range(steps):
+        bank.draw()
+        pressure.ascend(bank)
+        union.append(float(bank.expected_cost(budget.unit).detach()) / dense)
+        each.append(bank.expected_task_cost(budget.unit).detach() / dense)
+        seen = wish * (1 + noise * torch.randn(wish.shape, generator=generator))
+        loss = pressure.term(bank)
+        for key, where in bank.slices.items():
+            gate = bank.take(key)
+            if gate is not None:
+                loss = loss - (gate * seen[:, where]).sum()
+        if loss.requires_grad:
+            loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    return union, each, pressure
+
+
+@pytest.mark.parametrize("steps", [40, 150])
+@pytest.mark.parametrize("levels", [RANKS, ALL], ids="-".join)
+@pytest.mark.parametrize("fraction", [0.5, 1 / 8, 1 / 32])
+def test_a_budget_is_met_and_never_overshot(fraction: float, levels: tuple[str, ...], steps: int) -> None:
+    for scale, noise in ((1.0, 5.0), (1e-3, 0.0), (1e3, 1.0)):
+        bank = bank_of(4, levels)
+        union, _, pressure = search(bank, Budget(fraction=fraction), steps=steps, scale=scale, noise=noise)
+        final = pressure.target(bank) / bank.dense_cost()
+        assert union[-1] == pytest.approx(final, rel=0.01)
+        assert min(union) > 0.98 * final
+        assert union[round(0.65 * steps)] == pytest.approx(final, rel=0.01), "not there when pruning is due"
+
+
+@pytest.mark.parametrize(("rate", "optimizer"), [(0.01, "adam"), (0.3, "adam"), (1.0, "sgd")])
+def test_a_budget_is_met_whatever_moves_the_gates(rate: float, optimizer: str) -> None:
+    bank = bank_of(levels=("block", "rank"))
+    budget = Budget(flops=0.2 * bank.dense_cost("flops"))
+    union, _, pressure = search(bank, budget, steps=100, rate=rate, optimizer=optimizer)
+    final = pressure.target(bank) / bank.dense_cost("flops")
+    assert union[-1] == pytest.approx(final, rel=0.01)
+    assert min(union) > 0.98 * final
+
+
+def test_what_a_budget_keeps_is_what_the_loss_values_most() -> None:
+    bank = bank_of()
+    budget = Budget(fraction=1 / 8)
+    search(bank, budget, steps=200, noise=2.0)
+    wish = torch.randn(1, bank.n_units, generator=torch.Generator().manual_seed(0)).exp()
+    best = (wish[0] / bank.cost("params")).argsort(descending=True)[: bank.n_units // 8]
+    found = bank.open_probability()[0].argsort(descending=True)[: bank.n_units // 8]
+    assert len(set(best.tolist()) & set(found.tolist())) > 0.7 * len(best)
+
+
+def test_a_cap_per_task_is_met_beside_the_budget_of_all() -> None:
+    bank = bank_of(tasks=3)
+    budget = Budget(fraction=0.4, per_task=0.15)
+    _, each, pressure = search(bank, budget, steps=150)
+    floor = 1 / (1 + 100 * (1 / 11) ** (2 / 3))  # P(open) at the lower bound of log alpha
+    cap = floor + (1 - floor) * 0.15
+    assert (each[-1] < 1.01 * cap).all()
+    assert (each[-1] > 0.9 * cap).all()
+    assert (pressure.multipliers > 0).all()
+
+
+def test_a_slack_budget_does_not_lift_what_the_loss_closes() -> None:
+    bank = bank_of()
+    pressure = Pressure(bank, Budget(fraction=0.9), NO_PRUNE, total_steps=200)
+    stepper = torch.optim.Adam(bank.parameters(), lr=0.1)
+    for _ in range(200):
+        bank.draw()
+        pressure.ascend(bank)
+        gate = torch.cat([g for key in bank.slices if (g := bank.take(key)) is not None], 1)
+        (gate.mean() + pressure.term(bank)).backward()
+        stepper.step()
+        stepper.zero_grad()
+    assert float(bank.expected_cost().detach()) < 0.3 * bank.dense_cost()
+
+
+def test_the_pressure_resumes_where_it_was() -> None:
+    bank = bank_of()
+    _, _, pressure = search(bank, Budget(fraction=0.2), steps=50)
+    state = copy.deepcopy(pressure.state_dict())
+    fresh = Pressure(bank, Budget(fraction=0.2), NO_PRUNE, total_steps=50)
+    assert not torch.equal(fresh.multipliers, pressure.multipliers)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.multipliers, pressure.multipliers)
+    torch.testing.assert_close(fresh.term(bank), pressure.term(bank))
 
 
 # -- bad budgets -------------------------------------------------------------------------------------------
