@@ -75,7 +75,7 @@ def test_stored_cells_are_not_computed_again(
 
 def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "STORE", tmp_path)
-    monkeypatch.setattr(quality, "STUDIES", (("tweets", 1 / 8, ("searched", "random")),))
+    monkeypatch.setattr(quality, "STUDIES", (quality.Study("tweets", 1 / 8, ("searched", "random")),))
     for arm in ("searched", "random"):
         for rate in quality.RATES:
             store(quality, quality.Cell("tweets", 1 / 8, arm, rate, quality.TUNING_SEED, split="validation"), 1 - rate)
@@ -91,5 +91,5 @@ def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pyt
 
 def test_readme_shows_the_table_of_the_stored_cells(quality: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in quality.table().splitlines():
+    for line in (*quality.table().splitlines(), *quality.compression().splitlines()):
         assert line in readme
