@@ -54,7 +54,8 @@ def test_rate_is_tuned_on_validation_alone_and_only_once_all_rates_are_known(
     ]
     store(quality, cells[0], 0.7)
     assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) is None
-    store(quality, cells[1], 0.6)
+    for cell in cells[1:]:
+        store(quality, cell, 0.6)
     store(quality, quality.Cell("tweets", 1 / 8, "uniform", quality.RATES[1], 0), 0.99)  # a test score must not count
     assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) == quality.RATES[0]
     assert quality.TUNING_SEED not in quality.SEEDS
