@@ -81,7 +81,7 @@ class Pressure(nn.Module):
         at, ends = self.schedule.prune, self._ramps[0]
         if ends is None or (at is not None and progress >= at):
             return 1.0
-        return (ends[1] / ends[0]) ** (1.0 - self.schedule.pressure(progress))
+        return float((ends[1] / ends[0]) ** (1.0 - self.schedule.pressure(progress)))
 
     def term(self, bank: GateBank) -> Tensor:
         """The loss term, a differentiable scalar; 0 once a Structure is fixed or before the warm-up ends."""

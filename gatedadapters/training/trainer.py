@@ -141,18 +141,23 @@ class GatedTrainer(Trainer):
         group["lr"] = rate
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, LambdaLR):
-            at = pressure.schedule.prune if pressure is not None and pressure.schedule.rewind else None
-            if at is not None:
-                peak = self.args.get_warmup_steps(num_training_steps)
-                prune = math.ceil(at * num_training_steps - 1e-9)  # the step at which the pressure prunes
-                scheduler.lr_lambdas = [rewound(f, prune, peak, num_training_steps) for f in scheduler.lr_lambdas]
-            for index in self._path_groups if pressure is not None else ():
-                scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, num_training_steps)
+            if pressure is not None:
+                self._follow_pressure(scheduler, pressure, num_training_steps)
             scheduler.lr_lambdas[self._gate_group] = ConstantFactor()
         elif isinstance(scheduler, ReduceLROnPlateau):
             scheduler.min_lrs[self._gate_group] = rate
         group["lr"] = rate
         return scheduler
+
+    def _follow_pressure(self, scheduler: LambdaLR, pressure: Pressure, total: int) -> None:
+        """Let the weights' rates follow how many candidates are open, and run through their descent after the prune."""
+        at = pressure.schedule.prune if pressure.schedule.rewind else None
+        if at is not None:
+            peak, prune = self.args.get_warmup_steps(total), math.ceil(at * total - 1e-9)  # when the pressure prunes
+            scheduler.lr_lambdas = [rewound(factor, prune, peak, total) for factor in scheduler.lr_lambdas]
+        for index in self._path_groups:
+            factor = scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, total)
+            scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index] * factor(0)  # set before this
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,18 @@ def test_the_target_falls_from_what_is_open_to_what_the_budget_pays_for() -> Non
     assert pressure.target(bank) == 0.125 * bank.dense_cost()
 
 
+def test_what_is_kept_of_what_is_open_is_the_last_target_by_the_present_one() -> None:
+    bank = bank_of()
+    schedule = Schedule(warmup=0.2, ramp=0.6, prune=0.7)
+    pressure = Pressure(bank, Budget(fraction=0.125), schedule, total_steps=1000)
+    last = pressure.target(at(bank, 0.65))
+    for progress in (0.21, 0.3, 0.45, 0.6, 0.69):
+        assert pressure.kept_share(progress) == pytest.approx(last / pressure.target(at(bank, progress)), rel=1e-2)
+    assert pressure.kept_share(0.0) == pytest.approx(last / float(bank.expected_cost().detach()), rel=1e-2)
+    assert pressure.kept_share(0.7) == pressure.kept_share(1.0) == 1.0
+    assert Pressure(bank, L0(weight=1.0), schedule, total_steps=1000).kept_share(0.1) == 1.0
+
+
 def test_pruning_is_due_at_its_share_of_the_steps_and_only_once() -> None:
     bank = bank_of()
     pressure = Pressure(bank, Budget(fraction=0.5), Schedule(prune=0.65), total_steps=100)

@@ -55,6 +55,44 @@ def test_gates_keep_their_rate_while_the_weights_follow_the_schedule(schedule: s
         assert first_group[-1] < 0.9 * max(first_group)
 
 
+def test_paths_learn_at_the_rate_of_what_the_budget_keeps_and_heads_at_the_full_rate(tmp_path: Path) -> None:
+    def look(model: Any, optimizer: Any) -> dict[str, float]:
+        adapters = ga.get_adapters(model)
+        kinds = {"paths": adapters.weight_parameters(), "heads": adapters.head_parameters()}
+        return {
+            kind: group["lr"]
+            for kind, parameters in kinds.items()
+            for group in optimizer.param_groups
+            if any(p is q for p in parameters for q in group["params"])
+        } | {"expected": float(adapters.bank.expected_cost().detach())}
+
+    watch = Watch(look)
+    trainer = ga.GatedTrainer(
+        gated_classifier(), arguments(tmp_path, lr_scheduler_type="constant", max_steps=40),
+        train_dataset=labelled([40]), budget=ga.Budget(fraction=0.1),
+        schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6), callbacks=[watch],
+    )  # fmt: skip
+    trainer.train()
+    shares = [seen["paths"] / 1e-2 for seen in watch.seen]
+    assert [seen["heads"] for seen in watch.seen] == [1e-2] * 40
+    assert shares[24:] == [1.0] * 16
+    assert shares[:8] == [shares[0]] * 8
+    for share, seen in zip(shares[8:20], watch.seen[8:20], strict=True):
+        # what is kept also holds what the lower bound of log alpha leaves open of the rest
+        assert share == pytest.approx(shares[0] * watch.seen[0]["expected"] / seen["expected"], rel=0.02)
+    assert 0.1 < shares[0] < 0.15
+
+
+def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> None:
+    watch = Watch(rates)
+    trainer = ga.GatedTrainer(
+        gated_classifier(), arguments(tmp_path, lr_scheduler_type="constant"), train_dataset=labelled([40]),
+        penalty=ga.L0(weight=0.1), schedule=SOON, callbacks=[watch],
+    )  # fmt: skip
+    trainer.train()
+    assert {rate for weights, _, _ in watch.seen for rate in weights} == {1e-2}
+
+
 def test_a_plateau_lowers_the_rate_of_weights_only(tmp_path: Path) -> None:
     watch = Watch(rates)
     args = arguments(
