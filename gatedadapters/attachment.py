@@ -18,6 +18,7 @@ from gatedadapters.gates import GateBank, Group
 from gatedadapters.hooks import InputHook, OutputHook
 from gatedadapters.paths import Misfit, Path, Site, path_class
 from gatedadapters.structure import Fingerprint, Structure
+from gatedadapters.weight_hooks import WeightHook
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def attach(
     """
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook) for hook in hooks):
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
             raise AttachError(
                 "this model already has adapters",
                 expected="a model without adapters, as a whole and in its parts",
@@ -131,9 +132,12 @@ def candidates(space: SearchSpace, layout: Layout) -> tuple[dict[str, tuple[Path
             if isinstance(site, Misfit):
                 misfits.append(site)
                 continue
-            stem = f"{site.tap.module.replace('.', '/')}:{options.kind}"
+            place = str(site.tap) if site.tap.parameter else site.tap.module
+            stem = f"{place.replace('.', '/')}:{options.kind}"
             seen[stem] += 1
             found[stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"] = (options, site)
+    taken = {(options.kind, str(site.tap)) for options, site in found.values()}
+    misfits = [misfit for misfit in misfits if (misfit.instead, misfit.module) not in taken]
     if not found:
         offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
         raise PathError(
@@ -190,15 +194,17 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
     paths: dict[str, Path] = {}
     for record in structure.paths:
         site = Site.from_dict(record.site.model_dump())
-        missing = [point.module for point in (site.tap, site.write) if point.module not in modules]
-        if missing:
-            raise PathError(
-                "this structure does not fit the model",
-                expected=f"a module {missing[0]}",
-                got="none of that name",
-                where=f"path {record.key} on {type(model).__name__}",
-                fix="attach it to the backbone it was made for",
-            )
+        for point in (site.tap, site.write):
+            module = modules.get(point.module)
+            weight = module._parameters.get(point.parameter) if module is not None else None
+            if module is None or (point.parameter and (weight is None or len(weight) != site.experts)):
+                raise PathError(
+                    "this structure does not fit the model",
+                    expected=f"weights of {site.experts} experts at {point}" if point.parameter else point.module,
+                    got="none of that name" if weight is None else f"shape {tuple(weight.shape)}",
+                    where=f"path {record.key} on {type(model).__name__}",
+                    fix="attach it to the backbone it was made for",
+                )
         path = path_class(record.options)(site, record.options, generator)
         if len(structure.tasks) > 1:
             path.routing = torch.tensor(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -90,6 +90,10 @@ class PathOptions(Config):
         if size != self.size:
             raise ConfigError(expected="one unit", got=f"{size} units", where=f"path {self.kind!r}", fix="keep size 1")
         return self
+
+    def select(self, units: Sequence[int]) -> Self:
+        """The options of a candidate that keeps only `units` (positions among its units, sorted)."""
+        return self.resized(len(units))
 
 
 def _parse_options(value: Any) -> Any:

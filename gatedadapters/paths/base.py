@@ -19,20 +19,23 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One module of the layout and the side tapped."""
+    """One module of the layout and the side tapped; for side `weight`, its `parameter` itself."""
 
     module: str
-    side: Side
+    side: Literal[Side, "weight"]
+    parameter: str = ""
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.side}"
+        return f"{self.module}.{self.parameter or self.side}"
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
 
-    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0).
+    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). At a
+    stack of expert matrices tap and write are the weight itself, (experts, out, in), or (experts, in, out) where it
+    is `transposed`.
     """
 
     tap: Point
@@ -44,6 +47,8 @@ class Site:
     sublayer: str
     role: str
     traffic: float = 1.0
+    experts: int = 0
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if self.tap.side == "output" and self.tap != self.write:
@@ -83,11 +88,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A selected place where a path cannot go, and why; reported, never dropped silently."""
+    """A selected place where a path cannot go, and why; reported, never dropped silently.
+
+    `instead` names the kind made for such places: where a space offers that one too, nothing is amiss.
+    """
 
     kind: str
     module: str
     reason: str
+    instead: str = ""
 
 
 class Path(nn.Module, ABC):
@@ -170,13 +179,18 @@ class Path(nn.Module, ABC):
         return f"{self.site.tap} -> {self.site.write}, units={self.units}"
 
 
-def map_sites(options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str) -> Iterator[Site | Misfit]:
-    """Sites around every selected linear map; fused expert weights are no single map and are reported."""
+def map_sites(
+    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, experts: str = ""
+) -> Iterator[Site | Misfit]:
+    """Sites around every selected linear map; fused expert weights are no single map and are reported, with the kind
+    `experts` that takes such places instead.
+    """
     for block, sublayer, linear in layout.maps():
         if not selected(options, layout, block, sublayer, linear.name, linear.role):
             continue
         if linear.kind == "experts":
-            yield Misfit(kind, f"{linear.name}.{linear.parameter}", "fused expert weights have no tap of their own")
+            reason = "fused expert weights have no tap of their own" + (f"; {experts} takes them" if experts else "")
+            yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, experts)
         else:
             yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
 
