@@ -197,10 +197,10 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
         for point in (site.tap, site.write):
             module = modules.get(point.module)
             weight = module._parameters.get(point.parameter) if module is not None else None
-            if module is None or (point.parameter and (weight is None or len(weight) != site.experts)):
+            if module is None or (point.parameter and (weight is None or tuple(weight.shape) != site.weight_shape)):
                 raise PathError(
                     "this structure does not fit the model",
-                    expected=f"weights of {site.experts} experts at {point}" if point.parameter else point.module,
+                    expected=f"{point} of shape {site.weight_shape}" if point.parameter else point.module,
                     got="none of that name" if weight is None else f"shape {tuple(weight.shape)}",
                     where=f"path {record.key} on {type(model).__name__}",
                     fix="attach it to the backbone it was made for",

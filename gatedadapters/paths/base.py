@@ -76,6 +76,12 @@ class Site:
             linear.traffic,
         )
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """At a weight: its shape as it is stored."""
+        matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
+        return (self.experts, *matrix)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)

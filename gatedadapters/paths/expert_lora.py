@@ -136,10 +136,9 @@ class ExpertLoRA(LoRA):
         Raises:
             PathError: the weight has another shape, or there is a gate per example.
         """
-        site, fix = self.site, "attach with a sample batch of the kind you train on"
-        shape = (site.experts, *((site.width_in, site.width_out)[:: 1 if site.transposed else -1]))
-        if tuple(weight.shape) != shape:
-            self._refuse(f"a weight of shape {shape}", f"shape {tuple(weight.shape)}", fix)
+        site, fix = self.site, "attach to the backbone as it is now"
+        if tuple(weight.shape) != site.weight_shape:
+            self._refuse(f"a weight of shape {site.weight_shape}", f"shape {tuple(weight.shape)}", fix)
         if gate is not None and gate.dim() != 1:
             self._refuse("the gates of one task", f"gates of shape {tuple(gate.shape)}", "run one task at a time")
         up, down = self.factors(gate)

@@ -80,7 +80,7 @@ class LowRankSum:
                 return weight._linear(x, *args[2:], **kwargs)
             if name in _MATMULS and not kwargs:
                 return weight._after(x, torch.matmul)
-            if "grouped_mm" in name and not (kwargs.keys() - {"offs"}):
+            if "grouped_mm" in name and {key for key, value in kwargs.items() if value is not None} <= {"offs"}:
                 return weight._grouped(x, func, *args[2:], **kwargs)
         elif name in _MATMULS and len(args) == 2 and isinstance(args[1], Tensor) and not kwargs:
             return args[0]._before(args[1])

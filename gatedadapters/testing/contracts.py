@@ -234,6 +234,8 @@ class PathContract:
         closed = torch.zeros(path.units)
         assert_equal(path(tapped, target, closed), target)
         assert_equal(path(tapped, target, torch.zeros(1)), target)
+        if _at_weight(path):
+            return
         some = torch.stack([closed, torch.ones(path.units), closed])
         assert_equal(path(tapped, target, some)[[0, 2]], target[[0, 2]])
 
@@ -242,13 +244,17 @@ class PathContract:
         path = self.path(option)
         tapped, target = _tensors(path)
         plain = path(tapped, target, None)
-        for gate in (torch.ones(1), torch.ones(path.units), torch.ones(3, path.units), torch.ones(3, 1)):
+        per_example = () if _at_weight(path) else (torch.ones(3, path.units), torch.ones(3, 1))
+        for gate in (torch.ones(1), torch.ones(path.units), *per_example):
             torch.testing.assert_close(path(tapped, target, gate), plain)
 
     def test_gates_per_example_equal_each_example_alone(self, option: PathOptions) -> None:
-        """Values and gradients, for one gate a unit and one for the whole path."""
+        """Values and gradients, for one gate a unit and one for the whole path; a weight has no examples."""
         path = self.path(option)
         tapped, target = _tensors(path)
+        if _at_weight(path):
+            _assert_refused_by_name(path, tapped, target, torch.rand(3, path.units))
+            return
         for width in {1, path.units}:
             gate = torch.rand(3, width, requires_grad=True)
             together = path(tapped, target, gate)
@@ -270,7 +276,7 @@ class PathContract:
             [None, torch.rand(units), torch.rand(1)],
             [torch.rand(3, units), None, torch.rand(1)],
             [torch.rand(3, 1), torch.rand(units), torch.rand(3, units)],
-        ]
+        ][: 2 if _at_weight(paths[0]) else None]
         for gates in mixtures:
             expected = target
             for path, gate in zip(paths, gates, strict=True):
@@ -282,8 +288,9 @@ class PathContract:
         """In float64: with respect to what is tapped, the target, the gates and every parameter."""
         path = self.path(option.resized(min(3, option.size))).double()
         names, values = zip(*path.named_parameters(), strict=True)
-        tapped, target = (t.double()[:, :2].clone().requires_grad_() for t in _tensors(path))
-        for shape in (None, (1,), (path.units,), (3, path.units)):
+        at_weight = _at_weight(path)
+        tapped, target = (t.double()[:, : None if at_weight else 2].clone().requires_grad_() for t in _tensors(path))
+        for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if at_weight else None]:
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
             taps = () if _same_tensor(path.site) else (tapped,)
 
@@ -299,14 +306,16 @@ class PathContract:
         """Units times parameters of a unit is what is stored, before and after units are dropped."""
         path = self.path(option)
         units, params, flops = type(path).cost(path.site, option)
-        assert (units, units) == (path.units, option.size)
+        assert units == path.units == option.size * (path.site.experts or 1)
         assert sum(p.numel() for p in path.parameters()) == units * params
         assert flops > 0
         if units > 1:
-            path.select_units(torch.arange(0, units, 2))
-            assert path.units == len(range(0, units, 2))
+            kept = range(0, units, 2)
+            path.select_units(torch.tensor(kept))
+            assert path.units == len(kept)
             assert sum(p.numel() for p in path.parameters()) == path.units * params
-            smaller = option.resized(path.units)
+            smaller = option.select(kept)
+            assert smaller.size == path.units
             assert type(path).cost(path.site, smaller) == (path.units, params, flops)
             path.load_state_dict(type(path)(path.site, smaller).state_dict())  # equal names and shapes
 
@@ -346,10 +355,11 @@ class PathContract:
         """For any leading dimensions and mixture of types, under autocast and not; backward runs."""
         path = self.path(option)
         site = path.site
-        for shape in ((4,), (2, 3), (2, 3, 5)):
+        *leading, width = _tensors(path)[1].shape
+        for shape in (leading,) if _at_weight(path) else ((4,), (2, 3), (2, 3, 5)):
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
-                    target = torch.randn(*shape, site.width_out).to(dtype).requires_grad_()
+                    target = torch.randn(*shape, width).to(dtype).requires_grad_()
                     tapped = target if _same_tensor(site) else torch.randn(*shape, site.width_in)
                     gate = torch.rand(path.units, requires_grad=True)
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -466,9 +476,16 @@ def _same_tensor(site: Site) -> bool:
     return site.tap == site.write
 
 
+def _at_weight(path: Path) -> bool:
+    return path.site.write.side == "weight"
+
+
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """What a site carries for 3 examples of 5 tokens."""
+    """What a site carries for 3 examples of 5 tokens, or the weight it stands at."""
     generator = torch.Generator().manual_seed(3)
+    if _at_weight(path):
+        weight = torch.randn(path.site.weight_shape, generator=generator)
+        return weight, weight
     target = torch.randn(3, 5, path.site.width_out, generator=generator)
     if _same_tensor(path.site):
         return target, target
