@@ -264,7 +264,12 @@ class _Assembly:
             if has_stream(use.reads) and _common([key.name, use.map.name]).startswith(f"{block.name}.")
         ]
         sublayers = []
-        for group in roles.groups(uses, [*self.trace.links, *scaling], written):
+        found = roles.groups(uses, [*self.trace.links, *scaling], written)
+        # What is added to the hidden state only for a later sub-layer to read: Zamba 2's shared transformer.
+        read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
+        lent = {key for group in found if not group.writers for key in read & group.uses.keys()}
+        written |= lent
+        for group in (replace(group, writers=group.writers | (lent & group.uses.keys())) for group in found):
             if not group.writers:
                 self.reasons |= dict.fromkeys(group.uses, f"its values do not reach the output of {block.name}")
                 continue

@@ -82,6 +82,10 @@ class LowRankSum:
                 return weight._after(x, torch.matmul)
             if "grouped_mm" in name and {key for key, value in kwargs.items() if value is not None} <= {"offs"}:
                 return weight._grouped(x, func, *args[2:], **kwargs)
+        elif name == "baddbmm" and len(args) == 3 and isinstance(args[2], LowRankSum) and not kwargs:
+            added, x, weight = args
+            y = func(added, x, weight.base)
+            return y + weight._through(x, y, torch.bmm, weight.left, weight.right)
         elif name in _MATMULS and len(args) == 2 and isinstance(args[1], Tensor) and not kwargs:
             return args[0]._before(args[1])
         whole = tree_map(lambda leaf: leaf.dense() if isinstance(leaf, LowRankSum) else leaf, (tuple(args), kwargs))
