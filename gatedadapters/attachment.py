@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gatedadapters.adapters import NAME, Adapters, get_adapters
 from gatedadapters.backbone import Layout, discover
+from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.fingerprint import fingerprint
@@ -52,7 +53,8 @@ def attach(
         seed: of path weights, gates and gate noise; equal seeds give equal adapters on every machine and rank.
 
     Raises:
-        AttachError: the model or a part of it already has adapters; a penalty on a Structure.
+        AttachError: the model or a part of it already has adapters; a penalty on a Structure; quantised weights
+            through which no gradient passes.
         LayoutError: no repeated blocks, or the sample batch does not run.
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
@@ -71,6 +73,7 @@ def attach(
             )
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = _head_parameters(model, heads)
+    check_gradients_pass(model)
     identity = fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
         if penalty is not None:

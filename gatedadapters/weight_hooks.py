@@ -8,7 +8,7 @@ gradient checkpointing has recomputed all it needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,10 +19,10 @@ from gatedadapters.hooks import first_tensor
 
 if TYPE_CHECKING:
     from gatedadapters.adapters import Adapters
-    from gatedadapters.paths import ExpertLoRA
+    from gatedadapters.paths import WeightLoRA
     from gatedadapters.paths.low_rank_sum import LowRankSum
 
-# Implementations of transformers' experts that multiply through torch's own functions; others get dense weights.
+# Implementations of transformers' experts that multiply through torch's own functions; others get whole weights.
 _TRANSPARENT = frozenset({None, "eager", "batched_mm", "grouped_mm"})
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -69,7 +69,7 @@ class WeightHook:
             for key in keys:
                 is_open, gate = self.adapters.gate(key)
                 if is_open:
-                    path = cast("ExpertLoRA", self.adapters.paths[key])
+                    path = cast("WeightLoRA", self.adapters.paths[key])
                     weight = path.lazy(weight, gate)
             if weight is not before:
                 module.__dict__[parameter] = weight if transparent else cast("LowRankSum", weight).dense()
@@ -84,7 +84,7 @@ class WeightHook:
         first = first_tensor(args, kwargs)
         values = (*args, *kwargs.values())
         rows, tensors = len(first), [value for value in values if isinstance(value, Tensor)]
-        path = cast("ExpertLoRA", self.adapters.paths[next(iter(self.keys.values()))[0]])
+        path = cast("WeightLoRA", self.adapters.paths[next(iter(self.keys.values()))[0]])
         site = path.site
         # One argument with every token for every expert, expert by expert (Llama 4); else one row for each token.
         copies = site.experts if len(tensors) == 1 and site.traffic == site.experts else 1
@@ -92,11 +92,11 @@ class WeightHook:
         lists = any(isinstance(value, (list, tuple)) for value in values)  # counts per expert: rows are sorted
         if lists or tokens % len(ids) or any(len(tensor) != rows for tensor in tensors):
             raise TaskError(
-                "a batch of several tasks cannot be told apart inside these experts",
+                "a batch of several tasks cannot be told apart inside this module",
                 expected="one row for each token of the batch in every argument",
                 got=", ".join(str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values),
                 where=self.module,
-                fix="train on batches of one task each, or leave expert_lora out of the search space",
+                fix="train on batches of one task each, or exclude this module from weight_lora",
             )
         owner = ids.to(first.device).repeat_interleave(tokens // len(ids)).repeat(copies)
         return {task: (owner == task).nonzero().flatten() for task in self.adapters.tasks_of_batch()}
@@ -113,7 +113,7 @@ class WeightRestorer:
         hook, adapters = self.hook, self.hook.adapters
         pending = adapters.cut.pop(hook.module, None)
         try:
-            if pending is None or not isinstance(output, Tensor):
+            if pending is None or output is None:
                 return None
             whole_args, whole_kwargs, rows = pending
             (first, places), *others = rows.items()
@@ -125,7 +125,7 @@ class WeightRestorer:
                 given, named = cut(whole_args, whole_kwargs, places)
                 parts.append(module.forward(*given, **named))
                 order.append(places)
-            return torch.cat(parts)[torch.cat(order).argsort()]
+            return joined(parts, torch.cat(order).argsort())
         finally:
             restore(module, hook.keys)
 
@@ -143,3 +143,13 @@ def cut(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
         return value[rows] if isinstance(value, Tensor) else value
 
     return tuple(some(value) for value in args), {name: some(value) for name, value in kwargs.items()}
+
+
+def joined(parts: Sequence[Any], order: Tensor) -> Any:
+    """What a module returned for parts of the rows, as it would have for all of them."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))[order]
+    if isinstance(first, tuple):
+        return tuple(joined(each, order) for each in zip(*parts, strict=True))
+    return first

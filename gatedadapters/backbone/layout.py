@@ -47,6 +47,8 @@ class LinearMap:
         parameter: Name of the parameter inside the module.
         experts: Number of experts for kind ``"experts"``, else 0.
         transposed: Whether the last two dimensions are stored as (in, out).
+        tappable: Whether the owning module takes what the map reads and returns what it writes. Not so where that
+            module is a stack of experts, or a router that also chooses among them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LinearMap:
     parameter: str = "weight"
     experts: int = 0
     transposed: bool = False
+    tappable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +345,7 @@ class _Assembly:
             parameter=key.parameter,
             experts=experts,
             transposed=uses[0].transposed,
+            tappable=not experts and key.name not in self.trace.composite,
         )
 
     def _reason(self, key: Map) -> str:

@@ -129,6 +129,7 @@ class Trace:
     routed: set[Map] = field(default_factory=set)  # decided which experts run
     seen: set[Map] = field(default_factory=set)  # weights that took part in any operation
     called: set[str] = field(default_factory=set)  # modules that ran
+    composite: set[str] = field(default_factory=set)  # modules that returned more than one tensor
 
 
 _MIXING = {"convolution", "_convolution", "cumsum", "cumprod", "roll", "flip", "_fft_r2c", "_fft_c2c"}
@@ -231,6 +232,8 @@ class Tracer(TorchDispatchMode):
             while self._stack[-1].name != name:
                 self._stack.pop()  # a module that raised, and was caught
             call, out = self._stack[-1], first_tensor(output)
+            if not isinstance(output, Tensor):
+                self.trace.composite.add(name)
             if out is not None:
                 self._opaque_linear(name, module, call, out)
                 call.writes, call.write_shape = self._of(out), tuple(out.shape)

@@ -3,7 +3,7 @@
 from gatedadapters.config import PathOptions
 from gatedadapters.paths.base import Misfit, Path, Point, Site
 from gatedadapters.paths.bottleneck import Parallel, Serial
-from gatedadapters.paths.expert_lora import ExpertLoRA
+from gatedadapters.paths.weight_lora import WeightLoRA
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.scale import Scale
 
@@ -26,9 +26,9 @@ def path_kinds() -> dict[str, type[Path]]:
     return dict(_KINDS)
 
 
-for _kind in (LoRA, ExpertLoRA, Serial, Parallel, Scale):
+for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale):
     register(_kind)
 
 __all__ = [
-    "ExpertLoRA", "LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register",
+    "WeightLoRA", "LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register",
 ]  # fmt: skip

@@ -33,9 +33,9 @@ class Point:
 class Site:
     """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
 
-    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). At a
-    stack of expert matrices tap and write are the weight itself, (experts, out, in), or (experts, in, out) where it
-    is `transposed`.
+    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). Where a
+    map has no module boundary of its own, tap and write are its weight: (out, in), or (in, out) if `transposed`, for
+    a stack of `experts` with those in front.
     """
 
     tap: Point
@@ -80,7 +80,7 @@ class Site:
     def weight_shape(self) -> tuple[int, ...]:
         """At a weight: its shape as it is stored."""
         matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
-        return (self.experts, *matrix)
+        return (self.experts, *matrix) if self.experts else matrix
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -186,17 +186,19 @@ class Path(nn.Module, ABC):
 
 
 def map_sites(
-    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, experts: str = ""
+    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = ""
 ) -> Iterator[Site | Misfit]:
-    """Sites around every selected linear map; fused expert weights are no single map and are reported, with the kind
-    `experts` that takes such places instead.
+    """Sites around every selected linear map; those inside a module that does more are reported, with the kind that
+    takes such places `instead`.
     """
     for block, sublayer, linear in layout.maps():
         if not selected(options, layout, block, sublayer, linear.name, linear.role):
             continue
-        if linear.kind == "experts":
-            reason = "fused expert weights have no tap of their own" + (f"; {experts} takes them" if experts else "")
-            yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, experts)
+        if not linear.tappable:
+            what = "the weights of several experts" if linear.kind == "experts" else "inside a module that does more"
+            reason = f"{what}: no module takes its input and returns its output"
+            reason += f"; {instead} can go there" if instead else ""
+            yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, instead)
         else:
             yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
 

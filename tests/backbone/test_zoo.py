@@ -135,6 +135,8 @@ def test_heads_and_batches_do_not_change_the_backbone(family: str, head: str) ->
 
 @every_head
 def test_meta_device_gives_the_same_layout(family: str, head: str) -> None:
+    if family == "jetmoe":
+        pytest.skip("it counts the tokens of each expert in Python, which needs values")
     model, _ = tiny(family, head=head)
     assert discover(copy.deepcopy(model).to("meta")) == discover(model)
 

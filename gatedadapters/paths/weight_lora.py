@@ -1,8 +1,9 @@
-"""LoRA at the fused weights of a mixture of experts: every expert's matrix has ranks of its own.
+"""LoRA at a weight itself: fused experts, each with ranks of its own, and routers.
 
 Since transformers 5 the experts of a block are one parameter (experts, out, in) and no modules, so that nothing carries
-the input or the output of a single expert. These paths therefore stand at the *weight*: while the experts run, a
-`LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are the alternative that all experts share.
+the input or the output of a single expert; routers multiply and choose in one module. These paths therefore stand at
+the *weight*: while its module runs, a `LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are
+the alternative that all experts share.
 
 References:
     Hu et al. 2021, arXiv 2106.09685: W + B A, here for each expert. That experts are worth choosing among: Wang et al.
@@ -29,13 +30,14 @@ from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.low_rank_sum import LowRankSum
 
 
-class ExpertLoRAOptions(PathOptions):
-    """`rank` candidates at every expert of every selected fused weight; each is a unit of in + out parameters.
+class WeightLoRAOptions(PathOptions):
+    """`rank` candidates at every selected map without a module boundary of its own, and at every expert of a stack of
+    them; each is a unit of in + out parameters.
 
     `experts` names the expert of each unit once a Structure has chosen among them; experts may then differ in rank.
     """
 
-    kind: Literal["expert_lora"] = "expert_lora"
+    kind: Literal["weight_lora"] = "weight_lora"
     rank: int = Field(8, gt=0)
     experts: tuple[int, ...] | None = None
 
@@ -54,22 +56,25 @@ class ExpertLoRAOptions(PathOptions):
         return self.model_copy(update={"experts": tuple(chosen)})
 
 
-class ExpertLoRA(LoRA):
-    """W_e + up_e diag(z_e) down_e for every expert e; down (units, in), up (out, units), a unit is a rank of one expert."""
+class WeightLoRA(LoRA):
+    """W_e + up_e diag(z_e) down_e for every expert e; down (units, in), up (out, units), a unit is a rank of one expert.
 
-    kind = "expert_lora"
+    A plain matrix counts as a single expert.
+    """
+
+    kind = "weight_lora"
 
     expert: Tensor
     slot: Tensor
 
-    def __init__(self, site: Site, options: ExpertLoRAOptions, generator: torch.Generator | None = None) -> None:
+    def __init__(self, site: Site, options: WeightLoRAOptions, generator: torch.Generator | None = None) -> None:
         Path.__init__(self, site, options, generator)
-        experts = options.experts
+        self.n_experts, experts = site.experts or 1, options.experts
         if experts is None:
-            experts = tuple(e for e in range(site.experts) for _ in range(options.rank))
-        if not experts or min(experts) < 0 or max(experts) >= site.experts:
+            experts = tuple(e for e in range(self.n_experts) for _ in range(options.rank))
+        if not experts or min(experts) < 0 or max(experts) >= self.n_experts:
             raise PathError(
-                expected=f"units of experts 0..{site.experts - 1}",
+                expected=f"units of experts 0..{self.n_experts - 1}",
                 got=f"experts {experts}",
                 where=f"{self.kind} at {site.write}",
                 fix="use the structure on the model it was made for",
@@ -83,7 +88,7 @@ class ExpertLoRA(LoRA):
         """Which expert each unit belongs to, and which of its ranks it is."""
         ranks = Counter(experts)
         self.experts, self.rank = tuple(experts), max(ranks.values())
-        self.is_even = len(ranks) == self.site.experts and min(ranks.values()) == self.rank
+        self.is_even = len(ranks) == self.n_experts and min(ranks.values()) == self.rank
         self.is_even &= self.experts == tuple(sorted(experts))
         for name, values in (("expert", experts), ("slot", _occurrences(experts))):
             index = torch.tensor(values, device=self.down.device)
@@ -91,9 +96,9 @@ class ExpertLoRA(LoRA):
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
-        """Every selected stack of expert matrices."""
+        """Every selected map that `lora` finds no tap for."""
         for block, sublayer, linear in layout.maps():
-            if linear.kind != "experts" or not selected(
+            if linear.tappable or not selected(
                 options, layout, block, sublayer, f"{linear.name}.{linear.parameter}", linear.role
             ):
                 continue
@@ -106,17 +111,17 @@ class ExpertLoRA(LoRA):
     @classmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
         """Units are ranks of single experts; flops are those of an expert that gets its equal share of the tokens."""
-        assert isinstance(options, ExpertLoRAOptions)
-        units = len(options.experts) if options.experts is not None else options.rank * site.experts
-        params = site.width_in + site.width_out
-        return units, params, 2.0 * params * site.traffic / site.experts
+        assert isinstance(options, WeightLoRAOptions)
+        n_experts, params = site.experts or 1, site.width_in + site.width_out
+        units = len(options.experts) if options.experts is not None else options.rank * n_experts
+        return units, params, 2.0 * params * site.traffic / n_experts
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
         """The weights with what this path adds to them; shape and layout of the stored parameter.
 
         Args:
             tapped: not used, the same as target.
-            target: the weights, (experts, out, in), or (experts, in, out) where the site is transposed.
+            target: the weight, of the site's `weight_shape`.
             gate: None, (units,) or (1,): weights have no examples.
         """
         return self.lazy(target, gate).dense()
@@ -142,6 +147,8 @@ class ExpertLoRA(LoRA):
         if gate is not None and gate.dim() != 1:
             self._refuse("the gates of one task", f"gates of shape {tuple(gate.shape)}", "run one task at a time")
         up, down = self.factors(gate)
+        if not site.experts:
+            up, down = up[0], down[0]
         return LowRankSum(weight, down.mT, up.mT) if site.transposed else LowRankSum(weight, up, down)
 
     def factors(self, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -156,14 +163,14 @@ class ExpertLoRA(LoRA):
         """What the path adds to the weight, in the layout of the stored parameter, float32: to merge."""
         up, down = self.factors(gate)
         with in_its_own_type(up):
-            product = up @ down
+            product = up @ down if self.site.experts else (up @ down)[0]
         return product.mT if self.site.transposed else product
 
     def _stack(self, rows: Tensor) -> Tensor:
         """(units, width) -> (experts, r, width)."""
         if self.is_even:
-            return rows.reshape(self.site.experts, self.rank, -1)
-        return rows.new_zeros(self.site.experts, self.rank, rows.shape[1]).index_put((self.expert, self.slot), rows)
+            return rows.reshape(self.n_experts, self.rank, -1)
+        return rows.new_zeros(self.n_experts, self.rank, rows.shape[1]).index_put((self.expert, self.slot), rows)
 
     @torch.no_grad()
     def condense(self, keep: Tensor, scale: Tensor) -> None:

@@ -19,18 +19,21 @@ from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, SearchSpace
 from gatedadapters.config.space import Where
 from gatedadapters.errors import ArtifactError, PathError, TaskError
-from gatedadapters.paths.expert_lora import ExpertLoRA, ExpertLoRAOptions
+from gatedadapters.paths.weight_lora import WeightLoRA, WeightLoRAOptions
 from gatedadapters.paths.low_rank_sum import LowRankSum
 from gatedadapters.testing import tiny
 from gatedadapters.testing.contracts import awaken
 
-SPACE = SearchSpace(gates=GateConfig(levels=("rank",), stochastic=False), paths=(ExpertLoRAOptions(rank=3),))
+EXPERTS = WeightLoRAOptions(rank=3, at=Where(include="experts"))
+SPACE = SearchSpace(gates=GateConfig(levels=("rank",), stochastic=False), paths=(WeightLoRAOptions(rank=3),))
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
-def attached(model: nn.Module, batch: dict[str, Tensor], *, tasks: tuple[str, ...] = ("default",)) -> ga.Adapters:
+def attached(
+    model: nn.Module, batch: dict[str, Tensor], *, tasks: tuple[str, ...] = ("default",), space: SearchSpace = SPACE
+) -> ga.Adapters:
     """Paths that do something, gates in the middle of their range, some of them closed."""
-    adapters = ga.attach(model, SPACE, batch, tasks=tasks)
+    adapters = ga.attach(model, space, batch, tasks=tasks)
     awaken(adapters)
     assert adapters.bank is not None
     with torch.no_grad():
@@ -42,9 +45,9 @@ def weighted(output: Tensor) -> Tensor:
     return (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)).sum()
 
 
-def typed(adapters: ga.Adapters) -> Iterator[tuple[str, ExpertLoRA]]:
+def typed(adapters: ga.Adapters) -> Iterator[tuple[str, WeightLoRA]]:
     for key, path in adapters.paths.items():
-        assert isinstance(path, ExpertLoRA)
+        assert isinstance(path, WeightLoRA)
         yield key, path
 
 
@@ -55,31 +58,37 @@ def nothing_in_the_way(model: nn.Module) -> bool:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_values_and_gradients_are_those_of_weights_that_were_changed(family: str, implementation: str) -> None:
-    """In float64, gates included: the oracle hands the model whole weights, W + up diag(z) down of each expert."""
+    """Gates included: the oracle hands the model whole weights, W + up diag(z) down of each expert. In float64, where
+    the implementation can.
+    """
     model, batch = tiny(family)
-    plain = copy.deepcopy(model).double()
-    model.double().config._experts_implementation = plain.config._experts_implementation = implementation
+    double = implementation != "grouped_mm"
+    dtype = torch.float64 if double else torch.float32
+    plain = copy.deepcopy(model).to(dtype)
+    model.to(dtype).config._experts_implementation = plain.config._experts_implementation = implementation
     adapters = attached(model, batch)
-    adapters.paths.double()
+    adapters.paths.to(dtype)
     bank = adapters.bank
     assert bank is not None
     ours = model(**batch)[0]
 
     weights, gates = {}, {}
     for key, path in typed(adapters):
-        where, units = bank.slices[key], torch.arange(path.units).view(path.site.experts, 3)
-        gate = gates[key] = bank.deterministic()[0, where].double().requires_grad_()
+        where, units = bank.slices[key], torch.arange(path.units).view(-1, 3)
+        gate = gates[key] = bank.deterministic()[0, where].to(dtype).requires_grad_()
         name = str(path.site.write)
         delta = torch.stack([(path.up[:, own] * gate[own]) @ path.down[own] for own in units])
+        delta = delta if path.site.experts else delta[0]
         weights[name] = plain.get_parameter(name).detach() + (delta.mT if path.site.transposed else delta)
     theirs = functional_call(plain, weights, (), batch)[0]
 
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    tight = {"rtol": 1e-6, "atol": 1e-9} if double else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(ours, theirs, **tight)
     parameters = list(adapters.paths.parameters())
     expected = torch.autograd.grad(weighted(theirs), [*parameters, *gates.values()])
     weighted(ours).backward()
     for parameter, want in zip(parameters, expected, strict=False):
-        torch.testing.assert_close(parameter.grad, want, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(parameter.grad, want, **tight)
     slope = torch.autograd.functional.jvp(  # of a gate in its log alpha
         lambda a: (torch.sigmoid(a) * 1.2 - 0.1).clamp(0, 1), bank.log_alpha.detach(), torch.ones_like(bank.log_alpha)
     )[1]
@@ -87,14 +96,15 @@ def test_values_and_gradients_are_those_of_weights_that_were_changed(family: str
     for key, want in zip(gates, expected[len(parameters) :], strict=True):
         where = bank.slices[key]
         got = bank.log_alpha.grad[0, where]
-        torch.testing.assert_close(got.double(), want * slope[0, where].double(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(got, (want * slope[0, where]).float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads a former name
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_it_equals_pefts_target_parameters(family: str) -> None:
     """Values and gradients of its LoRA at the same parameters, translated from its layout."""
     model, batch = tiny(family)
-    space = SearchSpace(gates=GateConfig(levels=("path",), init=4.6, init_spread=0, stochastic=False), paths=SPACE.paths)
+    space = SearchSpace(gates=GateConfig(levels=("path",), init=4.6, init_spread=0, stochastic=False), paths=(EXPERTS,))
     adapters = ga.attach(model, space, batch)
     awaken(adapters)
     twin, _ = tiny(family)
@@ -108,7 +118,7 @@ def test_it_equals_pefts_target_parameters(family: str) -> None:
     }
     assert layers.keys() == {str(path.site.write) for _, path in typed(adapters)}
 
-    def as_peft(path: ExpertLoRA, value: Tensor) -> Tensor:
+    def as_peft(path: WeightLoRA, value: Tensor) -> Tensor:
         """up (out, experts x rank) -> lora_B (out, rank x experts); lora_A is down as it is."""
         return value.unflatten(1, (path.site.experts, 3)).transpose(1, 2).flatten(1)
 
@@ -169,7 +179,7 @@ def test_a_forward_that_fails_leaves_the_weights_alone(error: type[BaseException
             assert model.state_dict().keys() >= keys
             raise error
 
-        broken.setattr(experts, "act_fn", fail)
+        broken.setattr(experts.act_fn, "forward", fail)
         with pytest.raises(error):
             model(**batch)
     assert issubclass(error, KeyboardInterrupt) or nothing_in_the_way(model)
@@ -178,7 +188,7 @@ def test_a_forward_that_fails_leaves_the_weights_alone(error: type[BaseException
     assert torch.equal(model(**batch)[0], adapted)
     assert nothing_in_the_way(model)
     with monkeypatch.context() as broken:
-        broken.setattr(experts, "act_fn", fail)
+        broken.setattr(experts.act_fn, "forward", fail)
         with pytest.raises(error):
             model(**batch)
     ga.detach(model)
@@ -192,7 +202,8 @@ def test_a_batch_of_several_tasks_equals_one_batch_for_each(family: str, impleme
     """Values and gradients; the module runs on each token once."""
     model, batch = tiny(family)
     model.config._experts_implementation = implementation
-    batch = {name: value.repeat(2, 1) + (name == "input_ids") * torch.arange(4)[:, None] for name, value in batch.items()}
+    batch = {name: value.repeat(2, 1) for name, value in batch.items()}
+    batch["input_ids"] = (batch["input_ids"] + torch.arange(4)[:, None]) % 99
     adapters = attached(model, batch, tasks=("a", "b", "c"))
     ids = torch.tensor([2, 0, 0, 2])
     results = []
@@ -223,7 +234,7 @@ def test_tasks_that_cannot_be_told_apart_inside_the_experts_are_refused() -> Non
 
 def test_a_structure_chooses_among_experts_and_comes_back_from_a_file(tmp_path: FilePath) -> None:
     model, batch = tiny("qwen3_moe")
-    adapters = attached(model, batch)
+    adapters = attached(model, batch, space=SearchSpace(gates=SPACE.gates, paths=(EXPERTS,)))
     bank = adapters.bank
     assert bank is not None
     with torch.no_grad():  # one expert keeps all of its ranks, one keeps the last, the others nothing
@@ -259,7 +270,7 @@ def test_a_structure_chooses_among_experts_and_comes_back_from_a_file(tmp_path: 
 
 def test_condensing_is_the_best_approximation_of_each_expert() -> None:
     model, batch = tiny("mixtral")
-    path = next(path for _, path in typed(ga.attach(model, SPACE, batch)))
+    path = next(path for _, path in typed(ga.attach(model, SPACE, batch)) if path.site.experts)
     awaken(path)
     gate = torch.rand(path.units)
     full = path.delta(gate).detach()
@@ -300,21 +311,20 @@ def test_all_linear_reaches_experts_and_lora_alone_says_what_it_leaves() -> None
     alone = SearchSpace.parse({"paths": [{"kind": "lora"}]}, where="test")
     found, left = candidates(alone, layout)
     assert all("experts" not in key for key in found)
-    assert {misfit.module for misfit in left} == {
-        f"layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
-    }
-    assert all("expert_lora takes them" in misfit.reason for misfit in left)
-    half = SearchSpace(paths=(*alone.paths, ExpertLoRAOptions(at=Where(roles=("down",)))))
+    inside = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    assert {misfit.module for misfit in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside}
+    assert all("weight_lora can go there" in misfit.reason for misfit in left)
+    half = SearchSpace(paths=(*alone.paths, WeightLoRAOptions(at=Where(roles=("down",)))))
     _, left = candidates(half, layout)
-    assert {misfit.module for misfit in left} == {f"layers.{i}.mlp.experts.gate_up_proj" for i in range(2)}
+    assert {misfit.module for misfit in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside[:2]}
 
 
 @pytest.mark.parametrize("experts", [(), (0, 4), (-1,)])
 def test_options_of_another_model_are_refused(experts: tuple[int, ...]) -> None:
     model, batch = tiny("mixtral")
-    path = next(path for _, path in typed(ga.attach(model, SPACE, batch)))
+    path = next(path for _, path in typed(ga.attach(model, SPACE, batch)) if path.site.experts)
     with pytest.raises(PathError, match=r"experts 0\.\.3"):
-        ExpertLoRA(path.site, ExpertLoRAOptions(experts=experts))
+        WeightLoRA(path.site, WeightLoRAOptions(experts=experts))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself
