@@ -374,7 +374,7 @@ class Adapters(nn.Module):
         weights: dict[str, dict[str, list[str]]] = {}
         for key, path in sorted(self._typed_paths(), key=lambda item: (item[1].stage, item[0])):
             site = path.site
-            if site.write.side == "weight":
+            if site.at_weight:
                 weights.setdefault(site.write.module, {}).setdefault(site.write.parameter, []).append(key)
                 continue
             (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
@@ -401,7 +401,7 @@ class Adapters(nn.Module):
         self.tapped.clear()
         self.cut.clear()
         for _, path in self._typed_paths():  # a forward that the keyboard interrupted may have left something
-            if path.site.write.side == "weight" and self._model:
+            if path.site.at_weight and self._model:
                 restore(self.model.get_submodule(path.site.write.module), [path.site.write.parameter])
 
     def detach(self) -> nn.Module:

@@ -116,15 +116,15 @@ class WeightRestorer:
             if pending is None or output is None:
                 return None
             whole_args, whole_kwargs, rows = pending
-            (first, places), *others = rows.items()
-            parts, order = [output], [places]
-            for task, places in others:
+            first, *others = rows.items()
+            parts, order = [output], [first[1]]
+            for task, own in others:
                 restore(module, hook.keys)
                 with adapters.routed_to(task):
                     hook.adapt(module)
-                given, named = cut(whole_args, whole_kwargs, places)
+                given, named = cut(whole_args, whole_kwargs, own)
                 parts.append(module.forward(*given, **named))
-                order.append(places)
+                order.append(own)
             return joined(parts, torch.cat(order).argsort())
         finally:
             restore(module, hook.keys)

@@ -68,7 +68,8 @@ class Sublayer:
     """Maps that together read the hidden state once and add one contribution to it.
 
     Attributes:
-        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution).
+        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution). A map outside
+            the blocks counts as a sub-layer ``"outside"`` where it is asked for.
         name: Qualified name of the smallest module that owns all its maps.
         width: Hidden width read and written.
         reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
@@ -139,6 +140,13 @@ class Layout:
             for sublayer in block.sublayers:
                 for linear in sublayer.maps:
                     yield block, sublayer, linear
+
+    def maps_outside(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
+        """The maps outside the blocks, each as a sub-layer of its own in a nameless block after the last."""
+        for linear in self.outside:
+            ends = linear.name if linear.in_features == linear.out_features else None
+            sublayer = Sublayer("outside", linear.name, linear.in_features, ends, ends, (linear,))
+            yield Block("", len(self.blocks), "", 1, (sublayer,)), sublayer, linear
 
     def table(self) -> str:
         """The layout as text, one line a map."""

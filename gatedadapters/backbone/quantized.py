@@ -1,4 +1,4 @@
-"""Quantised backbones: their weights are not single floating-point tensors, and not every scheme lets gradients pass."""
+"""Quantised backbones: weights that are not one tensor of floating-point numbers, and may let no gradient pass."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from gatedadapters.config.base import Config
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
 
-SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer"]
+SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside"]
 
 
 class Where(Config):
     """Selects points of a layout; every condition given must hold, none given selects everything.
 
     Attributes:
-        sublayers: kinds of sub-layer.
+        sublayers: kinds of sub-layer; `outside` (poolers, heads, projections of embeddings) only where it is named.
         roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
         blocks: block indices; negative ones count from the end.
         stacks: `encoder`, `decoder`, or `""` for a single stack.

@@ -3,9 +3,9 @@
 from gatedadapters.config import PathOptions
 from gatedadapters.paths.base import Misfit, Path, Point, Site
 from gatedadapters.paths.bottleneck import Parallel, Serial
-from gatedadapters.paths.weight_lora import WeightLoRA
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.scale import Scale
+from gatedadapters.paths.weight_lora import WeightLoRA
 
 _KINDS: dict[str, type[Path]] = {}
 
@@ -30,5 +30,16 @@ for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale):
     register(_kind)
 
 __all__ = [
-    "WeightLoRA", "LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register",
+    "LoRA",
+    "Misfit",
+    "Parallel",
+    "Path",
+    "Point",
+    "Scale",
+    "Serial",
+    "Site",
+    "WeightLoRA",
+    "path_class",
+    "path_kinds",
+    "register",
 ]  # fmt: skip

@@ -77,6 +77,11 @@ class Site:
         )
 
     @property
+    def at_weight(self) -> bool:
+        """Whether paths change a weight here, not what a module takes or returns."""
+        return self.write.side == "weight"
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """At a weight: its shape as it is stored."""
         matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
@@ -191,9 +196,7 @@ def map_sites(
     """Sites around every selected linear map; those inside a module that does more are reported, with the kind that
     takes such places `instead`.
     """
-    for block, sublayer, linear in layout.maps():
-        if not selected(options, layout, block, sublayer, linear.name, linear.role):
-            continue
+    for block, sublayer, linear in selected_maps(options, layout):
         if not linear.tappable:
             what = "the weights of several experts" if linear.kind == "experts" else "inside a module that does more"
             reason = f"{what}: no module takes its input and returns its output"
@@ -201,6 +204,15 @@ def map_sites(
             yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, instead)
         else:
             yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
+
+
+def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
+    """Every map of the blocks that `options.at` selects, then those outside them where it names `outside`."""
+    outside = layout.maps_outside() if "outside" in (options.at.sublayers or ()) else ()
+    for block, sublayer, linear in (*layout.maps(), *outside):
+        name = linear.name if linear.kind != "experts" else f"{linear.name}.{linear.parameter}"
+        if selected(options, layout, block, sublayer, name, linear.role):
+            yield block, sublayer, linear
 
 
 def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str) -> Iterator[Site | Misfit]:

@@ -98,14 +98,14 @@ class LowRankSum:
         return y + self._through(x, y, torch.matmul, self.right.mT, self.left.mT)
 
     def _after(self, x: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
-        """x @ self."""
+        """X @ self."""
         y = multiply(x, cast(Any, self.base))
         if self.left.ndim == 2:
             return low_rank(x, y, self.left.t(), self.right.t(), None)
         return y + self._through(x, y, multiply, self.left, self.right)
 
     def _before(self, x: Tensor) -> Tensor:
-        """self @ x."""
+        """Self @ x."""
         y = torch.matmul(cast(Any, self.base), x)
         with in_its_own_type(y):
             return y + self.left.to(y.dtype) @ (self.right.to(y.dtype) @ x.to(y.dtype))

@@ -24,7 +24,7 @@ from torch import Tensor
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-from gatedadapters.paths.base import Misfit, Path, Point, Site, new_parameter, selected
+from gatedadapters.paths.base import Misfit, Path, Point, Site, new_parameter, selected_maps
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.low_rank_sum import LowRankSum
@@ -57,9 +57,9 @@ class WeightLoRAOptions(PathOptions):
 
 
 class WeightLoRA(LoRA):
-    """W_e + up_e diag(z_e) down_e for every expert e; down (units, in), up (out, units), a unit is a rank of one expert.
+    """W_e + up_e diag(z_e) down_e for every expert e; down (units, in), up (out, units).
 
-    A plain matrix counts as a single expert.
+    A unit is one rank of one expert. A plain matrix counts as a single expert.
     """
 
     kind = "weight_lora"
@@ -97,10 +97,8 @@ class WeightLoRA(LoRA):
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
         """Every selected map that `lora` finds no tap for."""
-        for block, sublayer, linear in layout.maps():
-            if linear.tappable or not selected(
-                options, layout, block, sublayer, f"{linear.name}.{linear.parameter}", linear.role
-            ):
+        for block, sublayer, linear in selected_maps(options, layout):
+            if linear.tappable:
                 continue
             weight = Point(linear.name, "weight", linear.parameter)
             yield Site(
@@ -152,7 +150,7 @@ class WeightLoRA(LoRA):
         return LowRankSum(weight, down.mT, up.mT) if site.transposed else LowRankSum(weight, up, down)
 
     def factors(self, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """up with the gate in it (experts, out, r) and down (experts, r, in); r is the largest rank, the rest zeros."""
+        """Up with the gate in it (experts, out, r) and down (experts, r, in); r is the largest rank, the rest zeros."""
         down, up = self.down, self.up.t()
         with in_its_own_type(up):
             if gate is not None:

@@ -235,7 +235,7 @@ class PathContract:
         closed = torch.zeros(path.units)
         assert_equal(path(tapped, target, closed), target)
         assert_equal(path(tapped, target, torch.zeros(1)), target)
-        if _at_weight(path):
+        if path.site.at_weight:
             return
         some = torch.stack([closed, torch.ones(path.units), closed])
         assert_equal(path(tapped, target, some)[[0, 2]], target[[0, 2]])
@@ -245,15 +245,15 @@ class PathContract:
         path = self.path(option)
         tapped, target = _tensors(path)
         plain = path(tapped, target, None)
-        per_example = () if _at_weight(path) else (torch.ones(3, path.units), torch.ones(3, 1))
-        for gate in (torch.ones(1), torch.ones(path.units), *per_example):
+        gates = (torch.ones(1), torch.ones(path.units), torch.ones(3, path.units), torch.ones(3, 1))
+        for gate in gates[: 2 if path.site.at_weight else None]:
             torch.testing.assert_close(path(tapped, target, gate), plain)
 
     def test_gates_per_example_equal_each_example_alone(self, option: PathOptions) -> None:
         """Values and gradients, for one gate a unit and one for the whole path; a weight has no examples."""
         path = self.path(option)
         tapped, target = _tensors(path)
-        if _at_weight(path):
+        if path.site.at_weight:
             _assert_refused_by_name(path, tapped, target, torch.rand(3, path.units))
             return
         for width in {1, path.units}:
@@ -277,7 +277,7 @@ class PathContract:
             [None, torch.rand(units), torch.rand(1)],
             [torch.rand(3, units), None, torch.rand(1)],
             [torch.rand(3, 1), torch.rand(units), torch.rand(3, units)],
-        ][: 2 if _at_weight(paths[0]) else None]
+        ][: 2 if paths[0].site.at_weight else None]
         for gates in mixtures:
             expected = target
             for path, gate in zip(paths, gates, strict=True):
@@ -289,9 +289,10 @@ class PathContract:
         """In float64: with respect to what is tapped, the target, the gates and every parameter."""
         path = self.path(option.resized(min(3, option.size))).double()
         names, values = zip(*path.named_parameters(), strict=True)
-        at_weight = _at_weight(path)
-        tapped, target = (t.double()[:, : None if at_weight else 2].clone().requires_grad_() for t in _tensors(path))
-        for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if at_weight else None]:
+        tapped, target = (
+            t.double()[:, : None if path.site.at_weight else 2].clone().requires_grad_() for t in _tensors(path)
+        )
+        for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if path.site.at_weight else None]:
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
             taps = () if _same_tensor(path.site) else (tapped,)
 
@@ -357,7 +358,7 @@ class PathContract:
         path = self.path(option)
         site = path.site
         *leading, width = _tensors(path)[1].shape
-        for shape in (leading,) if _at_weight(path) else ((4,), (2, 3), (2, 3, 5)):
+        for shape in (leading,) if path.site.at_weight else ((4,), (2, 3), (2, 3, 5)):
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
                     target = torch.randn(*shape, width).to(dtype).requires_grad_()
@@ -477,14 +478,10 @@ def _same_tensor(site: Site) -> bool:
     return site.tap == site.write
 
 
-def _at_weight(path: Path) -> bool:
-    return path.site.write.side == "weight"
-
-
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
     """What a site carries for 3 examples of 5 tokens, or the weight it stands at."""
     generator = torch.Generator().manual_seed(3)
-    if _at_weight(path):
+    if path.site.at_weight:
         weight = torch.randn(path.site.weight_shape, generator=generator)
         return weight, weight
     target = torch.randn(3, 5, path.site.width_out, generator=generator)

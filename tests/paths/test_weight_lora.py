@@ -19,8 +19,8 @@ from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, SearchSpace
 from gatedadapters.config.space import Where
 from gatedadapters.errors import ArtifactError, PathError, TaskError
-from gatedadapters.paths.weight_lora import WeightLoRA, WeightLoRAOptions
 from gatedadapters.paths.low_rank_sum import LowRankSum
+from gatedadapters.paths.weight_lora import WeightLoRA, WeightLoRAOptions
 from gatedadapters.testing import tiny
 from gatedadapters.testing.contracts import awaken
 
@@ -135,7 +135,9 @@ def test_it_equals_pefts_target_parameters(family: str) -> None:
         assert path.down.grad is not None
         assert path.up.grad is not None
         torch.testing.assert_close(path.down.grad, layer.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(as_peft(path, path.up.grad), layer.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            as_peft(path, path.up.grad), layer.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -167,7 +169,9 @@ def test_an_implementation_that_hides_its_products_gets_whole_weights(monkeypatc
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_forward_that_fails_leaves_the_weights_alone(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_fails_leaves_the_weights_alone(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = tiny("mixtral")
     before, keys = model(**batch)[0], model.state_dict().keys()
     adapters = attached(model, batch)
