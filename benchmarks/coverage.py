@@ -82,13 +82,16 @@ def theirs(family: str) -> set[str] | str:
     import peft
 
     model, _ = tiny(family)
-    names = {id(module): name for name, module in model.named_modules()}
     try:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    layers = [m for m in wrapped.modules() if isinstance(m, peft.tuners.lora.LoraLayer) and hasattr(m, "base_layer")]
-    return {f"{names[id(layer.base_layer)]}.weight" for layer in layers if layer.lora_A}
+    reached = set()
+    for name, module in wrapped.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            place = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            reached.add(f"{place}.{getattr(module, 'parameter_name', 'weight')}")
+    return reached
 
 
 def cover(family: str) -> Coverage:

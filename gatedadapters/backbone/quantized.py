@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def check_gradients_pass(model: nn.Module) -> None:
         x = torch.ones(2, int(module.in_features), dtype=own, device=device, requires_grad=True)  # type: ignore[arg-type]
         try:
             with torch.enable_grad():
-                y: Tensor = module.forward(x)
+                out: Any = module.forward(x)
+                y: Tensor = out if isinstance(out, Tensor) else out[0]
                 gradient = torch.autograd.grad(y.float().sum(), x)[0] if y.requires_grad else None
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
