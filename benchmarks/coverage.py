@@ -153,8 +153,10 @@ def table(rows: list[Coverage]) -> str:
             there = f"{percent(row.peft[0], row.matrices)} | {percent(row.peft[1], row.elements)}"
         lines.append(f"| {row.family} | {row.matrices} | {here} | {there} |\n")
     left = [f"- {row.family}: {line}\n" for row in rows for line in row.left] or ["- nothing\n"]
+    refused = [f"- {row.family}: {row.peft}\n" for row in rows if isinstance(row.peft, str)]
+    refused = ["\nRefused by peft:\n\n", *refused] if refused else []
     head = HEAD.format(peft=version("peft"), transformers=version("transformers"))
-    return "".join([head, *lines, "\nNot reached by ours:\n\n", *left, NOTES])
+    return "".join([head, *lines, "\nNot reached by ours:\n\n", *left, *refused, NOTES])
 
 
 def measure() -> list[Coverage]:

@@ -375,7 +375,7 @@ class Adapters(nn.Module):
         for key, path in sorted(self._typed_paths(), key=lambda item: (item[1].stage, item[0])):
             site = path.site
             if site.at_weight:
-                weights.setdefault(site.write.module, {}).setdefault(site.write.parameter, []).append(key)
+                weights.setdefault(site.host, {}).setdefault(site.weight_name, []).append(key)
                 continue
             (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
             if site.tap.module != site.write.module:
@@ -402,7 +402,7 @@ class Adapters(nn.Module):
         self.cut.clear()
         for _, path in self._typed_paths():  # a forward that the keyboard interrupted may have left something
             if path.site.at_weight and self._model:
-                restore(self.model.get_submodule(path.site.write.module), [path.site.write.parameter])
+                restore(self.model.get_submodule(path.site.host), [path.site.weight_name])
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.

@@ -197,7 +197,7 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
     paths: dict[str, Path] = {}
     for record in structure.paths:
         site = Site.from_dict(record.site.model_dump())
-        for point in (site.tap, site.write):
+        for point in (site.tap, site.write):  # a host contains the weight's module
             module = modules.get(point.module)
             weight = module._parameters.get(point.parameter) if module is not None else None
             if module is None or (point.parameter and (weight is None or tuple(weight.shape) != site.weight_shape)):

@@ -50,6 +50,7 @@ class SiteRecord(Config):
     traffic: float
     experts: int = 0
     transposed: bool = False
+    host: str = ""
 
 
 class KeptPath(Config):

@@ -1,4 +1,4 @@
-"""The hooks that put paths at the weights of a module, for as long as it runs.
+"""The hooks that put paths at weights, for as long as the module that uses them runs.
 
 A parameter lives in `module._parameters`, which attribute access consults last: what lies in the instance's `__dict__`
 under the same name hides it. So the module computes with another weight, and no parameter was replaced: state dict,
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import TaskError
 from gatedadapters.hooks import first_tensor
 
@@ -63,16 +64,18 @@ class WeightHook:
         """Hide each weight that has an open path behind what the path makes of it."""
         implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
         transparent = implementation in _TRANSPARENT and not torch.compiler.is_compiling()
-        for parameter, keys in self.keys.items():
-            weight: Tensor | LowRankSum = module._parameters[parameter]  # type: ignore[assignment]
-            before = weight
+        for name, keys in self.keys.items():
+            owner, parameter = owner_of(module, name)
+            before = cast(Tensor, owner._parameters[parameter])
+            weight: Tensor | LowRankSum = before
             for key in keys:
                 is_open, gate = self.adapters.gate(key)
                 if is_open:
-                    path = cast("WeightLoRA", self.adapters.paths[key])
-                    weight = path.lazy(weight, gate)
+                    weight = cast("WeightLoRA", self.adapters.paths[key]).lazy(weight, gate)
             if weight is not before:
-                module.__dict__[parameter] = weight if transparent else cast("LowRankSum", weight).dense()
+                # A single matrix may go to kernels of any kind, and its copy costs little.
+                lazy = is_quantized(before) or (transparent and before.dim() == 3)
+                owner.__dict__[parameter] = weight if lazy else cast("LowRankSum", weight).dense()
 
     def rows_of_tasks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
         """For each task of the batch, the rows of the module's tensors that are its tokens.
@@ -89,8 +92,9 @@ class WeightHook:
         # One argument with every token for every expert, expert by expert (Llama 4); else one row for each token.
         copies = site.experts if len(tensors) == 1 and site.traffic == site.experts else 1
         tokens = rows // copies
-        lists = any(isinstance(value, (list, tuple)) for value in values)  # counts per expert: rows are sorted
-        if lists or tokens % len(ids) or any(len(tensor) != rows for tensor in tensors):
+        plain = (Tensor, bool, int, float, str, type(None))
+        others = any(not isinstance(value, plain) for value in values)  # counts of sorted rows, caches of past tokens
+        if others or tokens % len(ids) or any(len(tensor) != rows for tensor in tensors):
             raise TaskError(
                 "a batch of several tasks cannot be told apart inside this module",
                 expected="one row for each token of the batch in every argument",
@@ -130,10 +134,17 @@ class WeightRestorer:
             restore(module, hook.keys)
 
 
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module among `module` and its descendants that has the parameter, and the parameter's last name."""
+    inner, _, parameter = name.rpartition(".")
+    return module.get_submodule(inner), parameter
+
+
 def restore(module: nn.Module, parameters: Iterable[str]) -> None:
-    """Let the module see its own parameters again."""
+    """Let a module and those in it see their own parameters again."""
     for name in parameters:
-        module.__dict__.pop(name, None)
+        owner, parameter = owner_of(module, name)
+        owner.__dict__.pop(parameter, None)
 
 
 def cut(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:

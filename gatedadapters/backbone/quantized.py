@@ -27,7 +27,7 @@ def parts(weight: Tensor) -> list[Tensor]:
     """The plain tensors that a weight consists of: integers and scales of a quantised one, else itself."""
     if not (is_quantized(weight) and is_traceable_wrapper_subclass(weight)):
         return [weight]
-    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = weight.__tensor_flatten__()
     return [part for name in names for part in parts(getattr(weight, name))]
 
 

@@ -80,6 +80,7 @@ class MapUse:
     reads: Labels
     block: str | None
     stack: str | None  # the stack running, or the last one that ran
+    host: str  # the module running, not always the one that owns the weight
 
 
 @dataclass(slots=True)
@@ -398,7 +399,8 @@ class Tracer(TorchDispatchMode):
         if block is not None and not reads:
             rows = 0  # relative positions, not tokens
         name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
-        use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack)
+        host = self._stack[-1].name if self._stack else ""
+        use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack, host)
         self.trace.uses.append(use)
         if not has_stream(reads):
             self.trace.links.append(maps_of(reads) | {key})

@@ -35,7 +35,7 @@ class Site:
 
     `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). Where a
     map has no module boundary of its own, tap and write are its weight: (out, in), or (in, out) if `transposed`, for
-    a stack of `experts` with those in front.
+    a stack of `experts` with those in front; `host` is the module that uses it.
     """
 
     tap: Point
@@ -49,6 +49,7 @@ class Site:
     traffic: float = 1.0
     experts: int = 0
     transposed: bool = False
+    host: str = ""
 
     def __post_init__(self) -> None:
         if self.tap.side == "output" and self.tap != self.write:
@@ -80,6 +81,11 @@ class Site:
     def at_weight(self) -> bool:
         """Whether paths change a weight here, not what a module takes or returns."""
         return self.write.side == "weight"
+
+    @property
+    def weight_name(self) -> str:
+        """At a weight: its name inside the host."""
+        return str(self.write).removeprefix(f"{self.host}.")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -197,9 +203,8 @@ def map_sites(
     takes such places `instead`.
     """
     for block, sublayer, linear in selected_maps(options, layout):
-        if not linear.tappable:
-            what = "the weights of several experts" if linear.kind == "experts" else "inside a module that does more"
-            reason = f"{what}: no module takes its input and returns its output"
+        if linear.host:
+            reason = f"{linear.host} multiplies with it and does more: no module takes its input and returns its output"
             reason += f"; {instead} can go there" if instead else ""
             yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, instead)
         else:

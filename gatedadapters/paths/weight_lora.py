@@ -1,8 +1,9 @@
-"""LoRA at a weight itself: fused experts, each with ranks of its own, and routers.
+"""LoRA at a weight itself: fused experts, each with ranks of its own, routers, and weights used from outside.
 
 Since transformers 5 the experts of a block are one parameter (experts, out, in) and no modules, so that nothing carries
-the input or the output of a single expert; routers multiply and choose in one module. These paths therefore stand at
-the *weight*: while its module runs, a `LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are
+the input or the output of a single expert; routers multiply and choose in one module; Mamba's mixer uses a weight of a
+child that it never calls. These paths therefore stand at the *weight*: while the module that uses it runs, a
+`LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are
 the alternative that all experts share.
 
 References:
@@ -98,12 +99,16 @@ class WeightLoRA(LoRA):
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
         """Every selected map that `lora` finds no tap for."""
         for block, sublayer, linear in selected_maps(options, layout):
-            if linear.tappable:
+            if not linear.host:
+                continue
+            if not f"{linear.name}.".startswith(f"{linear.host}."):
+                reason = f"used by {linear.host}, which does not contain it"
+                yield Misfit(cls.kind, f"{linear.name}.{linear.parameter}", reason)
                 continue
             weight = Point(linear.name, "weight", linear.parameter)
             yield Site(
                 weight, weight, linear.in_features, linear.out_features, block.name, block.index, sublayer.kind,
-                linear.role, linear.traffic, linear.experts, linear.transposed,
+                linear.role, linear.traffic, linear.experts, linear.transposed, linear.host,
             )  # fmt: skip
 
     @classmethod

@@ -56,7 +56,7 @@ def nothing_in_the_way(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "jamba"])
 def test_values_and_gradients_are_those_of_weights_that_were_changed(family: str, implementation: str) -> None:
     """Gates included: the oracle hands the model whole weights, W + up diag(z) down of each expert. In float64, where
     the implementation can.
@@ -145,7 +145,8 @@ def test_it_equals_pefts_target_parameters(family: str) -> None:
 def test_no_weight_is_ever_copied(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny(family)
     model.config._experts_implementation = implementation
-    attached(model, batch)
+    stacks = SearchSpace(gates=SPACE.gates, paths=(WeightLoRAOptions(rank=3, at=Where(exclude="router|gate$")),))
+    attached(model, batch, space=stacks)
     monkeypatch.setattr(LowRankSum, "dense", lambda self: pytest.fail("the sum was formed"))
     weighted(model(**batch)[0]).backward()
 
@@ -332,6 +333,7 @@ def test_options_of_another_model_are_refused(experts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf:UserWarning")  # and looks at it
 def test_compiled_experts_give_what_eager_ones_do() -> None:
     model, batch = tiny("mixtral")
     adapters = attached(model, batch)
