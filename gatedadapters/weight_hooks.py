@@ -100,7 +100,7 @@ class WeightHook:
                 expected="one row for each token of the batch in every argument",
                 got=", ".join(str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values),
                 where=self.module,
-                fix="train on batches of one task each, or exclude this module from weight_lora",
+                fix="batches of one task each, use_cache=False where a cache is in the way, or weight_lora elsewhere",
             )
         owner = ids.to(first.device).repeat_interleave(tokens // len(ids)).repeat(copies)
         return {task: (owner == task).nonzero().flatten() for task in self.adapters.tasks_of_batch()}

@@ -14,4 +14,4 @@ class TestRegisteredKinds(PathContract):
 
 class TestWeightLoRA(PathContract):
     options = WeightLoRAOptions(rank=3)
-    families = ("mixtral", "gpt_oss", "qwen3_next")
+    families = ("mixtral", "gpt_oss", "qwen2_moe")
