@@ -134,12 +134,16 @@ NOTES = """
 Beside the matrices, kernels of convolutions along the tokens and state matrices of recurrences (`A_log`) stay
 as they are: they multiply element by element, so that a low-rank factor has no meaning there.
 
-Where a module takes a map's input and returns its output, `lora` stands around it. Fused experts, and routers
-that choose, have no such module; `weight_lora` stands at the weight itself, where each expert has ranks of its
-own: `rank` units of in + out parameters at every expert, chosen one by one. With the `eager`, `batched_mm` and
-`grouped_mm` implementations of transformers' experts it costs low-rank products on the tokens and no copy of
-the weights; with others, and under `torch.compile`, one copy of the adapted weights a call. A batch of several
-tasks runs through such modules one task after the other, each token once.
+Where a module takes a map's input and returns its output, `lora` stands around it. Fused experts, routers that
+choose, and Mamba's time-step projection, whose weight is used without calling it, have no such module;
+`weight_lora` stands at the weight itself, where each expert has ranks of its own: `rank` units of in + out
+parameters at every expert, chosen one by one. At stacks of experts, with the `eager`, `batched_mm` and
+`grouped_mm` implementations of transformers, it costs low-rank products on the tokens and no copy of the
+weights; with other implementations, under `torch.compile`, and at single matrices, one copy of the weight a
+call. A batch of several tasks runs through such modules one task after the other, each token once.
+
+Measured with the PyTorch code of transformers. Fused training kernels for Mamba (`mamba-ssm`) take the weights of
+`x_proj` and `out_proj` without calling these modules, so that what stands around them does nothing there.
 """
 
 

@@ -202,11 +202,12 @@ def test_a_forward_that_fails_leaves_the_weights_alone(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", ["qwen2_moe", "llama4"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "llama4", "jamba"])
 def test_a_batch_of_several_tasks_equals_one_batch_for_each(family: str, implementation: str) -> None:
     """Values and gradients; the module runs on each token once."""
     model, batch = tiny(family)
     model.config._experts_implementation = implementation
+    model.config.use_cache = False
     batch = {name: value.repeat(2, 1) for name, value in batch.items()}
     batch["input_ids"] = (batch["input_ids"] + torch.arange(4)[:, None]) % 99
     adapters = attached(model, batch, tasks=("a", "b", "c"))
@@ -226,7 +227,12 @@ def test_a_batch_of_several_tasks_equals_one_batch_for_each(family: str, impleme
 
 
 def test_tasks_that_cannot_be_told_apart_inside_the_experts_are_refused() -> None:
-    """JetMoE's experts get tokens sorted by expert, of whose examples nothing is known."""
+    """JetMoE's experts get tokens sorted by expert, Mamba's mixer holds the past of the whole batch."""
+    mamba, batch = tiny("mamba")
+    attached(mamba, batch, tasks=("a", "b"))
+    with pytest.raises(TaskError, match=r"cannot be told apart(.|\n)*Cache(.|\n)*use_cache=False"):
+        mamba(**batch, task_ids=torch.tensor([0, 1]))
+    mamba(**batch, task_ids=torch.tensor([0, 1]), use_cache=False)
     model, batch = tiny("jetmoe")
     adapters = attached(model, batch, tasks=("a", "b"))
     with pytest.raises(TaskError, match=r"cannot be told apart(.|\n)*input_linear(.|\n)*fix:"):
