@@ -21,6 +21,7 @@ from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputAncho
 from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
 from gatedadapters.structure import Fingerprint, Structure
+from gatedadapters.weight_hooks import WeightHook, WeightRestorer, restore
 
 NAME = "gated_adapters"
 
@@ -54,8 +55,10 @@ class Adapters(nn.Module):
         self.head_names: tuple[str, ...] = ()
         self.enabled = True
         self.tapped: dict[str, Tensor] = {}
+        self.cut: dict[str, Any] = {}  # calls of experts under way, one task after the other
         self._task: int | None = 0 if len(self.tasks) == 1 else None
         self._routed: int | Tensor | None = None
+        self._distinct: tuple[Tensor, tuple[int, ...]] | None = None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
@@ -95,6 +98,29 @@ class Adapters(nn.Module):
             )
         task = self._routed
         return True, per_task[task] if isinstance(task, int) else per_task[task.to(per_task.device)]
+
+    @property
+    def routed(self) -> int | Tensor | None:
+        """The task of the present batch, or of each of its examples; None where nothing said so."""
+        return self._routed
+
+    def tasks_of_batch(self) -> tuple[int, ...]:
+        """The tasks that the present batch has examples of."""
+        routed = self._routed
+        if isinstance(routed, Tensor):
+            if self._distinct is None or self._distinct[0] is not routed:  # one host read a batch, not one a module
+                self._distinct = routed, tuple(routed.unique().tolist())
+            return self._distinct[1]
+        return () if routed is None else (routed,)
+
+    @contextmanager
+    def routed_to(self, task: int | None) -> Iterator[None]:
+        """Within this context the present batch counts as one of this task."""
+        before, self._routed = self._routed, task
+        try:
+            yield
+        finally:
+            self._routed = before
 
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
@@ -345,8 +371,12 @@ class Adapters(nn.Module):
         inputs: dict[str, list[str]] = {}
         outputs: dict[str, list[str]] = {}
         stashes: dict[str, set[str]] = {}
+        weights: dict[str, dict[str, list[str]]] = {}
         for key, path in sorted(self._typed_paths(), key=lambda item: (item[1].stage, item[0])):
             site = path.site
+            if site.at_weight:
+                weights.setdefault(site.host, {}).setdefault(site.weight_name, []).append(key)
+                continue
             (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
             if site.tap.module != site.write.module:
                 stashes.setdefault(site.write.module, set()).add(site.tap.module)
@@ -359,12 +389,20 @@ class Adapters(nn.Module):
             last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
             hook_out = OutputHook(self, keys, last)
             self._handles.append(modules[name].register_forward_hook(hook_out, with_kwargs=True))
+        for name, by_parameter in weights.items():
+            hook_in = WeightHook(self, name, by_parameter)
+            self._handles.append(modules[name].register_forward_pre_hook(hook_in, with_kwargs=True))
+            self._handles.append(modules[name].register_forward_hook(WeightRestorer(hook_in), always_call=True))
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.tapped.clear()
+        self.cut.clear()
+        for _, path in self._typed_paths():  # a forward that the keyboard interrupted may have left something
+            if path.site.at_weight and self._model:
+                restore(self.model.get_submodule(path.site.host), [path.site.weight_name])
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
@@ -380,7 +418,7 @@ class Adapters(nn.Module):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tapped": {}}
+        return {**self.__dict__, "tapped": {}, "cut": {}, "_distinct": None}
 
 
 def get_adapters(model: nn.Module) -> Adapters:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gatedadapters.adapters import NAME, Adapters, get_adapters
 from gatedadapters.backbone import Layout, discover
+from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.fingerprint import fingerprint
@@ -18,6 +19,7 @@ from gatedadapters.gates import GateBank, Group
 from gatedadapters.hooks import InputHook, OutputHook
 from gatedadapters.paths import Misfit, Path, Site, path_class
 from gatedadapters.structure import Fingerprint, Structure
+from gatedadapters.weight_hooks import WeightHook
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def attach(
         seed: of path weights, gates and gate noise; equal seeds give equal adapters on every machine and rank.
 
     Raises:
-        AttachError: the model or a part of it already has adapters; a penalty on a Structure.
+        AttachError: the model or a part of it already has adapters; a penalty on a Structure; quantised weights
+            through which no gradient passes.
         LayoutError: no repeated blocks, or the sample batch does not run.
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
@@ -60,7 +63,7 @@ def attach(
     """
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook) for hook in hooks):
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
             raise AttachError(
                 "this model already has adapters",
                 expected="a model without adapters, as a whole and in its parts",
@@ -70,6 +73,7 @@ def attach(
             )
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = _head_parameters(model, heads)
+    check_gradients_pass(model)
     identity = fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
         if penalty is not None:
@@ -131,9 +135,12 @@ def candidates(space: SearchSpace, layout: Layout) -> tuple[dict[str, tuple[Path
             if isinstance(site, Misfit):
                 misfits.append(site)
                 continue
-            stem = f"{site.tap.module.replace('.', '/')}:{options.kind}"
+            place = str(site.tap) if site.tap.parameter else site.tap.module
+            stem = f"{place.replace('.', '/')}:{options.kind}"
             seen[stem] += 1
             found[stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"] = (options, site)
+    taken = {(options.kind, str(site.tap)) for options, site in found.values()}
+    misfits = [misfit for misfit in misfits if (misfit.instead, misfit.module) not in taken]
     if not found:
         offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
         raise PathError(
@@ -190,15 +197,17 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
     paths: dict[str, Path] = {}
     for record in structure.paths:
         site = Site.from_dict(record.site.model_dump())
-        missing = [point.module for point in (site.tap, site.write) if point.module not in modules]
-        if missing:
-            raise PathError(
-                "this structure does not fit the model",
-                expected=f"a module {missing[0]}",
-                got="none of that name",
-                where=f"path {record.key} on {type(model).__name__}",
-                fix="attach it to the backbone it was made for",
-            )
+        for point in (site.tap, site.write):  # a host contains the weight's module
+            module = modules.get(point.module)
+            weight = module._parameters.get(point.parameter) if module is not None else None
+            if module is None or (point.parameter and (weight is None or tuple(weight.shape) != site.weight_shape)):
+                raise PathError(
+                    "this structure does not fit the model",
+                    expected=f"{point} of shape {site.weight_shape}" if point.parameter else point.module,
+                    got="none of that name" if weight is None else f"shape {tuple(weight.shape)}",
+                    where=f"path {record.key} on {type(model).__name__}",
+                    fix="attach it to the backbone it was made for",
+                )
         path = path_class(record.options)(site, record.options, generator)
         if len(structure.tasks) > 1:
             path.routing = torch.tensor(

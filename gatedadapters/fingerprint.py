@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
+from gatedadapters.backbone.quantized import is_quantized, parts
 from gatedadapters.structure import Fingerprint
 
 _SAMPLES = 64
@@ -23,8 +24,10 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
         if name in skip or "gated_adapters." in name:
             continue
         shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
-        if parameter.device.type != "meta" and parameter.is_floating_point():
-            flat = parameter.detach().reshape(-1)
+        for part in parts(parameter.detach()):
+            if part.device.type == "meta" or not (part.is_floating_point() or is_quantized(parameter)):
+                continue
+            flat = part.reshape(-1)
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
             values.update(picked.view(torch.int16).numpy().tobytes())
     return Fingerprint(

@@ -32,7 +32,8 @@ class PointRecord(Config):
     """A `Point` as data."""
 
     module: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "weight"]
+    parameter: str = ""
 
 
 class SiteRecord(Config):
@@ -47,6 +48,9 @@ class SiteRecord(Config):
     sublayer: str
     role: str
     traffic: float
+    experts: int = 0
+    transposed: bool = False
+    host: str = ""
 
 
 class KeptPath(Config):
@@ -150,7 +154,7 @@ class Structure(Config):
                             "units": {task: units},
                             "params": each * len(units),
                             "flops": record.flops / len(record.kept) * len(units),
-                            "options": record.options.resized(len(units)),
+                            "options": record.options.select([record.kept.index(unit) for unit in units]),
                             "open_probability": {t: p for t, p in record.open_probability.items() if t == task},
                         }
                     )

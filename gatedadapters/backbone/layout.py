@@ -47,6 +47,9 @@ class LinearMap:
         parameter: Name of the parameter inside the module.
         experts: Number of experts for kind ``"experts"``, else 0.
         transposed: Whether the last two dimensions are stored as (in, out).
+        host: ``""`` where the owning module takes what the map reads and returns what it writes. Else the module that
+            does the multiplication among other things: a stack of experts, a router that also chooses among them, a
+            state-space mixer that uses the weight of a child without calling it.
     """
 
     name: str
@@ -58,6 +61,7 @@ class LinearMap:
     parameter: str = "weight"
     experts: int = 0
     transposed: bool = False
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Sublayer:
     """Maps that together read the hidden state once and add one contribution to it.
 
     Attributes:
-        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution).
+        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution). A map outside
+            the blocks counts as a sub-layer ``"outside"`` where it is asked for.
         name: Qualified name of the smallest module that owns all its maps.
         width: Hidden width read and written.
         reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
@@ -136,6 +141,13 @@ class Layout:
             for sublayer in block.sublayers:
                 for linear in sublayer.maps:
                     yield block, sublayer, linear
+
+    def maps_outside(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
+        """The maps outside the blocks, each as a sub-layer of its own in a nameless block after the last."""
+        for linear in self.outside:
+            ends = linear.name if linear.in_features == linear.out_features else None
+            sublayer = Sublayer("outside", linear.name, linear.in_features, ends, ends, (linear,))
+            yield Block("", len(self.blocks), "", 1, (sublayer,)), sublayer, linear
 
     def table(self) -> str:
         """The layout as text, one line a map."""
@@ -264,7 +276,12 @@ class _Assembly:
             if has_stream(use.reads) and _common([key.name, use.map.name]).startswith(f"{block.name}.")
         ]
         sublayers = []
-        for group in roles.groups(uses, [*self.trace.links, *scaling], written):
+        found = roles.groups(uses, [*self.trace.links, *scaling], written)
+        # What is added to the hidden state only for a later sub-layer to read: Zamba 2's shared transformer.
+        read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
+        lent = {key for group in found if not group.writers for key in read & group.uses.keys()}
+        written |= lent
+        for group in (replace(group, writers=group.writers | (lent & group.uses.keys())) for group in found):
             if not group.writers:
                 self.reasons |= dict.fromkeys(group.uses, f"its values do not reach the output of {block.name}")
                 continue
@@ -327,6 +344,7 @@ class _Assembly:
         stack = self.calls[home][0].stack if home else uses[0].stack
         tokens = self.tokens.get(stack or "") or next(iter(self.tokens.values()))
         experts = weight.shape[0] if weight is not None and weight.dim() == 3 else 0
+        plain = not experts and uses[0].host == key.name and key.name not in self.trace.composite
         return LinearMap(
             name=key.name,
             kind="experts" if experts else "conv1d" if uses[0].transposed else "linear",
@@ -337,6 +355,7 @@ class _Assembly:
             parameter=key.parameter,
             experts=experts,
             transposed=uses[0].transposed,
+            host="" if plain else uses[0].host,
         )
 
     def _reason(self, key: Map) -> str:

@@ -80,6 +80,7 @@ class MapUse:
     reads: Labels
     block: str | None
     stack: str | None  # the stack running, or the last one that ran
+    host: str  # the module running, not always the one that owns the weight
 
 
 @dataclass(slots=True)
@@ -129,6 +130,7 @@ class Trace:
     routed: set[Map] = field(default_factory=set)  # decided which experts run
     seen: set[Map] = field(default_factory=set)  # weights that took part in any operation
     called: set[str] = field(default_factory=set)  # modules that ran
+    composite: set[str] = field(default_factory=set)  # modules that returned more than one tensor
 
 
 _MIXING = {"convolution", "_convolution", "cumsum", "cumprod", "roll", "flip", "_fft_r2c", "_fft_c2c"}
@@ -231,6 +233,8 @@ class Tracer(TorchDispatchMode):
             while self._stack[-1].name != name:
                 self._stack.pop()  # a module that raised, and was caught
             call, out = self._stack[-1], first_tensor(output)
+            if not isinstance(output, Tensor):
+                self.trace.composite.add(name)
             if out is not None:
                 self._opaque_linear(name, module, call, out)
                 call.writes, call.write_shape = self._of(out), tuple(out.shape)
@@ -395,7 +399,8 @@ class Tracer(TorchDispatchMode):
         if block is not None and not reads:
             rows = 0  # relative positions, not tokens
         name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
-        use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack)
+        host = self._stack[-1].name if self._stack else ""
+        use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack, host)
         self.trace.uses.append(use)
         if not has_stream(reads):
             self.trace.links.append(maps_of(reads) | {key})

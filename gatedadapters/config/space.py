@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,14 +14,14 @@ from gatedadapters.config.base import Config
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
 
-SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer"]
+SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside"]
 
 
 class Where(Config):
     """Selects points of a layout; every condition given must hold, none given selects everything.
 
     Attributes:
-        sublayers: kinds of sub-layer.
+        sublayers: kinds of sub-layer; `outside` (poolers, heads, projections of embeddings) only where it is named.
         roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
         blocks: block indices; negative ones count from the end.
         stacks: `encoder`, `decoder`, or `""` for a single stack.
@@ -90,6 +90,10 @@ class PathOptions(Config):
         if size != self.size:
             raise ConfigError(expected="one unit", got=f"{size} units", where=f"path {self.kind!r}", fix="keep size 1")
         return self
+
+    def select(self, units: Sequence[int]) -> Self:
+        """The options of a candidate that keeps only `units` (positions among its units, sorted)."""
+        return self.resized(len(units))
 
 
 def _parse_options(value: Any) -> Any:

@@ -5,6 +5,7 @@ from gatedadapters.paths.base import Misfit, Path, Point, Site
 from gatedadapters.paths.bottleneck import Parallel, Serial
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.scale import Scale
+from gatedadapters.paths.weight_lora import WeightLoRA
 
 _KINDS: dict[str, type[Path]] = {}
 
@@ -25,9 +26,20 @@ def path_kinds() -> dict[str, type[Path]]:
     return dict(_KINDS)
 
 
-for _kind in (LoRA, Serial, Parallel, Scale):
+for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale):
     register(_kind)
 
 __all__ = [
-    "LoRA", "Misfit", "Parallel", "Path", "Point", "Scale", "Serial", "Site", "path_class", "path_kinds", "register",
+    "LoRA",
+    "Misfit",
+    "Parallel",
+    "Path",
+    "Point",
+    "Scale",
+    "Serial",
+    "Site",
+    "WeightLoRA",
+    "path_class",
+    "path_kinds",
+    "register",
 ]  # fmt: skip

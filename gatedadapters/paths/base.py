@@ -19,20 +19,23 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One module of the layout and the side tapped."""
+    """One module of the layout and the side tapped; for side `weight`, its `parameter` itself."""
 
     module: str
-    side: Side
+    side: Literal[Side, "weight"]
+    parameter: str = ""
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.side}"
+        return f"{self.module}.{self.parameter or self.side}"
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
 
-    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0).
+    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). Where a
+    map has no module boundary of its own, tap and write are its weight: (out, in), or (in, out) if `transposed`, for
+    a stack of `experts` with those in front; `host` is the module that uses it.
     """
 
     tap: Point
@@ -44,6 +47,9 @@ class Site:
     sublayer: str
     role: str
     traffic: float = 1.0
+    experts: int = 0
+    transposed: bool = False
+    host: str = ""
 
     def __post_init__(self) -> None:
         if self.tap.side == "output" and self.tap != self.write:
@@ -71,6 +77,22 @@ class Site:
             linear.traffic,
         )
 
+    @property
+    def at_weight(self) -> bool:
+        """Whether paths change a weight here, not what a module takes or returns."""
+        return self.write.side == "weight"
+
+    @property
+    def weight_name(self) -> str:
+        """At a weight: its name inside the host."""
+        return str(self.write).removeprefix(f"{self.host}.")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """At a weight: its shape as it is stored."""
+        matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
+        return (self.experts, *matrix) if self.experts else matrix
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -83,11 +105,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A selected place where a path cannot go, and why; reported, never dropped silently."""
+    """A selected place where a path cannot go, and why; reported, never dropped silently.
+
+    `instead` names the kind made for such places: where a space offers that one too, nothing is amiss.
+    """
 
     kind: str
     module: str
     reason: str
+    instead: str = ""
 
 
 class Path(nn.Module, ABC):
@@ -170,15 +196,28 @@ class Path(nn.Module, ABC):
         return f"{self.site.tap} -> {self.site.write}, units={self.units}"
 
 
-def map_sites(options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str) -> Iterator[Site | Misfit]:
-    """Sites around every selected linear map; fused expert weights are no single map and are reported."""
-    for block, sublayer, linear in layout.maps():
-        if not selected(options, layout, block, sublayer, linear.name, linear.role):
-            continue
-        if linear.kind == "experts":
-            yield Misfit(kind, f"{linear.name}.{linear.parameter}", "fused expert weights have no tap of their own")
+def map_sites(
+    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = ""
+) -> Iterator[Site | Misfit]:
+    """Sites around every selected linear map; those inside a module that does more are reported, with the kind that
+    takes such places `instead`.
+    """
+    for block, sublayer, linear in selected_maps(options, layout):
+        if linear.host:
+            reason = f"{linear.host} multiplies with it and does more: no module takes its input and returns its output"
+            reason += f"; {instead} can go there" if instead else ""
+            yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, instead)
         else:
             yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
+
+
+def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
+    """Every map of the blocks that `options.at` selects, then those outside them where it names `outside`."""
+    outside = layout.maps_outside() if "outside" in (options.at.sublayers or ()) else ()
+    for block, sublayer, linear in (*layout.maps(), *outside):
+        name = linear.name if linear.kind != "experts" else f"{linear.name}.{linear.parameter}"
+        if selected(options, layout, block, sublayer, name, linear.role):
+            yield block, sublayer, linear
 
 
 def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str) -> Iterator[Site | Misfit]:

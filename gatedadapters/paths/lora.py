@@ -51,7 +51,7 @@ class LoRA(Path):
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
         """Every selected linear map: reads its input, adds to its output."""
-        return map_sites(options, layout, tap="input", write="output", kind=cls.kind)
+        return map_sites(options, layout, tap="input", write="output", kind=cls.kind, instead="weight_lora")
 
     @classmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:

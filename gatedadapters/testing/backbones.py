@@ -33,6 +33,7 @@ class _Family:
 
 _TOKENS: _Values = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _CLASSES: Mapping[str, str] = {"classification": "ForSequenceClassification"}
+_LM: _Values = {"lm": "ForCausalLM"}
 _MASKED = {**_CLASSES, "lm": "ForMaskedLM"}
 _CAUSAL = {**_CLASSES, "lm": "ForCausalLM"}
 _SEQ2SEQ = {**_CLASSES, "lm": "ForConditionalGeneration"}
@@ -58,6 +59,13 @@ _SMALL_EXPERTS: _Values = {
     "num_experts_per_tok": 2,
     "num_experts": 4,
     "moe_intermediate_size": 24,
+}
+_MAMBA2: _Values = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
 }
 _BERT: _Values = {**_PLAIN, "intermediate_size": 64, "type_vocab_size": 2}
 _ROBERTA: _Values = {**_BERT, "pad_token_id": 1, "bos_token_id": 0}
@@ -137,6 +145,33 @@ _FAMILIES: Mapping[str, _Family] = {
             "topk_group": 1,
         },
     ),
+    "olmoe": _Family("Olmoe", {**_EXPERTS, "num_experts": 4}, _LM),
+    "phimoe": _Family("Phimoe", _EXPERTS, _LM),
+    "llama4": _Family(
+        "Llama4Text",
+        {
+            **_GROUPED,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 40,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+        {},
+    ),
+    "jetmoe": _Family(
+        "JetMoe",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "kv_channels": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        _LM,
+    ),
     # state space and hybrid
     "mamba": _Family(
         "Mamba",
@@ -147,7 +182,12 @@ _FAMILIES: Mapping[str, _Family] = {
             "state_size": 4,
             "time_step_rank": 6,
         },
-        {"lm": "ForCausalLM"},
+        _LM,
+    ),
+    "falcon_mamba": _Family(
+        "FalconMamba",
+        {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "state_size": 4, "time_step_rank": 6},
+        _LM,
     ),
     "mamba2": _Family(
         "Mamba2",
@@ -160,7 +200,63 @@ _FAMILIES: Mapping[str, _Family] = {
             "n_groups": 1,
             "chunk_size": 4,
         },
-        {"lm": "ForCausalLM"},
+        _LM,
+    ),
+    "bamba": _Family("Bamba", {**_GROUPED, **_MAMBA2, "num_hidden_layers": 2, "attn_layer_indices": [1]}, _LM),
+    "zamba2": _Family(
+        "Zamba2",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_d_state": 4,
+            "mamba_ngroups": 1,
+            "chunk_size": 4,
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 6,
+        },
+        _LM,
+    ),
+    "granitemoehybrid": _Family(
+        "GraniteMoeHybrid",
+        {**_EXPERTS, **_MAMBA2, "shared_intermediate_size": 40, "layer_types": ["mamba", "attention"]},
+        _LM,
+    ),
+    "nemotron_h": _Family(
+        "NemotronH",
+        {
+            **_GROUPED,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 4,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        _LM,
+    ),
+    "lfm2_moe": _Family(
+        "Lfm2Moe", {**_SMALL_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, _LM
+    ),
+    "recurrent_gemma": _Family(
+        "RecurrentGemma",
+        {
+            **_PLAIN,
+            "num_key_value_heads": 1,
+            "lru_width": 32,
+            "attention_window_size": 8,
+            "block_types": ["recurrent", "recurrent", "attention"],
+        },
+        _LM,
     ),
     "jamba": _decoder(
         "Jamba",

@@ -189,7 +189,8 @@ class PathContract:
             loss = _loss(model, batch)
         loss.backward()
         assert rough.dtype == expected
-        torch.testing.assert_close(rough.float(), exact.float(), rtol=0.1, atol=0.1)
+        close = torch.isclose(rough.float(), exact.float(), rtol=0.1, atol=0.1)
+        assert close.float().mean() > 0.9, "beyond rounding, which may send a token to another expert"
         for name, value in _gradients(model).items():
             assert value.dtype == torch.float32, name
             assert value.isfinite().all(), name
@@ -234,6 +235,8 @@ class PathContract:
         closed = torch.zeros(path.units)
         assert_equal(path(tapped, target, closed), target)
         assert_equal(path(tapped, target, torch.zeros(1)), target)
+        if path.site.at_weight:
+            return
         some = torch.stack([closed, torch.ones(path.units), closed])
         assert_equal(path(tapped, target, some)[[0, 2]], target[[0, 2]])
 
@@ -242,13 +245,17 @@ class PathContract:
         path = self.path(option)
         tapped, target = _tensors(path)
         plain = path(tapped, target, None)
-        for gate in (torch.ones(1), torch.ones(path.units), torch.ones(3, path.units), torch.ones(3, 1)):
+        gates = (torch.ones(1), torch.ones(path.units), torch.ones(3, path.units), torch.ones(3, 1))
+        for gate in gates[: 2 if path.site.at_weight else None]:
             torch.testing.assert_close(path(tapped, target, gate), plain)
 
     def test_gates_per_example_equal_each_example_alone(self, option: PathOptions) -> None:
-        """Values and gradients, for one gate a unit and one for the whole path."""
+        """Values and gradients, for one gate a unit and one for the whole path; a weight has no examples."""
         path = self.path(option)
         tapped, target = _tensors(path)
+        if path.site.at_weight:
+            _assert_refused_by_name(path, tapped, target, torch.rand(3, path.units))
+            return
         for width in {1, path.units}:
             gate = torch.rand(3, width, requires_grad=True)
             together = path(tapped, target, gate)
@@ -270,7 +277,7 @@ class PathContract:
             [None, torch.rand(units), torch.rand(1)],
             [torch.rand(3, units), None, torch.rand(1)],
             [torch.rand(3, 1), torch.rand(units), torch.rand(3, units)],
-        ]
+        ][: 2 if paths[0].site.at_weight else None]
         for gates in mixtures:
             expected = target
             for path, gate in zip(paths, gates, strict=True):
@@ -282,8 +289,10 @@ class PathContract:
         """In float64: with respect to what is tapped, the target, the gates and every parameter."""
         path = self.path(option.resized(min(3, option.size))).double()
         names, values = zip(*path.named_parameters(), strict=True)
-        tapped, target = (t.double()[:, :2].clone().requires_grad_() for t in _tensors(path))
-        for shape in (None, (1,), (path.units,), (3, path.units)):
+        tapped, target = (
+            t.double()[:, : None if path.site.at_weight else 2].clone().requires_grad_() for t in _tensors(path)
+        )
+        for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if path.site.at_weight else None]:
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
             taps = () if _same_tensor(path.site) else (tapped,)
 
@@ -299,14 +308,16 @@ class PathContract:
         """Units times parameters of a unit is what is stored, before and after units are dropped."""
         path = self.path(option)
         units, params, flops = type(path).cost(path.site, option)
-        assert (units, units) == (path.units, option.size)
+        assert units == path.units == option.size * (path.site.experts or 1)
         assert sum(p.numel() for p in path.parameters()) == units * params
         assert flops > 0
         if units > 1:
-            path.select_units(torch.arange(0, units, 2))
-            assert path.units == len(range(0, units, 2))
+            kept = range(0, units, 2)
+            path.select_units(torch.tensor(kept))
+            assert path.units == len(kept)
             assert sum(p.numel() for p in path.parameters()) == path.units * params
-            smaller = option.resized(path.units)
+            smaller = option.select(kept)
+            assert smaller.size == path.units
             assert type(path).cost(path.site, smaller) == (path.units, params, flops)
             path.load_state_dict(type(path)(path.site, smaller).state_dict())  # equal names and shapes
 
@@ -346,10 +357,11 @@ class PathContract:
         """For any leading dimensions and mixture of types, under autocast and not; backward runs."""
         path = self.path(option)
         site = path.site
-        for shape in ((4,), (2, 3), (2, 3, 5)):
+        *leading, width = _tensors(path)[1].shape
+        for shape in (leading,) if path.site.at_weight else ((4,), (2, 3), (2, 3, 5)):
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
-                    target = torch.randn(*shape, site.width_out).to(dtype).requires_grad_()
+                    target = torch.randn(*shape, width).to(dtype).requires_grad_()
                     tapped = target if _same_tensor(site) else torch.randn(*shape, site.width_in)
                     gate = torch.rand(path.units, requires_grad=True)
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -467,8 +479,11 @@ def _same_tensor(site: Site) -> bool:
 
 
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """What a site carries for 3 examples of 5 tokens."""
+    """What a site carries for 3 examples of 5 tokens, or the weight it stands at."""
     generator = torch.Generator().manual_seed(3)
+    if path.site.at_weight:
+        weight = torch.randn(path.site.weight_shape, generator=generator)
+        return weight, weight
     target = torch.randn(3, 5, path.site.width_out, generator=generator)
     if _same_tensor(path.site):
         return target, target

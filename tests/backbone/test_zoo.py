@@ -32,6 +32,10 @@ POST_NORM = {
 }
 
 
+# Families that store expert matrices as (in, out).
+TRANSPOSED = {"gpt_oss", "llama4", "recurrent_gemma"}
+
+
 def _relative(name: str | None, block: Block) -> str:
     return "-" if name is None else name.removeprefix(block.name).lstrip(".") or "."
 
@@ -105,7 +109,7 @@ def test_widths_and_storage_match_the_weights(family: str, head: str) -> None:
         stored = (m.in_features, m.out_features) if m.transposed else (m.out_features, m.in_features)
         assert tuple(shape) == ((m.experts, *stored) if m.kind == "experts" else stored)
         assert (m.kind == "conv1d") == (m.transposed and not m.experts)
-        assert m.kind != "experts" or m.transposed == (family == "gpt_oss")
+        assert m.kind != "experts" or m.transposed == (family in TRANSPOSED)
     assert any(m.kind == "conv1d" for _, _, m in layout.maps()) == (family == "gpt2")
 
 
@@ -131,6 +135,8 @@ def test_heads_and_batches_do_not_change_the_backbone(family: str, head: str) ->
 
 @every_head
 def test_meta_device_gives_the_same_layout(family: str, head: str) -> None:
+    if family == "jetmoe":
+        pytest.skip("it counts the tokens of each expert in Python, which needs values")
     model, _ = tiny(family, head=head)
     assert discover(copy.deepcopy(model).to("meta")) == discover(model)
 

@@ -1,0 +1,221 @@
+"""LoRA at a weight itself: fused experts, each with ranks of its own, routers, and weights used from outside.
+
+Since transformers 5 the experts of a block are one parameter (experts, out, in) and no modules, so that nothing carries
+the input or the output of a single expert; routers multiply and choose in one module; Mamba's mixer uses a weight of a
+child that it never calls. These paths therefore stand at the *weight*: while the module that uses it runs, a
+`LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are
+the alternative that all experts share.
+
+References:
+    Hu et al. 2021, arXiv 2106.09685: W + B A, here for each expert. That experts are worth choosing among: Wang et al.
+    2024 (ESFT), arXiv 2407.01906.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gatedadapters.backbone import Layout
+from gatedadapters.config import PathOptions
+from gatedadapters.errors import PathError
+from gatedadapters.paths.base import Misfit, Path, Point, Site, new_parameter, selected_maps
+from gatedadapters.paths.lora import LoRA
+from gatedadapters.paths.low_rank import in_its_own_type
+from gatedadapters.paths.low_rank_sum import LowRankSum
+
+
+class WeightLoRAOptions(PathOptions):
+    """`rank` candidates at every selected map without a module boundary of its own, and at every expert of a stack of
+    them; each is a unit of in + out parameters.
+
+    `experts` names the expert of each unit once a Structure has chosen among them; experts may then differ in rank.
+    """
+
+    kind: Literal["weight_lora"] = "weight_lora"
+    rank: int = Field(8, gt=0)
+    experts: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of units chosen; before, the rank of each expert."""
+        return self.rank if self.experts is None else len(self.experts)
+
+    def resized(self, size: int) -> Self:
+        """The same with another rank at every expert."""
+        return self.model_copy(update={"rank": size, "experts": None})
+
+    def select(self, units: Sequence[int]) -> Self:
+        """Units are counted expert by expert."""
+        chosen = (unit // self.rank if self.experts is None else self.experts[unit] for unit in units)
+        return self.model_copy(update={"experts": tuple(chosen)})
+
+
+class WeightLoRA(LoRA):
+    """W_e + up_e diag(z_e) down_e for every expert e; down (units, in), up (out, units).
+
+    A unit is one rank of one expert. A plain matrix counts as a single expert.
+    """
+
+    kind = "weight_lora"
+
+    expert: Tensor
+    slot: Tensor
+
+    def __init__(self, site: Site, options: WeightLoRAOptions, generator: torch.Generator | None = None) -> None:
+        Path.__init__(self, site, options, generator)
+        self.n_experts, experts = site.experts or 1, options.experts
+        if experts is None:
+            experts = tuple(e for e in range(self.n_experts) for _ in range(options.rank))
+        if not experts or min(experts) < 0 or max(experts) >= self.n_experts:
+            raise PathError(
+                expected=f"units of experts 0..{self.n_experts - 1}",
+                got=f"experts {experts}",
+                where=f"{self.kind} at {site.write}",
+                fix="use the structure on the model it was made for",
+            )
+        bound = 1 / math.sqrt(site.width_in)
+        self.down = new_parameter(len(experts), site.width_in, bound=bound, generator=generator)
+        self.up = new_parameter(site.width_out, len(experts))
+        self._assign(experts)
+
+    def _assign(self, experts: Sequence[int]) -> None:
+        """Which expert each unit belongs to, and which of its ranks it is."""
+        ranks = Counter(experts)
+        self.experts, self.rank = tuple(experts), max(ranks.values())
+        self.is_even = len(ranks) == self.n_experts and min(ranks.values()) == self.rank
+        self.is_even &= self.experts == tuple(sorted(experts))
+        for name, values in (("expert", experts), ("slot", _occurrences(experts))):
+            index = torch.tensor(values, device=self.down.device)
+            self.register_buffer(name, index, persistent=False)  # the options say it too
+
+    @classmethod
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+        """Every selected map that `lora` finds no tap for."""
+        for block, sublayer, linear in selected_maps(options, layout):
+            if not linear.host:
+                continue
+            if not f"{linear.name}.".startswith(f"{linear.host}."):
+                reason = f"used by {linear.host}, which does not contain it"
+                yield Misfit(cls.kind, f"{linear.name}.{linear.parameter}", reason)
+                continue
+            weight = Point(linear.name, "weight", linear.parameter)
+            yield Site(
+                weight, weight, linear.in_features, linear.out_features, block.name, block.index, sublayer.kind,
+                linear.role, linear.traffic, linear.experts, linear.transposed, linear.host,
+            )  # fmt: skip
+
+    @classmethod
+    def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
+        """Units are ranks of single experts; flops are those of an expert that gets its equal share of the tokens."""
+        assert isinstance(options, WeightLoRAOptions)
+        n_experts, params = site.experts or 1, site.width_in + site.width_out
+        units = len(options.experts) if options.experts is not None else options.rank * n_experts
+        return units, params, 2.0 * params * site.traffic / n_experts
+
+    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
+        """The weights with what this path adds to them; shape and layout of the stored parameter.
+
+        Args:
+            tapped: not used, the same as target.
+            target: the weight, of the site's `weight_shape`.
+            gate: None, (units,) or (1,): weights have no examples.
+        """
+        return self.lazy(target, gate).dense()
+
+    @classmethod
+    def forward_together(
+        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
+    ) -> Tensor:
+        """One after the other: they share nothing."""
+        for path, gate in zip(paths, gates, strict=True):
+            target = path(tapped, target, gate)
+        return target
+
+    def lazy(self, weight: Tensor | LowRankSum, gate: Tensor | None) -> LowRankSum:
+        """What `forward` returns, without adding it up; see there for arguments.
+
+        Raises:
+            PathError: the weight has another shape, or there is a gate per example.
+        """
+        site, fix = self.site, "attach to the backbone as it is now"
+        if tuple(weight.shape) != site.weight_shape:
+            self._refuse(f"a weight of shape {site.weight_shape}", f"shape {tuple(weight.shape)}", fix)
+        if gate is not None and gate.dim() != 1:
+            self._refuse("the gates of one task", f"gates of shape {tuple(gate.shape)}", "run one task at a time")
+        up, down = self.factors(gate)
+        if not site.experts:
+            up, down = up[0], down[0]
+        return LowRankSum(weight, down.mT, up.mT) if site.transposed else LowRankSum(weight, up, down)
+
+    def factors(self, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Up with the gate in it (experts, out, r) and down (experts, r, in); r is the largest rank, the rest zeros."""
+        down, up = self.down, self.up.t()
+        with in_its_own_type(up):
+            if gate is not None:
+                up = up * gate.to(up.dtype).expand(self.units)[:, None]
+            return self._stack(up).mT, self._stack(down)
+
+    def delta(self, gate: Tensor | None = None) -> Tensor:
+        """What the path adds to the weight, in the layout of the stored parameter, float32: to merge."""
+        up, down = self.factors(gate)
+        with in_its_own_type(up):
+            product = up @ down if self.site.experts else (up @ down)[0]
+        return product.mT if self.site.transposed else product
+
+    def _stack(self, rows: Tensor) -> Tensor:
+        """(units, width) -> (experts, r, width)."""
+        if self.is_even:
+            return rows.reshape(self.n_experts, self.rank, -1)
+        return rows.new_zeros(self.n_experts, self.rank, rows.shape[1]).index_put((self.expert, self.slot), rows)
+
+    @torch.no_grad()
+    def condense(self, keep: Tensor, scale: Tensor) -> None:
+        """Each expert's gated map at its best approximation by the ranks it keeps; see `LoRA.condense`."""
+        up, down = self.factors(scale)
+        q_up, r_up = torch.linalg.qr(up.double())
+        q_down, r_down = torch.linalg.qr(down.mT.double())
+        u, s, v = torch.linalg.svd(r_up @ r_down.mT)
+        length = self.down.double().norm(dim=1).mean()
+        left, right = (q_up @ u) * (s / length)[:, None], (q_down @ v.mT) * length  # (experts, out or in, r)
+        new_up, new_down = torch.zeros_like(self.up), self.down.clone()
+        experts = [self.experts[unit] for unit in keep.tolist()]
+        places = [(e, d) for e, d in zip(experts, _occurrences(experts), strict=True)]
+        held = torch.tensor([direction < s.shape[1] for _, direction in places], device=keep.device)
+        expert, direction = torch.tensor(places, device=keep.device).view(-1, 2)[held].t()
+        keep = keep[held]  # more ranks than the map has hold nothing
+        new_up[:, keep] = left[expert, :, direction].t().to(new_up)
+        new_down[keep] = right[expert, :, direction].to(new_down)
+        self.up.copy_(new_up)
+        self.down.copy_(new_down)
+
+    def select_units(self, keep: Tensor) -> None:
+        """Rows of what reads, columns of `up`, and their experts."""
+        super().select_units(keep)
+        self._assign([self.experts[unit] for unit in keep.tolist()])
+
+    def _refuse(self, expected: str, got: str, fix: str) -> None:
+        site = self.site
+        raise PathError(
+            "a path does not fit its point",
+            expected=expected,
+            got=got,
+            where=f"{self.kind} at {site.write} (block {site.block_index}, {site.sublayer})",
+            fix=fix,
+        )
+
+
+def _occurrences(values: Sequence[int]) -> list[int]:
+    """How often each value came before: (3, 3, 5, 3) -> [0, 1, 0, 2]."""
+    seen = Counter[int]()
+    result = []
+    for value in values:
+        result.append(seen[value])
+        seen[value] += 1
+    return result
