@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters import saving
+from gatedadapters import merging, saving
 from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputAnchor, OutputHook
+from gatedadapters.hooks import RUNNING, EmbeddingHook, InputHook, ModelHook, OutputAnchor, OutputHook, new_serial, place
 from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
 from gatedadapters.structure import Fingerprint, Structure
@@ -33,7 +33,7 @@ class Adapters(nn.Module):
         bank: the gates; None once compact.
         tasks: task names; task ids are positions in it.
         misfits: selected places where a candidate could not go, and why.
-        enabled: False switches every path off, leaving the backbone.
+        merged: what `merge` reported, None while the paths run beside the backbone.
     """
 
     paths: nn.ModuleDict
@@ -52,13 +52,16 @@ class Adapters(nn.Module):
         self.layout: Layout | None = None
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
-        self.enabled = True
+        self.merged: merging.MergeReport | None = None
+        self.replaced: dict[str, Tensor] = {}  # while merged: the originals of the weights that were written to
         self.tapped: dict[str, Tensor] = {}
         self._task: int | None = 0 if len(self.tasks) == 1 else None
         self._routed: int | Tensor | None = None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
+        self.serial, self._enabled = new_serial(self), True
+        self.announce()
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
 
     # -- what the hooks call -------------------------------------------------------------------------------------------
@@ -67,6 +70,8 @@ class Adapters(nn.Module):
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
         self._routed = self._task if task_ids is None else self._checked_ids(task_ids, batch)
+        if self.merged is not None:
+            merging.check_call(self, self.merged.task, self._routed)
         bank = self.bank
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
@@ -141,14 +146,32 @@ class Adapters(nn.Module):
         self._task = None if task is None else int(self._checked_ids(torch.tensor([task]))[0])
         self._routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
 
+    @property
+    def enabled(self) -> bool:
+        """False switches every path off, leaving the backbone."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        self.announce()
+
+    def announce(self) -> None:
+        """Let the hooks know whether paths run."""
+        RUNNING[self.serial] = self._enabled and self.merged is None
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this context the model computes what the backbone alone does."""
         before, self.enabled = self.enabled, False
+        if before:
+            merging.exchange(self)
         try:
             yield
         finally:
             self.enabled = before
+            if before:
+                merging.exchange(self)
 
     def set_penalty(
         self, penalty: Penalty, *, schedule: Schedule | None = None, total_steps: int | None = None
@@ -295,6 +318,64 @@ class Adapters(nn.Module):
         self._hook(model)
         return structure
 
+    def merge(self, task: str | None = None) -> merging.MergeReport:
+        """Fold compact adapters into the backbone's own weights, in place: a forward then costs what the backbone's
+        alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
+
+        Each sum is computed in a wider type and rounded once to the weight's own, which stays what it is. The originals
+        are kept beside the model: as many bytes as the weights written to (`MergeReport.bytes`).
+
+        Args:
+            task: the task to merge, where there are several.
+
+        Returns:
+            What rounding lost, by weight. Merging again what is merged changes nothing and returns the same.
+
+        Raises:
+            AttachError: the adapters are not compact, are disabled, or another task's are merged; a weight is shared,
+                quantised, on the meta device, or of a module that computes more than a linear map.
+            PathError: a path is of a kind that no weight can stand in for.
+            TaskError: several tasks, and none of them named.
+            ArtifactError: a merged value would not be finite.
+            Nothing is changed by any of them.
+        """
+        report = merging.merge(self, task, keep=True)
+        self._rehook()
+        return report
+
+    def unmerge(self) -> None:
+        """Put the originals of merged weights back, every bit of them; nothing to do where nothing is merged.
+
+        Raises:
+            AttachError: within `disabled`.
+        """
+        if self.merged is None:
+            return
+        if not self.enabled:
+            raise AttachError("the adapters are disabled", where="unmerge", fix="leave `with adapters.disabled()` first")
+        merging.unmerge(self)
+        self._rehook()
+
+    def merge_and_detach(self, task: str | None = None) -> merging.MergeReport:
+        """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
+        be saved with `save_pretrained`. No originals are kept, so there is no way back and nothing beside the model in
+        memory.
+
+        Args:
+            task: see `merge`.
+
+        Returns:
+            What rounding lost, by weight.
+
+        Raises:
+            As `merge`.
+        """
+        report = merging.merge(self, task, keep=False)
+        self.replaced.clear()
+        self.merged = None
+        self.detach()
+        return report
+
     def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
         """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or
         not at all. `load_adapters` reads them back.
@@ -333,15 +414,21 @@ class Adapters(nn.Module):
     # -- in and out of the model ---------------------------------------------------------------------------------------
 
     def _hook(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
         accepts = "task_ids" in inspect.signature(model.forward).parameters
         self._handles.append(
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
+        if self.merged is not None:
+            return
         self._handles.append(model.register_forward_hook(OutputAnchor(self)))
         embedding = _input_embedding(model)
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))
+        for name, hook in self.point_hooks():
+            self._handles.append(place(hook, model.get_submodule(name)))
+
+    def point_hooks(self) -> Iterator[tuple[str, InputHook | OutputHook]]:
+        """Hooks that run the paths, and the modules where they go."""
         inputs: dict[str, list[str]] = {}
         outputs: dict[str, list[str]] = {}
         stashes: dict[str, set[str]] = {}
@@ -353,12 +440,10 @@ class Adapters(nn.Module):
                 inputs.setdefault(site.tap.module, [])
         remembered = Counter(tap for taps in stashes.values() for tap in taps)
         for name, keys in inputs.items():
-            hook = InputHook(self, keys, name if name in remembered else None)
-            self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+            yield name, InputHook(self, keys, name if name in remembered else None)
         for name, keys in outputs.items():
             last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
-            hook_out = OutputHook(self, keys, last)
-            self._handles.append(modules[name].register_forward_hook(hook_out, with_kwargs=True))
+            yield name, OutputHook(self, keys, last)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -366,12 +451,18 @@ class Adapters(nn.Module):
         self._handles.clear()
         self.tapped.clear()
 
+    def _rehook(self) -> None:
+        self.announce()
+        self._unhook()
+        self._hook(self.model)
+
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
 
         Task heads keep what they learned.
         """
         model = self.model
+        self.unmerge()
         self._unhook()
         delattr(model, NAME)
         for name, parameter in model.named_parameters():
@@ -381,6 +472,11 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tapped": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self.serial = new_serial(self)
+        self.announce()
 
 
 def get_adapters(model: nn.Module) -> Adapters:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.attachment import attach, detach
@@ -359,6 +360,22 @@ class PathContract:
                     result.float().sum().backward()
                     assert gate.grad is not None
                     assert gate.grad.dtype == torch.float32
+
+    def test_a_merged_map_equals_map_and_path_or_is_refused_by_name(self, option: PathOptions) -> None:
+        """`merge_into` for every gate, with and without a bias."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        at_input = path.site.write.side == "input"
+        weight = torch.randn(7 if at_input else path.site.width_out, path.site.width_in)
+        for bias, gate in ((None, None), (torch.randn(len(weight)), torch.rand(path.units)), (None, torch.rand(1))):
+            try:
+                merged = path.merge_into(weight, bias, gate)
+            except PathError as error:
+                assert f"{path.kind} at {path.site.write}" in str(error)
+                return
+            plain = linear(tapped, weight, bias)
+            end = linear(path(tapped, target, gate), weight, bias) if at_input else path(tapped, plain, gate)
+            torch.testing.assert_close(linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
 
     def test_a_wrong_shape_names_the_point(self, option: PathOptions) -> None:
         """A width that is not the layout's, and rows that are not a multiple of the examples."""
