@@ -17,7 +17,16 @@ from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.hooks import RUNNING, EmbeddingHook, InputHook, ModelHook, OutputAnchor, OutputHook, new_serial, place
+from gatedadapters.hooks import (
+    RUNNING,
+    InputHook,
+    ModelHook,
+    OutputAnchor,
+    OutputHook,
+    hook_embedding,
+    new_serial,
+    place,
+)
 from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
 from gatedadapters.structure import Fingerprint, Structure
@@ -53,6 +62,7 @@ class Adapters(nn.Module):
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
         self.merged: merging.MergeReport | None = None
+        self.aside = nn.ParameterList()  # on a shelf: their heads while others are at work, else the model's own
         self.replaced: dict[str, Tensor] = {}  # while merged: the originals of the weights that were written to
         self.tapped: dict[str, Tensor] = {}
         self._task: int | None = 0 if len(self.tasks) == 1 else None
@@ -207,6 +217,8 @@ class Adapters(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own task heads, trained and saved along."""
+        if not self._model:
+            return list(self.aside)
         return [self.model.get_parameter(name) for name in self.head_names]
 
     def _gates(self) -> GateBank:
@@ -319,11 +331,11 @@ class Adapters(nn.Module):
         return structure
 
     def merge(self, task: str | None = None) -> merging.MergeReport:
-        """Fold compact adapters into the backbone's own weights, in place: a forward then costs what the backbone's
-        alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
+        """Fold compact adapters into the backbone's own weights, in place: no path runs, a forward costs what the
+        backbone's alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
 
-        Each sum is computed in a wider type and rounded once to the weight's own, which stays what it is. The originals
-        are kept beside the model: as many bytes as the weights written to (`MergeReport.bytes`).
+        Sums are rounded once, to the type that the weight has. The originals stay in memory beside the model: as many
+        bytes as the weights written to (`MergeReport.bytes`).
 
         Args:
             task: the task to merge, where there are several.
@@ -332,15 +344,15 @@ class Adapters(nn.Module):
             What rounding lost, by weight. Merging again what is merged changes nothing and returns the same.
 
         Raises:
-            AttachError: the adapters are not compact, are disabled, or another task's are merged; a weight is shared,
-                quantised, on the meta device, or of a module that computes more than a linear map.
+            AttachError: not compact, disabled, on a shelf, or another task's are merged; a weight is shared, quantised,
+                on the meta device, or of a module that computes more than a linear map.
             PathError: a path is of a kind that no weight can stand in for.
             TaskError: several tasks, and none of them named.
             ArtifactError: a merged value would not be finite.
             Nothing is changed by any of them.
         """
         report = merging.merge(self, task, keep=True)
-        self._rehook()
+        self.announce()
         return report
 
     def unmerge(self) -> None:
@@ -352,23 +364,13 @@ class Adapters(nn.Module):
         if self.merged is None:
             return
         if not self.enabled:
-            raise AttachError("the adapters are disabled", where="unmerge", fix="leave `with adapters.disabled()` first")
+            raise AttachError("the adapters are disabled", where="unmerge", fix="leave `adapters.disabled()` first")
         merging.unmerge(self)
-        self._rehook()
+        self.announce()
 
     def merge_and_detach(self, task: str | None = None) -> merging.MergeReport:
         """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
-        be saved with `save_pretrained`. No originals are kept, so there is no way back and nothing beside the model in
-        memory.
-
-        Args:
-            task: see `merge`.
-
-        Returns:
-            What rounding lost, by weight.
-
-        Raises:
-            As `merge`.
+        be saved with `save_pretrained`. No originals are kept: there is no way back. Otherwise as `merge`.
         """
         report = merging.merge(self, task, keep=False)
         self.replaced.clear()
@@ -418,12 +420,8 @@ class Adapters(nn.Module):
         self._handles.append(
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
-        if self.merged is not None:
-            return
         self._handles.append(model.register_forward_hook(OutputAnchor(self)))
-        embedding = _input_embedding(model)
-        if embedding is not None:
-            self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))
+        self._handles += hook_embedding(self, model)
         for name, hook in self.point_hooks():
             self._handles.append(place(hook, model.get_submodule(name)))
 
@@ -451,17 +449,19 @@ class Adapters(nn.Module):
         self._handles.clear()
         self.tapped.clear()
 
-    def _rehook(self) -> None:
-        self.announce()
-        self._unhook()
-        self._hook(self.model)
+    def check_alone(self) -> nn.Module:
+        """The model, unless these adapters are on a shelf, and the model not theirs alone to change."""
+        if getattr(self.model, NAME) is not self:
+            fix = "shelf.detach(), then load_adapters(model, folder) for these alone"
+            raise AttachError("these adapters are on a shelf", where="merge / detach", fix=fix)
+        return self.model
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
 
         Task heads keep what they learned.
         """
-        model = self.model
+        model = self.check_alone()
         self.unmerge()
         self._unhook()
         delattr(model, NAME)
@@ -487,6 +487,7 @@ def get_adapters(model: nn.Module) -> Adapters:
     """
     for module in model.modules():
         found = getattr(module, NAME, None)
+        found = getattr(found, "current", found)  # of a shelf, the active ones
         if isinstance(found, Adapters):
             return found
     raise AttachError("this model has no adapters", where=type(model).__name__, fix="call gatedadapters.attach first")
@@ -497,12 +498,3 @@ def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
     bank = adapters.bank
     if bank is not None:
         adapters.structure = adapters.discretize() if bank.frozen else None
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except NotImplementedError:
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None

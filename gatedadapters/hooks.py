@@ -171,6 +171,16 @@ def place(hook: InputHook | OutputHook, module: nn.Module) -> RemovableHandle:
     return module.register_forward_hook(hook, with_kwargs=True)
 
 
+def hook_embedding(adapters: Any, model: nn.Module) -> list[RemovableHandle]:
+    """An `EmbeddingHook` where tokens become vectors, if the model says where that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if callable(getter) else None
+    except NotImplementedError:
+        return []
+    return [embedding.register_forward_hook(EmbeddingHook(adapters))] if isinstance(embedding, nn.Module) else []
+
+
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many examples a call of the model carries, as far as its arguments tell."""
     named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values")]

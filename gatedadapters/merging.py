@@ -60,6 +60,7 @@ def merge(adapters: Adapters, task: str | None, *, keep: bool) -> MergeReport:
                 where="merge", fix="call adapters.unmerge() first",
             )  # fmt: skip
         return adapters.merged
+    adapters.check_alone()
     places = _places(adapters)
     drift: dict[str, float] = {}
     for place in places:  # everything is computed once and thrown away: what fails, fails before anything has changed
@@ -193,7 +194,7 @@ def _places(adapters: Adapters) -> list[_Place]:
                     got=" and ".join(users), where="merge",
                     fix="keep the adapters attached, untie the weights, or search without this point",
                 )  # fmt: skip
-        # what happens at the output is composed after what happens at the input, which acts on the weight from the right
+        # at one module: first what happens at its output, then at its input, which acts on the weight from the right
         ordered = sorted(paths, key=lambda path: path.site.write.side == "input")
         places.append(_Place(name, module, stored_out_first, tuple(ordered)))
     return places
@@ -232,9 +233,9 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
         except Exception:  # whatever it does with such rows, it is not this linear map
             continue
         expected = F.linear(rows, matrix, bias)
-        if isinstance(got, Tensor) and got.shape == expected.shape:
-            if (got - expected).abs().max() <= 0.02 * expected.abs().max():
-                return out_first
+        comparable = isinstance(got, Tensor) and got.shape == expected.shape
+        if comparable and (got - expected).abs().max() <= 0.02 * expected.abs().max():
+            return out_first
     raise AttachError(
         "this module computes more than a linear map, and a merge would change the rest of it",
         expected="x W + b", got=type(module).__name__, where=name,

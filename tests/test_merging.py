@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gatedadapters as ga
+from gatedadapters import hooks
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError, TrainingError
 from gatedadapters.testing.backbones import FAMILIES, tiny
 
@@ -64,24 +65,26 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_model_computes_the_same_without_paths_and_comes_back_bit_for_bit(family: str) -> None:
+def test_a_merged_model_computes_the_same_without_paths_and_comes_back_bit_for_bit(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch, adapters = compacted(family)
     before, expected = backbone_state(model), output(model, batch)
     report = adapters.merge()
-    torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "run_paths", None)
+        torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
     changed = {name for name, value in backbone_state(model).items() if not torch.equal(value, before[name])}
     assert changed == set(report.drift) != set()
     assert 0 < report.worst < 1e-4
     assert report.bytes == sum(before[name].numel() * 4 for name in changed)
-    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert hooked == [model]  # and what hangs there takes task ids from the call
     adapters.unmerge()
     assert_same(backbone_state(model), before)
     assert torch.equal(output(model, batch), expected)
 
 
 def test_merging_and_unmerging_twice_are_merging_and_unmerging_once() -> None:
-    model, batch, adapters = compacted("gpt2")
+    model, _, adapters = compacted("gpt2")
     before = backbone_state(model)
     adapters.unmerge()
     report = adapters.merge()
@@ -180,7 +183,7 @@ def test_merge_and_detach_leaves_a_plain_model_that_is_saved_and_loaded_as_one(t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_drift_in_half_precision_is_the_share_of_the_change_that_rounding_lost(dtype: torch.dtype) -> None:
-    model, batch, adapters = compacted("llama", "lora-all-linear")
+    model, _, adapters = compacted("llama", "lora-all-linear")
     exact = {name: p.detach().double() for name, p in model.named_parameters()}
     before = {name: value.to(dtype) for name, value in exact.items()}
     model.to(dtype)
@@ -297,12 +300,24 @@ def test_a_router_that_ranks_its_experts_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself
-def test_a_compiled_model_follows_a_merge() -> None:
-    model, batch, adapters = compacted("bert")
-    compiled = torch.compile(model, backend="aot_eager")
-    expected = output(compiled, batch)
+def test_a_compiled_model_follows_merging_and_disabling() -> None:
+    model, batch = tiny("bert")
+    model.encoder.layer = model.encoder.layer[:1]
+    output_map = {"kind": "lora", "at": {"roles": ["o"]}}
+    adapters = ga.attach(model, ga.SearchSpace.parse({"paths": [output_map]}, where="test"), batch)
+    adapters.compact()
+    with torch.no_grad():
+        for parameter in adapters.weight_parameters():
+            parameter.normal_(0, 0.1)
+    compiled = torch.compile(model, backend="eager")
+    expected = output(model, batch)
+    with adapters.disabled():
+        plain = output(model, batch)
+        torch.testing.assert_close(output(compiled, batch), plain)
+    torch.testing.assert_close(output(compiled, batch), expected)
     adapters.merge()
     torch.testing.assert_close(output(compiled, batch), expected, rtol=1e-4, atol=1e-5)
     adapters.unmerge()
-    torch.testing.assert_close(output(compiled, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(compiled, batch), expected)
     torch._dynamo.reset()
+    assert not torch.allclose(plain, expected, atol=1e-3)

@@ -71,7 +71,7 @@ class Scale(Path):
         self.shift.mul_(scale.to(self.shift))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the weight and the bias times 1 + gate * shift, or columns of the weight where the input is scaled."""
+        """Rows of the weight, and the bias, times 1 + gate * shift; columns where the input is scaled."""
         shift = self.shift.to(weight)
         factor = 1 + (shift if gate is None else gate.to(weight) * shift)
         if self.site.write.side == "input":

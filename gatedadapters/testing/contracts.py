@@ -286,7 +286,7 @@ class PathContract:
         tapped, target = (t.double()[:, :2].clone().requires_grad_() for t in _tensors(path))
         for shape in (None, (1,), (path.units,), (3, path.units)):
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
-            taps = () if _same_tensor(path.site) else (tapped,)
+            taps = () if path.site.tap == path.site.write else (tapped,)
 
             def run(target: Tensor, *rest: Tensor, taps: int = len(taps), gates: int = len(gate)) -> Tensor:
                 tapped = rest[0] if taps else target
@@ -351,7 +351,7 @@ class PathContract:
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
                     target = torch.randn(*shape, site.width_out).to(dtype).requires_grad_()
-                    tapped = target if _same_tensor(site) else torch.randn(*shape, site.width_in)
+                    tapped = target if site.tap == site.write else torch.randn(*shape, site.width_in)
                     gate = torch.rand(path.units, requires_grad=True)
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         result = path(tapped, target, gate)
@@ -371,8 +371,7 @@ class PathContract:
             try:
                 merged = path.merge_into(weight, bias, gate)
             except PathError as error:
-                assert f"{path.kind} at {path.site.write}" in str(error)
-                return
+                return _assert_named(path, str(error))
             plain = linear(tapped, weight, bias)
             end = linear(path(tapped, target, gate), weight, bias) if at_input else path(tapped, plain, gate)
             torch.testing.assert_close(linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
@@ -382,7 +381,7 @@ class PathContract:
         path = self.path(option)
         tapped, target = _tensors(path)
         wide_tap, wide = (torch.cat([t, t[..., :1]], -1) for t in (tapped, target))
-        if _same_tensor(path.site):
+        if path.site.tap == path.site.write:
             _assert_refused_by_name(path, wide, wide, None)
         else:
             _assert_refused_by_name(path, wide_tap, target, None)
@@ -479,24 +478,23 @@ def _one(tensor: Tensor, i: int) -> Tensor:
     return tensor[i : i + 1]
 
 
-def _same_tensor(site: Site) -> bool:
-    return site.tap == site.write
-
-
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
     """What a site carries for 3 examples of 5 tokens."""
     generator = torch.Generator().manual_seed(3)
     target = torch.randn(3, 5, path.site.width_out, generator=generator)
-    if _same_tensor(path.site):
+    if path.site.tap == path.site.write:
         return target, target
     return torch.randn(3, 5, path.site.width_in, generator=generator), target
 
 
 def _assert_refused_by_name(path: Path, tapped: Tensor, target: Tensor, gate: Tensor | None) -> None:
-    message = None
+    message = ""
     try:
         path(tapped, target, gate)
     except PathError as error:
         message = str(error)
-    assert message is not None, "a wrong shape was accepted"
-    assert path.site.tap.module in message or path.site.write.module in message, message
+    _assert_named(path, message)
+
+
+def _assert_named(path: Path, message: str) -> None:
+    assert path.site.tap.module in message or path.site.write.module in message, message or "accepted"
