@@ -167,7 +167,7 @@ class Adapters(nn.Module):
         self.announce()
 
     def announce(self) -> None:
-        """Let the hooks know whether paths run."""
+        """Say whether paths run."""
         RUNNING[self.serial] = self._enabled and self.merged is None
 
     @contextmanager
@@ -361,12 +361,9 @@ class Adapters(nn.Module):
         Raises:
             AttachError: within `disabled`.
         """
-        if self.merged is None:
-            return
-        if not self.enabled:
-            raise AttachError("the adapters are disabled", where="unmerge", fix="leave `adapters.disabled()` first")
-        merging.unmerge(self)
-        self.announce()
+        if self.merged is not None:
+            merging.unmerge(self)
+            self.announce()
 
     def merge_and_detach(self, task: str | None = None) -> merging.MergeReport:
         """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
@@ -451,10 +448,11 @@ class Adapters(nn.Module):
 
     def check_alone(self) -> nn.Module:
         """The model, unless these adapters are on a shelf, and the model not theirs alone to change."""
-        if getattr(self.model, NAME) is not self:
+        model = self.model
+        if getattr(model, NAME) is not self:
             fix = "shelf.detach(), then load_adapters(model, folder) for these alone"
             raise AttachError("these adapters are on a shelf", where="merge / detach", fix=fix)
-        return self.model
+        return model
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.

@@ -85,6 +85,7 @@ def merge(adapters: Adapters, task: str | None, *, keep: bool) -> MergeReport:
 
 def unmerge(adapters: Adapters) -> None:
     """See `Adapters.unmerge`."""
+    _check_enabled(adapters)
     exchange(adapters)
     adapters.replaced.clear()
     adapters.merged = None
@@ -156,8 +157,7 @@ def _task_index(adapters: Adapters, task: str | None) -> int:
             "only compact adapters can be merged", expected="gates folded into the weights",
             got=f"gates over {len(adapters.paths)} candidate paths", where="merge", fix="call adapters.compact() first",
         )  # fmt: skip
-    if not adapters.enabled:
-        raise AttachError("the adapters are disabled", where="merge", fix="leave `with adapters.disabled()` first")
+    _check_enabled(adapters)
     if task is None and len(adapters.tasks) == 1:
         return 0
     if task not in adapters.tasks:
@@ -166,6 +166,12 @@ def _task_index(adapters: Adapters, task: str | None) -> int:
             where="merge(task=)", fix="name the task to merge, or keep the adapters attached for mixed batches",
         )  # fmt: skip
     return adapters.tasks.index(task)
+
+
+def _check_enabled(adapters: Adapters) -> None:
+    if not adapters.enabled:
+        fix = "leave `with adapters.disabled()` first"
+        raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
 
 
 def _places(adapters: Adapters) -> list[_Place]:

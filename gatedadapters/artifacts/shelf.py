@@ -90,7 +90,7 @@ class Shelf(nn.Module):
         Raises:
             ArtifactError: the name is taken or cannot be one, or see `load_adapters`; nothing has changed then.
         """
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ArtifactError(
                 expected="a name without dots that no module has itself", got=repr(name), where="Shelf.add",
                 fix="choose another name",
@@ -202,13 +202,12 @@ class Shelf(nn.Module):
     def begin_forward(self, task_ids: Tensor | None, batch: int | None, names: Names) -> None:
         """Called before each forward of the model."""
         given, names = names is not None, self._names if names is None else names
-        if names is not None and not isinstance(names, str):
-            fits = isinstance(names, Sequence) and len(names) > 0
-            if not fits or (batch is not None and (batch != len(names) if given else batch % len(names))):
-                raise TaskError(
-                    "adapter names do not match the batch", expected=f"{batch or 'as many'} names, one per example",
-                    got=repr(names), where="adapter_names", fix="name each example's adapters, None for the backbone",
-                )  # fmt: skip
+        each = names is not None and not isinstance(names, str)
+        if each and not _fit(cast(Sequence[Any], names), batch, exactly=given):
+            raise TaskError(
+                "adapter names do not match the batch", expected=f"{batch or 'as many'} names, one per example",
+                got=repr(names), where="adapter_names", fix="name each example's adapters, None for the backbone",
+            )  # fmt: skip
         groups = self._groups(names)
         if given and self._enabled and groups != ((self._seated, None),):
             self._check_headless([*(name for name, _ in groups), *([self._seated] if self._seated else [])])
@@ -301,7 +300,7 @@ class Shelf(nn.Module):
     def _hook(self) -> None:
         model = self.model
         pop = "task_ids" not in inspect.signature(model.forward).parameters
-        hook = _ShelfHook(self, pop_task_ids=pop)
+        hook = _ShelfHook(cast(Any, self), pop_task_ids=pop)
         self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles += hook_embedding(self, model)
 
@@ -309,6 +308,11 @@ class Shelf(nn.Module):
         nn.Module.__setstate__(self, kept)
         self.serial = new_serial(self)
         self._announce(self._groups(self._names))
+
+
+def _fit(names: Sequence[Any], batch: int | None, *, exactly: bool) -> bool:
+    """Whether there is a name for each example; unless `exactly`, each may stand for a run of them (beams)."""
+    return len(names) > 0 and (batch is None or batch == len(names) or (not exactly and batch % len(names) == 0))
 
 
 class Rows:
