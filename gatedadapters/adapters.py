@@ -217,7 +217,7 @@ class Adapters(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own task heads, trained and saved along."""
-        if not self._model:
+        if self.aside and not self._model:
             return list(self.aside)
         return [self.model.get_parameter(name) for name in self.head_names]
 

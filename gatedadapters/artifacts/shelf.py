@@ -71,6 +71,7 @@ class Shelf(nn.Module):
             raise ArtifactError(expected="folders of saved adapters by name", got="none", where="Shelf.load")
         shelf = cls(model)
         try:
+            model.requires_grad_(False)
             model.add_module(NAME, shelf)
             shelf._hook()
             for name, folder in folders.items():
@@ -79,9 +80,6 @@ class Shelf(nn.Module):
         except BaseException:
             shelf.detach()
             raise
-        for name, parameter in model.named_parameters():
-            if not name.startswith(f"{NAME}."):
-                parameter.requires_grad_(any(name in member.head_names for member in shelf._typed_members().values()))
         return shelf
 
     def add(self, name: str, folder: str | Path, *, other_values: bool = False) -> Adapters:
@@ -105,7 +103,8 @@ class Shelf(nn.Module):
             structure, tensors = read_saved(model, folder, other_values=other_values)
             member = build(model, structure)
         for head in member.head_names:
-            member.aside.append(nn.Parameter(torch.empty_like(model.get_parameter(head)), requires_grad=False))
+            worn = model.get_parameter(head).requires_grad_()
+            member.aside.append(nn.Parameter(torch.empty_like(worn), requires_grad=False))
         with torch.no_grad():
             for key, value in state(member).items():
                 value.copy_(tensors[key])
