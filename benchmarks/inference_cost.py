@@ -6,8 +6,8 @@ adapter that is not merged costs at most 1.0 of peft's LoRA of the same size; a 
     python benchmarks/inference_cost.py [--rounds 9]
 
 CPU seconds on one thread, which a busy machine disturbs less than wall time; the sides take turns within each round, in
-an order that rotates. Ratios are medians over rounds of the ratio within a round. Each cell is stored as it finishes,
-and a stored one is not measured again.
+an order drawn anew, and all are copies, for weights mapped from a file are not read alike. Ratios are medians over
+rounds of the ratio within a round. Each cell is stored as it finishes, and a stored one is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -66,16 +67,21 @@ def sides(model: nn.Module) -> dict[str, nn.Module]:
         raise AssertionError(f"peft trains {trained:,} parameters, the compact adapter has another number")
     merged = copy.deepcopy(unmerged)
     ga.get_adapters(merged).merge()
-    return {"backbone": model.eval(), "peft LoRA": peft.eval(), "unmerged": unmerged.eval(), "merged": merged.eval()}
+    return {
+        "backbone": copy.deepcopy(model).eval(),
+        "peft LoRA": peft.eval(),
+        "unmerged": unmerged.eval(),
+        "merged": merged.eval(),
+    }
 
 
 @torch.inference_mode()
 def seconds(models: Mapping[str, nn.Module], batch: Mapping[str, Any], *, bf16: bool, rounds: int) -> dict[str, Any]:
     """CPU seconds of every round by side."""
     times: dict[str, list[float]] = {side: [] for side in models}
-    names = list(models)
-    for number in range(rounds + WARM_UP):
-        for side in names[number % len(names) :] + names[: number % len(names)]:
+    generator = random.Random(0)
+    for _ in range(rounds + WARM_UP):
+        for side in generator.sample(list(models), len(models)):
             began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 models[side](**batch)

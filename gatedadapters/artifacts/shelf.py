@@ -114,7 +114,7 @@ class Shelf(nn.Module):
             if (module, shared) not in self._places:
                 new = shared(self)
                 self._places[module, shared] = new, place(new, model.get_submodule(module))
-            self._places[module, shared][0].hooks[name] = hook
+            self._places[module, shared][0].hooks.setdefault(name, []).append(hook)
         return member
 
     def remove(self, name: str) -> None:
@@ -370,18 +370,18 @@ class _SharedInput(InputHook):
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__(cast(Any, shelf), [], None)
-        self.hooks: dict[str, Any] = {}
+        self.hooks: dict[str, list[Any]] = {}
 
     def change(self, hidden: Tensor) -> Tensor:
         """See `InputHook`."""
         result = hidden
         for name, rows in RUNNING[self.adapters.serial]:
-            hook = self.hooks.get(name)
-            if hook is not None and rows is None:
-                result = hook.change(result)
-            elif hook is not None:
-                part = rows.take(hidden)
-                result = _put(hidden, result, rows, part, hook.change(part))
+            own = self.hooks.get(name, ())
+            part = before = result if rows is None or not own else rows.take(hidden)
+            for hook in own:
+                part = hook.change(part)
+            if part is not before:
+                result = part if rows is None else _put(hidden, result, rows, part)
         return result
 
 
@@ -392,25 +392,24 @@ class _SharedOutput(OutputHook):
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__(cast(Any, shelf), [], [])
-        self.hooks: dict[str, Any] = {}
+        self.hooks: dict[str, list[Any]] = {}
 
     def change(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See `OutputHook`."""
         result = target
         for name, rows in RUNNING[self.adapters.serial]:
-            hook = self.hooks.get(name)
-            if hook is not None and rows is None:
-                result = hook.change(hidden, result)
-            elif hook is not None:
-                part = rows.take(target)
-                result = _put(target, result, rows, part, hook.change(rows.take(hidden), part))
+            own = self.hooks.get(name, ())
+            part = before = result if rows is None or not own else rows.take(target)
+            read = hidden if rows is None or not own else rows.take(hidden)
+            for hook in own:
+                part = hook.change(read, part)
+            if part is not before:
+                result = part if rows is None else _put(target, result, rows, part)
         return result
 
 
-def _put(old: Tensor, result: Tensor, rows: Rows, part: Tensor, changed: Tensor) -> Tensor:
+def _put(old: Tensor, result: Tensor, rows: Rows, changed: Tensor) -> Tensor:
     """`result` with the rows of one member changed; copied from `old` by the first that changes something."""
-    if changed is part:
-        return result
     if result is old:
         result = old.clone(memory_format=torch.contiguous_format)
     rows.view(result)[rows.on(result.device)] = changed
