@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.artifacts import load_adapters
+from gatedadapters.artifacts import Shelf, load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
@@ -26,6 +26,7 @@ __all__ = [
     "MultiTaskClassifier",
     "Schedule",
     "SearchSpace",
+    "Shelf",
     "Structure",
     "attach",
     "detach",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -12,16 +11,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters import saving
+from gatedadapters import merging, saving
 from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.hooks import EmbeddingHook, InputHook, ModelHook, OutputAnchor, OutputHook
+from gatedadapters.hooks import (
+    RUNNING,
+    ModelHook,
+    OutputAnchor,
+    hook_embedding,
+    new_serial,
+    place,
+    point_hooks,
+)
 from gatedadapters.paths import Misfit, Path
 from gatedadapters.selection import build_structure, choose_units
 from gatedadapters.structure import Fingerprint, Structure
-from gatedadapters.weight_hooks import WeightHook, WeightRestorer, restore
+from gatedadapters.weight_hooks import hook_weights, restore
 
 NAME = "gated_adapters"
 
@@ -34,7 +41,7 @@ class Adapters(nn.Module):
         bank: the gates; None once compact.
         tasks: task names; task ids are positions in it.
         misfits: selected places where a candidate could not go, and why.
-        enabled: False switches every path off, leaving the backbone.
+        merged: what `merge` reported, None while the paths run beside the backbone.
     """
 
     paths: nn.ModuleDict
@@ -53,7 +60,9 @@ class Adapters(nn.Module):
         self.layout: Layout | None = None
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
-        self.enabled = True
+        self.merged: merging.MergeReport | None = None
+        self.aside = nn.ParameterList()  # on a shelf: their heads while others are at work, else the model's own
+        self.replaced: dict[str, Tensor] = {}  # while merged: the originals of the weights that were written to
         self.tapped: dict[str, Tensor] = {}
         self.cut: dict[str, Any] = {}  # calls of experts under way, one task after the other
         self._task: int | None = 0 if len(self.tasks) == 1 else None
@@ -62,6 +71,8 @@ class Adapters(nn.Module):
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
+        self.serial, self._enabled = new_serial(self), True
+        self.announce()
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
 
     # -- what the hooks call -------------------------------------------------------------------------------------------
@@ -70,6 +81,8 @@ class Adapters(nn.Module):
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
         self._routed = self._task if task_ids is None else self._checked_ids(task_ids, batch)
+        if self.merged is not None:
+            merging.check_call(self, self.merged.task, self._routed)
         bank = self.bank
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
@@ -167,14 +180,32 @@ class Adapters(nn.Module):
         self._task = None if task is None else int(self._checked_ids(torch.tensor([task]))[0])
         self._routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
 
+    @property
+    def enabled(self) -> bool:
+        """False switches every path off, leaving the backbone."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        self.announce()
+
+    def announce(self) -> None:
+        """Say whether paths run."""
+        RUNNING[self.serial] = self._enabled and self.merged is None
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this context the model computes what the backbone alone does."""
         before, self.enabled = self.enabled, False
+        if before:
+            merging.exchange(self)
         try:
             yield
         finally:
             self.enabled = before
+            if before:
+                merging.exchange(self)
 
     def set_penalty(
         self, penalty: Penalty, *, schedule: Schedule | None = None, total_steps: int | None = None
@@ -210,6 +241,8 @@ class Adapters(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own task heads, trained and saved along."""
+        if self.aside and not self._model:
+            return list(self.aside)
         return [self.model.get_parameter(name) for name in self.head_names]
 
     def _gates(self) -> GateBank:
@@ -264,7 +297,7 @@ class Adapters(nn.Module):
         gates = bank.deterministic()
         values = gates * kept
         top = values.amax(0)
-        for key, path in self._typed_paths():
+        for key, path in self.typed_paths():
             where = bank.slices[key]
             own = kept[:, where].amax(0).expand(path.units)
             if len(self.tasks) == 1:
@@ -321,6 +354,51 @@ class Adapters(nn.Module):
         self._hook(model)
         return structure
 
+    def merge(self, task: str | None = None) -> merging.MergeReport:
+        """Fold compact adapters into the backbone's own weights, in place: no path runs, a forward costs what the
+        backbone's alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
+
+        Sums are rounded once, to the type that the weight has. The originals stay in memory beside the model: as many
+        bytes as the weights written to (`MergeReport.bytes`).
+
+        Args:
+            task: the task to merge, where there are several.
+
+        Returns:
+            What rounding lost, by weight. Merging again what is merged changes nothing and returns the same.
+
+        Raises:
+            AttachError: not compact, disabled, on a shelf, or another task's are merged; a weight is shared, quantised,
+                on the meta device, or of a module that computes more than a linear map.
+            PathError: a path is of a kind that no weight can stand in for.
+            TaskError: several tasks, and none of them named.
+            ArtifactError: a merged value would not be finite.
+            Nothing is changed by any of them.
+        """
+        report = merging.merge(self, task, keep=True)
+        self.announce()
+        return report
+
+    def unmerge(self) -> None:
+        """Put the originals of merged weights back, every bit of them; nothing to do where nothing is merged.
+
+        Raises:
+            AttachError: within `disabled`.
+        """
+        if self.merged is not None:
+            merging.unmerge(self)
+            self.announce()
+
+    def merge_and_detach(self, task: str | None = None) -> merging.MergeReport:
+        """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
+        be saved with `save_pretrained`. No originals are kept: there is no way back. Otherwise as `merge`.
+        """
+        report = merging.merge(self, task, keep=False)
+        self.replaced.clear()
+        self.merged = None
+        self.detach()
+        return report
+
     def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
         """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or
         not at all. `load_adapters` reads them back.
@@ -352,47 +430,22 @@ class Adapters(nn.Module):
                 kept[self.tasks.index(task), columns] = 1.0
         return kept
 
-    def _typed_paths(self) -> Iterator[tuple[str, Path]]:
+    def typed_paths(self) -> Iterator[tuple[str, Path]]:
         for key, path in self.paths.items():
             yield key, cast(Path, path)
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 
     def _hook(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
         accepts = "task_ids" in inspect.signature(model.forward).parameters
         self._handles.append(
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
         self._handles.append(model.register_forward_hook(OutputAnchor(self)))
-        embedding = _input_embedding(model)
-        if embedding is not None:
-            self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))
-        inputs: dict[str, list[str]] = {}
-        outputs: dict[str, list[str]] = {}
-        stashes: dict[str, set[str]] = {}
-        weights: dict[str, dict[str, list[str]]] = {}
-        for key, path in sorted(self._typed_paths(), key=lambda item: (item[1].stage, item[0])):
-            site = path.site
-            if site.at_weight:
-                weights.setdefault(site.host, {}).setdefault(site.weight_name, []).append(key)
-                continue
-            (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
-            if site.tap.module != site.write.module:
-                stashes.setdefault(site.write.module, set()).add(site.tap.module)
-                inputs.setdefault(site.tap.module, [])
-        remembered = Counter(tap for taps in stashes.values() for tap in taps)
-        for name, keys in inputs.items():
-            hook = InputHook(self, keys, name if name in remembered else None)
-            self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
-        for name, keys in outputs.items():
-            last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
-            hook_out = OutputHook(self, keys, last)
-            self._handles.append(modules[name].register_forward_hook(hook_out, with_kwargs=True))
-        for name, by_parameter in weights.items():
-            hook_in = WeightHook(self, name, by_parameter)
-            self._handles.append(modules[name].register_forward_pre_hook(hook_in, with_kwargs=True))
-            self._handles.append(modules[name].register_forward_hook(WeightRestorer(hook_in), always_call=True))
+        self._handles += hook_embedding(self, model)
+        for name, hook in point_hooks(self):
+            self._handles.append(place(hook, model.get_submodule(name)))
+        self._handles += hook_weights(self, model)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -400,16 +453,25 @@ class Adapters(nn.Module):
         self._handles.clear()
         self.tapped.clear()
         self.cut.clear()
-        for _, path in self._typed_paths():  # a forward that the keyboard interrupted may have left something
+        for _, path in self.typed_paths():  # a forward that the keyboard interrupted may have left something
             if path.site.at_weight and self._model:
                 restore(self.model.get_submodule(path.site.host), [path.site.weight_name])
+
+    def check_alone(self) -> nn.Module:
+        """The model, unless these adapters are on a shelf, and the model not theirs alone to change."""
+        model = self.model
+        if getattr(model, NAME) is not self:
+            fix = "shelf.detach(), then load_adapters(model, folder) for these alone"
+            raise AttachError("these adapters are on a shelf", where="merge / detach", fix=fix)
+        return model
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
 
         Task heads keep what they learned.
         """
-        model = self.model
+        model = self.check_alone()
+        self.unmerge()
         self._unhook()
         delattr(model, NAME)
         for name, parameter in model.named_parameters():
@@ -420,6 +482,11 @@ class Adapters(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tapped": {}, "cut": {}, "_distinct": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self.serial = new_serial(self)
+        self.announce()
+
 
 def get_adapters(model: nn.Module) -> Adapters:
     """The adapters attached to `model` (or to what DDP and torch.compile wrapped).
@@ -429,6 +496,7 @@ def get_adapters(model: nn.Module) -> Adapters:
     """
     for module in model.modules():
         found = getattr(module, NAME, None)
+        found = getattr(found, "current", found)  # of a shelf, the active ones
         if isinstance(found, Adapters):
             return found
     raise AttachError("this model has no adapters", where=type(model).__name__, fix="call gatedadapters.attach first")
@@ -439,12 +507,3 @@ def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
     bank = adapters.bank
     if bank is not None:
         adapters.structure = adapters.discretize() if bank.frozen else None
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except NotImplementedError:
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None

@@ -61,16 +61,7 @@ def attach(
         BudgetError: see `set_penalty`.
         The model is left untouched by all of them.
     """
-    for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
-            raise AttachError(
-                "this model already has adapters",
-                expected="a model without adapters, as a whole and in its parts",
-                got=f"adapters at {name or 'the model itself'}",
-                where=type(model).__name__,
-                fix="ga.detach what they were attached to first",
-            )
+    check_free(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = _head_parameters(model, heads)
     check_gradients_pass(model)
@@ -107,6 +98,34 @@ def attach(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in built._required_grad)
         raise
+    return built
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise an `AttachError` where a model or a part of it has adapters."""
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
+            raise AttachError(
+                "this model already has adapters",
+                expected="a model without adapters, as a whole and in its parts",
+                got=f"adapters at {name or 'the model itself'}",
+                where=type(model).__name__,
+                fix="ga.detach what they were attached to first",
+            )
+
+
+def build(model: nn.Module, structure: Structure) -> Adapters:
+    """The adapters of a Structure, beside the model they fit; nothing is attached.
+
+    Raises:
+        PathError: the structure names a module that the model lacks.
+    """
+    heads = structure.fingerprint.heads
+    built = _from_structure(model, structure, fingerprint(model, skip=frozenset(heads)), structure.seed)
+    built.head_names = heads
+    built.train(model.training)
+    _place(built, model)
     return built
 
 
@@ -223,7 +242,7 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
     """Each path beside the module it writes to, gates beside the first of them."""
     modules = dict(model.named_modules())
     device = None
-    for _, path in adapters._typed_paths():
+    for _, path in adapters.typed_paths():
         home = next((p.device for p in modules[path.site.write.module].parameters()), None)
         if home is not None and home.type != "meta":
             path.to(home)

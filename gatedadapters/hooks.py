@@ -7,15 +7,23 @@ class swapped, so the backbone's type, signature and state-dict keys stay what t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from gatedadapters.adapters import Adapters
     from gatedadapters.paths import Path
+
+RUNNING: dict[int, Any] = {}
+"""What runs, by the `serial` of what was attached; falsy for nothing. A global, so that compiled code follows it: the
+compiler takes whatever it reaches through a hook for constant, but not globals."""
 
 
 class ModelHook:
@@ -87,15 +95,17 @@ class InputHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook with kwargs."""
-        if not self.adapters.enabled:
+        if not RUNNING[self.adapters.serial]:
             return None
         hidden = first_tensor(args, kwargs)
+        changed = self.change(hidden)
+        return None if changed is hidden else replace_first(args, kwargs, changed)
+
+    def change(self, hidden: Tensor) -> Tensor:
+        """What the module shall read instead of `hidden`; the same object for no change."""
         if self.stash is not None:
             self.adapters.tapped[self.stash] = hidden
-        if not self.keys:
-            return None
-        changed = run_paths(self.adapters, self.keys, hidden, hidden)
-        return None if changed is hidden else replace_first(args, kwargs, changed)
+        return run_paths(self.adapters, self.keys, hidden, hidden) if self.keys else hidden
 
 
 class OutputHook:
@@ -106,16 +116,21 @@ class OutputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook with kwargs."""
-        if not self.adapters.enabled:
+        if not RUNNING[self.adapters.serial]:
             return None
         is_tensor = isinstance(output, Tensor)
         target = output if is_tensor else output[0]
-        changed = run_paths(self.adapters, self.keys, first_tensor(args, kwargs), target)
-        for tap in self.taps:  # remembered inputs are not held beyond their use
-            self.adapters.tapped.pop(tap, None)
+        changed = self.change(first_tensor(args, kwargs), target)
         if changed is target:
             return None
         return changed if is_tensor else (changed, *output[1:])
+
+    def change(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """What the module, having read `hidden`, shall return instead of `target`; the same object for no change."""
+        changed = run_paths(self.adapters, self.keys, hidden, target)
+        for tap in self.taps:  # remembered inputs are not held beyond their use
+            self.adapters.tapped.pop(tap, None)
+        return changed
 
 
 def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tensor) -> Tensor:
@@ -137,6 +152,55 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
             tapped = hidden if tap.side == "input" else target
         target = kind.forward_together([path for path, _ in members], tapped, target, [gate for _, gate in members])
     return target
+
+
+def point_hooks(adapters: Adapters) -> Iterator[tuple[str, InputHook | OutputHook]]:
+    """Hooks that run the paths which change what modules take or return, and the modules where they go."""
+    inputs: dict[str, list[str]] = {}
+    outputs: dict[str, list[str]] = {}
+    stashes: dict[str, set[str]] = {}
+    for key, path in sorted(adapters.typed_paths(), key=lambda item: (item[1].stage, item[0])):
+        site = path.site
+        if site.at_weight:
+            continue
+        (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
+        if site.tap.module != site.write.module:
+            stashes.setdefault(site.write.module, set()).add(site.tap.module)
+            inputs.setdefault(site.tap.module, [])
+    remembered = Counter(tap for taps in stashes.values() for tap in taps)
+    for name, keys in inputs.items():
+        yield name, InputHook(adapters, keys, name if name in remembered else None)
+    for name, keys in outputs.items():
+        last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
+        yield name, OutputHook(adapters, keys, last)
+
+
+_serials = itertools.count()
+
+
+def new_serial(attached: nn.Module) -> int:
+    """A key of its own in `RUNNING`, free again when `attached` is gone."""
+    serial = next(_serials)
+    RUNNING[serial] = False
+    weakref.finalize(attached, RUNNING.pop, serial, None)
+    return serial
+
+
+def place(hook: InputHook | OutputHook, module: nn.Module) -> RemovableHandle:
+    """Register a hook at its module."""
+    if isinstance(hook, InputHook):
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def hook_embedding(adapters: Any, model: nn.Module) -> list[RemovableHandle]:
+    """An `EmbeddingHook` where tokens become vectors, if the model says where that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if callable(getter) else None
+    except NotImplementedError:
+        return []
+    return [embedding.register_forward_hook(EmbeddingHook(adapters))] if isinstance(embedding, nn.Module) else []
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import TaskError
-from gatedadapters.hooks import first_tensor
+from gatedadapters.hooks import RUNNING, first_tensor
 
 if TYPE_CHECKING:
     from gatedadapters.adapters import Adapters
@@ -44,7 +45,7 @@ class WeightHook:
         adapters = self.adapters
         restore(module, self.keys)
         adapters.cut.pop(self.module, None)
-        if not adapters.enabled:
+        if not RUNNING[adapters.serial]:
             return None
         tasks = adapters.tasks_of_batch()
         if len(tasks) < 2:
@@ -132,6 +133,20 @@ class WeightRestorer:
             return joined(parts, torch.cat(order).argsort())
         finally:
             restore(module, hook.keys)
+
+
+def hook_weights(adapters: Adapters, model: nn.Module) -> list[RemovableHandle]:
+    """Put the hooks of all paths at weights where they go."""
+    weights: dict[str, dict[str, list[str]]] = {}
+    for key, path in adapters.typed_paths():
+        if path.site.at_weight:
+            weights.setdefault(path.site.host, {}).setdefault(path.site.weight_name, []).append(key)
+    handles = []
+    for name, keys in weights.items():
+        module, hook = model.get_submodule(name), WeightHook(adapters, name, keys)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(module.register_forward_hook(WeightRestorer(hook), always_call=True))
+    return handles
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:

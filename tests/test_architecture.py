@@ -16,7 +16,7 @@ LAYERS = (
     {"errors"},
     {"config", "safe_files"},
     {"backbone", "gates", "paths"},
-    {"structure", "selection", "fingerprint", "hooks", "weight_hooks", "saving", "adapters", "attachment"},
+    {"structure", "selection", "fingerprint", "hooks", "weight_hooks", "saving", "merging", "adapters", "attachment"},
     {"masking", "artifacts"},
     {"data", "training"},
     {"continual", "transfer", "robustness"},

@@ -94,3 +94,13 @@ def test_readme_shows_the_table_of_the_stored_cells(quality: ModuleType) -> None
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in (*quality.table().splitlines(), *quality.compression().splitlines()):
         assert line in readme
+
+
+def test_inference_cost_says_whether_each_claim_holds() -> None:
+    cost = script("inference_cost")
+    row = {"model": "m", "precision": "fp32", "cpu_seconds": {"unmerged": 0.5}}
+    ratio = dict.fromkeys(cost.RATIOS, 1.0)
+    assert "NOT" not in cost.table([{**row, "ratio": ratio}])
+    worse = cost.table([{**row, "ratio": {**ratio, "unmerged / peft": 1.01, "merged / backbone": 0.9}}])
+    assert "peft's: does NOT hold, 1.01" in worse
+    assert "backbone: does NOT hold, within 10.0%" in worse

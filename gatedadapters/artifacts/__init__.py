@@ -1,5 +1,6 @@
-"""Saved adapters: reading them back."""
+"""Saved adapters: reading them back, one or several on a model."""
 
 from gatedadapters.artifacts.load import load_adapters
+from gatedadapters.artifacts.shelf import Shelf
 
-__all__ = ["load_adapters"]
+__all__ = ["Shelf", "load_adapters"]

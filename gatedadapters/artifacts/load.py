@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gatedadapters.adapters import NAME, Adapters
-from gatedadapters.attachment import attach
+from gatedadapters.adapters import Adapters
+from gatedadapters.attachment import attach, check_free
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.paths import Site, path_class
@@ -34,16 +34,23 @@ def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = 
         AttachError: the model already has adapters.
         The model is left untouched by all of them.
     """
-    path = Path(folder)
-    structure = Structure.load(_existing(path) / STRUCTURE)
-    if not hasattr(model, NAME):  # else attach says it better
-        _check_backbone(model, structure.fingerprint, path, other_values=other_values)
-    tensors = read_tensors(path / WEIGHTS, _expected(model, structure, path))
+    check_free(model)
+    structure, tensors = read_saved(model, folder, other_values=other_values)
     adapters = attach(model, structure, heads=structure.fingerprint.heads, seed=structure.seed)
     with torch.no_grad():
         for name, value in state(adapters).items():
             value.copy_(tensors[name])
     return adapters
+
+
+def read_saved(
+    model: nn.Module, folder: str | Path, *, other_values: bool = False
+) -> tuple[Structure, dict[str, Tensor]]:
+    """What `Adapters.save` wrote, checked against the model and the structure; raises as `load_adapters` does."""
+    path = Path(folder)
+    structure = Structure.load(_existing(path) / STRUCTURE)
+    _check_backbone(model, structure.fingerprint, path, other_values=other_values)
+    return structure, read_tensors(path / WEIGHTS, _expected(model, structure, path))
 
 
 def _existing(folder: Path) -> Path:

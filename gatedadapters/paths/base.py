@@ -125,7 +125,8 @@ class Path(nn.Module, ABC):
 
     Contract (checked by `gatedadapters.testing.PathContract`): output unchanged at start; a gate of 0 gives the
     backbone's output exactly; a gate of 1 the ungated path; gates get gradient once the path is non-zero;
-    `scale_units` and `select_units` do what gates of those values did; `cost` counts the parameters.
+    `scale_units` and `select_units` do what gates of those values did; `cost` counts the parameters; `merge_into`
+    gives the map that computes the same, or says that none does.
     """
 
     kind: ClassVar[str]
@@ -181,6 +182,30 @@ class Path(nn.Module, ABC):
     @abstractmethod
     def select_units(self, keep: Tensor) -> None:
         """Keep only the units `keep` (indices), as new, smaller parameters."""
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The linear map that alone computes what the map written at computes together with this path.
+
+        Linear kinds override this; what is no linear map is refused, by this very method.
+
+        Args:
+            weight: (out, in) of the map at `site.write`, in a type wide enough to add in; not changed.
+            bias: (out,), or None; not changed.
+            gate: None for fully open, else (units,) or (1,).
+
+        Returns:
+            The new weight and bias, in the type of `weight`.
+
+        Raises:
+            PathError: no weight can stand in for this kind.
+        """
+        raise PathError(
+            f"a {self.kind} path cannot be merged: what it computes is no linear map",
+            expected="paths that a weight can take over, such as lora and scale",
+            got=f"{self.kind} at {self.site.write}",
+            where="merge",
+            fix="keep the adapters attached, or search a space without this kind and merge what it finds",
+        )
 
     @classmethod
     def forward_together(

@@ -89,6 +89,11 @@ class LoRA(Path):
         """Baked into `up`."""
         self.up.mul_(scale.to(self.up))
 
+    def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + up diag(gate) down."""
+        up = self.up.to(weight)
+        return weight + (up if gate is None else up * gate.to(weight)) @ self.down.to(weight), bias
+
     @torch.no_grad()
     def condense(self, keep: Tensor, scale: Tensor) -> None:
         """The best approximation of the gated map by as many ranks as are kept (Eckart-Young): its leading singular

@@ -70,5 +70,13 @@ class Scale(Path):
         """Baked into the shift."""
         self.shift.mul_(scale.to(self.shift))
 
+    def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the weight, and the bias, times 1 + gate * shift; columns where the input is scaled."""
+        shift = self.shift.to(weight)
+        factor = 1 + (shift if gate is None else gate.to(weight) * shift)
+        if self.site.write.side == "input":
+            return weight * factor, bias
+        return factor[:, None] * weight, None if bias is None else factor * bias
+
     def select_units(self, keep: Tensor) -> None:
         """Nothing to choose from."""

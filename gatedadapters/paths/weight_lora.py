@@ -169,6 +169,10 @@ class WeightLoRA(LoRA):
             product = up @ down if self.site.experts else (up @ down)[0]
         return product.mT if self.site.transposed else product
 
+    def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stored weight with what the path adds to it; `weight` is of the site's `weight_shape`."""
+        return weight + self.delta(gate).to(weight), bias
+
     def _stack(self, rows: Tensor) -> Tensor:
         """(units, width) -> (experts, r, width)."""
         if self.is_even:

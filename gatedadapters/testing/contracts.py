@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.attachment import attach, detach
@@ -294,7 +295,7 @@ class PathContract:
         )
         for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if path.site.at_weight else None]:
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
-            taps = () if _same_tensor(path.site) else (tapped,)
+            taps = () if path.site.tap == path.site.write else (tapped,)
 
             def run(target: Tensor, *rest: Tensor, taps: int = len(taps), gates: int = len(gate)) -> Tensor:
                 tapped = rest[0] if taps else target
@@ -362,7 +363,7 @@ class PathContract:
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
                     target = torch.randn(*shape, width).to(dtype).requires_grad_()
-                    tapped = target if _same_tensor(site) else torch.randn(*shape, site.width_in)
+                    tapped = target if site.tap == site.write else torch.randn(*shape, site.width_in)
                     gate = torch.rand(path.units, requires_grad=True)
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         result = path(tapped, target, gate)
@@ -372,12 +373,32 @@ class PathContract:
                     assert gate.grad is not None
                     assert gate.grad.dtype == torch.float32
 
+    def test_a_merged_map_equals_map_and_path_or_is_refused_by_name(self, option: PathOptions) -> None:
+        """`merge_into` for every gate, with and without a bias."""
+        path = self.path(option)
+        tapped, target = _tensors(path)
+        if path.site.at_weight:
+            for gate in (None, torch.rand(path.units), torch.rand(1)):
+                merged, _ = path.merge_into(target, None, gate)
+                torch.testing.assert_close(merged, path(tapped, target, gate))
+            return
+        at_input = path.site.write.side == "input"
+        weight = torch.randn(7 if at_input else path.site.width_out, path.site.width_in)
+        for bias, gate in ((None, None), (torch.randn(len(weight)), torch.rand(path.units)), (None, torch.rand(1))):
+            try:
+                merged = path.merge_into(weight, bias, gate)
+            except PathError as error:
+                return _assert_named(path, str(error))
+            plain = linear(tapped, weight, bias)
+            end = linear(path(tapped, target, gate), weight, bias) if at_input else path(tapped, plain, gate)
+            torch.testing.assert_close(linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
+
     def test_a_wrong_shape_names_the_point(self, option: PathOptions) -> None:
         """A width that is not the layout's, and rows that are not a multiple of the examples."""
         path = self.path(option)
         tapped, target = _tensors(path)
         wide_tap, wide = (torch.cat([t, t[..., :1]], -1) for t in (tapped, target))
-        if _same_tensor(path.site):
+        if path.site.tap == path.site.write:
             _assert_refused_by_name(path, wide, wide, None)
         else:
             _assert_refused_by_name(path, wide_tap, target, None)
@@ -474,10 +495,6 @@ def _one(tensor: Tensor, i: int) -> Tensor:
     return tensor[i : i + 1]
 
 
-def _same_tensor(site: Site) -> bool:
-    return site.tap == site.write
-
-
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
     """What a site carries for 3 examples of 5 tokens, or the weight it stands at."""
     generator = torch.Generator().manual_seed(3)
@@ -485,16 +502,19 @@ def _tensors(path: Path) -> tuple[Tensor, Tensor]:
         weight = torch.randn(path.site.weight_shape, generator=generator)
         return weight, weight
     target = torch.randn(3, 5, path.site.width_out, generator=generator)
-    if _same_tensor(path.site):
+    if path.site.tap == path.site.write:
         return target, target
     return torch.randn(3, 5, path.site.width_in, generator=generator), target
 
 
 def _assert_refused_by_name(path: Path, tapped: Tensor, target: Tensor, gate: Tensor | None) -> None:
-    message = None
+    message = ""
     try:
         path(tapped, target, gate)
     except PathError as error:
         message = str(error)
-    assert message is not None, "a wrong shape was accepted"
-    assert path.site.tap.module in message or path.site.write.module in message, message
+    _assert_named(path, message)
+
+
+def _assert_named(path: Path, message: str) -> None:
+    assert path.site.tap.module in message or path.site.write.module in message, message or "accepted"

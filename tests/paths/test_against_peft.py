@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedadapters import GateConfig, SearchSpace, attach
+from gatedadapters import Adapters, GateConfig, SearchSpace, attach
 from gatedadapters.config import Where
 from gatedadapters.paths.lora import LoRAOptions
 from gatedadapters.paths.scale import ScaleOptions
@@ -52,6 +52,7 @@ def test_lora_equals_pefts_lora(family: str, rank: int) -> None:
     for key, path in adapters.paths.items():
         for name, own in (("lora_A", path.down), ("lora_B", path.up)):
             close_to(own.grad, getattr(layers[key], name)["default"].weight.grad, f"{key} {name}")
+    merges_alike(adapters, theirs)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -83,6 +84,18 @@ def test_scale_equals_pefts_ia3(family: str) -> None:
     random_loss(expected).backward()
     for key, path in adapters.paths.items():
         close_to(path.shift.grad, factors[key].grad.flatten(), key)
+    merges_alike(adapters, theirs)
+
+
+def merges_alike(adapters: Adapters, theirs: Any) -> None:
+    """Merged into the backbone, both give the same plain model."""
+    model = adapters.model
+    adapters.compact()
+    report = adapters.merge_and_detach()
+    state, expected = model.state_dict(), theirs.merge_and_unload().state_dict()
+    assert state.keys() == expected.keys() > report.drift.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def close_to(ours: Tensor, theirs: Tensor, what: str) -> None:

@@ -1,0 +1,362 @@
+"""Several saved adapters on one model: switched, mixed, added and removed, each as it is alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gatedadapters as ga
+from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
+from gatedadapters.testing.backbones import tiny
+from gatedadapters.testing.contracts import checkpoint_activations
+
+FAMILIES = ("bert", "albert", "modernbert", "gpt2", "llama", "gemma2", "mixtral", "jamba", "t5")
+SPACES = {"a": "encoder-mixed", "b": "lora-all-linear", "c": "decoder-mixed"}
+
+
+def hidden(model: nn.Module, batch: dict[str, Tensor], **more: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**batch, **more)[0]
+    return result
+
+
+def saved(
+    folder: Path, make: Callable[[], nn.Module], space: str, *, seed: int, tasks: tuple[str, ...] = ("default",)
+) -> Path:
+    """A folder with adapters, and heads if the model has some, that do something."""
+    model = make()
+    adapters = ga.attach(model, space, tasks=tasks, seed=seed)
+    assert adapters.bank is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in [*adapters.weight_parameters(), *adapters.head_parameters()]:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        adapters.bank.log_alpha.copy_(1 + 2 * torch.randn(adapters.bank.log_alpha.shape, generator=generator))
+    adapters.compact()
+    adapters.save(folder)
+    return folder
+
+
+class Case:
+    """One family, its saved adapters, and what each of them computes alone."""
+
+    def __init__(self, root: Path, family: str, head: str = "base") -> None:
+        self.make = lambda: tiny(family, head=head)[0]
+        self.batch = {k: torch.cat([v, v.flip(0), v])[:5] for k, v in tiny(family, head=head)[1].items()}
+        self.folders = {
+            name: saved(root / name, self.make, space, seed=i) for i, (name, space) in enumerate(SPACES.items())
+        }
+        self.alone: dict[str | None, Tensor] = {None: hidden(self.make(), self.batch)}
+        for name, folder in self.folders.items():
+            model = self.make()
+            ga.load_adapters(model, folder)
+            self.alone[name] = hidden(model, self.batch)
+
+    def shelf(self) -> tuple[nn.Module, ga.Shelf]:
+        model = self.make()
+        return model, ga.Shelf.load(model, self.folders)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("classifier"), "bert", "classification")
+
+
+# -- what is computed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_example_of_a_mixture_and_each_batch_gets_what_its_own_adapters_compute_alone(
+    family: str, tmp_path: Path
+) -> None:
+    case = Case(tmp_path, family)
+    model, shelf = case.shelf()
+    backbone = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("gated_adapters.")}
+    for names in (["b", "a", None, "b", "c"], ["a", "a", "a", "b", "b"], [None, None, "c", "c", "c"]):
+        mixed = hidden(model, case.batch, adapter_names=names)
+        expected = torch.stack([case.alone[name][row] for row, name in enumerate(names)])
+        torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+    for name in (*SPACES, None, "a"):
+        shelf.activate(name)
+        assert shelf.active == name
+        assert torch.equal(hidden(model, case.batch), case.alone[name])
+        assert torch.equal(hidden(model, case.batch, adapter_names=["b"] * 5), case.alone["b"])
+    assert all(torch.equal(p, backbone[n]) for n, p in model.named_parameters() if n in backbone)
+    distinct = list(case.alone.values())
+    assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(distinct) for y in distinct[:i])
+
+
+def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatedadapters import hooks
+
+    model, shelf = bert.shelf()
+    ran: dict[str, set[int]] = {}
+    real = hooks.run_paths
+
+    def counting(adapters: ga.Adapters, keys: list[str], hidden: Tensor, target: Tensor) -> Tensor:
+        name = next(name for name, member in shelf.members.items() if member is adapters)
+        ran.setdefault(name, set()).add(target.shape[0])
+        return real(adapters, keys, hidden, target)
+
+    monkeypatch.setattr(hooks, "run_paths", counting)
+    hidden(model, bert.batch, adapter_names=["b", None, "b", "c", None])
+    assert ran == {"b": {2}, "c": {1}}  # each on its own examples alone
+    ran.clear()
+    shelf.activate(None)
+    hidden(model, bert.batch)
+    assert ran == {}
+
+
+def test_gradients_of_a_mixture_are_those_of_each_example_alone_also_when_checkpointed(bert: Case) -> None:
+    model, shelf = bert.shelf()
+    names = ["b", "a", "b", None, "a"]
+    weight = torch.randn(bert.alone[None].shape)
+    shelf.activate(None)
+    results = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        for module in model.modules():  # blocks checkpoint in training mode alone, in which all else drops at random
+            module.training = hasattr(module, "gradient_checkpointing")
+        if checkpointed:
+            checkpoint_activations(model, use_reentrant=False)
+        (model(**bert.batch, adapter_names=names)[0] * weight).sum().backward()
+        results.append({n: p.grad.clone() for n, p in shelf.named_parameters() if p.grad is not None})
+    expected: dict[str, Tensor] = {}
+    for name in ("a", "b"):
+        alone = bert.make()
+        adapters = ga.load_adapters(alone, bert.folders[name])
+        rows = [row for row, other in enumerate(names) if other == name]
+        (alone(**{k: v[rows] for k, v in bert.batch.items()})[0] * weight[rows]).sum().backward()
+        expected |= {f"members.{name}.{n}": p.grad for n, p in adapters.named_parameters() if p.grad is not None}
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_generation_follows_the_active_adapters_and_mixtures_also_with_beams(family: str, tmp_path: Path) -> None:
+    case = Case(tmp_path, family, "lm")
+    model, shelf = case.shelf()
+    inputs = {"input_ids": case.batch["input_ids"][:3], "attention_mask": case.batch["attention_mask"][:3]}
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    each = {}
+    for beams in (1, 2):
+        for name in (*SPACES, None):
+            with shelf.using(name):
+                each[name] = model.generate(**inputs, num_beams=beams, **options)
+        names = ["b", None, "a"]
+        with shelf.using(names):
+            assert shelf.active is None
+            mixed = model.generate(**inputs, num_beams=beams, **options)
+        assert shelf.active == "a"
+        assert torch.equal(mixed, torch.stack([each[name][row] for row, name in enumerate(names)]))
+    assert len({tuple(value.flatten().tolist()) for value in each.values()}) > 1
+
+
+def test_disabled_is_the_backbone_with_its_own_heads(classifier: Case) -> None:
+    model, shelf = classifier.shelf()
+    for name in ("b", None):
+        shelf.activate(name)
+        with shelf.disabled():
+            assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
+            shelf.activate("c")  # takes effect afterwards
+            assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
+        assert torch.equal(hidden(model, classifier.batch), classifier.alone["c"])
+
+
+def test_routing_over_tasks_works_within_a_mixture(tmp_path: Path) -> None:
+    make = lambda: tiny("bert")[0]  # noqa: E731
+    batch = {k: torch.cat([v, v.flip(0)]) for k, v in tiny("bert")[1].items()}
+    both = saved(tmp_path / "both", make, "encoder-mixed", seed=1, tasks=("one", "two"))
+    single = saved(tmp_path / "single", make, "lora-all-linear", seed=2)
+    alone = {}
+    for name, folder in (("both", both), ("single", single)):
+        model = make()
+        ga.load_adapters(model, folder)
+        ids = torch.tensor([1, 0, 0, 1]) if name == "both" else torch.zeros(4).long()
+        alone[name] = hidden(model, batch, task_ids=ids)
+    model = make()
+    ga.Shelf.load(model, {"both": both, "single": single})
+    mixed = hidden(
+        model, batch, task_ids=torch.tensor([1, 0, 0, 1]), adapter_names=["both", "single", "single", "both"]
+    )
+    expected = torch.stack([alone["both"][0], alone["single"][1], alone["single"][2], alone["both"][3]])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TaskError, match="does not say which"):
+        hidden(model, batch)
+
+
+# -- heads ---------------------------------------------------------------------------------------------------
+
+
+def test_heads_follow_the_switch_and_come_back(classifier: Case) -> None:
+    model, shelf = classifier.shelf()
+    for name in ("b", None, "a", "c"):
+        shelf.activate(name)
+        assert torch.equal(hidden(model, classifier.batch), classifier.alone[name])
+    with shelf.using("b"):
+        assert torch.equal(hidden(model, classifier.batch), classifier.alone["b"])
+    assert torch.equal(hidden(model, classifier.batch, adapter_names=["c"] * 5), classifier.alone["c"])
+    shelf.detach()
+    assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
+
+
+def test_mixtures_with_heads_are_refused_with_the_way_out(classifier: Case) -> None:
+    model, shelf = classifier.shelf()
+    for names in (["a", "b", "a", "a", None], ["b"] * 5, [None] * 5):
+        with pytest.raises(TaskError, match=r"heads(.|\n)*fix:.*using"):
+            model(**classifier.batch, adapter_names=names)
+    with pytest.raises(TaskError, match="heads"), shelf.using(["a", "b", "a", "a", None]):
+        pass
+    assert torch.equal(hidden(model, classifier.batch), classifier.alone["a"])
+
+
+def test_what_a_head_learns_stays_with_its_adapters(classifier: Case, tmp_path: Path) -> None:
+    model, shelf = classifier.shelf()
+    with torch.no_grad():
+        for parameter in shelf.members["a"].head_parameters():
+            parameter.add_(1.0)
+    learned = hidden(model, classifier.batch)
+    assert not torch.equal(learned, classifier.alone["a"])
+    for name in ("b", "a"):
+        shelf.activate(name)
+    assert torch.equal(hidden(model, classifier.batch), learned)
+    shelf.activate("b")
+    shelf.members["a"].save(tmp_path / "again")  # from aside
+    other = classifier.make()
+    ga.load_adapters(other, tmp_path / "again")
+    assert torch.equal(hidden(other, classifier.batch), learned)
+
+
+# -- on and off the shelf ------------------------------------------------------------------------------------
+
+
+def test_adapters_are_added_and_removed_one_by_one(bert: Case) -> None:
+    model = bert.make()
+    shelf = ga.Shelf.load(model, {"a": bert.folders["a"]})
+    shelf.add("late", bert.folders["b"])
+    assert shelf.active == "a"
+    assert torch.equal(hidden(model, bert.batch), bert.alone["a"])
+    with shelf.using("late"):
+        assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+    shelf.remove("a")
+    assert shelf.active is None
+    assert torch.equal(hidden(model, bert.batch), bert.alone[None])
+    shelf.activate("late")
+    assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+    shelf.remove("late")
+    assert list(shelf.parameters()) == []
+    hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooked == ["", "embeddings.word_embeddings"]
+
+
+def test_a_model_comes_off_the_shelf_bit_for_bit(classifier: Case) -> None:
+    model, untouched = classifier.make(), classifier.make()
+    model.classifier.bias.requires_grad_(False)
+    shelf = ga.Shelf.load(model, classifier.folders)
+    learning = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("gated_adapters.")}
+    assert learning == {"classifier.weight", "classifier.bias"}
+    assert shelf.detach() is model
+    assert not model.classifier.bias.requires_grad
+    assert model.classifier.weight.requires_grad
+    state = model.state_dict()
+    assert state.keys() == untouched.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in untouched.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(AttachError, match="detached"):
+        shelf.activate("a")
+    ga.Shelf.load(model, classifier.folders)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+def test_a_copy_has_a_shelf_of_its_own(way: str, classifier: Case) -> None:
+    model, shelf = classifier.shelf()
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    twin.gated_adapters.activate("b")
+    assert torch.equal(hidden(twin, classifier.batch), classifier.alone["b"])
+    assert torch.equal(hidden(model, classifier.batch), classifier.alone["a"])
+    shelf.detach()
+    assert torch.equal(hidden(twin, classifier.batch), classifier.alone["b"])
+    twin.gated_adapters.detach()
+    assert torch.equal(hidden(twin, classifier.batch), classifier.alone[None])
+
+
+def test_get_adapters_finds_the_active_ones_and_they_are_neither_merged_nor_detached_alone(bert: Case) -> None:
+    model, shelf = bert.shelf()
+    shelf.activate("b")
+    active = ga.get_adapters(model)
+    assert active is shelf.members["b"] is shelf.current
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call in (active.merge, active.merge_and_detach, active.detach, lambda: ga.detach(model)):
+        with pytest.raises(AttachError, match=r"on a shelf(.|\n)*load_adapters"):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_unknown_taken_and_impossible_names_are_refused_and_nothing_changes(bert: Case) -> None:
+    model, shelf = bert.shelf()
+    requests: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (ArtifactError, "one of a, b, c", lambda: shelf.activate("nonesuch")),
+        (ArtifactError, "one of a, b, c", lambda: shelf.remove("nonesuch")),
+        (ArtifactError, "one of a, b, c", lambda: model(**bert.batch, adapter_names=["a", "b", "a", "b", "x"])),
+        (ArtifactError, "taken", lambda: shelf.add("b", bert.folders["c"])),
+        (ArtifactError, "without dots", lambda: shelf.add("b.c", bert.folders["c"])),
+        (ArtifactError, "without dots", lambda: shelf.add("keys", bert.folders["c"])),
+        (ArtifactError, "no such folder", lambda: shelf.add("d", bert.folders["c"].parent / "gone")),
+        (TaskError, "5 names", lambda: model(**bert.batch, adapter_names=["a", "b"])),
+        (TaskError, "5 names", lambda: model(**bert.batch, adapter_names=[])),
+        (AttachError, "already has adapters", lambda: ga.load_adapters(model, bert.folders["a"])),
+        (AttachError, "already has adapters", lambda: ga.Shelf.load(model, bert.folders)),
+    ]
+    for error, words, call in requests:
+        with pytest.raises(error, match=words) as caught:
+            call()
+        assert "fix:" in str(caught.value)
+        assert (tuple(shelf.members), shelf.active) == (("a", "b", "c"), "a")
+        assert torch.equal(hidden(model, bert.batch), bert.alone["a"])
+
+
+def test_adapters_of_another_backbone_are_refused_and_the_model_left_as_it_was(bert: Case, classifier: Case) -> None:
+    model, _ = tiny("bert", seed=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for folders in (bert.folders, classifier.folders, {}):
+        with pytest.raises(ArtifactError):
+            ga.Shelf.load(model, folders)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    shelf = ga.Shelf.load(model, bert.folders, other_values=True)
+    assert tuple(shelf.members) == ("a", "b", "c")
+
+
+def test_a_mixture_is_refused_where_a_point_carries_no_examples(tmp_path: Path) -> None:
+    case = Case(tmp_path, "deberta_v2")  # adapters on its projections of relative positions, which all examples share
+    model, shelf = case.shelf()
+    with pytest.raises(PathError, match=r"one run each(.|\n)*relative positions"):
+        hidden(model, case.batch, adapter_names=["a", "b", "a", "b", "c"])
+    shelf.activate("b")
+    assert torch.equal(hidden(model, case.batch), case.alone["b"])
