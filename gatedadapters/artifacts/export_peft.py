@@ -20,8 +20,8 @@ from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
-# Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it takes
-# these, wherever they occur, for such experts; in state-space families it refuses to adapt what is called out_proj.
+# Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it
+# takes these, wherever they occur, for such experts; in state-space families it refuses what is called out_proj.
 _EXPERT_NAMES = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
 _STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 

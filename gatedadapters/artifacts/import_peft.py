@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from gatedadapters.adapters import Adapters
 from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
 from gatedadapters.attachment import DEFAULT_TASK, check_free, find_heads, install, supernet
-from gatedadapters.backbone import Block, Layout, LinearMap, Sublayer, discover
+from gatedadapters.backbone import Layout, LinearMap, discover
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
 from gatedadapters.fingerprint import fingerprint
-from gatedadapters.paths import LoRA, Site
+from gatedadapters.paths import LoRA, Point, Site
 from gatedadapters.paths.lora import LoRAOptions
 
 OUTSIDE = "outside"  # the sub-layer of maps that lie in no block: poolers, heads, embedding projections
@@ -130,15 +130,19 @@ def _sites(layout: Layout, maps: Mapping[str, Matrices], where: FilePath) -> lis
     Raises:
         ArtifactError: a map does not fit its module.
     """
-    places = list(layout.maps())
-    for linear in layout.outside:
-        block = Block(linear.name, len(layout.blocks), "", 1, ())
-        places.append((block, Sublayer("feed_forward", OUTSIDE, layout.hidden_size, None, None, ()), linear))
     sites: dict[str, Site] = {}
-    for block, sublayer, linear in places:
-        if linear.name in maps and linear.name not in sites:
+    for block, sublayer, linear in layout.maps():
+        if linear.name in maps:
+            sites.setdefault(linear.name, Site.at_map(block, sublayer, linear, tap="input", write="output"))
+    for linear in layout.outside:
+        ends = Point(linear.name, "input"), Point(linear.name, "output")
+        widths = linear.in_features, linear.out_features
+        if linear.name in maps:
+            place = linear.name, len(layout.blocks), OUTSIDE, linear.role
+            sites.setdefault(linear.name, Site(*ends, *widths, *place, linear.traffic))
+    for linear in (*(linear for _, _, linear in layout.maps()), *layout.outside):
+        if linear.name in maps:
             _check_fit(linear, maps[linear.name], where)
-            sites[linear.name] = Site.at_map(block, sublayer, linear, tap="input", write="output")
     reasons = {unknown.name.removesuffix(".weight"): unknown.reason for unknown in layout.unknown}
     missing = [name for name in maps if name not in sites]
     if missing:
