@@ -135,11 +135,19 @@ def _sites(layout: Layout, maps: Mapping[str, Matrices], where: FilePath) -> lis
         if linear.name in maps:
             sites.setdefault(linear.name, Site.at_map(block, sublayer, linear, tap="input", write="output"))
     for linear in layout.outside:
-        ends = Point(linear.name, "input"), Point(linear.name, "output")
-        widths = linear.in_features, linear.out_features
         if linear.name in maps:
-            place = linear.name, len(layout.blocks), OUTSIDE, linear.role
-            sites.setdefault(linear.name, Site(*ends, *widths, *place, linear.traffic))
+            site = Site(
+                tap=Point(linear.name, "input"),
+                write=Point(linear.name, "output"),
+                width_in=linear.in_features,
+                width_out=linear.out_features,
+                block=linear.name,
+                block_index=len(layout.blocks),
+                sublayer=OUTSIDE,
+                role=linear.role,
+                traffic=linear.traffic,
+            )
+            sites.setdefault(linear.name, site)
     for linear in (*(linear for _, _, linear in layout.maps()), *layout.outside):
         if linear.name in maps:
             _check_fit(linear, maps[linear.name], where)

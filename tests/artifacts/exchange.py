@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
 import gatedadapters as ga
+
+peft = pytest.importorskip("peft")
 
 ALL_LINEAR = {"paths": [{"kind": "lora", "rank": 6}]}
 

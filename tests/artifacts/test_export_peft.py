@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exchange import compacted, loaded_by_peft, output, space
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,9 +20,6 @@ from transformers.pytorch_utils import Conv1D
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.testing.backbones import FAMILIES, tiny
-
-pytest.importorskip("peft")
-from exchange import compacted, loaded_by_peft, output, space
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exchange import compacted, loaded_by_peft, output, peft, space
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,9 +19,6 @@ import gatedadapters as ga
 from gatedadapters.artifacts import singular_values
 from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.testing.backbones import tiny
-
-peft = pytest.importorskip("peft")
-from exchange import compacted, loaded_by_peft, output, space
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 
@@ -386,7 +384,7 @@ def test_a_foreign_or_damaged_folder_is_refused_and_the_model_left_alone(
     for name in (WEIGHTS, CONFIG):
         (folder / name).write_bytes((bert_folder[0] / name).read_bytes())
     damage(folder)
-    model, batch = tiny("bert", head="classification")
+    model, _ = tiny("bert", head="classification")
     refused(model, folder, says)
     assert not (folder / "exploded").exists()
 
