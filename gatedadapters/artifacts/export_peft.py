@@ -15,10 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gatedadapters.adapters import Adapters
 from gatedadapters.errors import ArtifactError, TaskError
+from gatedadapters.fingerprint import fingerprint
 from gatedadapters.paths import LoRA, Path, Scale
 from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+BACKBONE = "backbone"  # key of the weights' metadata: digest of the backbone's values, for import_peft
 
 # Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it
 # takes these, wherever they occur, for such experts; in state-space families it refuses what is called out_proj.
@@ -82,9 +84,10 @@ def export_peft(
         **config,
     }
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
+    metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
     with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        write_tensors(new / WEIGHTS, stored, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS, stored, metadata=metadata)
 
 
 def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:

@@ -31,6 +31,7 @@ def import_peft(
     tasks: Sequence[str] = (DEFAULT_TASK,),
     gates: GateConfig | None = None,
     heads: Sequence[str] | None = None,
+    other_values: bool = False,
     seed: int = 0,
 ) -> Adapters:
     """Attach a LoRA that peft saved as gated paths, one at each of its modules, every rank a unit of its own.
@@ -47,6 +48,8 @@ def import_peft(
         gates: how they are drawn; with `init` at its default or higher each is 1 in evaluation at the start.
         heads: parameters of the model to train and save along, beside the LoRA's `modules_to_save`; default as in
             `attach`.
+        other_values: accept a backbone of the same shapes with other weights than the one `export_peft` saw; folders
+            that peft wrote do not say which it was, only names and shapes are checked.
         seed: of gates and gate noise.
 
     Raises:
@@ -62,6 +65,12 @@ def import_peft(
     maps = {prefix + name: value for name, value in lora.maps.items()}
     saved = {prefix + name: value for name, value in lora.heads.items()}
     _check_heads(model, saved, lora.where)
+    own = fingerprint(model, skip=frozenset(saved)).values
+    if lora.backbone not in (None, own) and not prefix and not other_values:
+        raise ArtifactError(
+            "this LoRA was exported from a backbone with other weights", expected=f"values {lora.backbone}"[:15],
+            got=f"values {own}"[:15], where=lora.where, fix="load that backbone, or accept this with other_values=True",
+        )  # fmt: skip
     layout = discover(model, sample)
     found: dict[str, tuple[PathOptions, Site]] = {}
     sources: dict[str, Matrices] = {}
@@ -98,13 +107,15 @@ def import_peft(
 def singular_values(adapters: Adapters) -> Tensor:
     """(tasks, units) scores of freshly imported adapters: the singular values of each module's B A.
 
-    `adapters.discretize(budget, scores=singular_values(adapters))` is plain truncation, across all modules.
+    `adapters.discretize(budget, scores=singular_values(adapters))` is plain truncation, across all modules. Where ranks
+    have no gates of their own, a module's largest stands for it.
     """
     bank = adapters._gates()
     scores = torch.zeros_like(bank.kept)
     for key, path in adapters._typed_paths():
-        lora = cast(LoRA, path)
-        scores[:, bank.slices[key]] = (lora.up.norm(dim=0) * lora.down.norm(dim=1)).to(scores)
+        lora, where = cast(LoRA, path), bank.slices[key]
+        values = (lora.up.norm(dim=0) * lora.down.norm(dim=1)).to(scores)
+        scores[:, where] = values if len(values) == where.stop - where.start else values.max()
     return scores
 
 

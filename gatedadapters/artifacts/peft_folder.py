@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedadapters.artifacts.export_peft import CONFIG, PREFIX, WEIGHTS
+from gatedadapters.artifacts.export_peft import BACKBONE, CONFIG, PREFIX, WEIGHTS
 from gatedadapters.errors import ArtifactError
 from gatedadapters.safe_files import read_all
 
@@ -53,17 +53,14 @@ class PeftFolder:
         maps: by the name of the module, as the folder has it.
         heads: tensors of the modules to save, by name.
         config: `adapter_config.json`.
+        backbone: digest of the backbone's values where `export_peft` wrote it; peft itself writes none.
     """
 
     where: Path
     maps: dict[str, Matrices]
     heads: dict[str, Tensor]
     config: dict[str, Any]
-
-    @property
-    def params(self) -> int:
-        """Parameters of the low-rank maps."""
-        return sum(m.down.numel() + m.up.numel() for m in self.maps.values())
+    backbone: str | None
 
     def forgotten(self, names: Iterable[str]) -> list[str]:
         """Which of these names of modules the folder targets without holding weights for them."""
@@ -79,7 +76,8 @@ def read_peft(folder: str | Path) -> PeftFolder:
     """
     where = Path(folder)
     config = _config(where)
-    tensors = {name.removeprefix(PREFIX): value for name, value in read_all(_weights(where)).items()}
+    stored, metadata = read_all(_weights(where))
+    tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     pairs: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -108,7 +106,7 @@ def read_peft(folder: str | Path) -> PeftFolder:
             ", ".join(strangers[:3]),
             where,
         )
-    return PeftFolder(where, maps, heads, config)
+    return PeftFolder(where, maps, heads, config, metadata.get(BACKBONE))
 
 
 def _config(where: Path) -> dict[str, Any]:

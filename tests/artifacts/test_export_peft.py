@@ -293,7 +293,7 @@ def test_an_earlier_export_is_replaced_only_on_request_and_other_files_never(tmp
     adapters = compacted(model, batch)
     ga.export_peft(adapters, tmp_path / "peft")
     with safe_open(tmp_path / "peft" / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"  # what readers of the hub's files look for
     with pytest.raises(ArtifactError, match=r"already holds[\s\S]*overwrite=True"):
         ga.export_peft(adapters, tmp_path / "peft")
     ga.export_peft(adapters, tmp_path / "peft", overwrite=True)

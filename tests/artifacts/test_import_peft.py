@@ -124,6 +124,17 @@ def test_half_precision_weights_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(output(model, batch), expected, atol=1e-3, rtol=0)
 
 
+def test_a_module_that_was_never_trained_stays_a_zero_contribution(tmp_path: Path) -> None:
+    _, batch = saved_by_peft(tmp_path, "bert", "base")
+    save_file({name: torch.zeros_like(value) for name, value in tensors_of(tmp_path).items()}, tmp_path / WEIGHTS)
+    model, _ = tiny("bert")
+    plain = output(model, batch)
+    adapters = ga.import_peft(model, tmp_path, gates=ga.GateConfig(levels=("path",)))
+    assert torch.equal(singular_values(adapters), torch.zeros(1, len(adapters.paths)))
+    adapters.compact()
+    assert torch.equal(output(model, batch), plain)
+
+
 # -- what can be done with it ------------------------------------------------------------------------------------------
 
 
@@ -206,6 +217,17 @@ def test_an_export_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(output(other, batch), output(model, batch), atol=1e-5, rtol=0)
     assert adapters.structure is not None
     assert again.compact().params == adapters.structure.params
+
+
+def test_an_export_knows_its_backbone_by_its_values(tmp_path: Path) -> None:
+    adapters = compacted(*tiny("bert", head="classification"))
+    ga.export_peft(adapters, tmp_path / "peft")
+    updated, _ = tiny("bert", head="classification", seed=1)
+    refused(updated, tmp_path / "peft", ["other weights", "values ", "other_values=True"])
+    ga.import_peft(updated, tmp_path / "peft", other_values=True)
+    retrained, _ = tiny("bert", head="classification")
+    nn.init.zeros_(retrained.classifier.weight)  # a head comes with the LoRA and is none of the backbone
+    ga.import_peft(retrained.bfloat16(), tmp_path / "peft")
 
 
 def test_reading_needs_no_peft(
