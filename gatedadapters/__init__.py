@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.artifacts import Shelf, load_adapters
+from gatedadapters.artifacts import Shelf, export_peft, import_peft, load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
@@ -31,7 +31,9 @@ __all__ = [
     "attach",
     "detach",
     "discover",
+    "export_peft",
     "get_adapters",
+    "import_peft",
     "load_adapters",
 ]
 

@@ -63,7 +63,7 @@ def attach(
     """
     check_free(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
-    head_names = _head_parameters(model, heads)
+    head_names = find_heads(model, heads)
     check_gradients_pass(model)
     identity = fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
@@ -80,7 +80,30 @@ def attach(
         built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
         if penalty is not None:
             built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
-    built.head_names = head_names
+    return install(built, model, head_names)
+
+
+def check_free(model: nn.Module) -> None:
+    """See that neither a model nor a part of it has adapters.
+
+    Raises:
+        AttachError: it has.
+    """
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook) for hook in hooks):
+            raise AttachError(
+                "this model already has adapters",
+                expected="a model without adapters, as a whole and in its parts",
+                got=f"adapters at {name or 'the model itself'}",
+                where=type(model).__name__,
+                fix="ga.detach what they were attached to first",
+            )
+
+
+def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Adapters:
+    """Put built adapters into a model and freeze all of it but its heads; on failure it is left untouched."""
+    built.head_names = tuple(head_names)
     built._required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     built.train(model.training)
     _place(built, model)
@@ -190,6 +213,30 @@ def _from_space(
     head_names: Sequence[str],
     seed: int,
 ) -> Adapters:
+    found, misfits = candidates(space, layout)
+    adapters = supernet(found, space, layout, tasks=tasks, identity=identity, seed=seed)
+    adapters.misfits = misfits
+    for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in misfits]:
+        logger.warning(text)
+    for unknown in (u for u in layout.unknown if u.name not in head_names):
+        logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
+    return adapters
+
+
+def supernet(
+    found: Mapping[str, tuple[PathOptions, Site]],
+    space: SearchSpace,
+    layout: Layout,
+    *,
+    tasks: Sequence[str],
+    identity: Fingerprint,
+    seed: int,
+) -> Adapters:
+    """Gated candidates, not yet in the model.
+
+    Raises:
+        TaskError: no tasks, or two of one name.
+    """
     if not tasks or isinstance(tasks, str) or len(set(tasks)) != len(tasks):
         raise TaskError(
             expected="one or more distinct task names",
@@ -197,16 +244,11 @@ def _from_space(
             where="attach(tasks=)",
             fix="pass a tuple or a list of names",
         )
-    found, misfits = candidates(space, layout)
     generator = torch.Generator().manual_seed(seed)
     paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}
     adapters = Adapters(paths, tasks=tasks, space=space, identity=identity, seed=seed)
     adapters.bank = GateBank(groups(found, len(tasks)), space.gates, tasks=len(tasks), seed=seed)
-    adapters.layout, adapters.misfits = layout, misfits
-    for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in misfits]:
-        logger.warning(text)
-    for unknown in (u for u in layout.unknown if u.name not in head_names):
-        logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
+    adapters.layout = layout
     return adapters
 
 
@@ -253,7 +295,12 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
                 part.to(device)
 
 
-def _head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
+def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the parameters that are trained beside the adapters; see `attach`.
+
+    Raises:
+        AttachError: a name that the model does not have.
+    """
     names = [name for name, _ in model.named_parameters()]
     if heads is not None:
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]

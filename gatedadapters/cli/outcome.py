@@ -23,7 +23,8 @@ from gatedadapters.selection import versions
 from gatedadapters.structure import format_table
 
 LOGS, METRICS, PICTURE, CONFIG, TABLE = "tensorboard", "metrics.json", "structure.png", "search.yaml", "table.txt"
-OUTPUTS = frozenset({ADAPTER, LOGS, METRICS, PICTURE, CONFIG, TABLE})
+PEFT = "peft"
+OUTPUTS = frozenset({ADAPTER, LOGS, METRICS, PICTURE, CONFIG, TABLE, PEFT})
 
 
 @dataclass(frozen=True)

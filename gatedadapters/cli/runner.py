@@ -57,12 +57,19 @@ class Experiment:
         config: what to do.
         tasks: with a test split each.
         logs: folder of TensorBoard runs, one per arm.
+        built: the model and its tokenizer, where they are not those of `build_model`.
     """
 
-    def __init__(self, config: SearchConfig, tasks: list[TextTask], logs: Path) -> None:
+    def __init__(
+        self,
+        config: SearchConfig,
+        tasks: list[TextTask],
+        logs: Path,
+        built: tuple[nn.Module, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
         self.config, self.tasks, self.logs = config, tasks, logs
         self.names = tuple(task.name for task in tasks)
-        self.model, self.tokenizer = build_model(config, tasks)
+        self.model, self.tokenizer = built or build_model(config, tasks)
         self.train = MixedTaskDataset(tasks, self.tokenizer, "train", config.training.max_length)
         self.bf16 = use_bf16(config)
         self.trained: dict[str, Tensor] = {}  # the heads' first values
@@ -71,10 +78,10 @@ class Experiment:
         """Train gates and weights under the budget, prune, train on, compact, save, evaluate."""
         config = self.config
         adapters = self._attach(config.resolved_space())
-        seconds = self._fit(adapters, SEARCHED, progress, searching=True)
+        seconds = self.fit(adapters, SEARCHED, progress, searching=True)
         adapters.compact(adapters.structure or adapters.discretize(config.budget))
         adapters.save(artefact, overwrite=overwrite)
-        return self._finish(adapters, SEARCHED, seconds, progress)
+        return self.finish(adapters, SEARCHED, seconds, progress)
 
     def rival(self, kind: Rival, size: int, progress: tqdm[Any]) -> Arm:
         """Train a structure that nobody searched, of at most `size` parameters."""
@@ -84,8 +91,8 @@ class Experiment:
         structure = gated.discretize(Budget(params=size), scores=scores)
         detach(self.model)
         adapters = self._attach(structure)
-        seconds = self._fit(adapters, RIVALS[kind], progress, searching=False)
-        return self._finish(adapters, RIVALS[kind], seconds, progress)
+        seconds = self.fit(adapters, RIVALS[kind], progress, searching=False)
+        return self.finish(adapters, RIVALS[kind], seconds, progress)
 
     def _attach(self, space: SearchSpace | Structure) -> Adapters:
         adapters = attach(self.model, space, tasks=self.names, seed=self.config.training.seed)
@@ -94,7 +101,8 @@ class Experiment:
                 head.copy_(self.trained.setdefault(name, head.detach().clone()))
         return adapters
 
-    def _fit(self, adapters: Adapters, name: str, progress: tqdm[Any], *, searching: bool) -> float:
+    def fit(self, adapters: Adapters, name: str, progress: tqdm[Any], *, searching: bool) -> float:
+        """Train what is attached, under the budget where gates are to be searched; seconds it took."""
         training = self.config.training
         progress.set_description(name)
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
@@ -132,7 +140,8 @@ class Experiment:
             trainer.train()
             return time.perf_counter() - start
 
-    def _finish(self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any]) -> Arm:
+    def finish(self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any]) -> Arm:
+        """Score compact adapters on test data and take them out of the model."""
         progress.set_description(f"{name}: test data")
         accuracy = evaluate(self.model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=self.bf16)
         structure = cast(Structure, adapters.structure)

@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -54,25 +55,48 @@ def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module,
         ConfigError: the model cannot be loaded.
         DataError: the package that carries a bundled model is not installed.
     """
-    folder = located(config.model)
     torch.manual_seed(config.training.seed)
+    shape, tokenizer = _shape_and_tokenizer(config)
+    if len(tasks) == 1 and is_causal(shape):
+        return _classifier(config, shape, tokenizer, tasks[0].n_classes), tokenizer
+    with reading(config.model):
+        backbone = AutoModel.from_pretrained(located(config.model), dtype=torch.float32)
+    classes = {task.name: task.n_classes for task in tasks}
+    return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+
+
+def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Transformers' own classification model on a pretrained backbone, in fp32; its head depends on the seed alone.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        DataError: the package that carries a bundled model is not installed.
+    """
+    torch.manual_seed(config.training.seed)
+    shape, tokenizer = _shape_and_tokenizer(config)
+    return _classifier(config, shape, tokenizer, n_classes), tokenizer
+
+
+def _shape_and_tokenizer(config: SearchConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    folder = located(config.model)
     with reading(config.model):
         shape = AutoConfig.from_pretrained(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     _check_length(config.training.max_length, shape, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tasks) == 1 and is_causal(shape):
-        shape.num_labels, shape.pad_token_id = tasks[0].n_classes, tokenizer.pad_token_id
-        with reading(config.model):
-            classifier: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=shape, dtype=torch.float32
-            )
-        return classifier, tokenizer
+    return shape, tokenizer
+
+
+def _classifier(
+    config: SearchConfig, shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, n_classes: int
+) -> nn.Module:
+    shape.num_labels, shape.pad_token_id = n_classes, tokenizer.pad_token_id
     with reading(config.model):
-        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    classes = {task.name: task.n_classes for task in tasks}
-    return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            located(config.model), config=shape, dtype=torch.float32
+        )
+    return model
 
 
 def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizerBase) -> None:

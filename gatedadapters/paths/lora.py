@@ -103,7 +103,7 @@ class LoRA(Path):
         q_down, r_down = torch.linalg.qr(self.down.double().t())
         u, s, v = torch.linalg.svd(r_up @ r_down.t())
         keep = keep[: len(s)]  # more ranks than the map has (a router of few experts) hold nothing
-        count, length = len(keep), self.down.double().norm(dim=1).mean()
+        count, length = len(keep), self.down.double().norm(dim=1).mean().clamp(min=1e-30)  # imported ones may hold 0
         up, down = torch.zeros_like(self.up), self.down.clone()
         up[:, keep] = ((q_up @ u)[:, :count] * (s[:count] / length)).to(up)
         down[keep] = ((q_down @ v.t())[:, :count].t() * length).to(down)

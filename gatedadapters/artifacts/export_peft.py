@@ -1,0 +1,292 @@
+"""Compact LoRA or scale structures as a folder that peft loads; writing it needs no peft."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from pathlib import Path as FilePath
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gatedadapters.adapters import Adapters
+from gatedadapters.errors import ArtifactError, TaskError
+from gatedadapters.fingerprint import fingerprint
+from gatedadapters.paths import LoRA, Path, Scale
+from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+BACKBONE = "backbone"  # key of the weights' metadata: digest of the backbone's values, for import_peft
+
+# Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it
+# takes these, wherever they occur, for such experts; in state-space families it refuses what is called out_proj.
+_EXPERT_NAMES = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
+_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
+
+def export_peft(
+    adapters: Adapters,
+    folder: str | FilePath,
+    *,
+    task: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> None:
+    """Write a compact LoRA structure, or one of scales alone, as a standard peft adapter.
+
+    `PeftModel.from_pretrained(model, folder)` on the same backbone then computes the same, with no key missing or
+    unexpected. Ranks may differ between modules: gates lie in B, and `lora_alpha = r` is the largest rank with
+    `alpha_pattern = rank_pattern`, so that the scale is 1 also for a reader that ignores the patterns. A structure of
+    scales becomes an IA3 adapter. Task heads become `modules_to_save`, for which some inference servers have no use.
+
+    The weights file holds 4 (or 2) bytes a parameter and a header of about 150 bytes a matrix: below 2 % from
+    about 16 kB a module on (rank 1 at width 2048 in fp32).
+
+    Args:
+        adapters: compact, attached to the model that the adapter is for.
+        folder: a new or an empty folder.
+        task: which task's adapter, where there are several: peft knows no routing by task.
+        dtype: of what is stored, float32 or bfloat16.
+        overwrite: replace an export that the folder holds, in one step.
+
+    Raises:
+        ArtifactError: the adapters are not compact, hold what peft cannot express (it is named, and what to do
+            about it), or the folder is not free. Nothing is written.
+        TaskError: unknown task.
+    """
+    paths = _of_task(adapters, task)
+    kinds = {type(path) for path, _ in paths}
+    if len(kinds) > 1 or not kinds <= {LoRA, Scale}:
+        raise _foreign_kinds([path for path, _ in paths])
+    if dtype not in DTYPES.values():
+        expected = "torch.float32 or torch.bfloat16"
+        raise ArtifactError(expected=expected, got=str(dtype), where="export_peft(dtype=)", fix="choose one of them")
+    model = adapters.model
+    heads, saved = _heads(adapters)
+    config, tensors = (_lora if kinds == {LoRA} else _ia3)(model, paths)
+    broken = [name for name, value in (tensors | saved).items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ArtifactError(
+            "an adapter with values that are not finite is no use to anyone", expected="finite weights",
+            got=f"inf or nan in {', '.join(broken[:3])}", where="export_peft", fix="train again with a lower rate",
+        )  # fmt: skip
+    shape = getattr(model, "config", None)
+    config = {
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": getattr(shape, "_name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
+        "modules_to_save": heads or None,
+        **config,
+    }
+    stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
+    metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
+    with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
+        (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_tensors(new / WEIGHTS, stored, metadata=metadata)
+
+
+def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:
+    """The paths that a task uses, with its routing of their units where there are several tasks."""
+    structure = adapters.structure
+    if adapters.bank is not None or structure is None:
+        raise ArtifactError(
+            "only compact adapters are exported",
+            expected="adapters whose gates are folded into their weights",
+            got=f"gates over {len(adapters.paths)} candidate paths",
+            where="export_peft",
+            fix="call adapters.compact() first",
+        )
+    if task is not None and task not in adapters.tasks:
+        expected = f"one of {', '.join(adapters.tasks)}"
+        raise TaskError(expected=expected, got=repr(task), where="export_peft(task=)", fix="name a task")
+    if task is None and len(adapters.tasks) > 1:
+        raise ArtifactError(
+            "peft knows no routing by task",
+            expected="adapters of one task",
+            got=f"several: {', '.join(adapters.tasks)}",
+            where="export_peft",
+            fix="export each into a folder of its own with task=, or keep one with adapters.compact(task=...)",
+        )
+    paths: list[tuple[Path, Tensor | None]] = []
+    for record in structure.paths:
+        path = cast(Path, adapters.paths[record.key])
+        routing = None if path.routing is None else path.routing[adapters.tasks.index(cast(str, task))]
+        if routing is None or bool(routing.any()):
+            paths.append((path, routing))
+    if not paths:
+        raise ArtifactError(
+            "there is nothing to export",
+            expected="at least one path",
+            got="none that is used" if task is None else f"none that task {task!r} uses",
+            where="export_peft",
+            fix="search with a larger budget; without paths the backbone alone computes the same",
+        )
+    return paths
+
+
+def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
+    """What peft has no words for, by name."""
+    first = {path.kind: f"{path.kind} at {path.site.write}" for path in reversed(list(paths))}
+    foreign = {path.kind for path in paths if type(path) not in (LoRA, Scale)}
+    if foreign:
+        message, fix = f"peft has no {' or '.join(sorted(foreign))} adapters", "search in a space of lora paths alone"
+    else:
+        message, fix = "a peft adapter is of one kind", "search in a space of lora paths alone, or of scales alone"
+    return ArtifactError(
+        message,
+        expected="lora paths alone, or scales alone",
+        got=", ".join(first[kind] for kind in sorted(first)),
+        where="export_peft",
+        fix=f"{fix}, or keep the adapter as it is with adapters.save",
+    )
+
+
+def _lora(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A (rank, in) and B (out, rank) of every module, ranks of several paths at one module side by side."""
+    downs: dict[str, list[Tensor]] = {}
+    ups: dict[str, list[Tensor]] = {}
+    for path, routing in paths:
+        lora, name = cast(LoRA, path), path.site.write.module
+        used = slice(None) if routing is None else routing.nonzero().flatten()
+        downs.setdefault(name, []).append(lora.down.detach()[used])
+        ups.setdefault(name, []).append((lora.up if routing is None else lora.up * routing).detach()[:, used])
+    _check_names(model, downs)
+    conv = _storage(model, downs)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in sorted(downs):
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
+            torch.cat(downs[name]),
+            torch.cat(ups[name], 1),
+        )
+        ranks[name] = len(tensors[f"{name}.lora_A.weight"])
+    largest = max(ranks.values())
+    anchored = _ambiguous(model, ranks)
+    pattern = {f"^{re.escape(n)}" if anchored else n: rank for n, rank in ranks.items() if rank != largest}
+    config = {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "target_modules": _regex(ranks) if anchored else sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "fan_in_fan_out": conv,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return config, tensors
+
+
+def _ia3(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The factors 1 + s of every module, (out, 1) or, where they act on its input, (1, in)."""
+    factors: dict[str, Tensor] = {}
+    sides: dict[str, set[str]] = {}
+    for path, routing in paths:
+        scale, point = cast(Scale, path), path.site.write
+        shift = scale.shift.detach() if routing is None else scale.shift.detach() * routing
+        factors[point.module] = factors.get(point.module, torch.ones_like(shift)) * (1 + shift)
+        sides.setdefault(point.module, set()).add(point.side)
+        if len(sides[point.module]) > 1:
+            raise ArtifactError(
+                "IA3 scales one side of a module",
+                expected="a scale at the input or at the output",
+                got="both",
+                where=point.module,
+                fix="offer one side in the search space, or keep the adapter as it is with adapters.save",
+            )
+    conv, anchored = _storage(model, factors), _ambiguous(model, factors)
+    inner = sorted(name for name in factors if sides[name] == {"input"})
+    config = {
+        "peft_type": "IA3",
+        "target_modules": _regex(factors) if anchored else sorted(factors),
+        "feedforward_modules": _regex(inner) if anchored else inner,
+        "fan_in_fan_out": conv,
+        "init_ia3_weights": True,
+    }
+    tensors = {f"{n}.ia3_l": factors[n][None] if n in inner else factors[n][:, None] for n in sorted(factors)}
+    return config, tensors
+
+
+def _storage(model: nn.Module, names: Collection[str]) -> bool:
+    """Whether weights are stored (in, out); raises where a module is none that peft adapts."""
+    modules = {name: model.get_submodule(name) for name in names}
+    foreign = {n: type(m).__name__ for n, m in modules.items() if not isinstance(m, (nn.Linear, Conv1D))}
+    if foreign:
+        raise ArtifactError(
+            "peft adapts no such module",
+            expected="torch.nn.Linear or transformers' Conv1D",
+            got=", ".join(sorted(set(foreign.values()))),
+            where=", ".join(sorted(foreign)[:3]) + (", ..." if len(foreign) > 3 else ""),
+            fix="leave it out of the search space (at: exclude), or keep the adapter with adapters.save",
+        )
+    return any(isinstance(module, Conv1D) for module in modules.values())
+
+
+def _check_names(model: nn.Module, names: Collection[str]) -> None:
+    """Raise where peft would take a module of this name for something else."""
+    family = getattr(getattr(model, "config", None), "model_type", "")
+    conversions = import_module("transformers.conversion_mapping")  # peft reads the same table
+    ancestor = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {}).get(family)
+    taken = _EXPERT_NAMES.get("mixtral" if family == "mixtral" else ancestor or "", set())
+    taken = taken | ({"out_proj"} if family in _STATE_SPACE else set())
+    lost = sorted(name for name in names if name.rpartition(".")[2] in taken)
+    if lost:
+        raise ArtifactError(
+            f"peft cannot adapt these modules of a {family} model: it reserves their names",
+            expected=f"no module called {', '.join(sorted(taken))}",
+            got=", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""),
+            where="export_peft",
+            fix="leave them out of the search space (at: exclude), or keep the adapter with adapters.save",
+        )
+
+
+def _ambiguous(model: nn.Module, names: Collection[str]) -> bool:
+    """Whether some other module's name ends like one of these: peft compares ends of names."""
+    return any(other.endswith(f".{name}") for other, _ in model.named_modules() for name in names)
+
+
+def _regex(names: Collection[str]) -> str:
+    """A regular expression that peft matches against whole names."""
+    return "|".join(re.escape(name) for name in sorted(names)) or "(?!)"
+
+
+def _heads(adapters: Adapters) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules that own the trained heads, and everything in them by name."""
+    model = adapters.model
+    owners = {name.rpartition(".")[0] for name in adapters.head_names}
+    owners = {name for name in owners if not any(name.startswith(f"{other}.") for other in owners)}
+    inside = tuple(f"{name}." for name in owners)
+    learned = {id(parameter) for parameter in adapters.head_parameters()}
+    problems = ["a parameter of the model itself"] if "" in owners else []
+    problems += [
+        f"{name}, which is tied to one"
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in learned and not name.startswith(inside)
+    ]
+    problems += [  # peft takes whatever ends in the name of a module to save
+        f"{other}, whose name ends like one"
+        for other, _ in model.named_modules(remove_duplicate=False)
+        if other not in owners and other.endswith(tuple(owners)) and owners and not other.startswith(inside)
+    ]
+    if problems:
+        raise ArtifactError(
+            "peft cannot hold these task heads",
+            expected="heads that are modules of their own",
+            got="; ".join(problems[:3]),
+            where=", ".join(adapters.head_names[:3]),
+            fix="keep the adapter as it is with adapters.save, or attach with heads=() and train none",
+        )
+    states: Mapping[str, Tensor] = {
+        f"{owner}.{name}": value.detach()
+        for owner in sorted(owners)
+        for name, value in model.get_submodule(owner).state_dict().items()
+    }
+    return sorted(owners), dict(states)
