@@ -26,7 +26,7 @@ from gatedadapters.hooks import (
     point_hooks,
 )
 from gatedadapters.paths import Misfit, Path
-from gatedadapters.selection import build_structure, choose_units
+from gatedadapters.selection import build_structure, choose_units, kept_mask
 from gatedadapters.structure import Fingerprint, Structure
 from gatedadapters.weight_hooks import hook_weights, restore
 
@@ -293,7 +293,7 @@ class Adapters(nn.Module):
         largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution.
         """
         bank = self._gates()
-        kept = self._kept_mask(structure)
+        kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)
         gates = bank.deterministic()
         values = gates * kept
         top = values.amax(0)
@@ -328,7 +328,7 @@ class Adapters(nn.Module):
         structure = structure or self.structure or self.discretize()
         if task is not None:
             structure = structure.for_task(task)
-        kept = self._kept_mask(structure)
+        kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)
         if self.structure is not structure:
             self.prune(structure)
         values = bank.kept * kept
@@ -413,24 +413,8 @@ class Adapters(nn.Module):
         """
         saving.save(self, folder, dtype=dtype, overwrite=overwrite)
 
-    def _kept_mask(self, structure: Structure) -> Tensor:
-        """(tasks, units) 1 where kept."""
-        bank = self._gates()
-        kept = torch.zeros_like(bank.kept)
-        for record in structure.paths:
-            where = bank.slices.get(record.key)
-            if where is None or cast(Path, self.paths[record.key]).units != record.of:
-                raise AttachError(
-                    "this structure was made from other candidates", expected="a structure of these adapters",
-                    got=f"path {record.key} with {record.of} units", where="prune / compact",
-                    fix="attach(model, structure) builds a structure directly",
-                )  # fmt: skip
-            for task, units in record.units.items():
-                columns = [where.start + (unit if where.stop - where.start > 1 else 0) for unit in units]
-                kept[self.tasks.index(task), columns] = 1.0
-        return kept
-
     def typed_paths(self) -> Iterator[tuple[str, Path]]:
+        """The paths by key."""
         for key, path in self.paths.items():
             yield key, cast(Path, path)
 

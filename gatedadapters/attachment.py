@@ -91,7 +91,7 @@ def check_free(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook) for hook in hooks):
+        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
             raise AttachError(
                 "this model already has adapters",
                 expected="a model without adapters, as a whole and in its parts",
@@ -122,20 +122,6 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
             parameter.requires_grad_(name in built._required_grad)
         raise
     return built
-
-
-def check_free(model: nn.Module) -> None:
-    """Raise an `AttachError` where a model or a part of it has adapters."""
-    for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
-            raise AttachError(
-                "this model already has adapters",
-                expected="a model without adapters, as a whole and in its parts",
-                got=f"adapters at {name or 'the model itself'}",
-                where=type(model).__name__,
-                fix="ga.detach what they were attached to first",
-            )
 
 
 def build(model: nn.Module, structure: Structure) -> Adapters:

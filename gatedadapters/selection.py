@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from gatedadapters.config import Budget, SearchSpace
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import AttachError, BudgetError
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.paths import Path
 from gatedadapters.structure import Fingerprint, KeptPath, Offer, SiteRecord, Structure
@@ -57,6 +57,29 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
         kept[task, unit] = 1.0
         left, paid[unit] = left - price, True
         task_left[task] -= cost[unit]
+    return kept
+
+
+def kept_mask(structure: Structure, bank: GateBank, paths: Iterable[tuple[str, Path]], tasks: Sequence[str]) -> Tensor:
+    """The inverse of `build_structure`: (tasks, units), 1 where the structure keeps a unit.
+
+    Raises:
+        AttachError: the structure names other candidates than `paths`.
+    """
+    kept, sizes = torch.zeros_like(bank.kept), {key: path.units for key, path in paths}
+    for record in structure.paths:
+        where = bank.slices.get(record.key)
+        if where is None or sizes[record.key] != record.of:
+            raise AttachError(
+                "this structure was made from other candidates",
+                expected="a structure of these adapters",
+                got=f"path {record.key} with {record.of} units",
+                where="prune / compact",
+                fix="attach(model, structure) builds a structure directly",
+            )
+        for task, units in record.units.items():
+            columns = [where.start + (unit if where.stop - where.start > 1 else 0) for unit in units]
+            kept[tasks.index(task), columns] = 1.0
     return kept
 
 

@@ -112,7 +112,7 @@ def singular_values(adapters: Adapters) -> Tensor:
     """
     bank = adapters._gates()
     scores = torch.zeros_like(bank.kept)
-    for key, path in adapters._typed_paths():
+    for key, path in adapters.typed_paths():
         lora, where = cast(LoRA, path), bank.slices[key]
         values = (lora.up.norm(dim=0) * lora.down.norm(dim=1)).to(scores)
         scores[:, where] = values if len(values) == where.stop - where.start else values.max()

@@ -278,8 +278,8 @@ class PathContract:
             [None, torch.rand(units), torch.rand(1)],
             [torch.rand(3, units), None, torch.rand(1)],
             [torch.rand(3, 1), torch.rand(units), torch.rand(3, units)],
-        ][: 2 if paths[0].site.at_weight else None]
-        for gates in mixtures:
+        ]
+        for gates in mixtures[: 2 if paths[0].site.at_weight else None]:
             expected = target
             for path, gate in zip(paths, gates, strict=True):
                 expected = path(tapped, expected, gate)
@@ -379,8 +379,8 @@ class PathContract:
         tapped, target = _tensors(path)
         if path.site.at_weight:
             for gate in (None, torch.rand(path.units), torch.rand(1)):
-                merged, _ = path.merge_into(target, None, gate)
-                torch.testing.assert_close(merged, path(tapped, target, gate))
+                changed, _ = path.merge_into(target, None, gate)
+                torch.testing.assert_close(changed, path(tapped, target, gate))
             return
         at_input = path.site.write.side == "input"
         weight = torch.randn(7 if at_input else path.site.width_out, path.site.width_in)
