@@ -339,7 +339,7 @@ class Adapters(nn.Module):
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
         self._handles.append(model.register_forward_hook(OutputAnchor(self)))
-        embedding = _input_embedding(model)
+        embedding = input_embedding(model)
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))
         inputs: dict[str, list[str]] = {}
@@ -403,8 +403,8 @@ def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
         adapters.structure = adapters.discretize() if bank.frozen else None
 
 
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "getinput_embeddings", None)
     try:
         embedding = getter() if callable(getter) else None
     except NotImplementedError:

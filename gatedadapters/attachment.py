@@ -69,7 +69,7 @@ def attach(
                 fix="ga.detach what they were attached to first",
             )
     space = SearchSpace.load(space) if isinstance(space, str) else space
-    head_names = _head_parameters(model, heads)
+    head_names = head_parameters(model, heads)
     identity = fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
         if penalty is not None:
@@ -225,7 +225,7 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
                 part.to(device)
 
 
-def _head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
+def head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
     names = [name for name, _ in model.named_parameters()]
     if heads is not None:
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]

@@ -10,6 +10,8 @@ from torch import nn
 from gatedadapters.structure import Fingerprint
 
 _SAMPLES = 64
+OWN_MODULES = ("gated_adapters", "sparse_delta")
+"""What the library registers in a model."""
 
 
 def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
@@ -20,7 +22,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if name in skip or "gated_adapters." in name:
+        if name in skip or any(f"{own}." in name for own in OWN_MODULES):
             continue
         shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.device.type != "meta" and parameter.is_floating_point():
