@@ -10,6 +10,7 @@ from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
+from gatedadapters.masking import Mask, Scores, SparseDelta, apply_mask, get_delta, load_delta, score, select
 from gatedadapters.structure import Structure
 
 if TYPE_CHECKING:
@@ -23,15 +24,23 @@ __all__ = [
     "GateConfig",
     "GatedTrainer",
     "Layout",
+    "Mask",
     "MultiTaskClassifier",
     "Schedule",
+    "Scores",
     "SearchSpace",
+    "SparseDelta",
     "Structure",
+    "apply_mask",
     "attach",
     "detach",
     "discover",
     "get_adapters",
+    "get_delta",
     "load_adapters",
+    "load_delta",
+    "score",
+    "select",
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
