@@ -9,12 +9,12 @@ from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
+from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace, SelectionConfig
 from gatedadapters.masking import Mask, Scores, SparseDelta, apply_mask, get_delta, load_delta, score, select
 from gatedadapters.structure import Structure
 
 if TYPE_CHECKING:
-    from gatedadapters.training import GatedTrainer, MultiTaskClassifier
+    from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "Schedule",
     "Scores",
     "SearchSpace",
+    "SelectionConfig",
+    "SelectiveTrainer",
     "SparseDelta",
     "Structure",
     "apply_mask",
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
-_ON_USE = {"GatedTrainer": "gatedadapters.training", "MultiTaskClassifier": "gatedadapters.training"}
+_ON_USE = dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training")
 
 
 def __getattr__(name: str) -> Any:

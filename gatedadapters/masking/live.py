@@ -67,7 +67,9 @@ class Pattern:
     def entry_rows(self) -> Tensor:
         """(selected,) int64 row of each entry."""
         starts = self.row_starts.long()
-        return torch.repeat_interleave(torch.arange(self.rows, device=starts.device), starts.diff(), output_size=len(self))
+        return torch.repeat_interleave(
+            torch.arange(self.rows, device=starts.device), starts.diff(), output_size=len(self)
+        )
 
     def indices(self) -> Tensor:
         """(selected,) int64 sorted flat positions."""

@@ -156,7 +156,9 @@ class Mask:
         rows = []
         for role, names in self._by_role().items():
             free, size = sum(map(self.count, names)), sum(torch.Size(self.shape(n)).numel() for n in names)
-            rows.append([role, str(len(names)), f"{size:,}", f"{free:,}", f"{free / size:.2%}", _share(free, self.count())])
+            rows.append(
+                [role, str(len(names)), f"{size:,}", f"{free:,}", f"{free / size:.2%}", _share(free, self.count())]
+            )
         title = f"{self.count():,} of {self.size:,} elements free ({self.density:.2%}), {self.nbytes:,} bytes"
         return title + "\n" + format_table(["role", "tensors", "elements", "free", "density", "share of free"], rows)
 
@@ -211,7 +213,9 @@ class Mask:
 
     def write(self, folder: Path) -> None:
         """Write the two files into an existing folder."""
-        (folder / RECORD).write_text(json.dumps(self._record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(
+            json.dumps(self._record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8"
+        )
         write_tensors(folder / CODES, self._codes, metadata={"format": "gatedadapters mask 1"})
 
     @classmethod
@@ -347,7 +351,9 @@ def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
             )  # fmt: skip
         return value.reshape(-1).nonzero().flatten().cpu()
     found = value.reshape(-1).cpu().long().sort().values
-    if value.is_floating_point() or (len(found) and (found[0] < 0 or found[-1] >= size or bool((found.diff() == 0).any()))):
+    if value.is_floating_point() or (
+        len(found) and (found[0] < 0 or found[-1] >= size or bool((found.diff() == 0).any()))
+    ):
         raise MaskError(
             "these are no positions of elements", expected=f"distinct integers in 0..{size - 1}",
             got=f"{value.dtype}, {int(value.min())}..{int(value.max())}", where=name, fix="pass flat positions",

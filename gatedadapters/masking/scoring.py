@@ -88,15 +88,11 @@ def score(
                 got=str(parameter.dtype), where=name, fix="load the model without quantisation, or exclude=[...] them",
             )  # fmt: skip
     entries = sharded({name: tuple(p.shape) for name, p in parameters.items()}, own)
-    record = ScoresRecord(
-        kind=method.kind, fingerprint=fingerprint(model, skip=frozenset(head_names)), tensors=entries
-    )
+    record = ScoresRecord(kind=method.kind, fingerprint=fingerprint(model, skip=frozenset(head_names)), tensors=entries)
     with ExitStack() as stack:
         if spill is not None:
             shards = 1 + max(entry.shard for entry in entries.values())
-            folder = stack.enter_context(
-                whole_folder(spill, files=file_names(shards, spill), overwrite=overwrite)
-            )
+            folder = stack.enter_context(whole_folder(spill, files=file_names(shards, spill), overwrite=overwrite))
             totals = stack.enter_context(allocated(record, folder))
         else:
             totals = {
@@ -113,7 +109,11 @@ def score(
                 method.end(run)
         _check(run, method)
         record = record.model_copy(
-            update={"batches": run.batches if method.needs_data else 0, "examples": run.examples, "details": run.details}
+            update={
+                "batches": run.batches if method.needs_data else 0,
+                "examples": run.examples,
+                "details": run.details,
+            }
         )
         if spill is not None:
             write_record(record, folder)

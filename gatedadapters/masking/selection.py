@@ -178,4 +178,3 @@ def _bucket(codes: Iterator[Tensor], count: int) -> tuple[int, int]:
     reached = histogram.cumsum(0)
     bucket = int(torch.searchsorted(reached, count))
     return bucket, int(reached[bucket] - histogram[bucket])
-

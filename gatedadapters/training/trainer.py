@@ -68,7 +68,7 @@ class GatedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.adapters = get_adapters(model)
-        _check_launch(args)
+        check_launch(args)
         if budget is not None and penalty is not None:
             raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
         chosen = budget if budget is not None else penalty
@@ -309,7 +309,7 @@ class GatedTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
 
-def _check_launch(args: TrainingArguments) -> None:
+def check_launch(args: TrainingArguments) -> None:
     """Raise where hooks and gates would not survive how the model is wrapped."""
     wrapped = {
         "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,

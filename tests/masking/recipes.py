@@ -23,7 +23,12 @@ def random_mask(model: nn.Module, density: float = 0.03, *, seed: int = 0, names
 
 
 def masked(
-    family: str = "bert", density: float = 0.03, *, head: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str = "bert",
+    density: float = 0.03,
+    *,
+    head: str = "base",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, dict[str, Tensor], ga.SparseDelta]:
     """A tiny model with a random delta in it, and a batch."""
     model, batch = tiny(family, head=head)

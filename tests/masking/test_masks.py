@@ -116,14 +116,19 @@ def test_positions_survive_encoding(density: float) -> None:
         assert len(data) <= 1.1 * len(positions)
 
 
-@pytest.mark.parametrize("positions", [[], [0], [254], [255], [256], [0, 255, 510, 1021], [65534, 65535, 65536, 131072], [199_999]])
+@pytest.mark.parametrize(
+    "positions", [[], [0], [254], [255], [256], [0, 255, 510, 1021], [65534, 65535, 65536, 131072], [199_999]]
+)
 def test_gaps_at_the_edges_of_a_byte_survive(positions: list[int]) -> None:
     wanted = torch.tensor(positions, dtype=torch.int64)
     coding, data = encode(wanted, 200_000)
     assert torch.equal(decode(coding, data, 200_000), wanted)
 
 
-@pytest.mark.parametrize(("coding", "data"), [("gaps8", [255]), ("gaps8", [99, 1]), ("gaps16", [1]), ("bits", [1, 2, 3]), ("bits", [255] * 13), ("zip", [1])])
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [("gaps8", [255]), ("gaps8", [99, 1]), ("gaps16", [1]), ("bits", [1, 2, 3]), ("bits", [255] * 13), ("zip", [1])],
+)
 def test_damaged_positions_are_refused(coding: str, data: list[int]) -> None:
     with pytest.raises(ArtifactError, match="do not decode"):
         decode(coding, torch.tensor(data, dtype=torch.uint8), 100)

@@ -90,7 +90,11 @@ def test_fisher_of_a_classifier_does_not_depend_on_how_examples_are_batched() ->
     pieces = ga.score(model, [{k: v[i : i + 2] for k, v in data.items()} for i in (0, 2, 4)], kind="fisher")
     assert not any(name.startswith("classifier") for name in whole.names)
     assert_close(pieces, {name: whole[name] for name in whole.names}, 1e-7)
-    assert_close(whole, {n: v for n, v in one_at_a_time(model, [data], task_losses, torch.square).items() if n in whole.names}, 1e-7)
+    assert_close(
+        whole,
+        {n: v for n, v in one_at_a_time(model, [data], task_losses, torch.square).items() if n in whole.names},
+        1e-7,
+    )
 
 
 def test_taylor_is_the_mean_effect_over_batches() -> None:
@@ -143,7 +147,9 @@ def test_magnitude_and_random_need_no_data() -> None:
 def test_answer_only_labels_score_the_answer_alone() -> None:
     model, batches = scored("llama", batches=1)
     batch = batches[0]
-    torch.testing.assert_close(task_losses(model, {k: v[:1] for k, v in batch.items()})[0], model(**{k: v[:1] for k, v in batch.items()}).loss)
+    torch.testing.assert_close(
+        task_losses(model, {k: v[:1] for k, v in batch.items()})[0], model(**{k: v[:1] for k, v in batch.items()}).loss
+    )
     changed = {**batch, "labels": batch["labels"].clone()}
     changed["labels"][:, :2] = 7  # the first of them is never predicted, the second is
     assert not torch.equal(task_losses(model, batch), task_losses(model, changed))

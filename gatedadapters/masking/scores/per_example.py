@@ -248,7 +248,9 @@ class _Pass:
         ids, rows = use.inputs[0], len(parameter)
         if ids.shape[0] != self.examples:
             raise ValueError("examples are not the first dimension")
-        numbered = (ids.reshape(self.examples, -1) + torch.arange(self.examples, device=ids.device)[:, None] * rows).flatten()
+        numbered = (
+            ids.reshape(self.examples, -1) + torch.arange(self.examples, device=ids.device)[:, None] * rows
+        ).flatten()
         distinct, inverse = numbered.unique(return_inverse=True)
         flat = use.grad.reshape(-1, use.grad.shape[-1])
         sums = flat.new_zeros(len(distinct), flat.shape[1]).index_add_(0, inverse, flat)
@@ -324,5 +326,3 @@ def example(batch: Batch, start: int, stop: int) -> dict[str, Any]:
 
 def _discard(parameter: Tensor) -> None:
     parameter.grad = None
-
-
