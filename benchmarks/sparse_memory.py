@@ -7,9 +7,9 @@ at most 0.9 of full fine-tuning's time and no more than SHiRA's.
     python benchmarks/sparse_memory.py run [--sizes 10 50 ...] [--tokens 512] [--threads 2]
     python benchmarks/sparse_memory.py table
 
-Memory: each side in a fresh process, the high-water mark of its resident set after loading (VmHWM, reset once the model
-is loaded) minus the resident set then; applying the mask, three steps and the optimiser's state are all in it. Time: the
-sides take turns in one process, on copies of one model; CPU seconds of the process beside wall time, as other work may
+Memory: each side in a fresh process, the high-water mark of its resident set after loading (VmHWM, reset once the
+model is loaded) minus the resident set then; applying the mask, three steps and the optimiser's state are all in it.
+Time: the sides take turns in one process, on copies of one model; CPU seconds beside wall time, as other work may
 share the machine. Every cell is stored as it finishes.
 """
 
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +168,14 @@ def table() -> str:
         timed = next(
             (c for c in cells if c["kind"] == "times" and (int(c["size"]), c["tokens"]) == (size, tokens)), None
         )
-        peak: Callable[[str], str] = lambda side: f"{found[side]['peak_bytes'] / 1e6:.0f}" if side in found else ""
-        row = [
-            f"{next(iter(found.values()))['params'] / 1e6:.0f}" if found else str(size),
-            str(tokens),
-            *map(peak, SIDES),
-        ]
+        params = next(iter(found.values()))["params"] / 1e6 if found else size
+        row = [f"{params:.0f}", str(tokens)]
+        row += [f"{found[side]['peak_bytes'] / 1e6:.0f}" if side in found else "" for side in SIDES]
         for other in ("full", "shira"):
             both = "masked" in found and other in found
             row.append(f"{found['masked']['peak_bytes'] / found[other]['peak_bytes']:.2f}" if both else "")
         for clock in ("wall", "cpu"):
-            for other in ("full", "shira"):
-                row.append(_ratio(timed[clock], "masked", other) if timed else "")
+            row += [_ratio(timed[clock], "masked", other) if timed else "" for other in ("full", "shira")]
         rows.append(row)
     header = ["M params", "tokens", "full MB", "masked MB", "SHiRA MB", "memory / full", "memory / SHiRA",
               "time / full", "time / SHiRA", "CPU s / full", "CPU s / SHiRA"]  # fmt: skip

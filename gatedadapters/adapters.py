@@ -404,7 +404,8 @@ def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "getinput_embeddings", None)
+    """What turns tokens into hidden states, where the model says so."""
+    getter = getattr(model, "get_input_embeddings", None)
     try:
         embedding = getter() if callable(getter) else None
     except NotImplementedError:

@@ -226,6 +226,12 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
 
 
 def head_parameters(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of a model's task heads: those given (names or prefixes), else everything outside the backbone of a model
+    without a language-model head.
+
+    Raises:
+        AttachError: no parameter of that name.
+    """
     names = [name for name, _ in model.named_parameters()]
     if heads is not None:
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]

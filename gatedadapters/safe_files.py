@@ -132,6 +132,11 @@ def read_bytes(path: str | Path, expected: Mapping[str, int]) -> dict[str, Tenso
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ArtifactError: it is missing, truncated or foreign.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file

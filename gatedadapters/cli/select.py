@@ -1,4 +1,4 @@
-"""Tune a language model on your own text while protecting what it knows: score, select, tune, report, as a YAML file says."""
+"""Tune a language model on your own text while protecting what it knows, as a YAML file says."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
     report = trainer.report()
     trainer.delta.save(folder / DELTA, overwrite=overwrite)
     metrics = {
-        "versions": versions(), "config": config.model_dump(mode="json"), "before": report.before, "after": report.after,
-        "free": report.free, "params": report.params,
+        "versions": versions(), "config": config.model_dump(mode="json"), "before": report.before,
+        "after": report.after, "free": report.free, "params": report.params,
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     (folder / TABLE).write_text(f"{report}\n\n{trainer.delta.mask}\n", encoding="utf-8")

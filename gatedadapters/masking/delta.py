@@ -81,7 +81,7 @@ class Tuned(nn.Module):
         return self.values._version != self._written
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Values stay fp32 under model.to(bfloat16), as only the device follows; originals become what the weight becomes.
+        # Values stay fp32 under model.to(bfloat16); originals become what the weight becomes.
         def keep_dtype(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
@@ -143,10 +143,15 @@ class SparseDelta(nn.Module):
         for key, part in self.tuned.items():
             yield key.replace("/", "."), cast(Tuned, part)
 
+    def parts(self) -> Iterator[Tuned]:
+        """The selected elements, tensor by tensor."""
+        for part in self.tuned.values():
+            yield cast(Tuned, part)
+
     @property
     def params(self) -> int:
         """How many elements are tuned."""
-        return sum(len(part.pattern) for _, part in self.items())
+        return sum(len(part.pattern) for part in self.parts())
 
     @property
     def mask(self) -> Mask:
@@ -202,7 +207,7 @@ class SparseDelta(nn.Module):
             TrainingError: somebody else changed the tuned weights; nothing is done.
         """
         self.check()
-        for _, part in self.items():
+        for part in self.parts():
             part.write()
         return self._uninstall(restore=False)
 
@@ -210,13 +215,13 @@ class SparseDelta(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Within this context the model is the backbone alone; not to be trained meanwhile."""
         self.check()
-        for _, part in self.items():
+        for part in self.parts():
             part._written = part.values._version  # so that no forward pass writes them back
             part.write(part.originals)
         try:
             yield
         finally:
-            for _, part in self.items():
+            for part in self.parts():
                 part.write()
 
     def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
@@ -248,8 +253,9 @@ class SparseDelta(nn.Module):
 
     def write(self) -> None:
         """Put the values into the weights. Needed only after changing them by hand, or with an optimiser that is no
-        `torch.optim.Optimizer`."""
-        for _, part in self.items():
+        `torch.optim.Optimizer`.
+        """
+        for part in self.parts():
             part.write()
 
     def check(self) -> None:
@@ -300,7 +306,7 @@ class SparseDelta(nn.Module):
 
     def _uninstall(self, *, restore: bool) -> nn.Module:
         model = self.model
-        for _, part in self.items():
+        for part in self.parts():
             if part.places and restore:
                 part.write(part.originals)
             for module, attribute in part.places:
@@ -342,8 +348,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
 
 
 def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
-    """Put a saved delta into the backbone it was trained in, task heads included. Everything is checked before the model
-    is touched, and nothing in the files is executed.
+    """Put a saved delta into the backbone it was trained in, task heads included. Everything is checked before the
+    model is touched, and nothing in the files is executed.
 
     Raises:
         ArtifactError: the folder holds no delta, or a file is truncated or foreign.

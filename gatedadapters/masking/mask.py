@@ -283,7 +283,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Two masks compared on some tensors: elements in all, in each, in both; `chance` is expected of independent ones."""
+    """Two masks compared on some tensors: elements in all, in each, in both."""
 
     part: str
     size: int

@@ -57,8 +57,9 @@ def chosen(
             found = {name for name, role in roles.items() if role == pattern or fnmatchcase(name, pattern)}
             if not found:
                 raise MaskError(
-                    "this matches no parameter", expected=f"a role among {', '.join(sorted(set(roles.values())))}, or a name",
-                    got=repr(pattern), where=where, fix="names may hold * and ?, as in *.mlp.*",
+                    "this matches no parameter", got=repr(pattern), where=where,
+                    expected=f"a role among {', '.join(sorted(set(roles.values())))}, or a name",
+                    fix="names may hold * and ?, as in *.mlp.*",
                 )  # fmt: skip
             names |= found
         return names

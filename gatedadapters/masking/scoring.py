@@ -55,8 +55,8 @@ def score(
         overwrite: replace scores that the folder holds.
 
     Raises:
-        MaskError: no data, gradients that are not finite, scores that are all 0, an unknown kind, a pattern that matches
-            nothing, integer or quantised weights, a model with a delta in it. Nothing is changed or written then.
+        MaskError: no data, gradients that are not finite, scores that are all 0, an unknown kind, a pattern that
+            matches nothing, integer or quantised weights, a model with a delta in it. Nothing is changed then.
         ArtifactError: the folder is not free.
     """
     method = score_class(kind)() if isinstance(kind, str) else kind

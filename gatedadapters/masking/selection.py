@@ -51,11 +51,12 @@ def select(
         exclude: of these, which to leave fixed as a whole. What is left out counts neither as core nor as free.
 
     Raises:
-        MaskError: a share outside (0, 1), scores of different backbones or of all zeros, a pattern that matches nothing.
+        MaskError: a share outside (0, 1), scores of different backbones or of all zeros, a pattern that matches
+            nothing.
 
     References:
-        arXiv 2604.17051 names the aim (general against domain importance, core fixed, the rest tuned); the combination is
-        our instantiation.
+        arXiv 2604.17051 names the aim (general against domain importance, core fixed, the rest tuned); the combination
+        is our instantiation.
     """
     free = _free_share(core, density)
     if not math.isfinite(contrast) or contrast < 0:
@@ -125,7 +126,7 @@ def _free_share(core: float | None, density: float | None) -> float:
 def _combined(
     general: Scores, domain: Scores | None, contrast: float, names: Sequence[str], stack: ExitStack
 ) -> dict[str, Tensor]:
-    """s of every tensor, flat fp32; on disk where that is more than memory should hold."""
+    """S of every tensor, flat fp32; on disk where that is more than memory should hold."""
     shapes = {name: tuple(general[name].shape) for name in names}
     if 4 * sum(math.prod(shape) for shape in shapes.values()) > IN_MEMORY_BYTES:
         record = ScoresRecord(kind="contrast", fingerprint=general.identity, tensors=sharded(shapes, {}))

@@ -45,9 +45,10 @@ class Report:
 class SelectiveTrainer(Trainer):
     """Tunes only what matters little in general: everything of transformers' Trainer applies.
 
-    `train()` scores the model on general and on domain data, selects a mask, applies it, evaluates, trains on the domain
-    data, and evaluates again; `report()` shows both. A model that has a delta already is trained as it is. Checkpoints
-    hold only what is trained; a run resumes where selection gives the same mask, which it does for equal data and seed.
+    `train()` scores the model on general and on domain data, selects a mask, applies it, evaluates, trains on the
+    domain data, and evaluates again; `report()` shows both. A model that has a delta already is trained as it is.
+    Checkpoints hold only what is trained; a run resumes where selection gives the same mask, which it does for equal
+    data and seed.
 
     Args:
         model: a causal language model, a classifier, or whatever computes a loss from a batch with labels.

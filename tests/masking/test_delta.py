@@ -143,7 +143,7 @@ def test_bf16_weights_have_fp32_values_in_which_small_steps_add_up() -> None:
         optimizer.step()
     for parameter, old in zip(delta.parameters(), values, strict=True):
         torch.testing.assert_close(parameter.detach(), old + 64 * 2.0**-14)
-    for _, part in delta.items():
+    for part in delta.parts():
         assert torch.equal(part.pattern.gather(part.weight), part.values.bfloat16())
     loss_of(model, batch).backward()
     delta.remove()
@@ -233,7 +233,7 @@ def test_any_optimiser_moves_the_weights_that_are_used(make: Any) -> None:
     for _ in range(3):
         optimizer.step(closure)
     assert losses[-1] < losses[0]
-    for _, part in delta.items():
+    for part in delta.parts():
         assert torch.equal(part.pattern.gather(part.weight), part.values)
     if isinstance(optimizer, torch.optim.LBFGS):
         assert len(set(losses)) >= len(losses) - 2  # each evaluation within a step saw other weights

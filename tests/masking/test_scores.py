@@ -82,7 +82,7 @@ def test_mas_is_the_mean_size_of_each_examples_output_gradient(family: str) -> N
 
 
 def test_fisher_of_a_classifier_does_not_depend_on_how_examples_are_batched() -> None:
-    model, batch = tiny("bert", head="classification")
+    model, _ = tiny("bert", head="classification")
     model.double()
     ids = torch.randint(3, 99, (6, 8))
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(6) % 3}

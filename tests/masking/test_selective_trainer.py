@@ -25,7 +25,8 @@ def test_one_call_scores_selects_tunes_and_reports(tmp_path: Path) -> None:
     before = snapshot(model)
     trainer = ga.SelectiveTrainer(
         model, arguments(tmp_path, max_steps=10, learning_rate=1e-2), train_dataset=examples(24, seed=0),
-        general_dataset=examples(24, seed=1), eval_dataset=examples(8, seed=0), general_eval_dataset=examples(8, seed=1),
+        general_dataset=examples(24, seed=1), eval_dataset=examples(8, seed=0),
+        general_eval_dataset=examples(8, seed=1),
         selection=ga.SelectionConfig(core=0.9, exclude=("norm",)),
     )  # fmt: skip
     with pytest.raises(TrainingError, match="nothing to report"):

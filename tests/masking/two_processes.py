@@ -1,4 +1,7 @@
-"""What each of two processes runs for `test_selective_trainer.py`: RANK=... WORLD_SIZE=2 ... python two_processes.py FOLDER."""
+"""What each of two processes runs for `test_selective_trainer.py`.
+
+RANK=... WORLD_SIZE=2 ... python two_processes.py FOLDER
+"""
 
 from __future__ import annotations
 

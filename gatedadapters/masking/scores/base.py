@@ -71,6 +71,7 @@ class Score(ABC):
 
     def begin(self, run: Run) -> None:
         """Called once, before the first batch."""
+        return None
 
     @abstractmethod
     def batch(self, run: Run, batch: Batch) -> None:
@@ -78,9 +79,11 @@ class Score(ABC):
 
     def finish(self, run: Run) -> None:
         """Turn the totals into the score."""
+        return None
 
     def end(self, run: Run) -> None:
         """Called in any case, also after a failure: put back what was changed."""
+        return None
 
 
 @contextmanager
@@ -99,8 +102,8 @@ def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, 
             check_finite(name, grad, run)
             if name in seen:
                 raise MaskError(
-                    "a gradient came in several parts", expected="one per backward pass", got="a second one", where=name,
-                    fix="switch off re-entrant checkpointing while scoring",
+                    "a gradient came in several parts", expected="one per backward pass", got="a second one",
+                    where=name, fix="switch off re-entrant checkpointing while scoring",
                 )  # fmt: skip
             seen.add(name)
             use(name, grad)

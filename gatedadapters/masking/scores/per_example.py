@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -286,7 +286,8 @@ class _Pass:
 
 def _owned(run: Run) -> dict[nn.Module, list[str]]:
     """The modules that use parameters, and which. One that shares a parameter with a module inside it leaves the use to
-    that one, as heads do with the bias of their decoder."""
+    that one, as heads do with the bias of their decoder.
+    """
     names = {id(parameter): name for name, parameter in run.parameters.items()}
     held: dict[nn.Module, list[str]] = {}
     for module in run.model.modules():

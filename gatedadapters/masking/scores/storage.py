@@ -127,8 +127,9 @@ class Scores:
                 described = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in found.items()}
             if described != {name: ("F32", shape) for name, shape in wanted.items()}:
                 raise ArtifactError(
-                    "a shard is not the one that belongs to the record beside it", expected=f"{len(wanted)} fp32 tensors",
-                    got=f"{len(described)} tensors", where=file, fix="keep the files together, as they were saved",
+                    "a shard is not the one that belongs to the record beside it",
+                    expected=f"{len(wanted)} fp32 tensors", got=f"{len(described)} tensors", where=file,
+                    fix="keep the files together, as they were saved",
                 )  # fmt: skip
             values |= _mapped(file, mode="c")  # copy on write: what is read cannot be changed by accident
         return cls(record, values)

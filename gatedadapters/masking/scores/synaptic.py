@@ -14,18 +14,18 @@ from gatedadapters.safe_files import write_tensors
 
 
 class Synaptic(Score):
-    """`max(0, Σ_b -g_b Δθ_b) / (Δθ² + 0.1)`, over one gradient-descent step a batch, after which the weights are put back.
+    """`max(0, Σ_b -g_b Δθ_b) / (Δθ² + 0.1)`, over one gradient-descent step a batch; the weights are put back after it.
 
     Quantity: the fall of the loss that an element brought about, over the square of the way it went. Reduction: sum
     over batches. Sign: negative contributions are clamped to 0; a large score says important. The weights at the start
     wait on disk, so that memory holds no second copy.
 
     Args:
-        learning_rate: of the run. With small steps Δθ² is far below 0.1 and the score is that of squared batch gradients.
+        learning_rate: of the run. With small steps Δθ² is far below 0.1, and the score that of squared batch gradients.
 
     References:
-        Zenke, Poole, Ganguli 2017, "Continual Learning Through Synaptic Intelligence", arXiv 1703.04200, equations 3 and
-        5, with their damping 0.1.
+        Zenke, Poole, Ganguli 2017, "Continual Learning Through Synaptic Intelligence", arXiv 1703.04200, equations 3
+        and 5, with their damping 0.1.
     """
 
     kind = "synaptic"
