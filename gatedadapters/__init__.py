@@ -10,7 +10,17 @@ from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace, SelectionConfig
-from gatedadapters.masking import Mask, Scores, SparseDelta, apply_mask, get_delta, load_delta, score, select
+from gatedadapters.masking import (
+    ElasticPenalty,
+    Mask,
+    Scores,
+    SparseDelta,
+    apply_mask,
+    get_delta,
+    load_delta,
+    score,
+    select,
+)
 from gatedadapters.structure import Structure
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ __all__ = [
     "L0",
     "Adapters",
     "Budget",
+    "ElasticPenalty",
     "GateConfig",
     "GatedTrainer",
     "Layout",
