@@ -39,12 +39,15 @@ class SparseDelta(nn.Module):
     Attributes:
         tuned: the selected elements by tensor, `name.of.parameter` with `/` for `.`.
         identity: of the backbone without the delta.
+        roles, origin: of the mask.
     """
 
-    def __init__(self, tuned: Mapping[str, Tuned], *, identity: Fingerprint) -> None:
+    def __init__(
+        self, tuned: Mapping[str, Tuned], *, identity: Fingerprint, roles: Mapping[str, str], origin: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.tuned = nn.ModuleDict({name.replace(".", "/"): part for name, part in tuned.items()})
-        self.identity = identity
+        self.identity, self.roles, self.origin = identity, dict(roles), dict(origin)
         self.head_names: tuple[str, ...] = ()
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
@@ -95,8 +98,8 @@ class SparseDelta(nn.Module):
         return Mask.from_indices(
             {name: part.pattern.indices() for name, part in self.items()},
             {name: part.pattern.shape for name, part in self.items()},
-            identity=self.identity,
-        )
+            identity=self.identity, roles=self.roles, origin=self.origin,
+        )  # fmt: skip
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own task heads, trained and saved along."""
@@ -335,7 +338,7 @@ def _built(
         weight = parameters[name]
         pattern = Pattern.of(weight.shape, mask.indices(name).to(weight.device))
         tuned[name] = Tuned(pattern, pattern.gather(weight.detach()).clone())
-    return SparseDelta(tuned, identity=identity), head_names
+    return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
 
 
 def get_delta(model: nn.Module) -> SparseDelta:

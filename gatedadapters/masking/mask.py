@@ -111,6 +111,11 @@ class Mask:
         """The parameters it covers, also those of which it selects nothing."""
         return tuple(self._record.tensors)
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each parameter, see `masking.roles`."""
+        return {name: tensor.role for name, tensor in self._record.tensors.items()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
         return self._tensor(name).shape
@@ -266,15 +271,13 @@ class Mask:
         return found
 
     def _with(self, indices: Mapping[str, Tensor]) -> Mask:
-        roles = {name: tensor.role for name, tensor in self._record.tensors.items()}
-        return Mask.from_indices(
-            indices, {n: self.shape(n) for n in self.names}, identity=self.identity, roles=roles, origin=self.origin
-        )
+        shapes = {name: self.shape(name) for name in self.names}
+        return Mask.from_indices(indices, shapes, identity=self.identity, roles=self.roles, origin=self.origin)
 
     def _combined(self, other: Mask, rule: Callable[[Any, Any], Any]) -> Mask:
         check_backbone(other.identity, self.identity, where="combining masks")
         shapes = {name: self.shape(name) for name in self.names} | {n: other.shape(n) for n in other.names}
-        roles = {name: tensor.role for mask in (other, self) for name, tensor in mask._record.tensors.items()}
+        roles = other.roles | self.roles
         indices = {
             name: torch.from_numpy(rule(self._elements(name).numpy(), other._elements(name).numpy())) for name in shapes
         }

@@ -62,7 +62,7 @@ def test_one_command_tunes_what_is_free_and_reports_both_sides(
 def test_a_model_that_is_no_causal_one_is_refused(
     config: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config.write_text(config.read_text().replace("decoder", "encoder"))
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": str(encoder)}))
     assert main(["select", str(config), "--out", str(tmp_path / "out")]) == 2
     assert "causal" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -294,6 +294,7 @@ def test_saved_deltas_come_back_bit_for_bit_and_small(tmp_path: Any) -> None:
     assert torch.equal(fresh(**batch)[0], output)
     assert loaded.mask == mask
     assert ga.Mask.load(tmp_path / "delta") == mask
+    assert (loaded.mask.roles, loaded.mask.origin) == ({n: mask.roles[n] for n in loaded.mask.names}, mask.origin)
     assert ga.get_delta(fresh) is loaded
     payload = mask.nbytes + 4 * delta.params
     assert payload <= 5.1 * delta.params
