@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor, nn
 
@@ -192,7 +193,15 @@ def encoder_problem(cell: Cell) -> Problem:
         return right / len(rows)
 
     before = stream(items("train", 0), collate)
-    fit(model, list(model.parameters()), before(0), 3e-4, 300)
+    start = STORE.parent / "tmp" / f"forgetting-encoder-{cell.seed}-{FIRST_STEPS}.safetensors"  # for every arm
+    if start.exists():
+        model.load_state_dict(load_file(start))
+    else:
+        fit(model, list(model.parameters()), before(0), 3e-4, FIRST_STEPS)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        part = start.with_suffix(f".{os.getpid()}.part")
+        save_file(model.state_dict(), part)
+        os.replace(part, start)
     heads = tuple(n for n, _ in model.named_parameters() if n.startswith("heads.") and new.name in n)
     return Problem(
         model, stream(items("train", 1), collate), before,
@@ -201,6 +210,7 @@ def encoder_problem(cell: Cell) -> Problem:
 
 
 ENCODER_TASKS = ("newsgroups", "rotten_tomatoes")
+FIRST_STEPS = 300
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------
