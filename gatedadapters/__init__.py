@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.artifacts import load_adapters
+from gatedadapters.artifacts import budget_report, load_adapters, load_joint, save_joint
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace, SelectionConfig
@@ -46,12 +46,15 @@ __all__ = [
     "Structure",
     "apply_mask",
     "attach",
+    "budget_report",
     "detach",
     "discover",
     "get_adapters",
     "get_delta",
     "load_adapters",
     "load_delta",
+    "load_joint",
+    "save_joint",
     "score",
     "select",
 ]

@@ -313,7 +313,7 @@ def _built(
     model: nn.Module, mask: Mask, heads: Sequence[str] | None, *, where: str
 ) -> tuple[SparseDelta, tuple[str, ...]]:
     """A delta for `model`, which is not touched, and the names of its heads."""
-    if any(isinstance(getattr(module, NAME, None), SparseDelta) for module in model.modules()):
+    if find_delta(model) is not None:
         raise AttachError(
             "this model has a sparse delta already", expected="a model without one", got="model.sparse_delta",
             where=type(model).__name__, fix="model.sparse_delta.remove() or .merge() first",
@@ -341,16 +341,21 @@ def _built(
     return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
 
 
+def find_delta(model: nn.Module) -> SparseDelta | None:
+    """The delta in `model` (or in what DDP wrapped), if any."""
+    found = (getattr(module, NAME, None) for module in model.modules())
+    return next((delta for delta in found if isinstance(delta, SparseDelta)), None)
+
+
 def get_delta(model: nn.Module) -> SparseDelta:
-    """The delta in `model` (or in what DDP and torch.compile wrapped).
+    """The delta in `model` (or in what DDP wrapped).
 
     Raises:
         AttachError: it has none.
     """
-    for module in model.modules():
-        found = getattr(module, NAME, None)
-        if isinstance(found, SparseDelta):
-            return found
+    found = find_delta(model)
+    if found is not None:
+        return found
     raise AttachError("this model has no sparse delta", where=type(model).__name__, fix="call gatedadapters.apply_mask")
 
 

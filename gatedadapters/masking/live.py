@@ -106,7 +106,8 @@ class Pattern:
             self.row_starts, self.columns, zeros, (self.rows, self.width), check_invariants=False
         )
         left_rows = left.T.to(exact).contiguous()  # the kernel multiplies rows that lie together
-        return torch.sparse.sampled_addmm(pattern, left_rows, right.to(exact), beta=0.0).values()
+        sampled: Tensor = torch.sparse.sampled_addmm(pattern, left_rows, right.to(exact), beta=0.0)
+        return sampled.values()
 
 
 class LiveWeight(Tensor):
@@ -175,7 +176,7 @@ class _Gathering(torch.autograd.Function):
         return weight.detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.pattern.gather(grad).to(ctx.dtype), None, None
 
@@ -199,7 +200,7 @@ class _Product(torch.autograd.Function):
         return run(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         transposed = ctx.run is not _run_linear
@@ -243,7 +244,7 @@ class _Rows(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         pattern: Pattern = ctx.pattern

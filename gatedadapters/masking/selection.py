@@ -118,7 +118,7 @@ def _free_share(core: float | None, density: float | None) -> float:
     if core is not None and density is not None:
         raise MaskError(expected="core= or density=", got="both", where="select", fix="drop one")
     name, given = ("density", density) if density is not None else ("core", 0.95 if core is None else core)
-    if not isinstance(given, (int, float)) or not 0.0 < given < 1.0:
+    if not 0.0 < given < 1.0:
         raise MaskError(expected=f"{name} in (0, 1)", got=given, where=f"select({name}=)")
     return float(given) if name == "density" else 1.0 - float(given)
 

@@ -17,8 +17,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.config import SelectionConfig
-from gatedadapters.errors import AttachError, TrainingError
+from gatedadapters.errors import TrainingError
 from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, score, select
+from gatedadapters.masking.delta import find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.structure import format_table
 from gatedadapters.training.trainer import check_launch
@@ -84,7 +85,7 @@ class SelectiveTrainer(Trainer):
         self.selection, self.mask, self.heads = selection or SelectionConfig(), mask, heads
         self.general_dataset = general_dataset
         self.measured: list[dict[str, float]] = []
-        if mask is None and general_dataset is None and _delta_of(model) is None and self._needs_data:
+        if mask is None and general_dataset is None and find_delta(model) is None and self._needs_data:
             raise TrainingError(
                 "nothing says what the model must not lose", expected="general_dataset=, or mask=", got="neither",
                 where="SelectiveTrainer", fix="pass data that represents what the model is to keep",
@@ -125,7 +126,7 @@ class SelectiveTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Score, select and apply where that is not done yet, evaluate, train, evaluate."""
-        if _delta_of(self.model) is None:
+        if find_delta(self.model) is None:
             if self.mask is None:
                 self.mask = self.select()
             apply_mask(self.model, self.mask, heads=self.heads)
@@ -191,13 +192,6 @@ class SelectiveTrainer(Trainer):
                 got=", ".join(load_result.unexpected_keys[:2]) or "nothing of it", where="resume",
                 fix="resume with the same data, selection and seed",
             )  # fmt: skip
-
-
-def _delta_of(model: nn.Module) -> SparseDelta | None:
-    try:
-        return get_delta(model)
-    except AttachError:
-        return None
 
 
 def _exp(loss: float) -> float:

@@ -46,7 +46,7 @@ class Run:
         Raises:
             MaskError: the loss has another shape, or does not depend on what is scored.
         """
-        losses = self.loss(self.model, batch)
+        losses: Any = self.loss(self.model, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
             got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise MaskError(
@@ -54,7 +54,8 @@ class Run:
                 got=got + ("" if not isinstance(losses, Tensor) or losses.requires_grad else " without a gradient"),
                 where=f"loss of batch {self.batches}", fix="return losses before averaging over examples",
             )  # fmt: skip
-        return losses
+        found: Tensor = losses
+        return found
 
 
 class Score(ABC):

@@ -25,12 +25,12 @@ def task_losses(model: nn.Module, batch: Batch) -> Tensor:
         MaskError: a model that is no causal language model, and no labels.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch.get("labels")
+    labels: Tensor | None = batch.get("labels")
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if labels is None and causal:
-        labels = inputs["input_ids"]
-        if inputs.get("attention_mask") is not None:
-            labels = labels.masked_fill(inputs["attention_mask"] == 0, _IGNORED)
+        ids: Tensor = inputs["input_ids"]
+        mask: Tensor | None = inputs.get("attention_mask")
+        labels = ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
     if labels is None:
         raise MaskError(
             "there is nothing to compute a loss from", expected="labels in the batch", got=", ".join(batch),
@@ -57,7 +57,7 @@ def output_norms(model: nn.Module, batch: Batch) -> Tensor:
     norms = output.square().sum(-1) if _is_double(model) else output.float().square().sum(-1)
     if norms.dim() == 1:
         return norms
-    mask = inputs.get("attention_mask")
+    mask: Tensor | None = inputs.get("attention_mask")
     if mask is None or mask.shape != norms.shape:
         return norms.reshape(len(norms), -1).mean(1)
     return (norms * mask).sum(1) / mask.sum(1).clamp(min=1)
