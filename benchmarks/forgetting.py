@@ -276,9 +276,10 @@ def taken(batches: Callable[[int], Iterator[Batch]], count: int) -> list[Batch]:
 def mask_of(problem: Problem, cell: Cell) -> ga.Mask:
     """The arm's mask over the linear maps; all arms tune equally many elements."""
     general = taken(problem.general, 16)
-    options: dict[str, Any] = {"heads": problem.heads, "exclude": ["embedding", "norm", "bias"], "seed": cell.seed}
-    present = set(ga.score(problem.model, kind="magnitude", heads=problem.heads).roles.values())
-    options["exclude"] = [role for role in (*options["exclude"], "head") if role in present]
+    roles = ga.score(problem.model, kind="magnitude", heads=problem.heads).roles
+    fixed = [role for role in ("embedding", "norm", "bias", "head") if role in roles.values()]
+    fixed += ["heads.*"] if any(name.startswith("heads.") for name in roles) else []  # of what was learnt before
+    options: dict[str, Any] = {"heads": problem.heads, "exclude": fixed, "seed": cell.seed}
     if cell.arm == "random":
         return ga.select(ga.score(problem.model, kind="random", **options), core=cell.core)
     kind = "fisher" if cell.arm == "fisher" else "taylor"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import assert_same_bits, loss_of, masked, random_mask, snapshot, train
+from masked_recipes import assert_same_bits, loss_of, masked, random_mask, snapshot, train
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

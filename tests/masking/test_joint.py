@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import assert_same_bits, random_mask, snapshot
+from masked_processes import arguments, examples
+from masked_recipes import assert_same_bits, random_mask, snapshot
 from safetensors.torch import load_file
-from two_processes import arguments, examples
 
 import gatedadapters as ga
 from gatedadapters.errors import BudgetError

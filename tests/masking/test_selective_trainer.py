@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import assert_same_bits, random_mask, snapshot
-from two_processes import arguments, examples, trained
+from masked_processes import arguments, examples, trained
+from masked_recipes import assert_same_bits, random_mask, snapshot
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
@@ -75,7 +75,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_does(tmp_path: Path) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name("masked_processes.py")), str(tmp_path)]
     logs = [tmp_path / f"log {rank}" for rank in (0, 1)]
     with ExitStack() as stack:
         ranks = []

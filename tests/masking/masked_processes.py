@@ -1,6 +1,6 @@
 """What each of two processes runs for `test_selective_trainer.py`.
 
-RANK=... WORLD_SIZE=2 ... python two_processes.py FOLDER
+RANK=... WORLD_SIZE=2 ... python masked_processes.py FOLDER
 """
 
 from __future__ import annotations
