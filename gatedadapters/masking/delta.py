@@ -52,7 +52,7 @@ class SparseDelta(nn.Module):
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
-        self.register_load_state_dict_post_hook(_follow_loaded_values)
+        nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
         _DELTAS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     path = Path(folder)
     mask = Mask.load(path)
     delta, head_names = _built(model, mask, mask.identity.heads, where=str(path))
-    shapes = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
     shapes |= {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in head_names}
     tensors = read_tensors(path / VALUES, shapes)
     with torch.no_grad():

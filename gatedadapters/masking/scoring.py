@@ -99,7 +99,7 @@ def score(
                 name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
                 for name, p in parameters.items()
             }
-        run = Run(model, parameters, totals, loss or type(method).loss or task_losses, seed)
+        run = Run(model, parameters, totals, loss or method.default_loss() or task_losses, seed)
         with _prepared(model, parameters):
             try:
                 method.begin(run)

@@ -97,8 +97,9 @@ class ScoreContract:
             return
         model, batches = scored("bert")
         before = _state(model)
-        for data in (None, [], iter(())):
-            _refused(lambda data=data: score(model, data, kind=method), "no data")
+        no_data: list[Any] = [None, [], iter(())]
+        for data in no_data:
+            _refused("no data", model, data, kind=method)
 
         def infinite(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             return _output(model, batch).flatten(1).sum(1) * torch.inf
@@ -109,9 +110,9 @@ class ScoreContract:
         def scalar(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             return _output(model, batch).sum()
 
-        _refused(lambda: score(model, batches, kind=method, loss=infinite), "not finite")
-        _refused(lambda: score(model, batches, kind=method, loss=nothing), "all scores are 0")
-        _refused(lambda: score(model, batches, kind=method, loss=scalar), "one loss per example")
+        _refused("not finite", model, batches, kind=method, loss=infinite)
+        _refused("all scores are 0", model, batches, kind=method, loss=nothing)
+        _refused("one loss per example", model, batches, kind=method, loss=scalar)
         _assert_state(before, model)
 
 
@@ -157,10 +158,10 @@ def _assert_state(before: Any, model: nn.Module) -> None:
     assert before[-1] == [module.training for module in model.modules()]
 
 
-def _refused(call: Any, message: str) -> None:
+def _refused(message: str, *args: Any, **options: Any) -> None:
     said = ""
     try:
-        call()
+        score(*args, **options)
     except MaskError as error:
         said = str(error)
     assert message in said, f"{message!r} was to be refused; got {said!r}"

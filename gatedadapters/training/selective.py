@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -105,20 +105,25 @@ class SelectiveTrainer(Trainer):
         return score_class(self.selection.kind).needs_data
 
     @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return cast(nn.Module, self.model)
+
+    @property
     def delta(self) -> SparseDelta:
         """What is being trained.
 
         Raises:
             AttachError: nothing was selected yet.
         """
-        return get_delta(self.model)
+        return get_delta(self.module)
 
     def select(self) -> Mask:
         """Score general and domain data, and select. Every process scores the same batches and selects the same."""
         chosen, scores = self.selection, []
         for data in (self.general_dataset, self.train_dataset):
             batches = islice(self._batches(data), chosen.batches) if self._needs_data else None
-            scores.append(score(self.model, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
+            scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
         return select(
             *scores, core=chosen.core, contrast=chosen.contrast if self._needs_data else 0.0, scope=chosen.scope,
             include=chosen.include, exclude=chosen.exclude,
@@ -126,10 +131,10 @@ class SelectiveTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Score, select and apply where that is not done yet, evaluate, train, evaluate."""
-        if find_delta(self.model) is None:
+        if find_delta(self.module) is None:
             if self.mask is None:
                 self.mask = self.select()
-            apply_mask(self.model, self.mask, heads=self.heads)
+            apply_mask(self.module, self.mask, heads=self.heads)
         self.measured = [self._held_out_losses()]
         result = super().train(*args, **kwargs)
         self.measured.append(self._held_out_losses())
@@ -145,7 +150,7 @@ class SelectiveTrainer(Trainer):
             raise TrainingError("there is nothing to report yet", expected="train() first", where="report")
         delta = self.delta
         own = {id(p) for p in delta.parameters()}
-        params = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        params = sum(p.numel() for p in self.module.parameters() if id(p) not in own)
         return Report(self.measured[0], self.measured[1], delta.params, params)
 
     def _held_out_losses(self) -> dict[str, float]:

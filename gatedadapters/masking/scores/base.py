@@ -67,8 +67,10 @@ class Score(ABC):
 
     kind: ClassVar[str]
     needs_data: ClassVar[bool] = True
-    loss: ClassVar[Loss | None] = None
-    """What is used where the caller names no loss; None: the task's, `losses.task_losses`."""
+
+    def default_loss(self) -> Loss | None:
+        """What is used where the caller names no loss; None: the task's, `losses.task_losses`."""
+        return None
 
     def begin(self, run: Run) -> None:
         """Called once, before the first batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gatedadapters.masking.scores.base import Batch, Run, Score
+from gatedadapters.masking.scores.base import Batch, Loss, Run, Score
 from gatedadapters.masking.scores.losses import output_norms
 from gatedadapters.masking.scores.per_example import PerExample
 
@@ -21,7 +21,10 @@ class MemoryAwareSynapses(Score):
     """
 
     kind = "mas"
-    loss = staticmethod(output_norms)
+
+    def default_loss(self) -> Loss:
+        """The squared norm."""
+        return output_norms
 
     def begin(self, run: Run) -> None:
         """Nothing is known yet of how the model treats its examples."""

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -237,8 +237,9 @@ class _Pass:
             grads = out.new_zeros(count * rows, parameter.shape[1])
             grads.index_add_(0, (ids.reshape(count, -1) + offsets).flatten(), out.reshape(-1, out.shape[-1]))
             grads = grads.view(count, rows, -1)
-            if use.module.padding_idx is not None:
-                grads[:, use.module.padding_idx] = 0
+            padding = _padding(use.module)
+            if padding is not None:
+                grads[:, padding] = 0
             return grads
         return self._again(parameter, use, where)
 
@@ -255,8 +256,9 @@ class _Pass:
         flat = use.grad.reshape(-1, use.grad.shape[-1])
         sums = flat.new_zeros(len(distinct), flat.shape[1]).index_add_(0, inverse, flat)
         reduced = self.owner.reduce(sums)
-        if use.module.padding_idx is not None:
-            reduced[distinct % rows == use.module.padding_idx] = 0
+        padding = _padding(use.module)
+        if padding is not None:
+            reduced[distinct % rows == padding] = 0
         return torch.zeros_like(parameter, dtype=reduced.dtype).index_add_(0, distinct % rows, reduced)
 
     def _again(self, parameter: nn.Parameter, use: Use, where: slice) -> Tensor:
@@ -271,7 +273,8 @@ class _Pass:
         def one(grad_out: Tensor, *inputs: Tensor) -> Tensor:
             args, kwargs = rebuild([value.unsqueeze(0) for value in inputs])
             run = lambda value: functional_call(use.module, {own: value}, args, kwargs)  # noqa: E731
-            return vjp(run, parameter.detach())[1](grad_out.unsqueeze(0))[0]
+            found: Tensor = vjp(run, parameter.detach())[1](grad_out.unsqueeze(0))[0]
+            return found
 
         with torch.enable_grad():
             found: Tensor = vmap(one)(grad[where], *(value.detach()[where] for value in tensors))
@@ -297,6 +300,11 @@ def _owned(run: Run) -> dict[nn.Module, list[str]]:
         if found:
             held[module] = found
     return held
+
+
+def _padding(module: nn.Module) -> int | None:
+    """The row of a lookup table that gets no gradient."""
+    return cast(nn.Embedding, module).padding_idx
 
 
 def _split(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
