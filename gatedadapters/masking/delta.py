@@ -224,6 +224,7 @@ class SparseDelta(nn.Module):
                 part.places = places[name]
                 if part.weight.device != part.values.device:
                     part.to(part.weight.device)
+                part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
                 for module, attribute in part.places:
                     module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
             for name, parameter in model.named_parameters():

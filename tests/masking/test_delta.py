@@ -280,6 +280,19 @@ def test_remove_and_reapply_and_switch_are_exact() -> None:
         deltas[1].reapply(model)
 
 
+def test_a_delta_goes_into_the_same_backbone_in_lower_precision() -> None:
+    model, batch, delta = masked("llama")
+    train(model, delta, batch)
+    delta.remove()
+    rounded = tiny("llama")[0].to(torch.bfloat16)
+    before = snapshot(rounded)
+    delta.reapply(rounded)
+    assert {p.dtype for p in delta.parameters()} == {torch.float32}
+    loss_of(rounded, batch).backward()
+    delta.remove()
+    assert_same_bits(rounded, before)
+
+
 def test_saved_deltas_come_back_bit_for_bit_and_small(tmp_path: Any) -> None:
     model, batch = tiny("bert", head="classification")
     mask = ga.select(ga.score(model, kind="random"), density=0.02)
