@@ -4,7 +4,7 @@ Claims under test, Llama-like models in fp32, AdamW, 1 % of the elements of ever
 peak resident memory above the loaded model is at most 0.35 of full fine-tuning's and no more than SHiRA's; a step takes
 at most 0.9 of full fine-tuning's time and no more than SHiRA's.
 
-    python benchmarks/sparse_memory.py run [--sizes 10 50 ...] [--tokens 128] [--threads 2]
+    python benchmarks/sparse_memory.py run [--sizes 10 50 ...] [--tokens 128] [--checkpoint]
     python benchmarks/sparse_memory.py table
 
 Memory: each side in a fresh process, the high-water mark of its resident set after loading (VmHWM, reset once the
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def prepared(side: str, model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]
 class Step:
     """One training step on random tokens."""
 
-    def __init__(self, side: str, model: nn.Module, vocabulary: int, tokens: int) -> None:
+    def __init__(self, side: str, model: nn.Module, vocabulary: int, tokens: int, checkpoint: bool) -> None:
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model, self.trained = prepared(side, model)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         generator = torch.Generator().manual_seed(1)
@@ -103,13 +106,13 @@ class Step:
         return float(loss.detach())
 
 
-def memory(side: str, size: str, tokens: int, steps: int = 3) -> dict[str, Any]:
+def memory(side: str, size: str, tokens: int, checkpoint: bool, steps: int = 3) -> dict[str, Any]:
     """In this process: bytes above the loaded model, at the peak."""
     model = build(size)
     parameters = sum(p.numel() for p in model.parameters())
     loaded = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    step = Step(side, model, model.config.vocab_size, tokens)
+    step = Step(side, model, model.config.vocab_size, tokens, checkpoint)
     losses = [step() for _ in range(steps)]
     return {
         "peak_bytes": _status("VmHWM") - loaded, "loaded_bytes": loaded, "params": parameters,
@@ -122,11 +125,11 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def times(size: str, tokens: int, rounds: int) -> dict[str, Any]:
+def times(size: str, tokens: int, rounds: int, checkpoint: bool) -> dict[str, Any]:
     """In this process: the sides in turns; seconds of each round."""
     model = build(size)
     vocabulary = model.config.vocab_size
-    steps = {side: Step(side, copy.deepcopy(model), vocabulary, tokens) for side in SIDES}
+    steps = {side: Step(side, copy.deepcopy(model), vocabulary, tokens, checkpoint) for side in SIDES}
     wall: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
@@ -139,50 +142,75 @@ def times(size: str, tokens: int, rounds: int) -> dict[str, Any]:
     return {"wall": wall, "cpu": cpu}
 
 
-def cell(kind: str, size: str, tokens: int, side: str, threads: int, rounds: int) -> dict[str, Any]:
-    """The stored result of a cell, measured now, in a fresh process, if nobody has."""
-    file = STORE / f"{kind}-{size}m-{tokens}-{side}.json"
-    if not file.exists():
-        command = [sys.executable, "-W", "ignore", __file__, "one", "--kind", kind, "--sizes", size, "--tokens",
-                   str(tokens), "--side", side, "--threads", str(threads), "--rounds", str(rounds)]  # fmt: skip
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: everything its result depends on."""
+
+    kind: str
+    size: str
+    tokens: int
+    checkpoint: bool
+    side: str
+    threads: int = 2
+    rounds: int = 7
+
+    @property
+    def file(self) -> Path:
+        """Where its result is stored."""
+        checkpoint = "-checkpointed" if self.checkpoint else ""
+        return STORE / f"{self.kind}-{self.size}m-{self.tokens}{checkpoint}-{self.side}.json"
+
+    def measure(self) -> dict[str, Any]:
+        """In this process."""
+        torch.set_num_threads(self.threads)
+        if self.kind == "memory":
+            return memory(self.side, self.size, self.tokens, self.checkpoint)
+        return times(self.size, self.tokens, self.rounds, self.checkpoint)
+
+    def store(self, found: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        STORE.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"cell": asdict(self), **found, "versions": versions()}, indent=1) + "\n")
+        os.replace(part, self.file)
+
+    def run(self) -> None:
+        """Measure in a fresh process, unless it is stored."""
+        if self.file.exists():
+            return
+        command = [sys.executable, "-W", "ignore", __file__, "one", "--cell", json.dumps(asdict(self))]
         environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise RuntimeError(f"{file.name}: {done.stderr[-2000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        result = {"kind": kind, "size": size, "tokens": tokens, "side": side, "threads": threads} | found
-        STORE.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result | {"versions": versions()}, indent=1) + "\n")
-        os.replace(part, file)
-        print(file.stem, {k: v for k, v in found.items() if k != "losses"}, flush=True)
-    return dict(json.loads(file.read_text()))
+            raise RuntimeError(f"{self.file.name}: {done.stderr[-2000:]}")
+        print(self.file.stem, flush=True)
 
 
 def table() -> str:
     """From the stored cells."""
-    cells = [json.loads(file.read_text()) for file in sorted(STORE.glob("*.json"))]
-    places = sorted({(int(c["size"]), c["tokens"]) for c in cells})
+    stored = [json.loads(file.read_text()) for file in sorted(STORE.glob("*.json"))]
+    found = {(c["cell"]["kind"], _place(c), c["cell"]["side"]): c for c in stored}
     rows = []
-    for size, tokens in places:
-        found = {
-            c["side"]: c for c in cells if c["kind"] == "memory" and (int(c["size"]), c["tokens"]) == (size, tokens)
-        }
-        timed = next(
-            (c for c in cells if c["kind"] == "times" and (int(c["size"]), c["tokens"]) == (size, tokens)), None
-        )
-        params = next(iter(found.values()))["params"] / 1e6 if found else size
-        row = [f"{params:.0f}", str(tokens)]
-        row += [f"{found[side]['peak_bytes'] / 1e6:.0f}" if side in found else "" for side in SIDES]
+    for place in sorted({_place(c) for c in stored}):
+        peaks = {side: found["memory", place, side] for side in SIDES if ("memory", place, side) in found}
+        timed = found.get(("times", place, "all"))
+        size, tokens, checkpoint = place
+        params = next(iter(peaks.values()))["params"] / 1e6 if peaks else size
+        row = [f"{params:.0f}", str(tokens), "yes" if checkpoint else "no"]
+        row += [f"{peaks[side]['peak_bytes'] / 1e6:.0f}" if side in peaks else "" for side in SIDES]
         for other in ("full", "shira"):
-            both = "masked" in found and other in found
-            row.append(f"{found['masked']['peak_bytes'] / found[other]['peak_bytes']:.2f}" if both else "")
+            both = "masked" in peaks and other in peaks
+            row.append(f"{peaks['masked']['peak_bytes'] / peaks[other]['peak_bytes']:.2f}" if both else "")
         for clock in ("wall", "cpu"):
             row += [_ratio(timed[clock], "masked", other) if timed else "" for other in ("full", "shira")]
         rows.append(row)
-    header = ["M params", "tokens", "full MB", "masked MB", "SHiRA MB", "memory / full", "memory / SHiRA",
-              "time / full", "time / SHiRA", "CPU s / full", "CPU s / SHiRA"]  # fmt: skip
+    header = ["M params", "tokens", "checkpointed", "full MB", "masked MB", "SHiRA MB", "memory / full",
+              "memory / SHiRA", "time / full", "time / SHiRA", "CPU s / full", "CPU s / SHiRA"]  # fmt: skip
     return format_table(header, rows)
+
+
+def _place(result: dict[str, Any]) -> tuple[int, int, bool]:
+    return int(result["cell"]["size"]), result["cell"]["tokens"], result["cell"]["checkpoint"]
 
 
 def _ratio(seconds: dict[str, list[float]], a: str, b: str) -> str:
@@ -196,27 +224,20 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table", "one"))
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["50"])
     parser.add_argument("--tokens", type=int, default=128, help="per step, in rows of up to 128")
+    parser.add_argument("--checkpoint", action="store_true", help="checkpoint activations, on all sides")
     parser.add_argument("--kinds", nargs="+", choices=("memory", "times"), default=["memory", "times"])
-    parser.add_argument("--kind", choices=("memory", "times"), default="memory")
-    parser.add_argument("--side", choices=(*SIDES, "all"), default="masked")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cell", help="of the command one: a cell as JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.command == "one":
-        size = options.sizes[0]
-        found = (
-            memory(options.side, size, options.tokens)
-            if options.kind == "memory"
-            else times(size, options.tokens, options.rounds)
-        )
-        print(json.dumps(found))
+        cell = Cell(**json.loads(options.cell))
+        cell.store(cell.measure())
         return
-    if options.command == "run":
-        for size in options.sizes:
-            for kind in options.kinds:
-                for side in SIDES if kind == "memory" else ("all",):
-                    cell(kind, size, options.tokens, side, options.threads, options.rounds)
+    for size in options.sizes if options.command == "run" else ():
+        for kind in options.kinds:
+            for side in SIDES if kind == "memory" else ("all",):
+                Cell(kind, size, options.tokens, options.checkpoint, side, options.threads, options.rounds).run()
     print(table())
 
 
