@@ -6,39 +6,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.artifacts import Shelf, export_peft, import_peft, load_adapters
+from gatedadapters.artifacts import (
+    Shelf,
+    budget_report,
+    export_peft,
+    import_peft,
+    load_adapters,
+    load_joint,
+    save_joint,
+)
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
+from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace, SelectionConfig
+from gatedadapters.masking import (
+    ElasticPenalty,
+    Mask,
+    Scores,
+    SparseDelta,
+    apply_mask,
+    get_delta,
+    load_delta,
+    score,
+    select,
+)
 from gatedadapters.structure import Structure
 
 if TYPE_CHECKING:
-    from gatedadapters.training import GatedTrainer, MultiTaskClassifier
+    from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "L0",
     "Adapters",
     "Budget",
+    "ElasticPenalty",
     "GateConfig",
     "GatedTrainer",
     "Layout",
+    "Mask",
     "MultiTaskClassifier",
     "Schedule",
+    "Scores",
     "SearchSpace",
+    "SelectionConfig",
+    "SelectiveTrainer",
     "Shelf",
+    "SparseDelta",
     "Structure",
+    "apply_mask",
     "attach",
+    "budget_report",
     "detach",
     "discover",
     "export_peft",
     "get_adapters",
+    "get_delta",
     "import_peft",
     "load_adapters",
+    "load_delta",
+    "load_joint",
+    "save_joint",
+    "score",
+    "select",
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
-_ON_USE = {"GatedTrainer": "gatedadapters.training", "MultiTaskClassifier": "gatedadapters.training"}
+_ON_USE = dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training")
 
 
 def __getattr__(name: str) -> Any:

@@ -103,6 +103,16 @@ def check_free(model: nn.Module) -> None:
 
 def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Adapters:
     """Put built adapters into a model and freeze all of it but its heads; on failure it is left untouched."""
+    for key, path in built.typed_paths():
+        owner = model.get_submodule(path.site.write.module)
+        if path.site.at_weight and path.site.write.parameter in owner.__dict__:
+            raise AttachError(
+                "something stands in for this weight already",
+                expected="a weight of the backbone's own",
+                got=type(owner.__dict__[path.site.write.parameter]).__name__,
+                where=f"path {key}",
+                fix="exclude it from the mask of the sparse delta, or search without weight_lora",
+            )
     built.head_names = tuple(head_names)
     built._required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     built.train(model.training)
@@ -282,10 +292,11 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
 
 
 def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the parameters that are trained beside the adapters; see `attach`.
+    """Names of a model's task heads, which are trained beside the adapters: those given (names or prefixes), else
+    everything outside the backbone of a model without a language-model head.
 
     Raises:
-        AttachError: a name that the model does not have.
+        AttachError: no parameter of that name.
     """
     names = [name for name, _ in model.named_parameters()]
     if heads is not None:

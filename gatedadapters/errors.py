@@ -28,6 +28,7 @@ __all__ = [
     "DataError",
     "GatedAdaptersError",
     "LayoutError",
+    "MaskError",
     "PathError",
     "TaskError",
     "TrainingError",
@@ -97,6 +98,10 @@ class BudgetError(GatedAdaptersError, ValueError):
 
 class ArtifactError(GatedAdaptersError, ValueError):
     """A saved artefact cannot be written, read, merged or exported, or belongs to another backbone."""
+
+
+class MaskError(GatedAdaptersError, ValueError):
+    """Scores, a mask or a sparse delta are malformed, empty, or of another backbone."""
 
 
 class TrainingError(GatedAdaptersError, RuntimeError):

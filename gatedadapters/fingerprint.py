@@ -11,6 +11,8 @@ from gatedadapters.backbone.quantized import is_quantized, parts
 from gatedadapters.structure import Fingerprint
 
 _SAMPLES = 64
+OWN_MODULES = ("gated_adapters", "sparse_delta")
+"""What the library registers in a model."""
 
 
 def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
@@ -21,7 +23,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if name in skip or "gated_adapters." in name:
+        if name in skip or any(f"{own}." in name for own in OWN_MODULES):
             continue
         shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
         for part in parts(parameter.detach()):

@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,22 @@ class OutputAnchor:
         return (*output[:place], value + nothing.to(value.dtype), *output[place + 1 :])
 
 
+class Trained(Protocol):
+    """Adapters, or a sparse delta: what is trained in a model whose own parameters are frozen."""
+
+    def checkpointing(self) -> bool:
+        """Whether the model checkpoints activations while training."""
+
+
 class EmbeddingHook:
     """Lets gradients into checkpointed blocks: the re-entrant mode gives none to a block whose input needs none."""
 
-    def __init__(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    def __init__(self, owner: Trained) -> None:
+        self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the input embedding."""
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and self.adapters.checkpointing():
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and self.owner.checkpointing():
             return output.requires_grad_() if output.is_leaf else output
         return output
 

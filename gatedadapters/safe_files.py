@@ -75,7 +75,7 @@ def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> d
     Raises:
         ArtifactError: the file is missing, truncated or foreign; keys, shapes or dtypes differ.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         names = set(file.keys())
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing or extra:
@@ -114,12 +114,39 @@ def read_all(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ArtifactError: the file is missing, truncated or no safetensors file.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def read_bytes(path: str | Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
+    """Read exactly the uint8 vectors `expected` (lengths by name); checked before read.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or foreign; keys, lengths or types differ.
+    """
+    with opened(path) as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        described = {name: (piece.get_dtype(), *piece.get_shape()) for name, piece in found.items()}
+        wanted = {name: ("U8", length) for name, length in expected.items()}
+        wrong = [name for name in sorted(wanted.keys() | described.keys()) if wanted.get(name) != described.get(name)]
+        if wrong:
+            raise ArtifactError(
+                "this file is not the one that belongs to the record beside it",
+                expected=f"{wrong[0]} {wanted.get(wrong[0], 'absent')}",
+                got=described.get(wrong[0], "absent"),
+                where=path,
+                fix="keep the files of one artefact together, as they were saved",
+            )
+        return {name: file.get_tensor(name).clone() for name in expected}
+
+
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ArtifactError: it is missing, truncated or foreign.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file

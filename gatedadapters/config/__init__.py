@@ -3,18 +3,23 @@
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
 
 __all__ = [
     "L0",
     "Budget",
+    "CorpusConfig",
     "GateConfig",
     "PathOptions",
     "Penalty",
     "Schedule",
     "SearchConfig",
     "SearchSpace",
+    "SelectConfig",
+    "SelectionConfig",
     "TaskConfig",
     "TrainingConfig",
+    "TuningConfig",
     "Where",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gatedadapters.errors import ConfigError
@@ -39,3 +41,18 @@ def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] =
         where=where,
         fix="correct the named keys",
     )
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data of a YAML file.
+
+    Raises:
+        ConfigError: unreadable.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            expected="a readable YAML file", got=f"{type(error).__name__}: {error}", where=str(path),
+            fix="check the path and the syntax",
+        ) from error  # fmt: skip

@@ -98,8 +98,16 @@ def read_task(
     )
 
 
-def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labelled]:
-    """The validated records of one table."""
+def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, dict[str, object]]]:
+    """The records of a table, each with the place it came from.
+
+    Args:
+        path: CSV, TSV, JSON lines or parquet.
+        columns: what must be there, by the option that names it.
+
+    Raises:
+        DataError: a missing, empty or malformed file, or a missing column.
+    """
     if path.suffix not in _READERS:
         expected = ", ".join(_READERS)
         raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
@@ -112,9 +120,8 @@ def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labe
         raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
     if not table:
         raise DataError("the table is empty", expected="labelled examples", got="no records", where=path)
-    wanted = {"text": text, "pair": pair, "label": label}
     for where, cells in table:
-        for option, column in wanted.items():
+        for option, column in columns.items():
             if column is not None and column not in cells:
                 raise DataError(
                     "a column is missing",
@@ -123,18 +130,29 @@ def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labe
                     where=where,
                     fix=f"say which column it is with {option}=",
                 )
+    return table
+
+
+def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labelled]:
+    """The validated records of one table."""
+    table = read_table(path, {"text": text, "pair": pair, "label": label})
     return [
         _Labelled(
             where,
-            _text(cells[text], f"{where}, column {text!r}"),
-            None if pair is None else _text(cells[pair], f"{where}, column {pair!r}"),
+            cell_text(cells[text], f"{where}, column {text!r}"),
+            None if pair is None else cell_text(cells[pair], f"{where}, column {pair!r}"),
             _label(cells[label], f"{where}, column {label!r}"),
         )
         for where, cells in table
     ]
 
 
-def _text(cell: object, where: str) -> str:
+def cell_text(cell: object, where: str) -> str:
+    """A cell that holds text.
+
+    Raises:
+        DataError: it holds none.
+    """
     if not isinstance(cell, str) or not cell.strip():
         raise DataError("a cell is not text", expected="some text", got=repr(cell), where=where)
     return cell

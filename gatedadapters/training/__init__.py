@@ -1,6 +1,7 @@
 """Training gated models with transformers' Trainer, for one task or many."""
 
 from gatedadapters.training.multitask import MultiTaskClassifier
+from gatedadapters.training.selective import SelectiveTrainer
 from gatedadapters.training.trainer import GatedTrainer
 
-__all__ = ["GatedTrainer", "MultiTaskClassifier"]
+__all__ = ["GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"]

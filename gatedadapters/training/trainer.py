@@ -19,8 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
-from gatedadapters.errors import TrainingError
+from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
+from gatedadapters.masking.delta import NAME as DELTA_NAME
+from gatedadapters.masking.delta import SparseDelta, find_delta
 from gatedadapters.training.multitask import MultiTaskClassifier
 
 
@@ -44,10 +46,11 @@ class GatedTrainer(Trainer):
         model: with adapters attached.
         args: transformers' TrainingArguments. Several devices: one process each (torchrun, accelerate launch).
         budget: what the Structure may cost; give this or `penalty`, or neither where `attach` was given a penalty or a
-            Structure.
+            Structure. With a sparse delta in the model, a budget in `params` is for both together.
         penalty: what holds the adapter small.
         schedule: see `Schedule`.
         gate_learning_rate: default: a gate can cross its range within the ramp.
+        delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample across tasks with probability n ** (1 / temperature); needs a data set with `sizes`.
         **kwargs: transformers' Trainer's.
 
@@ -65,11 +68,14 @@ class GatedTrainer(Trainer):
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
         gate_learning_rate: float | None = None,
+        delta_learning_rate: float | None = None,
         task_temperature: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.adapters = get_adapters(model)
-        _check_launch(args)
+        self.adapters, self.delta = get_adapters(model), find_delta(model)
+        check_launch(args)
+        if budget is not None and budget.params is not None and self.delta is not None:
+            budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
             raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
         chosen = budget if budget is not None else penalty
@@ -86,6 +92,7 @@ class GatedTrainer(Trainer):
                 fix="give one, or drop the schedule",
             )
         self.gate_learning_rate, self.task_temperature = gate_learning_rate, task_temperature
+        self.delta_learning_rate = delta_learning_rate
         self._gate_group: int | None = None
         self._path_groups: list[int] = []
         if args.ddp_find_unused_parameters is None:
@@ -113,14 +120,18 @@ class GatedTrainer(Trainer):
                     fix='add {"params": adapters.gate_parameters(), "lr": 0.05, "weight_decay": 0.0}',
                 )
             return self.optimizer
-        for gate in learning:
-            gate.requires_grad_(False)
+        apart = list(self.delta.parameters()) if self.delta is not None and self.delta_learning_rate is not None else []
+        for parameter in (*learning, *apart):
+            parameter.requires_grad_(False)
         try:
             optimizer = super().create_optimizer(*() if model is None else (model,))
         finally:
-            for gate in learning:
-                gate.requires_grad_(True)
+            for parameter in (*learning, *apart):
+                parameter.requires_grad_(True)
         self._path_groups = split_groups(optimizer, self.adapters.weight_parameters())
+        if apart:
+            rates = {"lr": self.delta_learning_rate, "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group({"params": apart, **rates})
         if gates:  # fixed ones too: a run resumed after the prune finds the groups it saved
             self._gate_group = len(optimizer.param_groups)
             optimizer.add_param_group({"params": gates, "lr": self.gate_learning_rate or 0.0, "weight_decay": 0.0})
@@ -309,7 +320,7 @@ class GatedTrainer(Trainer):
             )
 
     def _is_trained(self, key: str) -> bool:
-        return key.startswith(f"{NAME}.") or key in self.adapters.head_names
+        return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in self.adapters.head_names
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Before the prune no model is the best: none of them is within the budget."""
@@ -319,7 +330,21 @@ class GatedTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
 
-def _check_launch(args: TrainingArguments) -> None:
+def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
+    """The part of a joint budget that the adapters may spend."""
+    assert budget.params is not None
+    if budget.params <= delta.params:
+        raise BudgetError(
+            "the mask alone takes the whole budget",
+            expected=f"more than the {delta.params:,} elements that are tuned",
+            got=f"{budget.params:,}",
+            where="GatedTrainer(budget=)",
+            fix="raise the budget, or select fewer elements",
+        )
+    return budget.model_copy(update={"params": budget.params - delta.params})
+
+
+def check_launch(args: TrainingArguments) -> None:
     """Raise where hooks and gates would not survive how the model is wrapped."""
     wrapped = {
         "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,

@@ -1,0 +1,62 @@
+"""Adapters and a sparse delta that were trained together, as one artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from gatedadapters.adapters import Adapters, get_adapters
+from gatedadapters.artifacts.load import load_adapters
+from gatedadapters.masking import SparseDelta, get_delta, load_delta
+from gatedadapters.safe_files import whole_folder
+from gatedadapters.structure import format_table
+
+ADAPTERS, DELTA = "adapters", "delta"
+
+
+def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write the compact adapters and the delta of `model` into one folder, whole or not at all.
+
+    Raises:
+        AttachError: the model lacks adapters or a delta.
+        ArtifactError: the adapters are not compact, or the folder is not free.
+    """
+    adapters, delta = get_adapters(model), get_delta(model)
+    with whole_folder(folder, files={ADAPTERS, DELTA}, overwrite=overwrite) as new:
+        adapters.save(new / ADAPTERS)
+        delta.save(new / DELTA)
+
+
+def load_joint(model: nn.Module, folder: str | Path) -> tuple[Adapters, SparseDelta]:
+    """Inverse of `save_joint`, on the backbone that both were trained on.
+
+    Raises:
+        ArtifactError, AttachError, MaskError: see `load_adapters` and `load_delta`. The model is left as it was.
+    """
+    adapters = load_adapters(model, Path(folder) / ADAPTERS)
+    try:
+        return adapters, load_delta(model, Path(folder) / DELTA)
+    except BaseException:
+        adapters.detach()
+        raise
+
+
+def budget_report(model: nn.Module) -> str:
+    """Where a joint budget went: a table of parameters by sub-layer and role, of adapters and of tuned elements.
+
+    Raises:
+        AttachError: the model lacks adapters or a delta.
+    """
+    adapters, delta = get_adapters(model), get_delta(model)
+    found: dict[str, list[int]] = {}
+    for record in adapters.structure.paths if adapters.structure is not None else ():
+        found.setdefault(record.site.role or record.site.sublayer, [0, 0])[0] += record.params
+    mask = delta.mask
+    for name in mask.names:
+        found.setdefault(mask.roles[name] or "other", [0, 0])[1] += mask.count(name)
+    total = sum(map(sum, found.values())) or 1
+    rows = [[role, f"{a:,}", f"{b:,}", f"{(a + b) / total:.1%}"] for role, (a, b) in found.items()]
+    sums = [sum(pair[side] for pair in found.values()) for side in (0, 1)]
+    rows.append(["all", f"{sums[0]:,}", f"{sums[1]:,}", "100.0%"])
+    return format_table(["role", "adapters", "tuned elements", "share"], rows)

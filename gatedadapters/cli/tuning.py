@@ -1,0 +1,114 @@
+"""Running a selection from start to finish, and what it leaves in the output folder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+
+from gatedadapters.cli.models import is_causal, located, reading
+from gatedadapters.config import CorpusConfig, SelectConfig
+from gatedadapters.data.bundled import load_corpus
+from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, read_passages, split_passages
+from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.selection import versions
+from gatedadapters.training.selective import Report, SelectiveTrainer
+
+DELTA, METRICS, TABLE = "delta", "metrics.json", "report.txt"
+OUTPUTS = frozenset({DELTA, METRICS, TABLE})
+
+
+def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Report:
+    """Score, select, tune, and write the delta and the report into `folder`.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder.
+    """
+    _check_free(folder, overwrite=overwrite)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    training = config.training
+    source = located(config.model)
+    with reading(config.model):
+        shape = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not is_causal(shape):
+        raise ConfigError(
+            "selection from the command line is for causal language models", expected="such a model",
+            got=", ".join(shape.architectures or ["no architecture"]), where=f"model: {config.model}",
+            fix="other models: gatedadapters.SelectiveTrainer",
+        )  # fmt: skip
+    with reading(config.model):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    data = {}
+    for part, corpus in (("general", config.general), ("domain", config.domain)):
+        for split, passages in zip(("train", "held_out"), _passages(corpus, training.seed), strict=True):
+            data[part, split] = LanguageDataset(passages, tokenizer, training.max_length)
+        print(f"{part}: {len(data[part, 'train']):,} items to learn from, {len(data[part, 'held_out']):,} held out")
+    with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
+        args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=training.steps,
+            per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=round(training.warmup * training.steps),
+            weight_decay=training.weight_decay,
+            bf16=training.precision == "bf16",
+            use_cpu=training.device == "cpu" or not torch.cuda.is_available(),
+            seed=training.seed,
+            logging_steps=max(1, training.steps // 20),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        trainer = SelectiveTrainer(
+            model=model,
+            args=args,
+            train_dataset=data["domain", "train"],
+            general_dataset=data["general", "train"],
+            eval_dataset=data["domain", "held_out"],
+            general_eval_dataset=data["general", "held_out"],
+            selection=config.selection,
+            data_collator=LanguageCollator(tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    report = trainer.report()
+    trainer.delta.save(folder / DELTA, overwrite=overwrite)
+    metrics = {
+        "versions": versions(), "config": config.model_dump(mode="json"), "before": report.before,
+        "after": report.after, "free": report.free, "params": report.params,
+    }  # fmt: skip
+    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    (folder / TABLE).write_text(f"{report}\n\n{trainer.delta.mask}\n", encoding="utf-8")
+    return report
+
+
+def _passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Passage]]:
+    if corpus.bundled is not None:
+        passages = [Passage(text) for text in load_corpus(corpus.bundled)]
+    else:
+        assert corpus.file is not None
+        passages = read_passages(corpus.file, text=corpus.text, answer=corpus.answer)
+    return split_passages(passages[: corpus.max_texts], corpus.held_out, seed=seed)
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        held = ["a file"]
+    foreign = [name for name in held if name not in OUTPUTS]
+    if held and (foreign or not overwrite):
+        raise ArtifactError(
+            "the output folder is not empty", expected="a new or an empty folder",
+            got=", ".join(foreign[:3] or held[:3]), where=folder,
+            fix="give another with --out" + ("" if foreign else ", or --overwrite"),
+        )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Importance-masked tuning as data: model, general and domain text, selection, training."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from gatedadapters.config.base import Config, read_yaml
+
+
+class SelectionConfig(Config):
+    """How elements are scored and selected; see `score` and `select`.
+
+    Attributes:
+        kind: the score.
+        core: share of elements that stay fixed.
+        contrast: λ, how much importance for the domain counts against importance in general.
+        scope: whether the share holds over all tensors or in each.
+        include, exclude: roles or names of parameters.
+        batches: how many batches of each kind of data are scored.
+        batch_size: examples in each of them.
+        seed: of kinds that draw.
+    """
+
+    kind: str = "taylor"
+    core: float = Field(0.95, gt=0, lt=1)
+    contrast: float = Field(1.0, ge=0)
+    scope: Literal["global", "tensor"] = "global"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    batches: int = Field(32, gt=0)
+    batch_size: int = Field(8, gt=0)
+    seed: int = 0
+
+
+class CorpusConfig(Config):
+    """Text to learn from or to protect.
+
+    Attributes:
+        file: `.txt` (paragraphs apart by empty lines), or CSV, TSV, JSON lines, parquet.
+        bundled: name of a corpus that a data package carries, in place of a file.
+        text: column of the text, or of the question where there is an answer.
+        answer: column of the answer; the loss is then that of the answer alone.
+        held_out: share that is not trained or scored on, but evaluated.
+        max_texts: at most so many texts are used.
+    """
+
+    file: str | None = None
+    bundled: str | None = None
+    text: str = "text"
+    answer: str | None = None
+    held_out: float = Field(0.2, gt=0, lt=1)
+    max_texts: int | None = Field(None, gt=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorpusConfig:
+        if (self.file is None) == (self.bundled is None):
+            raise ValueError("give either file or bundled (the name of a bundled corpus)")
+        return self
+
+
+class TuningConfig(Config):
+    """How long and how fast what is free is tuned.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: texts, or blocks of running text, per step.
+        learning_rate: linear decay after a warm-up of `warmup` of the steps.
+        max_length: tokens of a block, or after which a text is cut.
+        precision: `bf16` trains under autocast.
+    """
+
+    steps: int = Field(200, gt=0)
+    batch_size: int = Field(8, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.06, ge=0, le=1)
+    max_length: int = Field(128, gt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+class SelectConfig(Config):
+    """What `gatedadapters select` does.
+
+    Attributes:
+        model: a causal language model: a folder, a hub id, or `bundled:NAME`.
+        general: text that says what the model must not lose.
+        domain: text it shall learn.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    general: CorpusConfig
+    domain: CorpusConfig
+    selection: SelectionConfig = SelectionConfig()
+    training: TuningConfig = TuningConfig()
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> Self:
+        """Read a YAML file; relative paths in it count from its folder.
+
+        Raises:
+            ConfigError: unreadable file, unknown or invalid keys.
+        """
+        path = FilePath(file)
+        config = cls.parse(read_yaml(path), where=str(path))
+        folder = path.absolute().parent
+        changes: dict[str, object] = {
+            part: corpus.model_copy(update={"file": str(folder / corpus.file)})
+            for part, corpus in (("general", config.general), ("domain", config.domain))
+            if corpus.file is not None
+        }
+        if (folder / config.model).exists():
+            changes["model"] = str(folder / config.model)
+        return config.model_copy(update=changes)

@@ -1,0 +1,22 @@
+"""Importance of every element, masks of what is free, and the trainable values of those alone."""
+
+from gatedadapters.masking.delta import SparseDelta, apply_mask, get_delta, load_delta
+from gatedadapters.masking.elastic import ElasticPenalty
+from gatedadapters.masking.mask import Mask, Overlap
+from gatedadapters.masking.scores import Score, Scores
+from gatedadapters.masking.scoring import score
+from gatedadapters.masking.selection import select
+
+__all__ = [
+    "ElasticPenalty",
+    "Mask",
+    "Overlap",
+    "Score",
+    "Scores",
+    "SparseDelta",
+    "apply_mask",
+    "get_delta",
+    "load_delta",
+    "score",
+    "select",
+]

@@ -1,0 +1,463 @@
+"""The trainable values of selected elements, living in the weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gatedadapters.adapters import NAME as ADAPTERS
+from gatedadapters.adapters import Adapters
+from gatedadapters.attachment import find_heads
+from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
+from gatedadapters.fingerprint import OWN_MODULES, fingerprint
+from gatedadapters.hooks import hook_embedding
+from gatedadapters.masking.live import LiveWeight, Pattern
+from gatedadapters.masking.mask import FILES as MASK_FILES
+from gatedadapters.masking.mask import Mask, check_backbone
+from gatedadapters.masking.tuned import Tuned
+from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
+from gatedadapters.structure import Fingerprint
+
+NAME = "sparse_delta"
+VALUES = "values.safetensors"
+FILES = MASK_FILES | {VALUES}
+
+
+class SparseDelta(nn.Module):
+    """What `apply_mask` puts into a model, registered there as `sparse_delta`: its parameters are the only trainable
+    values of the backbone.
+
+    After each step of a `torch.optim.Optimizer` the values are written into the weights, so the forward pass is that of
+    the plain model. Before each step it is checked that nobody else wrote there.
+
+    Attributes:
+        tuned: the selected elements by tensor, `name.of.parameter` with `/` for `.`.
+        identity: of the backbone without the delta.
+        roles, origin: of the mask.
+    """
+
+    def __init__(
+        self, tuned: Mapping[str, Tuned], *, identity: Fingerprint, roles: Mapping[str, str], origin: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.tuned = nn.ModuleDict({name.replace(".", "/"): part for name, part in tuned.items()})
+        self.identity, self.roles, self.origin = identity, dict(roles), dict(origin)
+        self.head_names: tuple[str, ...] = ()
+        self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
+        self._handles: list[Any] = []
+        self._required_grad: frozenset[str] = frozenset()
+        nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
+        _DELTAS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        _DELTAS.add(self)
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model this delta is in.
+
+        Raises:
+            AttachError: it is in none.
+        """
+        if not self._model:
+            raise AttachError("this delta is in no model", fix="delta.reapply(model)")
+        return self._model[0]
+
+    @property
+    def applied(self) -> bool:
+        """Whether it is in a model."""
+        return bool(self._model)
+
+    def items(self) -> Iterator[tuple[str, Tuned]]:
+        """Names of the parameters of the backbone, and their selected elements."""
+        for key, part in self.tuned.items():
+            yield key.replace("/", "."), cast(Tuned, part)
+
+    def parts(self) -> Iterator[Tuned]:
+        """The selected elements, tensor by tensor."""
+        for part in self.tuned.values():
+            yield cast(Tuned, part)
+
+    @property
+    def params(self) -> int:
+        """How many elements are tuned."""
+        return sum(len(part.pattern) for part in self.parts())
+
+    @property
+    def mask(self) -> Mask:
+        """Which elements are tuned."""
+        return Mask.from_indices(
+            {name: part.pattern.indices() for name, part in self.items()},
+            {name: part.pattern.shape for name, part in self.items()},
+            identity=self.identity, roles=self.roles, origin=self.origin,
+        )  # fmt: skip
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the model's own task heads, trained and saved along."""
+        return [self.model.get_parameter(name) for name in self.head_names]
+
+    def checkpointing(self) -> bool:
+        """Whether the model checkpoints activations while training."""
+        return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+
+    # -- in and out of a model -----------------------------------------------------------------------------------------
+
+    def reapply(self, model: nn.Module, *, heads: Sequence[str] | None = None) -> SparseDelta:
+        """Put the values into `model`, which is or equals the one they were trained in; costs O(selected).
+
+        Raises:
+            AttachError: this delta is in a model already, or `model` has one.
+            MaskError: another backbone.
+            The model is left untouched by all of them.
+        """
+        if self.applied:
+            raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
+        head_names = find_heads(model, heads)
+        check_backbone(self.identity, fingerprint(model, skip=frozenset(head_names)), where="reapply")
+        parameters = _tunable(model, [name for name, _ in self.items()], where="reapply")
+        for name, part in self.items():
+            _check_tensor(name, parameters[name], part.pattern.shape)
+        self._install(model, head_names)
+        return self
+
+    def remove(self) -> nn.Module:
+        """Take the delta out: every bit, attribute and `requires_grad` of the model is as before. Task heads keep what
+        they learned, this object its values.
+
+        Raises:
+            TrainingError: somebody else changed the tuned weights; nothing is done.
+        """
+        self.check()
+        return self._uninstall(restore=True)
+
+    def merge(self) -> nn.Module:
+        """Leave the values in the weights for good, and this object without a model.
+
+        Raises:
+            TrainingError: somebody else changed the tuned weights; nothing is done.
+        """
+        self.check()
+        for part in self.parts():
+            part.write()
+        return self._uninstall(restore=False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the backbone alone; not to be trained meanwhile."""
+        self.check()
+        for part in self.parts():
+            part._written = part.values._version  # so that no forward pass writes them back
+            part.write(part.originals)
+        try:
+            yield
+        finally:
+            for part in self.parts():
+                part.write()
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+        """Write the mask, the values and what task heads learned into `folder`, whole or not at all: about 5 bytes an
+        element. `load_delta` reads them back, bit for bit in fp32.
+
+        Args:
+            folder: a new or an empty folder.
+            dtype: of the values, float32 or bfloat16.
+            overwrite: replace a delta that the folder holds, in one step.
+
+        Raises:
+            ArtifactError: the folder is not free, or an unknown dtype.
+        """
+        if dtype not in DTYPES.values():
+            raise ArtifactError(
+                expected="torch.float32 or torch.bfloat16", got=str(dtype), where="SparseDelta.save(dtype=)",
+                fix="choose one of them",
+            )  # fmt: skip
+        tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
+        if self.head_names:
+            heads = zip(self.head_names, self.head_parameters(), strict=True)
+            tensors |= {f"heads.{name}": value.to(dtype) for name, value in heads}
+        with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+            self.mask.write(new)
+            write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+
+    # -- while it is in a model ----------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Put the values into the weights. Needed only after changing them by hand, or with an optimiser that is no
+        `torch.optim.Optimizer`.
+        """
+        for part in self.parts():
+            part.write()
+
+    def check(self) -> None:
+        """See that the weights hold what was written last, and that every use of them is still seen.
+
+        Raises:
+            TrainingError: naming the tensors of which this is not so.
+        """
+        for name, part in self.items():
+            for module, attribute in part.places:
+                if not isinstance(module.__dict__.get(attribute), LiveWeight) or attribute not in module._parameters:
+                    raise _changed([name], "another parameter was put in its place")
+        parts = [(name, part) for name, part in self.items() if not part.pending]
+        if parts:
+            home = parts[0][1].values.device
+            flags = torch.stack([part.differs().to(home) for _, part in parts]).tolist()  # the one host read
+            changed = [name for (name, _), flag in zip(parts, flags, strict=True) if flag]
+            if changed:
+                raise _changed(changed, "other values in tuned elements")
+
+    def _install(self, model: nn.Module, head_names: tuple[str, ...]) -> None:
+        required = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        _check_no_path_at(model, {name for name, _ in self.items()})
+        places = _places(model)
+        self.train(model.training)
+        try:
+            for name, part in self.items():
+                part.places = places[name]
+                if part.weight.device != part.values.device:
+                    part.to(part.weight.device)
+                part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
+                for module, attribute in part.places:
+                    module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
+            for name, parameter in model.named_parameters():
+                if not is_own(name):
+                    parameter.requires_grad_(name in head_names)
+            self._model.append(model)
+            self.head_names, self._required_grad = head_names, required
+            self._handles += hook_embedding(self, model)
+            model.add_module(NAME, self)
+            self.write()
+        except BaseException:
+            self._required_grad = required
+            if not self._model:
+                self._model.append(model)
+            self._uninstall(restore=True)
+            raise
+
+    def _uninstall(self, *, restore: bool) -> nn.Module:
+        model = self.model
+        for part in self.parts():
+            if part.places and restore:
+                part.write(part.originals)
+            for module, attribute in part.places:
+                module.__dict__.pop(attribute, None)
+            part.places, part._written = [], None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if getattr(model, NAME, None) is self:
+            delattr(model, NAME)
+        for name, parameter in model.named_parameters():
+            if not is_own(name):
+                parameter.requires_grad_(name in self._required_grad)
+        self._model.clear()
+        return model
+
+
+def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = None) -> SparseDelta:
+    """Freeze `model` and make the elements that `mask` selects trainable, in place.
+
+    The model computes what it did, at the cost it had; `model.parameters()` now also yields the values, one compact
+    vector per tensor, and they alone (and adapters, if attached) require gradients. Everything else is bit-frozen,
+    whatever the optimiser: no other value exists for it to move.
+
+    Args:
+        model: any module whose selected tensors are floating-point parameters.
+        mask: made for this model, by `select` or `Mask.build`.
+        heads: parameters of the model (names or prefixes) to train in full and save along; by default everything
+            outside the backbone of a model without a language-model head, such as a classifier.
+
+    Raises:
+        AttachError: the model has a delta already; unknown heads.
+        MaskError: the mask selects nothing, is of another model, or selects integer or quantised weights.
+        The model is left untouched by all of them.
+    """
+    delta, head_names = _built(model, mask, heads, where="apply_mask")
+    delta._install(model, head_names)
+    return delta
+
+
+def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
+    """Put a saved delta into the backbone it was trained in, task heads included. Everything is checked before the
+    model is touched, and nothing in the files is executed.
+
+    Raises:
+        ArtifactError: the folder holds no delta, or a file is truncated or foreign.
+        AttachError, MaskError: as in `apply_mask`. The model is left untouched by all of them.
+    """
+    path = Path(folder)
+    mask = Mask.load(path)
+    delta, head_names = _built(model, mask, mask.identity.heads, where=str(path))
+    shapes: dict[str, tuple[int, ...]] = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
+    shapes |= {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in head_names}
+    tensors = read_tensors(path / VALUES, shapes)
+    with torch.no_grad():
+        for name, part in delta.items():
+            part.values.copy_(tensors[f"values.{name}"])
+        delta._install(model, head_names)
+        for name in head_names:
+            model.get_parameter(name).copy_(tensors[f"heads.{name}"])
+    return delta
+
+
+def _built(
+    model: nn.Module, mask: Mask, heads: Sequence[str] | None, *, where: str
+) -> tuple[SparseDelta, tuple[str, ...]]:
+    """A delta for `model`, which is not touched, and the names of its heads."""
+    if find_delta(model) is not None:
+        raise AttachError(
+            "this model has a sparse delta already", expected="a model without one", got="model.sparse_delta",
+            where=type(model).__name__, fix="model.sparse_delta.remove() or .merge() first",
+        )  # fmt: skip
+    selected = [name for name in mask.names if mask.count(name)]
+    if not selected:
+        raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
+    parameters = _tunable(model, selected, where=where)
+    for name in selected:
+        _check_tensor(name, parameters[name], mask.shape(name))
+    head_names = find_heads(model, heads)
+    identity = fingerprint(model, skip=frozenset(head_names))
+    check_backbone(mask.identity, identity, where=where)
+    overlap = [name for name in selected if name in head_names]
+    if overlap:
+        raise MaskError(
+            "the mask selects elements of a head that is trained in full", expected="elements of the backbone",
+            got=overlap[0], where=where, fix="exclude heads from the mask, or pass heads=()",
+        )  # fmt: skip
+    tuned = {}
+    for name in selected:
+        weight = parameters[name]
+        pattern = Pattern.of(weight.shape, mask.indices(name).to(weight.device))
+        tuned[name] = Tuned(pattern, pattern.gather(weight.detach()).clone())
+    return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
+
+
+def find_delta(model: nn.Module) -> SparseDelta | None:
+    """The delta in `model` (or in what DDP wrapped), if any."""
+    found = (getattr(module, NAME, None) for module in model.modules())
+    return next((delta for delta in found if isinstance(delta, SparseDelta)), None)
+
+
+def get_delta(model: nn.Module) -> SparseDelta:
+    """The delta in `model` (or in what DDP wrapped).
+
+    Raises:
+        AttachError: it has none.
+    """
+    found = find_delta(model)
+    if found is not None:
+        return found
+    raise AttachError("this model has no sparse delta", where=type(model).__name__, fix="call gatedadapters.apply_mask")
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter belongs to something that the library registered in the model."""
+    return any(part in OWN_MODULES for part in name.split("."))
+
+
+def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Every module and attribute that holds each parameter, tied ones included, under the name `parameters()` gives."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(names[id(parameter)], []).append((module, attribute))
+    return places
+
+
+def _tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise MaskError(
+            "the model lacks parameters that the mask selects from", expected=missing[0], got="no such parameter",
+            where=where, fix="use the model the mask was made for",
+        )  # fmt: skip
+    return parameters
+
+
+def _check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
+    if not weight.is_floating_point() or not plain or weight.element_size() < 2:
+        raise MaskError(
+            "these weights cannot be tuned element by element", expected="floating-point parameters of 16 bits or more",
+            got=f"{weight.dtype} ({type(weight).__name__})", where=name,
+            fix="load the model without quantisation, or exclude them from the mask",
+        )  # fmt: skip
+    if tuple(weight.shape) != shape:
+        raise MaskError(
+            "a tensor has another shape than the mask says", expected=shape, got=tuple(weight.shape), where=name,
+            fix="use the model the mask was made for",
+        )  # fmt: skip
+    if not weight.is_contiguous() or weight.device.type == "meta":
+        raise MaskError(
+            "these weights cannot be written in place", expected="a contiguous tensor with memory",
+            got="meta" if weight.device.type == "meta" else "strides of another layout", where=name,
+            fix="make it contiguous before",
+        )  # fmt: skip
+
+
+def _changed(names: Sequence[str], how: str) -> TrainingError:
+    return TrainingError(
+        "a tuned parameter was changed from outside between steps",
+        expected="the values that the last step wrote",
+        got=how,
+        where=", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]),
+        fix="remove the delta before loading, resizing or tying weights, or call delta.write() to overrule the change",
+    )
+
+
+def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
+    """After a state dict was loaded: the weights hold what was trained, or the base; anything else is refused."""
+    if not delta.applied:
+        return
+    foreign = [n for n, part in delta.items() if bool(part.differs()) and bool(part.differs(part.originals))]
+    if foreign:
+        raise _changed(foreign, "a state dict of another backbone was loaded")
+    delta.write()
+
+
+_DELTAS: WeakSet[SparseDelta] = WeakSet()
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[SparseDelta]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [d for d in list(_DELTAS) if d.applied and any(id(p) in held for p in d.parameters())]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for delta in _stepped(optimizer):
+        delta.check()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Whatever the version counters say: fused optimisers do not advance them."""
+    for delta in _stepped(optimizer):
+        delta.write()
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
+
+
+def _check_no_path_at(model: nn.Module, names: set[str]) -> None:
+    """Raise where an adapter's path stands at a weight itself that a delta is to tune: one would hide the other."""
+    adapters = getattr(model, ADAPTERS, None)
+    for key, path in adapters.typed_paths() if isinstance(adapters, Adapters) else ():
+        if path.site.at_weight and str(path.site.write) in names:
+            raise AttachError(
+                "an adapter's path stands at this weight", expected="a weight of the backbone's own",
+                got=f"path {key}", where=str(path.site.write),
+                fix="exclude it from the mask, or search without weight_lora",
+            )  # fmt: skip

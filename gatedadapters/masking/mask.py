@@ -1,0 +1,374 @@
+"""Which elements of a backbone are free: set algebra, reports, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gatedadapters.config.base import Config
+from gatedadapters.errors import ArtifactError, MaskError
+from gatedadapters.fingerprint import fingerprint
+from gatedadapters.masking.encoding import Coding, decode, encode
+from gatedadapters.safe_files import read_bytes, whole_folder, write_tensors
+from gatedadapters.structure import Fingerprint, format_table
+
+RECORD, CODES = "mask.json", "mask.safetensors"
+FILES = frozenset({RECORD, CODES})
+
+
+class TensorRecord(Config):
+    """The selected elements of one tensor as data; their positions lie in the file beside."""
+
+    shape: tuple[int, ...]
+    count: int
+    coding: Coding
+    bytes: int
+    role: str = ""
+
+
+class MaskRecord(Config):
+    """A mask as data."""
+
+    version: Literal[1] = 1
+    fingerprint: Fingerprint
+    origin: dict[str, Any] = Field(default_factory=dict)
+    tensors: dict[str, TensorRecord]
+
+
+class Mask:
+    """A set of elements of a backbone's parameters: those that are free to be tuned.
+
+    Immutable. `a | b`, `a & b`, `a - b` and `~a` are union, intersection, difference and complement, over the tensors
+    that either covers. Positions are held as they are stored, about one byte each at 2 % density.
+
+    Attributes:
+        identity: of the backbone.
+        origin: how it was selected, as plain data.
+    """
+
+    def __init__(self, record: MaskRecord, codes: Mapping[str, Tensor]) -> None:
+        self._record, self._codes = record, dict(codes)
+        self.identity, self.origin = record.fingerprint, record.origin
+
+    # -- making one ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        identity: Fingerprint,
+        roles: Mapping[str, str] | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """From sorted flat positions, int64 (selected,), by parameter name; `shapes` may name tensors without any."""
+        records, codes = {}, {}
+        for name, shape in shapes.items():
+            found = indices.get(name, torch.empty(0, dtype=torch.int64))
+            coding, codes[name] = encode(found, torch.Size(shape).numel())
+            records[name] = TensorRecord(
+                shape=tuple(shape), count=len(found), coding=coding, bytes=len(codes[name]),
+                role=(roles or {}).get(name, ""),
+            )  # fmt: skip
+        return cls(MaskRecord(fingerprint=identity, origin=dict(origin or {}), tensors=records), codes)
+
+    @classmethod
+    def build(cls, model: nn.Module, chosen: Mapping[str, Tensor], *, heads: frozenset[str] = frozenset()) -> Self:
+        """From your own choice: bool tensors of the parameters' shapes, or flat positions, by parameter name.
+
+        Args:
+            model: the backbone, without a delta in it.
+            chosen: what is free.
+            heads: parameters that are trained in full beside the mask and do not identify the backbone.
+
+        Raises:
+            MaskError: unknown names, other shapes, positions outside a tensor or repeated.
+        """
+        parameters = dict(model.named_parameters())
+        indices, shapes = {}, {}
+        for name, value in chosen.items():
+            if name not in parameters:
+                raise MaskError(
+                    "no such parameter", expected="names of the model's parameters", got=name, where="Mask.build"
+                )
+            shape = tuple(parameters[name].shape)
+            indices[name], shapes[name] = _positions(name, value, shape), shape
+        return cls.from_indices(indices, shapes, identity=fingerprint(model, skip=heads))
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters it covers, also those of which it selects nothing."""
+        return tuple(self._record.tensors)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each parameter, see `masking.roles`."""
+        return {name: tensor.role for name, tensor in self._record.tensors.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._tensor(name).shape
+
+    def count(self, name: str | None = None) -> int:
+        """How many elements are selected, of one parameter or of all."""
+        return self._tensor(name).count if name is not None else sum(t.count for t in self._record.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """How many elements it could select."""
+        return sum(torch.Size(t.shape).numel() for t in self._record.tensors.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the elements selected."""
+        return self.count() / max(1, self.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the positions take, in memory and on disk."""
+        return sum(t.bytes for t in self._record.tensors.values())
+
+    def indices(self, name: str) -> Tensor:
+        """Sorted flat positions in one parameter, (selected,) int64."""
+        record = self._tensor(name)
+        found = decode(record.coding, self._codes[name], torch.Size(record.shape).numel(), where=name)
+        if len(found) != record.count:
+            raise ArtifactError(
+                "a mask is damaged", expected=f"{record.count:,} positions", got=f"{len(found):,}", where=name,
+                fix="restore the file",
+            )  # fmt: skip
+        return found
+
+    def dense(self, name: str) -> Tensor:
+        """Selected or not, bool of the parameter's shape."""
+        chosen = torch.zeros(self.shape(name), dtype=torch.bool)
+        chosen.view(-1)[self.indices(name)] = True
+        return chosen
+
+    def table(self) -> str:
+        """Selected elements by role."""
+        rows = []
+        for role, names in self._by_role().items():
+            free, size = sum(map(self.count, names)), sum(torch.Size(self.shape(n)).numel() for n in names)
+            rows.append(
+                [role, str(len(names)), f"{size:,}", f"{free:,}", f"{free / size:.2%}", _share(free, self.count())]
+            )
+        title = f"{self.count():,} of {self.size:,} elements free ({self.density:.2%}), {self.nbytes:,} bytes"
+        return title + "\n" + format_table(["role", "tensors", "elements", "free", "density", "share of free"], rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        names = set(self.names) | set(other.names)
+        same = self.identity.shapes == other.identity.shapes
+        return same and all(torch.equal(self._elements(name), other._elements(name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # -- set algebra ---------------------------------------------------------------------------------------------------
+
+    def __or__(self, other: Mask) -> Mask:
+        return self._combined(other, np.union1d)
+
+    def __and__(self, other: Mask) -> Mask:
+        return self._combined(other, lambda a, b: np.intersect1d(a, b, assume_unique=True))
+
+    def __sub__(self, other: Mask) -> Mask:
+        return self._combined(other, lambda a, b: np.setdiff1d(a, b, assume_unique=True))
+
+    def __invert__(self) -> Mask:
+        every = {n: torch.arange(torch.Size(self.shape(n)).numel()) for n in self.names}
+        return self._combined(self._with(every), lambda a, b: np.setdiff1d(b, a, assume_unique=True))
+
+    def overlap(self, other: Mask) -> Overlap:
+        """How much two masks of one backbone share, in all and by role.
+
+        Raises:
+            MaskError: masks of different backbones.
+        """
+        both = self & other
+        rows = [_row("all", list(both.names), self, other, both)]
+        rows += [_row(role, names, self, other, both) for role, names in both._by_role().items()]
+        return Overlap(tuple(rows))
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write `mask.json` and `mask.safetensors` into `folder`, whole or not at all.
+
+        Raises:
+            ArtifactError: the folder is not free.
+        """
+        with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+            self.write(new)
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into an existing folder."""
+        (folder / RECORD).write_text(
+            json.dumps(self._record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8"
+        )
+        write_tensors(folder / CODES, self._codes, metadata={"format": "gatedadapters mask 1"})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Inverse of `save`; nothing in the files is executed.
+
+        Raises:
+            ArtifactError: missing, truncated or foreign files, or another version.
+        """
+        path = Path(folder)
+        try:
+            data = json.loads((path / RECORD).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                "this is not a saved mask", expected=f"a folder with {RECORD} and {CODES}", got=str(error), where=path,
+                fix="give the folder that Mask.save wrote",
+            ) from error  # fmt: skip
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != 1:
+            raise ArtifactError(
+                expected="a mask of version 1", got=f"version {version!r}", where=path,
+                fix="read it with the release that wrote it",
+            )  # fmt: skip
+        try:
+            record = MaskRecord.parse(data, where=str(path / RECORD))
+        except ValueError as error:
+            raise ArtifactError(str(error), where=path / RECORD) from None
+        codes = read_bytes(path / CODES, {name: tensor.bytes for name, tensor in record.tensors.items()})
+        mask = cls(record, codes)
+        for name in mask.names:
+            mask.indices(name)
+        return mask
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> TensorRecord:
+        if name not in self._record.tensors:
+            raise MaskError("the mask does not cover this parameter", expected=", ".join(self.names[:4]), got=name)
+        return self._record.tensors[name]
+
+    def _elements(self, name: str) -> Tensor:
+        return self.indices(name) if name in self._record.tensors else torch.empty(0, dtype=torch.int64)
+
+    def _by_role(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, tensor in self._record.tensors.items():
+            found.setdefault(tensor.role or "other", []).append(name)
+        return found
+
+    def _with(self, indices: Mapping[str, Tensor]) -> Mask:
+        shapes = {name: self.shape(name) for name in self.names}
+        return Mask.from_indices(indices, shapes, identity=self.identity, roles=self.roles, origin=self.origin)
+
+    def _combined(self, other: Mask, rule: Callable[[Any, Any], Any]) -> Mask:
+        check_backbone(other.identity, self.identity, where="combining masks")
+        shapes = {name: self.shape(name) for name in self.names} | {n: other.shape(n) for n in other.names}
+        roles = other.roles | self.roles
+        indices = {
+            name: torch.from_numpy(rule(self._elements(name).numpy(), other._elements(name).numpy())) for name in shapes
+        }
+        return Mask.from_indices(indices, shapes, identity=self.identity, roles=roles)
+
+
+@dataclass(frozen=True)
+class OverlapRow:
+    """Two masks compared on some tensors: elements in all, in each, in both."""
+
+    part: str
+    size: int
+    first: int
+    second: int
+    both: int
+
+    @property
+    def jaccard(self) -> float:
+        """Shared elements over all that either selects."""
+        return self.both / max(1, self.first + self.second - self.both)
+
+    @property
+    def chance(self) -> float:
+        """Elements that independent masks of these densities would share."""
+        return self.first * self.second / max(1, self.size)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two masks share; the first row counts everything."""
+
+    rows: tuple[OverlapRow, ...]
+
+    @property
+    def jaccard(self) -> float:
+        """Of everything."""
+        return self.rows[0].jaccard
+
+    def __str__(self) -> str:
+        body = [
+            [r.part, f"{r.first:,}", f"{r.second:,}", f"{r.both:,}", f"{r.chance:,.0f}", f"{r.jaccard:.3f}"]
+            for r in self.rows
+        ]
+        return format_table(["role", "first", "second", "both", "by chance", "Jaccard"], body)
+
+
+def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> None:
+    """See that scores, a mask or a delta belong to a backbone; heads may differ.
+
+    Raises:
+        MaskError: saying what differs.
+    """
+    parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
+    differ = [text for part, text in parts.items() if getattr(wanted, part) != getattr(found, part)]
+    if differ:
+        raise MaskError(
+            f"made for another backbone ({' and '.join(differ)} differ)",
+            expected=_described(wanted), got=_described(found), where=where,
+            fix="use the backbone it was made for, in the state it was made in (no delta in it), with the same heads",
+        )  # fmt: skip
+
+
+def _described(identity: Fingerprint) -> str:
+    return f"{identity.model_class} (shapes {identity.shapes[:8]}, values {identity.values[:8]})"
+
+
+def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    size = torch.Size(shape).numel()
+    if value.dtype == torch.bool:
+        if tuple(value.shape) != shape:
+            raise MaskError(
+                "a bool mask has another shape", expected=shape, got=tuple(value.shape), where=name,
+                fix="pass the parameter's shape, or flat positions",
+            )  # fmt: skip
+        return value.reshape(-1).nonzero().flatten().cpu()
+    found = value.reshape(-1).cpu().long().sort().values
+    if value.is_floating_point() or (
+        len(found) and (found[0] < 0 or found[-1] >= size or bool((found.diff() == 0).any()))
+    ):
+        raise MaskError(
+            "these are no positions of elements", expected=f"distinct integers in 0..{size - 1}",
+            got=f"{value.dtype}, {int(value.min())}..{int(value.max())}", where=name, fix="pass flat positions",
+        )  # fmt: skip
+    return found
+
+
+def _row(part: str, names: list[str], first: Mask, second: Mask, both: Mask) -> OverlapRow:
+    size = sum(torch.Size(both.shape(name)).numel() for name in names)
+    counts = [sum(m.count(name) for name in names if name in m.names) for m in (first, second, both)]
+    return OverlapRow(part, size, *counts)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"

@@ -1,0 +1,72 @@
+"""What each parameter of a model is for, by the words that masks include and exclude by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from gatedadapters.backbone import discover
+from gatedadapters.errors import LayoutError, MaskError
+
+
+def roles_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """The role of every parameter by name.
+
+    Linear maps have the role that the layout finds (`q k v o up gate down router ...`), biases `bias`, other vectors
+    `norm`, lookup tables `embedding`, maps outside the blocks `head`, the rest `other`. A tied table is an `embedding`.
+    A model without a layout (no stack of blocks) has linear maps of role `other`.
+    """
+    maps: dict[str, str] = {}
+    try:
+        layout = discover(model, sample)
+        maps = {f"{linear.name}.{linear.parameter}": linear.role for _, _, linear in layout.maps()}
+        maps |= {f"{linear.name}.{linear.parameter}": "head" for linear in layout.outside}
+    except LayoutError:
+        pass
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if id(parameter) in tables:
+            found[name] = "embedding"
+        elif name in maps:
+            found[name] = maps[name]
+        elif parameter.dim() <= 1:
+            found[name] = "bias" if "bias" in last else "norm"
+        else:
+            found[name] = "other"
+    return found
+
+
+def chosen(
+    roles: Mapping[str, str], include: Iterable[str] | None, exclude: Iterable[str] | None, *, where: str
+) -> list[str]:
+    """Names of the parameters that some pattern of `include` (None: all) and none of `exclude` matches.
+
+    A pattern is a role, or a name with `*` and `?` as in file names.
+
+    Raises:
+        MaskError: a pattern matches nothing, or nothing is left.
+    """
+
+    def matching(patterns: Iterable[str]) -> set[str]:
+        names: set[str] = set()
+        for pattern in patterns:
+            found = {name for name, role in roles.items() if role == pattern or fnmatchcase(name, pattern)}
+            if not found:
+                raise MaskError(
+                    "this matches no parameter", got=repr(pattern), where=where,
+                    expected=f"a role among {', '.join(sorted(set(roles.values())))}, or a name",
+                    fix="names may hold * and ?, as in *.mlp.*",
+                )  # fmt: skip
+            names |= found
+        return names
+
+    kept = set(roles) if include is None else matching([include] if isinstance(include, str) else include)
+    if exclude is not None:
+        kept -= matching([exclude] if isinstance(exclude, str) else exclude)
+    if not kept:
+        raise MaskError("nothing is left to select from", expected="at least one parameter", got="none", where=where)
+    return [name for name in roles if name in kept]

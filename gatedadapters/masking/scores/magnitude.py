@@ -1,0 +1,21 @@
+"""The size of the weights, without data."""
+
+from __future__ import annotations
+
+from gatedadapters.masking.scores.base import Batch, Run, Score
+
+
+class Magnitude(Score):
+    """`|θ|`. Quantity: the weight itself. Reduction: none. Sign: at least 0; a large score says important.
+
+    References:
+        Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", arXiv 1506.02626.
+    """
+
+    kind = "magnitude"
+    needs_data = False
+
+    def batch(self, run: Run, batch: Batch) -> None:
+        """Read the weights."""
+        for name, total in run.totals.items():
+            total.copy_(run.parameters[name].detach().abs())

@@ -1,0 +1,337 @@
+"""Gradients of every example, one backward pass for all of them.
+
+A linear map's gradient is `Σ_t grad_out_t x_t^T` over tokens; leaving the sum at each example's own tokens gives the
+example's. The same holds for biases and lookup tables; other modules that own parameters (norms, convolutions) are
+differentiated once more by themselves, vectorised over examples. Where a parameter is used several times (tied, shared
+between blocks), an example's parts are added before they are squared.
+
+All this rests on how modules lay examples out, which cannot be seen from shapes alone. Therefore the first two examples
+are also done one by one, and parameters for which the results disagree are done one by one throughout: position tables
+shared by all examples, fused experts that mix the tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from transformers.pytorch_utils import Conv1D
+
+from gatedadapters.errors import MaskError
+from gatedadapters.masking.scores.base import Batch, Run, check_finite, gradients
+
+logger = logging.getLogger(__name__)
+
+Reduce = Callable[[Tensor], Tensor]
+CHUNK_BYTES = 2**26
+
+
+@dataclass
+class Use:
+    """One call of a module that owns parameters: its input (or several) and the gradient of its output."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    options: dict[str, Any]
+    grad: Tensor | None = None
+
+
+class PerExample:
+    """Adds `reduce(gradient of an example)` to the totals, for every example of every batch.
+
+    Args:
+        run: what is scored.
+        reduce: elementwise, from (examples, *shape) to the same shape.
+    """
+
+    def __init__(self, run: Run, reduce: Reduce) -> None:
+        self.run, self.reduce = run, reduce
+        self.singly: frozenset[str] | None = None  # parameters done one example at a time; None: not known yet
+        self.owned = _owned(run)
+
+    def add(self, batch: Batch) -> None:
+        """One batch.
+
+        Raises:
+            MaskError: see `Run.losses`; a gradient is not finite.
+        """
+        examples = size_of(batch)
+        if examples == 1:
+            self._one_by_one(batch, self.run.parameters, self._total)
+            return
+        if self.singly is None:
+            self.singly = self._compare(batch)
+        together = [name for name in self.run.parameters if name not in self.singly]
+        if together:
+            self._together(batch, together, self._total)
+        if self.singly:
+            self._one_by_one(batch, self.singly, self._total)
+
+    def finish(self) -> None:
+        """From sums to means."""
+        for total in self.run.totals.values():
+            total /= self.run.examples
+        self.run.details["one_by_one"] = sorted(self.singly or ())
+
+    def _total(self, name: str, part: Tensor) -> None:
+        total = self.run.totals[name]
+        total += part.to(total)
+
+    def _compare(self, batch: Batch) -> frozenset[str]:
+        """The parameters whose gradients of two examples do not come out the same both ways."""
+        two = example(batch, 0, 2)
+        sums: list[dict[str, float]] = [{}, {}]
+
+        def projection(into: dict[str, float]) -> Callable[[str, Tensor], None]:
+            def use(name: str, part: Tensor) -> None:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                direction = torch.rand(part.shape, generator=generator).to(part)
+                into[name] = into.get(name, 0.0) + float((part * direction).sum(dtype=torch.float64))
+
+            return use
+
+        names = list(self.run.parameters)
+        failed = self._together(two, names, projection(sums[0]))
+        self._one_by_one(two, names, projection(sums[1]))
+        loose = any(p.element_size() < 4 for p in self.run.parameters.values())
+        each = {n: [found.get(n, 0.0) / p.numel() for found in sums] for n, p in self.run.parameters.items()}
+        precision = min(torch.finfo(p.dtype).eps for p in self.run.parameters.values())
+        # biases of keys have a gradient of rounding errors alone
+        noise = 1e-4 * precision * max(max(pair) for pair in each.values())
+        tolerance = 5e-2 if loose else 1e-3
+        differ = failed | {n for n, (a, b) in each.items() if abs(a - b) > tolerance * max(a, b) + noise}
+        if differ:
+            logger.info("gradients of single examples one by one for %s", ", ".join(sorted(differ)))
+        return frozenset(differ)
+
+    # -- one by one ----------------------------------------------------------------------------------------------------
+
+    def _one_by_one(self, batch: Batch, names: Any, use: Callable[[str, Tensor], None]) -> None:
+        wanted = dict.fromkeys(names)
+        for index in range(size_of(batch)):
+            losses = self.run.losses(example(batch, index, index + 1))
+            with gradients(self.run, lambda name, grad: use(name, self.reduce(grad)), wanted):
+                losses.sum().backward()
+            for name, parameter in self.run.parameters.items():
+                if name not in wanted:
+                    parameter.grad = None
+
+    # -- together ------------------------------------------------------------------------------------------------------
+
+    def _together(self, batch: Batch, names: list[str], use: Callable[[str, Tensor], None]) -> set[str]:
+        """Returns names of parameters that could not be done."""
+        pass_ = _Pass(self, names, size_of(batch), use)
+        with ExitStack() as stack:
+            for module in self.owned:
+                stack.callback(module.register_forward_hook(pass_.seen, with_kwargs=True).remove)
+            losses = self.run.losses(batch)
+            pass_.open = False
+            handles = [p.register_post_accumulate_grad_hook(_discard) for p in self.run.parameters.values()]
+            for handle in handles:
+                stack.callback(handle.remove)
+            losses.sum().backward()
+        pass_.settle_rest()
+        return pass_.failed
+
+
+class _Pass:
+    """One forward and backward pass over a batch, with every use of every parameter noted."""
+
+    def __init__(self, owner: PerExample, names: list[str], examples: int, use: Callable[[str, Tensor], None]) -> None:
+        self.owner, self.names, self.examples, self.use = owner, set(names), examples, use
+        self.open = True
+        self.uses: dict[str, list[Use]] = {}
+        self.done: set[str] = set()
+        self.failed: set[str] = set()
+
+    def seen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook."""
+        own = self._own(module)
+        if not self.open or not own:
+            return None
+        if not isinstance(output, Tensor):
+            self.failed.update(own)
+            return None
+        changed = None
+        kind = type(module).forward
+        if kind is nn.Embedding.forward and args[0].dim() == 2 and len(args[0]) == 1 and self.examples > 1:
+            # a row of positions shared by all examples: give each its own copy, so that gradients arrive apart
+            ids = args[0].expand(self.examples, -1)
+            output = changed = output.expand(self.examples, *output.shape[1:])
+            args = (ids,)
+        use = Use(module, args, kwargs)
+        for name in own:
+            self.uses.setdefault(name, []).append(use)
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._arrived(use, grad, own))
+        return changed
+
+    def _own(self, module: nn.Module) -> list[str]:
+        return [name for name in self.owner.owned[module] if name in self.names]
+
+    def _arrived(self, use: Use, grad: Tensor, own: list[str]) -> None:
+        use.grad = grad.detach()
+        for name in own:
+            if len(self.uses[name]) == 1:
+                self._settle(name)
+        if all(name in self.done or name in self.failed for name in own):
+            use.grad, use.inputs = None, ()
+
+    def settle_rest(self) -> None:
+        """After the backward pass: parameters that were used several times."""
+        for name in list(self.uses):
+            if name not in self.done:
+                self._settle(name)
+
+    @torch.no_grad()
+    def _settle(self, name: str) -> None:
+        self.done.add(name)
+        uses = [use for use in self.uses[name] if use.grad is not None]
+        if not uses or name in self.failed:
+            return
+        parameter = self.owner.run.parameters[name]
+        try:
+            total = self._sum(parameter, uses)
+        except MaskError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+            self.failed.add(name)  # one by one, then; what is seen of it is never wrong, only slower
+            return
+        check_finite(name, total, self.owner.run)
+        self.use(name, total)
+
+    def _sum(self, parameter: nn.Parameter, uses: list[Use]) -> Tensor:
+        """`Σ_examples reduce(gradient)` of one parameter."""
+        if len(uses) == 1 and type(uses[0].module).forward is nn.Embedding.forward:
+            return self._table(parameter, uses[0])
+        total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        each = max(1, CHUNK_BYTES // max(1, total.numel() * total.element_size()))
+        for start in range(0, self.examples, each):
+            where = slice(start, min(start + each, self.examples))
+            grads = sum(self._grads(parameter, use, where) for use in uses)
+            assert isinstance(grads, Tensor)
+            total += self.owner.reduce(grads).sum(0)
+        return total
+
+    def _grads(self, parameter: nn.Parameter, use: Use, where: slice) -> Tensor:
+        """(examples in `where`, *shape) gradients through one use."""
+        assert use.grad is not None
+        kind, is_bias = type(use.module).forward, parameter.dim() == 1
+        if kind in (nn.Linear.forward, Conv1D.forward):
+            out = self._by_example(use.grad)[where]
+            if is_bias:
+                return out.sum(1)
+            inputs = self._by_example(use.inputs[0])[where].to(out.dtype)
+            return inputs.mT @ out if kind is Conv1D.forward else out.mT @ inputs
+        if kind is nn.Embedding.forward:
+            ids, out = use.inputs[0][where], self._by_example(use.grad)[where]
+            count, rows = len(ids), len(parameter)
+            offsets = torch.arange(count, device=ids.device)[:, None] * rows
+            grads = out.new_zeros(count * rows, parameter.shape[1])
+            grads.index_add_(0, (ids.reshape(count, -1) + offsets).flatten(), out.reshape(-1, out.shape[-1]))
+            grads = grads.view(count, rows, -1)
+            padding = _padding(use.module)
+            if padding is not None:
+                grads[:, padding] = 0
+            return grads
+        return self._again(parameter, use, where)
+
+    def _table(self, parameter: nn.Parameter, use: Use) -> Tensor:
+        """A lookup table used once: only its rows that occur are visited."""
+        assert use.grad is not None
+        ids, rows = use.inputs[0], len(parameter)
+        if ids.shape[0] != self.examples:
+            raise ValueError("examples are not the first dimension")
+        numbered = (
+            ids.reshape(self.examples, -1) + torch.arange(self.examples, device=ids.device)[:, None] * rows
+        ).flatten()
+        distinct, inverse = numbered.unique(return_inverse=True)
+        flat = use.grad.reshape(-1, use.grad.shape[-1])
+        sums = flat.new_zeros(len(distinct), flat.shape[1]).index_add_(0, inverse, flat)
+        reduced = self.owner.reduce(sums)
+        padding = _padding(use.module)
+        if padding is not None:
+            reduced[distinct % rows == padding] = 0
+        return torch.zeros_like(parameter, dtype=reduced.dtype).index_add_(0, distinct % rows, reduced)
+
+    def _again(self, parameter: nn.Parameter, use: Use, where: slice) -> Tensor:
+        """Any other module: differentiated by itself, for all examples at once."""
+        grad = use.grad
+        assert grad is not None
+        own = next(key for key, value in use.module._parameters.items() if value is parameter)
+        tensors, rebuild = _split(use.inputs, use.options)
+        if any(len(t) != self.examples for t in (*tensors, grad)):
+            raise ValueError("examples are not the first dimension")
+
+        def one(grad_out: Tensor, *inputs: Tensor) -> Tensor:
+            args, kwargs = rebuild([value.unsqueeze(0) for value in inputs])
+            run = lambda value: functional_call(use.module, {own: value}, args, kwargs)  # noqa: E731
+            found: Tensor = vjp(run, parameter.detach())[1](grad_out.unsqueeze(0))[0]
+            return found
+
+        with torch.enable_grad():
+            found: Tensor = vmap(one)(grad[where], *(value.detach()[where] for value in tensors))
+        return found
+
+    def _by_example(self, value: Tensor) -> Tensor:
+        """(examples, tokens, width), whether the module saw that, (examples, width) or all tokens in one row."""
+        if len(value) != self.examples and len(value) % self.examples:
+            raise ValueError("examples are not the first dimension")
+        return value.reshape(self.examples, -1, value.shape[-1])
+
+
+def _owned(run: Run) -> dict[nn.Module, list[str]]:
+    """The modules that use parameters, and which. One that shares a parameter with a module inside it leaves the use to
+    that one, as heads do with the bias of their decoder.
+    """
+    names = {id(parameter): name for name, parameter in run.parameters.items()}
+    held: dict[nn.Module, list[str]] = {}
+    for module in run.model.modules():
+        below = {id(p) for child in module.children() for p in child.parameters()}
+        own = [id(p) for p in module._parameters.values() if p is not None]
+        found = [names[key] for key in own if key in names and key not in below]
+        if found:
+            held[module] = found
+    return held
+
+
+def _padding(module: nn.Module) -> int | None:
+    """The row of a lookup table that gets no gradient."""
+    return cast(nn.Embedding, module).padding_idx
+
+
+def _split(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors among a call's arguments, and what puts others in their places."""
+    tensors = [v for v in (*inputs, *options.values()) if isinstance(v, Tensor)]
+
+    def rebuild(values: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        queue = iter(values)
+        args = tuple(next(queue) if isinstance(v, Tensor) else v for v in inputs)
+        return args, {k: next(queue) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+    return tensors, rebuild
+
+
+def size_of(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 1)
+
+
+def example(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Some examples of a batch."""
+    size = size_of(batch)
+    return {
+        key: value[start:stop] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+        for key, value in batch.items()
+    }
+
+
+def _discard(parameter: Tensor) -> None:
+    parameter.grad = None

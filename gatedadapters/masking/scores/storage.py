@@ -1,0 +1,200 @@
+"""Scores of every element of a backbone: held in memory, or on disk where they are larger than it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gatedadapters.config.base import Config
+from gatedadapters.errors import ArtifactError, MaskError
+from gatedadapters.safe_files import opened, whole_folder
+from gatedadapters.structure import Fingerprint
+
+RECORD = "scores.json"
+SHARD_BYTES = 2**30
+
+
+class TensorEntry(Config):
+    """Where the scores of one tensor are, and what the tensor is for."""
+
+    shape: tuple[int, ...]
+    role: str = ""
+    shard: int = 0
+
+
+class ScoresRecord(Config):
+    """Scores as data; the numbers lie in shards beside."""
+
+    version: Literal[1] = 1
+    kind: str
+    fingerprint: Fingerprint
+    batches: int = 0
+    examples: int = 0
+    details: dict[str, Any] = Field(default_factory=dict)
+    tensors: dict[str, TensorEntry]
+
+
+class Scores:
+    """The importance of every element, fp32, at least 0, by parameter name.
+
+    Attributes:
+        record: what kind, of which backbone, from how much data.
+    """
+
+    def __init__(self, record: ScoresRecord, values: Mapping[str, Tensor]) -> None:
+        self.record, self._values = record, dict(values)
+
+    @property
+    def kind(self) -> str:
+        """The kind of score."""
+        return self.record.kind
+
+    @property
+    def identity(self) -> Fingerprint:
+        """Of the backbone."""
+        return self.record.fingerprint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters scored."""
+        return tuple(self.record.tensors)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each parameter, see `masking.roles`."""
+        return {name: entry.role for name, entry in self.record.tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._values:
+            raise MaskError("there are no scores of this parameter", expected=", ".join(self.names[:4]), got=name)
+        return self._values[name]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write `scores.json` and safetensors shards into `folder`, whole or not at all.
+
+        Raises:
+            ArtifactError: the folder is not free.
+        """
+        shards = 1 + max((entry.shard for entry in self.record.tensors.values()), default=0)
+        with whole_folder(folder, files=file_names(shards, folder), overwrite=overwrite) as new:
+            with allocated(self.record, new) as tensors:
+                for name, value in tensors.items():
+                    value.copy_(self._values[name])
+            write_record(self.record, new)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Inverse of `save`. The numbers stay on disk and are read as they are used.
+
+        Raises:
+            ArtifactError: missing, truncated or foreign files, or another version.
+        """
+        path = Path(folder)
+        try:
+            data = json.loads((path / RECORD).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                "these are no saved scores", expected=f"a folder with {RECORD} and shards", got=str(error), where=path,
+                fix="give the folder that Scores.save wrote",
+            ) from error  # fmt: skip
+        if not isinstance(data, dict) or data.get("version") != 1:
+            raise ArtifactError(
+                expected="scores of version 1", got="another version", where=path,
+                fix="read them with the release that wrote them",
+            )  # fmt: skip
+        try:
+            record = ScoresRecord.parse(data, where=str(path / RECORD))
+        except ValueError as error:
+            raise ArtifactError(str(error), where=path / RECORD) from None
+        values: dict[str, Tensor] = {}
+        for shard in sorted({entry.shard for entry in record.tensors.values()}):
+            file = path / shard_name(shard)
+            wanted = {name: list(e.shape) for name, e in record.tensors.items() if e.shard == shard}
+            with opened(file) as stored:
+                found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+                described = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in found.items()}
+            if described != {name: ("F32", shape) for name, shape in wanted.items()}:
+                raise ArtifactError(
+                    "a shard is not the one that belongs to the record beside it",
+                    expected=f"{len(wanted)} fp32 tensors", got=f"{len(described)} tensors", where=file,
+                    fix="keep the files together, as they were saved",
+                )  # fmt: skip
+            values |= _mapped(file, mode="c")  # copy on write: what is read cannot be changed by accident
+        return cls(record, values)
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"scores-{shard:05d}.safetensors"
+
+
+def file_names(shards: int, folder: str | Path) -> frozenset[str]:
+    """Files that a folder of scores may hold, those of an earlier and longer one included."""
+    earlier = {path.name for path in Path(folder).glob("scores-?????.safetensors")}
+    return frozenset({RECORD, *map(shard_name, range(shards)), *earlier})
+
+
+def sharded(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """Spread tensors over shards of about `SHARD_BYTES`, in order."""
+    entries, filled = {}, 0
+    for name, shape in shapes.items():
+        entries[name] = TensorEntry(shape=shape, role=roles.get(name, ""), shard=filled // SHARD_BYTES)
+        filled += 4 * math.prod(shape)
+    return entries
+
+
+def write_record(record: ScoresRecord, folder: Path) -> None:
+    """Write the JSON file."""
+    (folder / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def allocated(record: ScoresRecord, folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Zeros for every tensor that live in safetensors shards of `folder`: the system keeps in memory what fits."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({entry.shard for entry in record.tensors.values()}):
+        header: dict[str, Any] = {"__metadata__": {"format": "gatedadapters scores 1"}}
+        end = 0
+        for name, entry in record.tensors.items():
+            if entry.shard == shard:
+                size = 4 * math.prod(entry.shape)
+                header[name] = {"dtype": "F32", "shape": list(entry.shape), "data_offsets": [end, end + size]}
+                end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file = folder / shard_name(shard)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+        tensors |= _mapped(file, mode="r+")
+    yield tensors
+
+
+def _mapped(file: Path, mode: Literal["r+", "c"]) -> dict[str, Tensor]:
+    """The fp32 tensors of a safetensors file, backed by it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if first == last:
+                tensors[name] = torch.zeros(shape)
+                continue
+            mapped = np.memmap(file, np.float32, mode, 8 + length + first, ((last - first) // 4,))
+            tensors[name] = torch.from_numpy(mapped).view(shape)
+    return tensors

@@ -1,0 +1,82 @@
+"""What an element contributed to learning, over a short run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gatedadapters.masking.scores.base import Batch, Run, Score, gradients
+from gatedadapters.safe_files import write_tensors
+
+
+class Synaptic(Score):
+    """`max(0, Σ_b -g_b Δθ_b) / (Δθ² + 0.1)`, over one gradient-descent step a batch; the weights are put back after it.
+
+    Quantity: the fall of the loss that an element brought about, over the square of the way it went. Reduction: sum
+    over batches. Sign: negative contributions are clamped to 0; a large score says important. The weights at the start
+    wait on disk, so that memory holds no second copy.
+
+    Args:
+        learning_rate: of the run. With small steps Δθ² is far below 0.1, and the score that of squared batch gradients.
+
+    References:
+        Zenke, Poole, Ganguli 2017, "Continual Learning Through Synaptic Intelligence", arXiv 1703.04200, equations 3
+        and 5, with their damping 0.1.
+    """
+
+    kind = "synaptic"
+    damping = 0.1
+
+    def __init__(self, learning_rate: float = 1e-3) -> None:
+        self.learning_rate = learning_rate
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def begin(self, run: Run) -> None:
+        """Keep the weights."""
+        run.details["learning_rate"] = self.learning_rate
+        self._folder = TemporaryDirectory(prefix="gatedadapters-")
+        for index, parameter in enumerate(run.parameters.values()):
+            write_tensors(self._file(index), {"start": parameter}, metadata={})
+
+    def batch(self, run: Run, batch: Batch) -> None:
+        """One step of gradient descent, tensor by tensor as the backward pass reaches it."""
+        losses = run.losses(batch)
+        with gradients(run, lambda name, grad: self._step(run, name, grad)):
+            losses.mean().backward()
+
+    @torch.no_grad()
+    def _step(self, run: Run, name: str, grad: Tensor) -> None:
+        parameter, total = run.parameters[name], run.totals[name]
+        before = parameter.detach().clone()
+        parameter.sub_(grad, alpha=self.learning_rate)
+        total -= (before.sub_(parameter).neg_() * grad).to(total)  # the step taken, rounding included
+
+    @torch.no_grad()
+    def finish(self, run: Run) -> None:
+        """Divide by the way each element went."""
+        for index, (name, total) in enumerate(run.totals.items()):
+            way = (run.parameters[name].detach() - self._start(index).to(run.parameters[name])).square().to(total)
+            total.clamp_(min=0).div_(way + self.damping)
+
+    @torch.no_grad()
+    def end(self, run: Run) -> None:
+        """Every bit of the weights is as before."""
+        if self._folder is not None:
+            for index, parameter in enumerate(run.parameters.values()):
+                if self._file(index).exists():
+                    parameter.copy_(self._start(index))
+            self._folder.cleanup()
+            self._folder = None
+
+    def _file(self, index: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{index}.safetensors"
+
+    def _start(self, index: int) -> Tensor:
+        with safe_open(self._file(index), framework="pt") as file:
+            start: Tensor = file.get_tensor("start")
+        return start

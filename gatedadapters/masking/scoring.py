@@ -1,0 +1,171 @@
+"""Scoring a model: one call over a stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.attachment import find_heads
+from gatedadapters.errors import MaskError
+from gatedadapters.fingerprint import OWN_MODULES, fingerprint
+from gatedadapters.masking.roles import chosen, roles_of
+from gatedadapters.masking.scores import Batch, Loss, Run, Score, Scores, score_class
+from gatedadapters.masking.scores.losses import task_losses
+from gatedadapters.masking.scores.per_example import size_of
+from gatedadapters.masking.scores.storage import ScoresRecord, allocated, file_names, sharded, write_record
+from gatedadapters.safe_files import whole_folder
+
+_LABELS = ("labels", "label", "label_ids")
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    *,
+    kind: str | Score = "taylor",
+    loss: Loss | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    heads: Sequence[str] | None = None,
+    seed: int = 0,
+    spill: str | Path | None = None,
+    overwrite: bool = False,
+) -> Scores:
+    """How important every element of the backbone is for what `batches` ask of it.
+
+    The model runs in evaluation mode (no dropout) and is left bit for bit as it was. Batches are taken one after the
+    other and none is kept. Memory beyond the model and a batch's activations: the scores, fp32, and one tensor.
+
+    Args:
+        model: any transformers model, or a module that is called as `model(**batch)`; without a delta in it.
+        batches: dictionaries of tensors, e.g. a DataLoader; not needed by kinds that read weights alone.
+        kind: `taylor`, `fisher`, `synaptic`, `mas`, `magnitude`, `random`, or a `Score` of your own.
+        loss: `(model, batch) -> (examples,)`, one loss per example; default: see `scores.losses.task_losses`, for `mas`
+            the squared norm of the output.
+        include: roles or names (with * and ?) of the parameters to score; default: all of the backbone.
+        exclude: of these, which to leave out.
+        heads: task heads, which are trained in full and not scored; default: as in `attach`.
+        seed: of kinds that draw.
+        spill: a folder; the scores then live in safetensors shards there instead of in memory.
+        overwrite: replace scores that the folder holds.
+
+    Raises:
+        MaskError: no data, gradients that are not finite, scores that are all 0, an unknown kind, a pattern that
+            matches nothing, integer or quantised weights, a model with a delta in it. Nothing is changed then.
+        ArtifactError: the folder is not free.
+    """
+    method = score_class(kind)() if isinstance(kind, str) else kind
+    if any("sparse_delta" in name.split(".") for name, _ in model.named_modules()):
+        raise MaskError(
+            "this model has a sparse delta in it", expected="the backbone alone", got="model.sparse_delta",
+            where="score", fix="model.sparse_delta.remove() or .merge() first",
+        )  # fmt: skip
+    head_names = find_heads(model, heads)
+    stream = iter(batches) if batches is not None and method.needs_data else iter([{}] if not method.needs_data else [])
+    first = next(stream, None)
+    if first is None:
+        raise MaskError(
+            "there is no data to score by", expected="at least one batch",
+            got="none" if batches is not None else "batches=None", where=f"score(kind={method.kind!r})",
+            fix="pass a DataLoader or a list of batches; a generator is used up after one pass",
+        )  # fmt: skip
+    home = next(model.parameters()).device
+    sample = {k: v[:1].to(home) for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _LABELS}
+    roles = roles_of(model, sample or None)
+    own = {n: r for n, r in roles.items() if n not in head_names and not set(OWN_MODULES) & set(n.split("."))}
+    names = chosen(own, include, exclude, where="score")
+    everything = dict(model.named_parameters())
+    parameters = {name: everything[name] for name in names}
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise MaskError(
+                "these weights have no gradients", expected="floating-point parameters of 16 bits or more",
+                got=str(parameter.dtype), where=name, fix="load the model without quantisation, or exclude=[...] them",
+            )  # fmt: skip
+    entries = sharded({name: tuple(p.shape) for name, p in parameters.items()}, own)
+    record = ScoresRecord(kind=method.kind, fingerprint=fingerprint(model, skip=frozenset(head_names)), tensors=entries)
+    with ExitStack() as stack:
+        if spill is not None:
+            shards = 1 + max(entry.shard for entry in entries.values())
+            folder = stack.enter_context(whole_folder(spill, files=file_names(shards, spill), overwrite=overwrite))
+            totals = stack.enter_context(allocated(record, folder))
+        else:
+            totals = {
+                name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+                for name, p in parameters.items()
+            }
+        run = Run(model, parameters, totals, loss or method.default_loss() or task_losses, seed)
+        with _prepared(model, parameters):
+            try:
+                method.begin(run)
+                _accumulate(method, run, first, stream, home)
+                method.finish(run)
+            finally:
+                method.end(run)
+        _check(run, method)
+        record = record.model_copy(
+            update={
+                "batches": run.batches if method.needs_data else 0,
+                "examples": run.examples,
+                "details": run.details,
+            }
+        )
+        if spill is not None:
+            write_record(record, folder)
+    return Scores(record, totals) if spill is None else Scores.load(spill)
+
+
+def _accumulate(method: Score, run: Run, first: Batch, rest: Iterator[Batch], home: torch.device) -> None:
+    batch: Batch | None = first
+    while batch is not None:
+        moved = {k: v.to(home) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if method.needs_data:
+            run.examples += size_of(moved)
+        run.batches += 1
+        with torch.enable_grad():
+            method.batch(run, moved)
+        batch = next(rest, None)
+
+
+@contextmanager
+def _prepared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, and gradients for `parameters` alone; all of it put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    held: list[tuple[nn.Parameter, bool, Tensor | None]] = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    scored = {id(p) for p in parameters.values()}
+    model.eval()
+    for parameter, _, _ in held:
+        parameter.grad = None
+        parameter.requires_grad_(id(parameter) in scored)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required, grad in held:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+def _check(run: Run, method: Score) -> None:
+    largest = 0.0
+    for name, total in run.totals.items():
+        top: Any = total.amax() if total.numel() else total.new_zeros(())
+        low: Any = total.amin() if total.numel() else top
+        if not bool(torch.isfinite(top)) or float(low) < 0 or not bool(torch.isfinite(low)):
+            raise MaskError(
+                "a score is not a finite number of at least 0", expected="finite scores",
+                got=f"between {float(low):.3g} and {float(top):.3g}", where=f"{name} ({method.kind})",
+                fix="look for examples with an infinite loss",
+            )  # fmt: skip
+        largest = max(largest, float(top))
+    if largest == 0.0:
+        raise MaskError(
+            "all scores are 0", expected="a loss that depends on the weights", got="no gradient anywhere",
+            where=f"{method.kind}, {run.batches} batches", fix="check the labels: are all of them ignored (-100)?",
+        )  # fmt: skip

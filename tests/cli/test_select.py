@@ -1,0 +1,106 @@
+"""`gatedadapters select`: one command from a configuration to a tuned delta and a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import gatedadapters as ga
+from gatedadapters.cli.main import main
+from gatedadapters.config import SelectConfig
+from gatedadapters.data.language import LanguageDataset, Passage, read_passages, split_passages
+from gatedadapters.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def config(decoder: Path, tmp_path: Path) -> Path:
+    general = ["the dog runs and the cat sleeps today", "the film was very long", "the cat runs"] * 4
+    (tmp_path / "general.txt").write_text("\n\n".join(f"{text} {i}" for i, text in enumerate(general)))
+    with (tmp_path / "domain.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "answer"])
+        writer.writerows([["the film was good", f"long and {i} very short"] for i in range(12)])
+    data = {
+        "model": str(decoder),
+        "general": {"file": "general.txt"},
+        "domain": {"file": "domain.csv", "text": "question", "answer": "answer"},
+        "selection": {"core": 0.9, "batches": 2, "exclude": ["norm"]},
+        "training": {"steps": 8, "batch_size": 4, "max_length": 16, "learning_rate": 0.02, "device": "cpu"},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def test_one_command_tunes_what_is_free_and_reports_both_sides(
+    config: Path, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["select", str(config), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "domain" in printed
+    assert "general" in printed
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["domain"] < metrics["before"]["domain"]
+    assert "embedding" in (out / "report.txt").read_text()
+    model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    delta = ga.load_delta(model, out / "delta")
+    assert delta.params == metrics["free"]
+    assert main(["select", str(config), "--out", str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (out / "notes.txt").write_text("mine")
+    assert main(["select", str(config), "--out", str(out), "--overwrite"]) == 2
+    assert "notes.txt" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_causal_one_is_refused(
+    config: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": str(encoder)}))
+    assert main(["select", str(config), "--out", str(tmp_path / "out")]) == 2
+    assert "causal" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_example_configuration_validates() -> None:
+    example = SelectConfig.load(Path(__file__).parents[2] / "examples" / "select.yaml")
+    assert example.domain.answer == "answer"
+    with pytest.raises(ConfigError, match="core"):
+        SelectConfig.parse(example.model_dump() | {"selection": {"core": 1.0}}, where="here")
+    with pytest.raises(ConfigError, match="either file or bundled"):
+        SelectConfig.parse(example.model_dump() | {"domain": {}}, where="here")
+
+
+def test_answers_alone_count_and_running_text_is_cut_into_blocks(decoder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    (item,) = LanguageDataset([Passage("the film was", "very good")], tokenizer, 16)
+    assert item["labels"][:3] == [-100] * 3
+    assert item["labels"][3:] == item["input_ids"][3:]
+    (cut,) = LanguageDataset([Passage("the film was " * 9, "very good")], tokenizer, 6)
+    assert len(cut["input_ids"]) == 6
+    assert sum(label >= 0 for label in cut["labels"]) == 2
+    blocks = LanguageDataset([Passage("the film was good")] * 5, tokenizer, 6)
+    assert [len(block["input_ids"]) for block in blocks] == [6, 6, 6, 2]
+    with pytest.raises(DataError, match="nothing to predict"):
+        LanguageDataset([Passage("the")], tokenizer, 6)
+
+
+def test_texts_are_split_without_overlap_and_bad_files_are_refused(tmp_path: Path) -> None:
+    passages = [Passage(f"text {i % 8}") for i in range(20)]
+    train, held_out = split_passages(passages, 0.25, seed=0)
+    assert (len(train), len(held_out)) == (6, 2)
+    assert not set(train) & set(held_out)
+    with pytest.raises(DataError, match="too little text"):
+        split_passages(passages[:1], 0.5, seed=0)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name in ("empty.txt", "missing.txt", "missing.csv"):
+        with pytest.raises(DataError):
+            read_passages(tmp_path / name)

@@ -1,0 +1,61 @@
+"""Gated paths and masked elements in one run, under one budget, in one artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from masked_processes import arguments, examples
+from masked_recipes import assert_same_bits, random_mask, snapshot
+from safetensors.torch import load_file
+
+import gatedadapters as ga
+from gatedadapters.errors import BudgetError
+from gatedadapters.testing import tiny
+
+SPACE = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 4, "at": {"roles": ["q", "v"]}}]}, where="here")
+
+
+def test_one_budget_counts_both_and_one_folder_holds_both(tmp_path: Path) -> None:
+    model, batch = tiny("llama", head="lm")
+    before = snapshot(model)
+    mask = random_mask(model, 0.01)
+    adapters = ga.attach(model, SPACE, batch)
+    delta = ga.apply_mask(model, mask)
+    budget = delta.params + 500
+    args = arguments(tmp_path / "run", max_steps=10, learning_rate=1e-2, save_strategy="steps", save_steps=10)
+    trainer = ga.GatedTrainer(
+        model, args, train_dataset=examples(24), budget=ga.Budget(params=budget), delta_learning_rate=3e-3,
+        schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
+    )  # fmt: skip
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    (own,) = [group for group in groups if any(p is next(delta.parameters()) for p in group["params"])]
+    assert own["initial_lr"] == 3e-3
+    assert len(own["params"]) == len(list(delta.parameters()))
+    stored = load_file(tmp_path / "run" / "checkpoint-10" / "model.safetensors")
+    assert {key.partition(".")[0] for key in stored} == {"gated_adapters", "sparse_delta"}
+    structure = adapters.compact()
+    assert 0 < structure.params <= 500
+    assert structure.params + delta.params <= budget
+    table = ga.budget_report(model)
+    assert f"{structure.params:,}" in table
+    assert f"{delta.params:,}" in table
+    ga.save_joint(model, tmp_path / "both")
+    output = model.eval()(**batch)[0]
+    fresh, _ = tiny("llama", head="lm")
+    again, tuned = ga.load_joint(fresh, tmp_path / "both")
+    assert torch.equal(fresh(**batch)[0], output)
+    tuned.remove()
+    again.detach()
+    assert_same_bits(fresh, before)
+
+
+def test_a_budget_that_the_mask_alone_takes_is_refused(tmp_path: Path) -> None:
+    model, batch = tiny("llama", head="lm")
+    mask = random_mask(model, 0.01)
+    ga.attach(model, SPACE, batch)
+    delta = ga.apply_mask(model, mask)
+    with pytest.raises(BudgetError, match="mask alone"):
+        ga.GatedTrainer(model, arguments(tmp_path), budget=ga.Budget(params=delta.params))

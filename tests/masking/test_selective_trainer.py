@@ -1,0 +1,95 @@
+"""Score, select, tune and report in one call, through transformers' Trainer and on two processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from masked_processes import arguments, examples, trained
+from masked_recipes import assert_same_bits, random_mask, snapshot
+
+import gatedadapters as ga
+from gatedadapters.errors import TrainingError
+from gatedadapters.testing import tiny
+
+
+def test_one_call_scores_selects_tunes_and_reports(tmp_path: Path) -> None:
+    model, _ = tiny("llama", head="lm")
+    before = snapshot(model)
+    trainer = ga.SelectiveTrainer(
+        model, arguments(tmp_path, max_steps=10, learning_rate=1e-2), train_dataset=examples(24, seed=0),
+        general_dataset=examples(24, seed=1), eval_dataset=examples(8, seed=0),
+        general_eval_dataset=examples(8, seed=1),
+        selection=ga.SelectionConfig(core=0.9, exclude=("norm",)),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="nothing to report"):
+        trainer.report()
+    trainer.train()
+    report = trainer.report()
+    assert report.after["domain"] < report.before["domain"]
+    assert set(report.before) == {"domain", "general"}
+    assert "general" in str(report)
+    assert trainer.delta.params == round(0.1 * trainer.mask.size)
+    general = ga.score(tiny("llama", head="lm")[0], [], kind="magnitude")
+    assert set(trainer.mask.names) == {n for n, role in general.roles.items() if role != "norm"}
+    trainer.delta.remove()
+    assert_same_bits(model, before)
+
+
+def test_checkpoints_hold_what_is_trained_and_a_run_resumes_from_them(tmp_path: Path) -> None:
+    def run(folder: Path, **resume: Any) -> Any:
+        model, _ = tiny("llama", head="lm")
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+        data = {"train_dataset": examples(24, seed=0), "general_dataset": examples(24, seed=1)}
+        trainer = ga.SelectiveTrainer(model, arguments(folder, **settings), **data)
+        trainer.train(**resume)
+        return trainer
+
+    straight = run(tmp_path / "a")
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    stored = checkpoint / "model.safetensors"
+    assert stored.stat().st_size < 16 * straight.delta.params
+    resumed = run(tmp_path / "b", resume_from_checkpoint=str(checkpoint))
+    assert_same_bits(resumed.model, snapshot(straight.model))
+
+
+def test_a_mask_of_ones_own_needs_no_general_data(tmp_path: Path) -> None:
+    model, _ = tiny("llama", head="lm")
+    mask = random_mask(model)
+    trainer = ga.SelectiveTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=examples(8), mask=mask)
+    trainer.train()
+    assert trainer.delta.mask == mask
+    with pytest.raises(TrainingError, match="must not lose"):
+        ga.SelectiveTrainer(tiny("llama", head="lm")[0], arguments(tmp_path), train_dataset=examples(8))
+
+
+def test_two_processes_train_what_one_with_the_whole_batch_does(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(Path(__file__).with_name("masked_processes.py")), str(tmp_path)]
+    logs = [tmp_path / f"log {rank}" for rank in (0, 1)]
+    with ExitStack() as stack:
+        ranks = []
+        for rank, log in enumerate(logs):
+            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            file = stack.enter_context(log.open("w"))
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            ranks.append(process)
+        codes = [process.wait(timeout=240) for process in ranks]
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    single = trained(tmp_path / "single", processes=1)
+    assert first.keys() == single.keys()
+    for name, value in single.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
