@@ -9,8 +9,9 @@ from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace
+from gatedadapters.config import L0, Budget, GateConfig, Ramp, Schedule, SearchSpace
 from gatedadapters.structure import Structure
+from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:
     from gatedadapters.training import GatedTrainer, MultiTaskClassifier
@@ -24,6 +25,7 @@ __all__ = [
     "GatedTrainer",
     "Layout",
     "MultiTaskClassifier",
+    "Ramp",
     "Schedule",
     "SearchSpace",
     "Structure",
@@ -32,6 +34,7 @@ __all__ = [
     "discover",
     "get_adapters",
     "load_adapters",
+    "weaken_knowledge",
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.

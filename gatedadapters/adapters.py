@@ -343,11 +343,14 @@ class Adapters(nn.Module):
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(EmbeddingHook(self)))
         inputs: dict[str, list[str]] = {}
-        outputs: dict[str, list[str]] = {}
+        outputs: dict[tuple[str, bool], list[str]] = {}
         stashes: dict[str, set[str]] = {}
         for key, path in sorted(self._typed_paths(), key=lambda item: (item[1].stage, item[0])):
             site = path.site
-            (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
+            if site.write.side == "input":
+                inputs.setdefault(site.write.module, []).append(key)
+            else:
+                outputs.setdefault((site.write.module, site.is_sublayer), []).append(key)
             if site.tap.module != site.write.module:
                 stashes.setdefault(site.write.module, set()).add(site.tap.module)
                 inputs.setdefault(site.tap.module, [])
@@ -355,9 +358,10 @@ class Adapters(nn.Module):
         for name, keys in inputs.items():
             hook = InputHook(self, keys, name if name in remembered else None)
             self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
-        for name, keys in outputs.items():
-            last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
-            hook_out = OutputHook(self, keys, last)
+        for (name, whole), keys in sorted(outputs.items(), key=lambda item: item[0][1]):
+            final = whole or (name, True) not in outputs
+            last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1 and final]
+            hook_out = OutputHook(self, keys, last, whole=whole)
             self._handles.append(modules[name].register_forward_hook(hook_out, with_kwargs=True))
 
     def _unhook(self) -> None:

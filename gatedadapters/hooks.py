@@ -99,10 +99,13 @@ class InputHook:
 
 
 class OutputHook:
-    """After a module ran: add what its paths contribute, in the order of their stages."""
+    """After a module ran: add what its paths contribute, in the order of their stages.
 
-    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str]) -> None:
-        self.adapters, self.keys, self.taps = adapters, keys, taps
+    `whole` says that the paths act on what a sub-layer as a whole returns, not on one linear map in it.
+    """
+
+    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str], *, whole: bool = False) -> None:
+        self.adapters, self.keys, self.taps, self.whole = adapters, keys, taps, whole
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook with kwargs."""

@@ -4,6 +4,7 @@ from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
+from gatedadapters.config.transfer import Ramp, WeakeningConfig
 
 __all__ = [
     "L0",
@@ -11,10 +12,12 @@ __all__ = [
     "GateConfig",
     "PathOptions",
     "Penalty",
+    "Ramp",
     "Schedule",
     "SearchConfig",
     "SearchSpace",
     "TaskConfig",
     "TrainingConfig",
+    "WeakeningConfig",
     "Where",
 ]

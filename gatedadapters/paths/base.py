@@ -71,6 +71,11 @@ class Site:
             linear.traffic,
         )
 
+    @property
+    def is_sublayer(self) -> bool:
+        """Whether this is a sub-layer as a whole, not one linear map in it."""
+        return not self.role
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
