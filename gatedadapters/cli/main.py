@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gatedadapters.cli import plan, quickstart, search, show
+from gatedadapters.cli import plan, quickstart, search, show, transfer
 from gatedadapters.errors import GatedAdaptersError
 
-COMMANDS = (quickstart, search, plan, show)
+COMMANDS = (quickstart, search, transfer, plan, show)
 
 
 def parser() -> argparse.ArgumentParser:

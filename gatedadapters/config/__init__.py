@@ -4,7 +4,7 @@ from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
-from gatedadapters.config.transfer import Ramp, WeakeningConfig
+from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 
 __all__ = [
     "L0",
@@ -18,6 +18,7 @@ __all__ = [
     "SearchSpace",
     "TaskConfig",
     "TrainingConfig",
+    "TransferConfig",
     "WeakeningConfig",
     "Where",
 ]

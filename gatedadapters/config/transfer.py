@@ -1,10 +1,15 @@
-"""How strongly feed-forward knowledge is weakened, and when."""
+"""How strongly feed-forward knowledge is weakened, and when; what `gatedadapters transfer` does."""
 
 from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from gatedadapters.config.base import Config
+from gatedadapters.config.search import SearchConfig
+from gatedadapters.config.space import SearchSpace
 
 
 class Ramp(Config):
@@ -65,3 +70,43 @@ class WeakeningConfig(Config):
         """(p_i, p_c) at `progress` in [0, 1] of training."""
         mask, drop = (p.at(progress) if isinstance(p, Ramp) else p for p in (self.mask, self.drop))
         return mask, drop
+
+
+class TransferConfig(SearchConfig):
+    """What `gatedadapters transfer` does: train on `model`, test there and on `update`, a later version of it.
+
+    Attributes:
+        update: the new base: a folder, a hub id, or `bundled:NAME`.
+        adapter: a saved adapter of the old base: it is tested as it is, and its structure is what is trained.
+        space: what is trained where no adapter is given, every candidate of it.
+        search: let gates choose out of `space` under `budget` instead.
+        weakening: probabilities of knowledge masking and dropping.
+        seeds: one training of each arm for each.
+        shift_texts: how many test texts the shift of activations is measured on.
+    """
+
+    update: str
+    adapter: str | None = None
+    space: str | SearchSpace = "lora-all-linear"
+    search: bool = False
+    weakening: WeakeningConfig = WeakeningConfig()
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    shift_texts: int = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransferConfig:
+        if self.compare:
+            raise ValueError("compare belongs to a search, not to a transfer")
+        if self.search and self.adapter is not None:
+            raise ValueError("give either search: true or an adapter whose structure is trained")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ")
+        return self
+
+    def _from_folder(self, folder: FilePath) -> Self:
+        changes = {}
+        for name in ("update", "adapter"):
+            value = getattr(self, name)
+            if value is not None and (folder / value).exists():
+                changes[name] = str(folder / value)
+        return super()._from_folder(folder).model_copy(update=changes)

@@ -64,27 +64,29 @@ class Pressure(nn.Module):
         pressure = self.schedule.pressure(self.progress(bank))
         return dense + pressure * (self.penalty.resolve(dense) - dense)
 
-    def _violations(self, bank: GateBank) -> Tensor:
-        """Violations c of the union and of each task, shape (1 + tasks,), differentiable."""
+    def _violations(self, bank: GateBank, *, weighted: bool = False) -> Tensor:
+        """Violations c of the union and of each task, shape (1 + tasks,), differentiable; see `GateBank.weigh`."""
         assert isinstance(self.penalty, Budget)
         unit = self.penalty.unit
         dense = bank.dense_cost(unit)
-        union = (bank.expected_cost(unit) - self.target(bank)) / dense
+        union = (bank.expected_cost(unit, weighted=weighted) - self.target(bank)) / dense
         cap = self.penalty.resolve_task(dense)
         if cap is None:
             return torch.cat([union[None], union.new_full((bank.tasks,), -1.0)])
         ramped = dense + self.schedule.pressure(self.progress(bank)) * (cap - dense)
-        return torch.cat([union[None], (bank.expected_task_cost(unit) - ramped) / dense])
+        return torch.cat([union[None], (bank.expected_task_cost(unit, weighted=weighted) - ramped) / dense])
 
     def term(self, bank: GateBank) -> Tensor:
         """The loss term, a differentiable scalar; 0 once a Structure is fixed or before the warm-up ends."""
         if bank.frozen or self.schedule.pressure(self.progress(bank)) == 0:
             return bank.log_alpha.new_zeros(())
         if isinstance(self.penalty, L0):
-            share = bank.expected_cost(self.penalty.unit) / bank.dense_cost(self.penalty.unit)
+            share = bank.expected_cost(self.penalty.unit, weighted=True) / bank.dense_cost(self.penalty.unit)
             return self.penalty.weight * self.schedule.pressure(self.progress(bank)) * share
-        violations = self._violations(bank)
-        return (self._pressures(bank, violations.detach()) * violations).sum()
+        pressures = self._pressures(
+            bank, self._violations(bank).detach()
+        )  # how hard, by true costs: budgets stay exact
+        return (pressures * self._violations(bank, weighted=True)).sum()  # on what, by weighted ones
 
     def _pressures(self, bank: GateBank, violations: Tensor) -> Tensor:
         """How hard each constraint presses now, shape (1 + tasks,)."""

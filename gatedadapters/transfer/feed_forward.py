@@ -163,7 +163,7 @@ def _wrapper(name: str, modules: Mapping[str, nn.Module]) -> str:
     parts = name.split(".")
     for length in range(1, len(parts)):
         around = ".".join(parts[:length])
-        if isinstance(getattr(modules[around], "base_layer", None), nn.Module):
+        if "base_layer" in dict(modules[around].named_children()):
             return around
     return name
 
