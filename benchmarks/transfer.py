@@ -383,16 +383,15 @@ def store(path: Path, data: dict[str, Any]) -> None:
 
 def run_all(only: list[str], limit: int | None) -> None:
     """Compute what is missing."""
-    for setting, task in ((ENCODER, TASKS[0]), (DECODER, DECODER_TASK)):
-        file = STORE / f"shift_{setting.name}.json"
-        if not file.exists() and (not only or setting.name in only):
-            store(file, premise(setting, task))
     for cell in cells():
         if cell.file.exists() or (only and not {cell.setting, cell.task, cell.arm} & set(only)):
             continue
         if limit is not None and limit <= 0:
             return
         limit = None if limit is None else limit - 1
+        shift = STORE / f"shift_{cell.setting}.json"
+        if not shift.exists():
+            store(shift, premise(SETTINGS[cell.setting], cell.task))
         result = compute(cell)
         store(cell.file, result)
         shown = {name: round(result[name]["accuracy"], 3) for name in ("old", "direct", "new") if name in result}

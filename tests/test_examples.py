@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import gatedadapters as ga
-from gatedadapters.config import SearchConfig
+from gatedadapters.config import SearchConfig, TransferConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -69,7 +69,9 @@ def test_the_trainer_example_keeps_the_budget_and_loads_what_it_saved(tmp_path: 
     assert ga.Structure.load(tmp_path / "out") == structure
 
 
-def test_the_example_configuration_is_valid() -> None:
+def test_the_example_configurations_are_valid() -> None:
     config = SearchConfig.load(EXAMPLES / "search.yaml")
     assert [task.title for task in config.tasks] == ["reviews", "topics"]
+    transfer = TransferConfig.load(EXAMPLES / "transfer.yaml")
+    assert (transfer.model, transfer.update) == ("bundled:minilm-l6", "bundled:minilm-l6-update")
     assert yaml.safe_load((EXAMPLES / "search.yaml").read_text())["tasks"][0]["train"] == "reviews.csv"

@@ -186,10 +186,10 @@ def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: A
     bank.step.fill_(90)
     with torch.no_grad():
         bank.log_alpha.fill_(1.0)
-    plain, cost = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0], float(bank.expected_cost())
+    plain, cost = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0], float(bank.expected_cost().detach())
     found = prefer_transferable(adapters, [batch], strength=0.5)
     weighed = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0]
-    assert float(bank.expected_cost()) == cost
+    assert float(bank.expected_cost().detach()) == cost
     ratio = (weighed / plain)[0]
     quiet = torch.cat([ratio[bank.slices[key]] for key, value in found.items() if value == 0])
     loud = ratio[bank.slices[max(found, key=lambda key: found[key])]]
