@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -98,12 +97,12 @@ class Cell:
 
 def uniform(model: nn.Module, cell: Cell, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     """LoRA of one rank at every linear map."""
-    return fixed(model, cell, _candidates(), lambda bank: _evenly(bank))
+    return fixed(model, cell, _candidates())
 
 
 def attention_only(model: nn.Module, cell: Cell, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     """LoRA at the attention maps only, of the same size in all."""
-    return fixed(model, cell, _candidates(sublayers=["attention"], rank=3 * CANDIDATE_RANK), lambda bank: _evenly(bank))
+    return fixed(model, cell, _candidates(sublayers=["attention"], rank=3 * CANDIDATE_RANK))
 
 
 def dropout(model: nn.Module, cell: Cell, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -152,11 +151,11 @@ ARMS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def fixed(model: nn.Module, cell: Cell, space: ga.SearchSpace, scores: Callable[[Any], Tensor]) -> dict[str, Any]:
-    """Attach the structure of the common size that takes the candidates with the highest scores."""
+def fixed(model: nn.Module, cell: Cell, space: ga.SearchSpace) -> dict[str, Any]:
+    """Attach the structure of the common size whose ranks are as even as it allows."""
     budget = ga.Budget(params=_size(model))
     candidates = ga.attach(model, space, seed=cell.seed)
-    structure = candidates.discretize(budget, scores=scores(candidates.bank))
+    structure = candidates.discretize(budget, scores=_evenly(candidates.bank))
     ga.detach(model)
     ga.attach(model, structure, seed=cell.seed)
     return {}
@@ -235,25 +234,14 @@ def compute(cell: Cell) -> dict[str, Any]:
     set_seed(cell.seed)
     options = ARMS[cell.arm](model, cell, batches)
     args = TrainingArguments(
-        output_dir=str(STORE / ".scratch" / str(os.getpid())),
-        max_steps=setting.steps,
-        per_device_train_batch_size=setting.batch,
-        learning_rate=setting.rate,
-        warmup_steps=round(0.06 * setting.steps),
-        weight_decay=0.0,
-        seed=cell.seed,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        report_to=[],
-        save_strategy="no",
-        logging_steps=setting.steps,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+        output_dir=str(STORE / ".scratch" / str(os.getpid())), max_steps=setting.steps, learning_rate=setting.rate,
+        per_device_train_batch_size=setting.batch, warmup_steps=round(0.06 * setting.steps), weight_decay=0.0,
+        seed=cell.seed, bf16=True, use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no",
+        logging_steps=setting.steps, disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
     trainer = ga.GatedTrainer(model, args, train_dataset=data, data_collator=Plain(collate), **options)
     began = time.perf_counter()
-    weakened = cell.mask or cell.drop
-    with ga.weaken_knowledge(model, mask=cell.mask, drop=cell.drop) if weakened else nullcontext():
+    with ga.weaken_knowledge(model, mask=cell.mask, drop=cell.drop):  # exactly nothing where both are 0
         trainer.train()
     seconds = time.perf_counter() - began
     adapters = ga.get_adapters(model)
@@ -320,11 +308,8 @@ def premise(setting: Setting, task_name: str) -> dict[str, Any]:
     batches = [collate([_inputs(data[i + j]) for j in range(16)]) for i in range(0, 128, 16)]
     bases = [AutoModel.from_pretrained(folder_of(name), dtype=torch.float32) for name in (setting.old, setting.new)]
     shift = activation_shift(*bases, batches)
-    return {
-        "attention": shift.mean("attention"),
-        "feed_forward": shift.mean("feed_forward"),
-        "points": shift.to_data(),
-    }
+    means = {kind: shift.mean(kind) for kind in ("attention", "feed_forward")}
+    return {**means, "points": shift.to_data()}
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
@@ -443,33 +428,25 @@ def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...])
                         found.append((own, vanilla, retuned, reference))
             if not found:
                 continue
-            direct = [own["direct"]["accuracy"] - van["direct"]["accuracy"] for own, van, _, _ in found]
-            old = [own["old"]["accuracy"] - van["old"]["accuracy"] for own, van, _, _ in found]
-            closed = [
-                (
-                    own["direct"]["accuracy"] - van["direct"]["accuracy"],
-                    ref["new"]["accuracy"] - van["direct"]["accuracy"],
-                )
-                for own, van, _, ref in found
-                if ref
-            ]
-            won = recovery([w for w, _ in closed], [g for _, g in closed])
-            is_vanilla = variant == "vanilla"
-            rows.append(
-                [
-                    task,
-                    variant,
-                    str(len(found)),
-                    interval([own["old"]["accuracy"] for own, *_ in found], signed=False),
-                    interval([own["direct"]["accuracy"] for own, *_ in found], signed=False),
-                    interval([r["new"]["accuracy"] for _, _, r, _ in found if r], signed=False),
-                    "" if is_vanilla else interval(direct),
-                    "" if is_vanilla else interval(old),
-                    "" if is_vanilla else ("undefined" if won.value is None else f"{won.value:.0%}"),
-                    f"{max(own['params'] for own, *_ in found):,}",
-                ]
-            )
+            direct = [_won(own, van, "direct") for own, van, _, _ in found]
+            old = [_won(own, van, "old") for own, van, _, _ in found]
+            closed = [(own, van, ref) for own, van, _, ref in found if ref]
+            gaps = [ref["new"]["accuracy"] - van["direct"]["accuracy"] for _, van, ref in closed]
+            won = recovery([_won(own, van, "direct") for own, van, _ in closed], gaps)
+            share = "undefined" if won.value is None else f"{won.value:.0%}"
+            rows.append([
+                task, variant, str(len(found)),
+                interval([own["old"]["accuracy"] for own, *_ in found], signed=False),
+                interval([own["direct"]["accuracy"] for own, *_ in found], signed=False),
+                interval([r["new"]["accuracy"] for _, _, r, _ in found if r], signed=False),
+                *(["", "", ""] if variant == "vanilla" else [interval(direct), interval(old), share]),
+                f"{max(own['params'] for own, *_ in found):,}",
+            ])  # fmt: skip
     return format_table(header, rows)
+
+
+def _won(own: dict[str, Any], vanilla: dict[str, Any], where: str) -> float:
+    return float(own[where]["accuracy"] - vanilla[where]["accuracy"])
 
 
 def sweep_table() -> str:

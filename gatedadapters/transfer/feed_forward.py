@@ -144,7 +144,7 @@ def _call_order(
     modules = dict(model.named_modules())
     device = device_of(model)
     batch = default_sample(model) if sample is None else sample
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = {name: value.to(device) for name, value in batch.items()}
     try:
         for block in layout.blocks:
             for name, module in modules.items():
