@@ -253,7 +253,7 @@ class Draw(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the block."""
         share = self.weakening.probabilities[1]
-        hit = module.training and share > 0 and bool(torch.rand(()) < share)
+        hit = module.training and share > 0 and bool(torch.rand((), dtype=torch.float32, device="cpu") < share)
         self.weakening.dropped[self.block] = hit
         if hit:
             for place, hook in self.ordered:
