@@ -255,7 +255,7 @@ class Draw(_Hook):
         share = self.weakening.probabilities[1]
         hit = module.training and share > 0 and bool(torch.rand((), dtype=torch.float32, device="cpu") < share)
         self.weakening.dropped[self.block] = hit
-        if hit:
+        if hit or (module.training and self.weakening.config.rescale):
             for place, hook in self.ordered:
                 _put_in_order(place, hook)
 
