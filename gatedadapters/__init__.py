@@ -17,7 +17,7 @@ from gatedadapters.artifacts import (
 )
 from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.config import L0, Budget, GateConfig, Schedule, SearchSpace, SelectionConfig
+from gatedadapters.config import L0, Budget, GateConfig, Ramp, Schedule, SearchSpace, SelectionConfig
 from gatedadapters.masking import (
     ElasticPenalty,
     Mask,
@@ -30,6 +30,7 @@ from gatedadapters.masking import (
     select,
 )
 from gatedadapters.structure import Structure
+from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:
     from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
@@ -45,6 +46,7 @@ __all__ = [
     "Layout",
     "Mask",
     "MultiTaskClassifier",
+    "Ramp",
     "Schedule",
     "Scores",
     "SearchSpace",
@@ -68,6 +70,7 @@ __all__ = [
     "save_joint",
     "score",
     "select",
+    "weaken_knowledge",
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.

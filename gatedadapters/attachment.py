@@ -272,7 +272,7 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
             )
         paths[record.key] = path
     adapters = Adapters(paths, tasks=structure.tasks, space=structure.space, identity=identity, seed=seed)
-    adapters.structure = structure.model_copy(update={"fingerprint": identity})
+    adapters.structure = structure.model_copy(update={"version": 1, "fingerprint": identity, "lineage": ()})
     return adapters
 
 

@@ -116,10 +116,13 @@ class InputHook:
 
 
 class OutputHook:
-    """After a module ran: add what its paths contribute, in the order of their stages."""
+    """After a module ran: add what its paths contribute, in the order of their stages.
 
-    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str]) -> None:
-        self.adapters, self.keys, self.taps = adapters, keys, taps
+    `whole` says that the paths act on what a sub-layer as a whole returns, not on one linear map in it.
+    """
+
+    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str], *, whole: bool = False) -> None:
+        self.adapters, self.keys, self.taps, self.whole = adapters, keys, taps, whole
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook with kwargs."""
@@ -164,22 +167,26 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
 def point_hooks(adapters: Adapters) -> Iterator[tuple[str, InputHook | OutputHook]]:
     """Hooks that run the paths which change what modules take or return, and the modules where they go."""
     inputs: dict[str, list[str]] = {}
-    outputs: dict[str, list[str]] = {}
+    outputs: dict[tuple[str, bool], list[str]] = {}
     stashes: dict[str, set[str]] = {}
     for key, path in sorted(adapters.typed_paths(), key=lambda item: (item[1].stage, item[0])):
         site = path.site
         if site.at_weight:
             continue
-        (inputs if site.write.side == "input" else outputs).setdefault(site.write.module, []).append(key)
+        if site.write.side == "input":
+            inputs.setdefault(site.write.module, []).append(key)
+        else:
+            outputs.setdefault((site.write.module, site.is_sublayer), []).append(key)
         if site.tap.module != site.write.module:
             stashes.setdefault(site.write.module, set()).add(site.tap.module)
             inputs.setdefault(site.tap.module, [])
     remembered = Counter(tap for taps in stashes.values() for tap in taps)
     for name, keys in inputs.items():
         yield name, InputHook(adapters, keys, name if name in remembered else None)
-    for name, keys in outputs.items():
-        last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1]
-        yield name, OutputHook(adapters, keys, last)
+    for (name, whole), keys in sorted(outputs.items(), key=lambda item: item[0][1]):
+        final = whole or (name, True) not in outputs
+        last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1 and final]
+        yield name, OutputHook(adapters, keys, last, whole=whole)
 
 
 _serials = itertools.count()

@@ -103,10 +103,15 @@ class Offer(Config):
 
 
 class Structure(Config):
-    """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal."""
+    """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal.
 
-    version: Literal[1] = 1
+    `lineage` names the bases that the weights were carried over from, oldest first (`load_adapters(base="updated")`);
+    only a structure that has one is of version 2.
+    """
+
+    version: Literal[1, 2] = 1
     fingerprint: Fingerprint
+    lineage: tuple[Fingerprint, ...] = ()
     space: SearchSpace
     tasks: tuple[str, ...]
     paths: tuple[KeptPath, ...]
@@ -115,6 +120,17 @@ class Structure(Config):
     seed: int = 0
     budget: Budget | None = None
     created_with: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _versioned(self) -> Structure:
+        if self.lineage and self.version == 1:
+            raise ValueError("a structure with a lineage is of version 2")
+        return self
+
+    def carried_to(self, base: Fingerprint) -> Self:
+        """The same structure and weights on an updated base, the present one recorded."""
+        lineage = (*self.lineage, self.fingerprint)
+        return self.model_copy(update={"version": 2, "fingerprint": base, "lineage": lineage})
 
     @property
     def params(self) -> int:
@@ -226,7 +242,7 @@ class Structure(Config):
 
     def to_json(self) -> str:
         """JSON text, one line per path, so that two structures compare line by line."""
-        data = self.model_dump(mode="json", exclude_none=True)
+        data = self.model_dump(mode="json", exclude_none=True, exclude=None if self.lineage else {"lineage"})
         lines = []
         for key, value in data.items():
             if key in {"paths", "offered"} and value:
@@ -250,9 +266,9 @@ class Structure(Config):
             raise ArtifactError(
                 expected="a Structure as JSON", got=str(error), where=where, fix="is the file truncated or foreign?"
             ) from error
-        if version != 1:
+        if version not in (1, 2):
             raise ArtifactError(
-                expected="a Structure of version 1",
+                expected="a Structure of version 1 or 2",
                 got=f"version {version!r}",
                 where=where,
                 fix="read it with the release that wrote it",

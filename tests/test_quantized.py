@@ -108,7 +108,7 @@ def test_copies_and_saved_adapters_round_trip(tmp_path: Path) -> None:
     plain, _ = tiny("llama")
     with pytest.raises(ArtifactError, match="values of parameters"):
         ga.load_adapters(plain, tmp_path / "out")
-    ga.load_adapters(plain, tmp_path / "out", other_values=True)
+    ga.load_adapters(plain, tmp_path / "out", base="updated")
 
 
 def test_the_fingerprint_sees_the_integers_of_a_weight() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.adapters import Adapters
+from gatedadapters.artifacts.load import Base
 from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
 from gatedadapters.attachment import DEFAULT_TASK, check_free, find_heads, install, supernet
 from gatedadapters.backbone import Layout, LinearMap, discover
@@ -31,7 +32,7 @@ def import_peft(
     tasks: Sequence[str] = (DEFAULT_TASK,),
     gates: GateConfig | None = None,
     heads: Sequence[str] | None = None,
-    other_values: bool = False,
+    base: Base = "same",
     seed: int = 0,
 ) -> Adapters:
     """Attach a LoRA that peft saved as gated paths, one at each of its modules, every rank a unit of its own.
@@ -48,7 +49,7 @@ def import_peft(
         gates: how they are drawn; with `init` at its default or higher each is 1 in evaluation at the start.
         heads: parameters of the model to train and save along, beside the LoRA's `modules_to_save`; default as in
             `attach`.
-        other_values: accept a backbone of the same shapes with other weights than the one `export_peft` saw; folders
+        base: `"updated"` accepts a backbone of the same shapes with other weights than the one `export_peft` saw; folders
             that peft wrote do not say which it was, only names and shapes are checked.
         seed: of gates and gate noise.
 
@@ -66,10 +67,10 @@ def import_peft(
     saved = {prefix + name: value for name, value in lora.heads.items()}
     _check_heads(model, saved, lora.where)
     own = fingerprint(model, skip=frozenset(saved)).values
-    if lora.backbone not in (None, own) and not prefix and not other_values:
+    if lora.backbone not in (None, own) and not prefix and base == "same":
         raise ArtifactError(
             "this LoRA was exported from a backbone with other weights", expected=f"values {lora.backbone}"[:15],
-            got=f"values {own}"[:15], where=lora.where, fix="load that backbone, or accept this with other_values=True",
+            got=f"values {own}"[:15], where=lora.where, fix="load that backbone, or accept this with base='updated'",
         )  # fmt: skip
     layout = discover(model, sample)
     found: dict[str, tuple[PathOptions, Site]] = {}

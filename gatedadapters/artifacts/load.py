@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from gatedadapters.safe_files import leftovers, read_tensors
 from gatedadapters.saving import STRUCTURE, WEIGHTS, state
 from gatedadapters.structure import Fingerprint, Structure
 
+Base = Literal["same", "updated"]
+"""Whether saved adapters insist on the backbone they were made on, or accept a newer release of it."""
 
-def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = False) -> Adapters:
+
+def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") -> Adapters:
     """Attach saved adapters to the backbone they were made for, weights and task heads included.
 
     The result computes what the saved one did, bit for bit where it was saved in fp32. Everything is checked
@@ -26,7 +30,8 @@ def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = 
     Args:
         model: with the same backbone and heads, no adapters attached.
         folder: what `Adapters.save` wrote.
-        other_values: accept a backbone of the same shapes with other weights, such as a newer release of it.
+        base: `"updated"` accepts a backbone of the same layout with other weights, a newer release of it, and records
+            the one they came from in `Structure.lineage`.
 
     Raises:
         ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another
@@ -35,7 +40,7 @@ def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = 
         The model is left untouched by all of them.
     """
     check_free(model)
-    structure, tensors = read_saved(model, folder, other_values=other_values)
+    structure, tensors = read_saved(model, folder, base=base)
     adapters = attach(model, structure, heads=structure.fingerprint.heads, seed=structure.seed)
     with torch.no_grad():
         for name, value in state(adapters).items():
@@ -43,14 +48,13 @@ def load_adapters(model: nn.Module, folder: str | Path, *, other_values: bool = 
     return adapters
 
 
-def read_saved(
-    model: nn.Module, folder: str | Path, *, other_values: bool = False
-) -> tuple[Structure, dict[str, Tensor]]:
+def read_saved(model: nn.Module, folder: str | Path, *, base: Base = "same") -> tuple[Structure, dict[str, Tensor]]:
     """What `Adapters.save` wrote, checked against the model and the structure; raises as `load_adapters` does."""
     path = Path(folder)
     structure = Structure.load(_existing(path) / STRUCTURE)
-    _check_backbone(model, structure.fingerprint, path, other_values=other_values)
-    return structure, read_tensors(path / WEIGHTS, _expected(model, structure, path))
+    found = _check_backbone(model, structure, path, updated=base == "updated")
+    tensors = read_tensors(path / WEIGHTS, _expected(model, structure, path))
+    return structure if found.values == structure.fingerprint.values else structure.carried_to(found), tensors
 
 
 def _existing(folder: Path) -> Path:
@@ -71,7 +75,8 @@ def _existing(folder: Path) -> Path:
     )
 
 
-def _check_backbone(model: nn.Module, saved: Fingerprint, folder: Path, *, other_values: bool) -> None:
+def _check_backbone(model: nn.Module, structure: Structure, folder: Path, *, updated: bool) -> Fingerprint:
+    saved = structure.fingerprint
     present = dict(model.named_parameters())
     missing = [name for name in saved.heads if name not in present]
     if missing:
@@ -85,19 +90,33 @@ def _check_backbone(model: nn.Module, saved: Fingerprint, folder: Path, *, other
     found = fingerprint(model, skip=frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
-    if not differ or (other_values and differ == ["values"]):
-        return
+    if not differ or (updated and differ == ["values"]):
+        return found
     what = " and ".join(parts[part] for part in differ)
     fix = "load the backbone they were trained on"
     if differ == ["values"]:
-        fix += ", or accept an updated one with other_values=True"
+        fix += ', or accept an updated one with base="updated"'
+    misplaced = _misplaced(model, structure)
     raise ArtifactError(
         f"these adapters were made for another backbone ({what} differ)",
         expected=_described(saved),
-        got=_described(found),
+        got=_described(found) + (f"; {misplaced}" if misplaced else ""),
         where=folder,
         fix=fix,
     )
+
+
+def _misplaced(model: nn.Module, structure: Structure) -> str:
+    """The first path whose place this model lacks, or has in another width."""
+    modules = dict(model.named_modules())
+    for record in structure.paths:
+        for point, width in ((record.site.tap, record.site.width_in), (record.site.write, record.site.width_out)):
+            if point.module not in modules:
+                return f"no module {point.module}"
+            weight = getattr(modules[point.module], "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and width not in weight.shape:
+                return f"{point.module} is {tuple(weight.shape)}, not {width} wide"
+    return ""
 
 
 def _described(identity: Fingerprint) -> str:

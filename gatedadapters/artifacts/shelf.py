@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.adapters import NAME, Adapters
-from gatedadapters.artifacts.load import read_saved
+from gatedadapters.artifacts.load import Base, read_saved
 from gatedadapters.attachment import build, check_free
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
 from gatedadapters.hooks import (
@@ -63,13 +63,13 @@ class Shelf(nn.Module):
     # -- what is on it -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, model: nn.Module, folders: Mapping[str, str | Path], *, other_values: bool = False) -> Self:
+    def load(cls, model: nn.Module, folders: Mapping[str, str | Path], *, base: Base = "same") -> Self:
         """Put saved adapters on `model` and activate the first. Of the backbone nothing is copied.
 
         Args:
             model: the backbone (and heads) that all of them were made for, no adapters attached.
             folders: what `Adapters.save` wrote, by the name each shall have.
-            other_values: see `load_adapters`.
+            base: see `load_adapters`.
 
         Raises:
             ArtifactError: no folders, a bad name, or see `load_adapters`.
@@ -85,14 +85,14 @@ class Shelf(nn.Module):
             model.add_module(NAME, shelf)
             shelf._hook()
             for name, folder in folders.items():
-                shelf.add(name, folder, other_values=other_values)
+                shelf.add(name, folder, base=base)
             shelf.activate(next(iter(folders)))
         except BaseException:
             shelf.detach()
             raise
         return shelf
 
-    def add(self, name: str, folder: str | Path, *, other_values: bool = False) -> Adapters:
+    def add(self, name: str, folder: str | Path, *, base: Base = "same") -> Adapters:
         """Load saved adapters under a new name, without activating them.
 
         Raises:
@@ -110,7 +110,7 @@ class Shelf(nn.Module):
             )  # fmt: skip
         model = self.model
         with self._bare():
-            structure, tensors = read_saved(model, folder, other_values=other_values)
+            structure, tensors = read_saved(model, folder, base=base)
             member = build(model, structure)
         at_weight = [key for key, path in member.typed_paths() if path.site.at_weight]
         if at_weight:

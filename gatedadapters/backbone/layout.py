@@ -203,7 +203,7 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
             fix="pass sample=, one batch as the model's forward takes it",
         ) from error
     weights = dict(_weights(model))
-    with _undisturbed(model):
+    with undisturbed(model):
         while True:
             trace = _watch(model, batch, weights, containers)
             # A container whose members change the shape is no stack, but one inside it may be (Swin).
@@ -392,7 +392,7 @@ def _watch(model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], 
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, after which training flags and random states are what they were."""
     training = {module: module.training for module in model.modules()}
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -85,14 +85,14 @@ class Outcome:
         return json.dumps(data, indent=1) + "\n"
 
 
-def check_free(folder: Path, *, overwrite: bool) -> None:
+def check_free(folder: Path, outputs: frozenset[str], *, overwrite: bool) -> None:
     """See that results can go into `folder`, before anything is computed.
 
     Raises:
         ArtifactError: it holds results already, or files of others.
     """
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in held if name not in OUTPUTS]
+    foreign = [name for name in held if name not in outputs]
     if folder.exists() and not folder.is_dir():
         held = foreign = ["a file"]
     if held and (foreign or not overwrite):
@@ -111,7 +111,7 @@ def run(config: SearchConfig, folder: Path, *, overwrite: bool = False) -> Outco
     Raises:
         GatedAdaptersError: whatever is wrong with the configuration, the data or the folder.
     """
-    check_free(folder, overwrite=overwrite)
+    check_free(folder, OUTPUTS, overwrite=overwrite)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     start = time.perf_counter()

@@ -94,6 +94,22 @@ class Experiment:
         seconds = self.fit(adapters, RIVALS[kind], progress, searching=False)
         return self.finish(adapters, RIVALS[kind], seconds, progress)
 
+    def adapted(self, space: SearchSpace | Structure, progress: tqdm[Any], *, searching: bool) -> Adapters:
+        """Adapters trained from scratch, compact and still attached."""
+        adapters = self._attach(space)
+        self._fit(adapters, SEARCHED if searching else "adapter", progress, searching=searching)
+        if adapters.bank is not None:
+            adapters.compact(adapters.structure or adapters.discretize(self.config.budget))
+        return adapters
+
+    def everything(self) -> Structure:
+        """The structure that keeps every candidate of the search space."""
+        gated = self._attach(self.config.resolved_space())
+        assert gated.bank is not None
+        structure = gated.discretize(scores=torch.ones_like(gated.bank.kept))
+        detach(self.model)
+        return structure
+
     def _attach(self, space: SearchSpace | Structure) -> Adapters:
         adapters = attach(self.model, space, tasks=self.names, seed=self.config.training.seed)
         with torch.no_grad():

@@ -5,6 +5,7 @@ from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
+from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 
 __all__ = [
     "L0",
@@ -13,6 +14,7 @@ __all__ = [
     "GateConfig",
     "PathOptions",
     "Penalty",
+    "Ramp",
     "Schedule",
     "SearchConfig",
     "SearchSpace",
@@ -20,6 +22,8 @@ __all__ = [
     "SelectionConfig",
     "TaskConfig",
     "TrainingConfig",
+    "TransferConfig",
     "TuningConfig",
+    "WeakeningConfig",
     "Where",
 ]

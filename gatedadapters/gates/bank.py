@@ -54,6 +54,7 @@ class GateBank(nn.Module):
     owner: Tensor
     params: Tensor
     flops: Tensor
+    weights: Tensor
     # the state of training
     step: Tensor
     noise: Tensor
@@ -94,6 +95,7 @@ class GateBank(nn.Module):
         self._constant("owner", torch.tensor(owner))
         self._constant("params", torch.tensor(params, dtype=torch.float64))
         self._constant("flops", torch.tensor(flops, dtype=torch.float64))
+        self._constant("weights", torch.ones(len(ancestry), dtype=torch.float64))
         generator = torch.Generator().manual_seed(seed)
         spread = config.init_spread * torch.randn(tasks, self.n_gates, generator=generator)
         self.log_alpha = nn.Parameter((config.init + spread).clamp(*config.bounds))
@@ -226,17 +228,32 @@ class GateBank(nn.Module):
         """Cost of all candidates."""
         return float(self.cost(unit).sum())
 
-    def expected_cost(self, unit: str = "params", log_alpha: Tensor | None = None) -> Tensor:
+    def weigh(self, weights: Tensor) -> None:
+        """Let the penalty press on some units harder than their cost says: positive, shape (units,).
+
+        Scaled so that the dense candidates cost in parameters what they did. No budget and no reported cost changes.
+        """
+        weights = weights.to(self.params)
+        self.weights = weights * self.params.sum() / (weights * self.params).sum()
+
+    def expected_cost(self, unit: str = "params", log_alpha: Tensor | None = None, *, weighted: bool = False) -> Tensor:
         """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open))).
 
-        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates).
+        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates); `weighted`: as the penalty sees it,
+        see `weigh`.
         """
         # a product and a sum, since autocast would round a matrix product
-        return (self._union(self._share_open(log_alpha)) * self.cost(unit).to(self.log_alpha.dtype)).sum()
+        return (self._union(self._share_open(log_alpha)) * self._pressed(unit, weighted)).sum()
 
-    def expected_task_cost(self, unit: str = "params", log_alpha: Tensor | None = None) -> Tensor:
-        """E[cost of what each task keeps open], shape (tasks,); `log_alpha` as in `expected_cost`."""
-        return (self._share_open(log_alpha) * self.cost(unit).to(self.log_alpha.dtype)).sum(-1)
+    def expected_task_cost(
+        self, unit: str = "params", log_alpha: Tensor | None = None, *, weighted: bool = False
+    ) -> Tensor:
+        """E[cost of what each task keeps open], shape (tasks,); arguments as of `expected_cost`."""
+        return (self._share_open(log_alpha) * self._pressed(unit, weighted)).sum(-1)
+
+    def _pressed(self, unit: str, weighted: bool) -> Tensor:
+        cost = self.cost(unit)
+        return (cost * self.weights if weighted else cost).to(self.log_alpha.dtype)
 
     def _share_open(self, log_alpha: Tensor | None) -> Tensor:
         return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability(log_alpha)

@@ -90,11 +90,11 @@ class Pressure(nn.Module):
         unit = self.penalty.unit
         dense, pressure = bank.dense_cost(unit), self.schedule.pressure(self.progress(bank))
         if isinstance(self.penalty, L0):
-            return self.penalty.weight * pressure * bank.expected_cost(unit) / dense
-        m = self.multipliers
-        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit)
+            return self.penalty.weight * pressure * bank.expected_cost(unit, weighted=True) / dense
+        m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on may be weighted
+        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit, weighted=True)
         if self.penalty.per_task is not None:
-            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit)
+            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weighted=True)
         return term / dense
 
     @torch.no_grad()

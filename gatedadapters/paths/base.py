@@ -93,6 +93,11 @@ class Site:
         matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
         return (self.experts, *matrix) if self.experts else matrix
 
+    @property
+    def is_sublayer(self) -> bool:
+        """Whether this is a sub-layer as a whole, not one linear map in it."""
+        return not self.role
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)

@@ -223,8 +223,8 @@ def test_an_export_knows_its_backbone_by_its_values(tmp_path: Path) -> None:
     adapters = compacted(*tiny("bert", head="classification"))
     ga.export_peft(adapters, tmp_path / "peft")
     updated, _ = tiny("bert", head="classification", seed=1)
-    refused(updated, tmp_path / "peft", ["other weights", "values ", "other_values=True"])
-    ga.import_peft(updated, tmp_path / "peft", other_values=True)
+    refused(updated, tmp_path / "peft", ["other weights", "values ", "base='updated'"])
+    ga.import_peft(updated, tmp_path / "peft", base="updated")
     retrained, _ = tiny("bert", head="classification")
     nn.init.zeros_(retrained.classifier.weight)  # a head comes with the LoRA and is none of the backbone
     ga.import_peft(retrained.bfloat16(), tmp_path / "peft")

@@ -298,7 +298,7 @@ def structure_truncated(folder: Path) -> None:
 
 
 def structure_of_the_future(folder: Path) -> None:
-    edit(folder, lambda data: data.update(version=2))
+    edit(folder, lambda data: data.update(version=3))
 
 
 def structure_with_unknown_key(folder: Path) -> None:
@@ -333,7 +333,7 @@ def structure_absent(folder: Path) -> None:
         (of_another_type, ["F32, BF16", "F16", "save the adapters again"]),
         (of_two_types, ["all of one type", "BF16, F32"]),
         (structure_truncated, ["a Structure as JSON", "structure.json", "truncated or foreign"]),
-        (structure_of_the_future, ["version 1", "version 2", "the release that wrote it"]),
+        (structure_of_the_future, ["version 1 or 2", "version 3", "the release that wrote it"]),
         (structure_with_unknown_key, ["colour", "structure.json"]),
         (structure_with_unknown_kind, ["unknown path kind 'prefix'", "lora", "structure.json"]),
         (structure_with_wrong_units, ["units", "99", "structure.json"]),
@@ -386,7 +386,7 @@ def other_class(model: ga.MultiTaskClassifier) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (changed_value, ["another backbone (values of parameters differ)", "other_values=True"]),
+        (changed_value, ["another backbone (values of parameters differ)", 'base="updated"']),
         (other_shape, ["names or shapes of parameters and values of parameters differ"]),
         (other_class, ["another backbone (class differ)", "MultiTaskClassifier (", "Renamed ("]),
         (lambda model: tiny("bert")[0], ["lacks task heads", "heads.mood.bias", "a BertModel without them"]),
@@ -416,12 +416,40 @@ def test_an_updated_backbone_is_accepted_on_request_and_recorded(
     artefact: tuple[Path, ga.Adapters, Tensor],
 ) -> None:
     model = changed_value(classifier()[0])
-    loaded = ga.load_adapters(model, artefact[0], other_values=True)
+    loaded = ga.load_adapters(model, artefact[0], base="updated")
     old = ga.Structure.load(artefact[0])
     assert loaded.structure is not None
+    assert loaded.structure.lineage == (old.fingerprint,)
     assert loaded.structure.paths == old.paths
     assert loaded.structure.fingerprint.shapes == old.fingerprint.shapes
     assert loaded.structure.fingerprint.values != old.fingerprint.values
+
+
+def test_lineage_is_saved_and_grows_with_each_update(
+    artefact: tuple[Path, ga.Adapters, Tensor], tmp_path: Path
+) -> None:
+    second, third = changed_value(classifier()[0]), changed_value(classifier()[0])
+    with torch.no_grad():
+        next(third.parameters()).add_(1)
+    loaded = ga.load_adapters(second, artefact[0], base="updated")
+    loaded.save(tmp_path / "second")
+    again = ga.load_adapters(changed_value(classifier()[0]), tmp_path / "second")  # the same base: nothing to add
+    assert again.structure == loaded.structure
+    last = ga.load_adapters(third, tmp_path / "second", base="updated").structure
+    assert last is not None
+    assert loaded.structure is not None
+    assert last.lineage == (ga.Structure.load(artefact[0]).fingerprint, loaded.structure.fingerprint)
+    assert ga.Structure.from_json(last.to_json()) == last
+    assert "lineage" not in (artefact[0] / "structure.json").read_text()  # readable by earlier releases
+
+
+def test_an_update_of_another_layout_is_refused_and_the_first_misplaced_path_named(
+    artefact: tuple[Path, ga.Adapters, Tensor],
+) -> None:
+    model, _ = classifier()
+    del model.backbone.encoder.layer[1:]
+    with pytest.raises(ArtifactError, match=r"no module backbone\.encoder\.layer\.[12]"):
+        ga.load_adapters(model, artefact[0], base="updated")
 
 
 def test_loading_onto_adapters_is_refused(artefact: tuple[Path, ga.Adapters, Tensor]) -> None:

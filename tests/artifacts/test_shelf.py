@@ -349,7 +349,7 @@ def test_adapters_of_another_backbone_are_refused_and_the_model_left_as_it_was(b
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
-    shelf = ga.Shelf.load(model, bert.folders, other_values=True)
+    shelf = ga.Shelf.load(model, bert.folders, base="updated")
     assert tuple(shelf.members) == ("a", "b", "c")
 
 

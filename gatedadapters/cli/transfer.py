@@ -1,0 +1,24 @@
+"""Test how an adapter survives an update of its base model, and train one that survives better, as a YAML file says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gatedadapters.config import TransferConfig
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: the configuration's name)")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in --out")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do it."""
+    from gatedadapters.cli import transferring  # training takes seconds to import
+
+    config = TransferConfig.load(options.config)
+    folder = options.out or Path(options.config.stem)
+    transferring.report(folder, transferring.run(config, folder, overwrite=options.overwrite))

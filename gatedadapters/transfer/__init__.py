@@ -1,0 +1,48 @@
+"""Adapters that survive an update of their base model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gatedadapters.transfer.evaluate import (
+    Recovery,
+    TransferReport,
+    TransferScores,
+    evaluate_transfer,
+    recovery,
+    transfer_scores,
+)
+from gatedadapters.transfer.feed_forward import FeedForward, feed_forwards
+from gatedadapters.transfer.sensitivity import knowledge_sensitivity, prefer_transferable
+from gatedadapters.transfer.shift import ActivationShift, PointShift, activation_shift, check_versions
+from gatedadapters.transfer.weakening import Weakening, restore_knowledge, weaken_knowledge
+
+if TYPE_CHECKING:
+    from gatedadapters.transfer.update import UpdateReport, simulate_update
+
+__all__ = [
+    "ActivationShift",
+    "FeedForward",
+    "PointShift",
+    "Recovery",
+    "TransferReport",
+    "TransferScores",
+    "UpdateReport",
+    "Weakening",
+    "activation_shift",
+    "check_versions",
+    "evaluate_transfer",
+    "feed_forwards",
+    "knowledge_sensitivity",
+    "prefer_transferable",
+    "recovery",
+    "restore_knowledge",
+    "simulate_update",
+    "transfer_scores",
+    "weaken_knowledge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("UpdateReport", "simulate_update"):  # transformers' Trainer imports peft and more
+        return getattr(import_module("gatedadapters.transfer.update"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,211 @@
+"""What an update of the base costs an adapter, and how much of it transfer training wins back."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from torch import nn
+
+from gatedadapters.adapters import NAME, Adapters
+from gatedadapters.artifacts import load_adapters
+from gatedadapters.attachment import detach
+from gatedadapters.config import WeakeningConfig
+from gatedadapters.structure import format_table
+from gatedadapters.transfer.shift import check_versions
+from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
+
+Train = Callable[[nn.Module, int], Adapters]
+Score = Callable[[nn.Module], float]
+
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferScores:
+    """One seed.
+
+    Attributes:
+        seed: of the adapters' weights and of training.
+        old: trained on the old base, tested there.
+        direct: the same adapter on the new base.
+        trained_old: trained on the old base with its knowledge weakened, tested there.
+        trained_direct: the same adapter on the new base.
+        retuned: trained on the new base, tested there.
+    """
+
+    seed: int
+    old: float
+    direct: float
+    trained_old: float
+    trained_direct: float
+    retuned: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """The share of what re-tuning wins that transfer training wins without seeing the new base.
+
+    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        if self.value is None or self.interval is None:
+            return "undefined: re-tuning wins no more than seeds differ"
+        return f"{self.value:.0%} (95 %: {self.interval[0]:.0%} to {self.interval[1]:.0%})"
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """All seeds."""
+
+    scores: tuple[TransferScores, ...]
+
+    @property
+    def recovery(self) -> Recovery:
+        """(transfer-trained - direct) / (re-tuned - direct)."""
+        won = [s.trained_direct - s.direct for s in self.scores]
+        return recovery(won, [s.retuned - s.direct for s in self.scores])
+
+    def table(self) -> str:
+        """Mean scores with 95 % intervals, and differences paired by seed."""
+        found = self.scores
+        rows = [
+            ["adapter", _with_interval([s.old for s in found]), _with_interval([s.direct for s in found])],
+            [
+                "transfer-trained",
+                _with_interval([s.trained_old for s in found]),
+                _with_interval([s.trained_direct for s in found]),
+            ],
+            ["re-tuned", "", _with_interval([s.retuned for s in found])],
+            [
+                "transfer-trained - adapter",
+                _with_interval([s.trained_old - s.old for s in found], signed=True),
+                _with_interval([s.trained_direct - s.direct for s in found], signed=True),
+            ],
+        ]
+        return format_table(["", "old base", "new base"], rows) + f"\n\nrecovery: {self.recovery}"
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"scores": [asdict(s) for s in self.scores], "recovery": asdict(self.recovery)}
+
+
+def transfer_scores(
+    old: nn.Module,
+    new: nn.Module,
+    train: Train,
+    score: Score,
+    *,
+    seed: int = 0,
+    weakening: WeakeningConfig | None = None,
+    total_steps: int | None = None,
+    folder: str | Path | None = None,
+) -> TransferScores:
+    """Train on the old base without and with weakened knowledge, carry both over, and re-tune on the new base.
+
+    Args:
+        old: the base before its update, nothing attached; left without adapters.
+        new: the base after.
+        train: attaches adapters to the model it is given, trains them (and heads, from scratch) with a seed, and
+            returns them compact and attached.
+        score: of a model with adapters; higher is better.
+        seed: handed to `train`.
+        weakening: default: the published recipe.
+        total_steps: of a training, where the weakening is scheduled.
+        folder: where both adapters are kept, as `adapter` and `transfer-trained`.
+
+    Raises:
+        LayoutError: the two are not versions of one base; the difference is named.
+    """
+    check_versions(old, new)
+    config = weakening or WeakeningConfig()
+    try:
+        with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
+            home, found = Path(folder or scratch), list[float]()
+            for name in ("adapter", "transfer-trained"):
+                with nullcontext() if name == "adapter" else _weakened(old, config, total_steps):
+                    adapters = train(old, seed)
+                found.append(score(old))
+                adapters.save(home / name, overwrite=True)
+                detach(old)
+                load_adapters(new, home / name, base="updated")
+                found.append(score(new))
+                detach(new)
+        train(new, seed)
+        plain, direct, trained_old, trained_direct = found
+        return TransferScores(seed, plain, direct, trained_old, trained_direct, retuned=score(new))
+    finally:
+        for model in (old, new):
+            if hasattr(model, NAME):
+                detach(model)
+
+
+def evaluate_transfer(
+    old: nn.Module,
+    new: nn.Module,
+    train: Train,
+    score: Score,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    weakening: WeakeningConfig | None = None,
+    total_steps: int | None = None,
+) -> TransferReport:
+    """`transfer_scores` for several seeds."""
+    return TransferReport(
+        tuple(
+            transfer_scores(old, new, train, score, seed=seed, weakening=weakening, total_steps=total_steps)
+            for seed in seeds
+        )
+    )
+
+
+def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
+    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval.
+
+    References:
+        Fieller 1954, "Some Problems in Interval Estimation", Journal of the Royal Statistical Society B 16(2).
+    """
+    n = len(gap)
+    if n < 2:
+        return Recovery(None, None)
+    a, b, t = mean(won), mean(gap), t_quantile(n - 1)
+    var_a, var_b = stdev(won) ** 2 / n, stdev(gap) ** 2 / n
+    both = sum((x - a) * (y - b) for x, y in zip(won, gap, strict=True)) / (n - 1) / n
+    if b == 0 or t * t * var_b >= b * b:  # the interval of the gap holds 0
+        return Recovery(None, None)
+    g, ratio = t * t * var_b / (b * b), a / b
+    rest = g * (var_a - both * both / var_b) if var_b else 0.0
+    half = t / abs(b) * math.sqrt(max(0.0, var_a - 2 * ratio * both + ratio * ratio * var_b - rest))
+    centre = ratio - (g * both / var_b if var_b else 0.0)
+    return Recovery(ratio, ((centre - half) / (1 - g), (centre + half) / (1 - g)))
+
+
+def t_quantile(degrees: int) -> float:
+    """97.5 % point of Student's t."""
+    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.4 / degrees
+
+
+def _weakened(model: nn.Module, config: WeakeningConfig, total_steps: int | None) -> Weakening:
+    return weaken_knowledge(model, mask=config.mask, drop=config.drop, rescale=config.rescale, total_steps=total_steps)
+
+
+def _with_interval(values: Sequence[float], *, signed: bool = False) -> str:
+    shown = f"{mean(values):+.3f}" if signed else f"{mean(values):.3f}"
+    if len(values) < 2:
+        return shown
+    return f"{shown} ± {t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)):.3f}"

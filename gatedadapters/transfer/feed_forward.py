@@ -1,0 +1,172 @@
+"""Where the feed-forward sub-layers of a model can be masked and dropped with hooks, and where they cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gatedadapters.adapters import get_adapters
+from gatedadapters.backbone import Block, Layout, Sublayer, discover
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.backbone.sample import default_sample, device_of
+from gatedadapters.errors import AttachError, LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """One feed-forward sub-layer, all modules by qualified name.
+
+    Attributes:
+        block: the block it is part of.
+        name: the smallest module around it.
+        readers: the maps that read the hidden state; given no tokens, everything up to the writer costs nothing. Empty
+            where the sub-layer runs whole (mixtures of experts): its output is thrown away instead.
+        writer: what returns its contribution.
+        norms: norms after the contribution that belong to the sub-layer: on it (Gemma 2) or after its addition (BERT).
+        inner: maps whose input is the inner activation a = act(W_g x) * (W_u x), or act(W_u x).
+        activations: non-linearities inside fused experts, whose outputs are masked instead: with a mask of zeros and
+            ones, (act(g) m) u = (act(g) u) m.
+        no_drop: why it cannot be dropped, or nothing.
+        no_mask: why it cannot be masked, or nothing.
+    """
+
+    block: str
+    name: str
+    readers: tuple[str, ...]
+    writer: str
+    norms: tuple[str, ...]
+    inner: tuple[str, ...]
+    activations: tuple[str, ...]
+    no_drop: str = ""
+    no_mask: str = ""
+
+
+def feed_forwards(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> tuple[FeedForward, ...]:
+    """Every feed-forward sub-layer of `model`, with or without adapters (ours or peft's) in it.
+
+    Args:
+        model: any model whose layout can be discovered.
+        sample: a batch that runs through it; a default is made for token models.
+
+    Raises:
+        LayoutError: the layout was not found, or there is no feed-forward sub-layer in it.
+    """
+    try:
+        backbone_alone: Any = get_adapters(model).disabled()
+    except AttachError:
+        backbone_alone = nullcontext()
+    with backbone_alone:
+        layout = discover(model, sample)
+        order = _call_order(model, sample, layout)
+    modules = dict(model.named_modules())
+    found = tuple(
+        _feed_forward(block, sublayer, modules, order[block.name])
+        for block in layout.blocks
+        for sublayer in block.sublayers
+        if sublayer.kind == "feed_forward"
+    )
+    if not found:
+        kinds = sorted({sublayer.kind for block in layout.blocks for sublayer in block.sublayers})
+        raise LayoutError(
+            "this model has no feed-forward sub-layer whose knowledge could be weakened",
+            expected="blocks with a feed-forward sub-layer",
+            got=f"sub-layers of kind {', '.join(kinds)} only",
+            where=type(model).__name__,
+            fix="train it as it is",
+        )
+    return found
+
+
+def _feed_forward(
+    block: Block, sublayer: Sublayer, modules: Mapping[str, nn.Module], order: dict[str, tuple[int, int]]
+) -> FeedForward:
+    down = {_wrapper(m.name, modules) for m in sublayer.maps if m.role == "down" and m.kind != "experts"}
+    fused = [m.name for m in sublayer.maps if m.role == "down" and m.kind == "experts"]
+    maps = dict.fromkeys(_wrapper(m.name, modules) for m in sublayer.maps)
+    writer = _wrapper(sublayer.writer, modules) if sublayer.writer else ""
+    mixture = fused or any(m.role == "router" for m in sublayer.maps)
+    readers = () if mixture or down != {writer} else tuple(name for name in maps if name != writer)
+    activations, no_mask = [], ""
+    for name in fused:
+        inside = [child for child, module in modules[name].named_children() if not list(module.parameters())]
+        activations += [f"{name}.{child}" for child in inside]
+        if len(inside) != 1:
+            no_mask = f"the inner activation of the fused experts {name} passes through no module of its own"
+    if not down and not fused:
+        no_mask = f"no map of {sublayer.name or block.name} reads an inner activation"
+    norms, no_drop = [], "" if writer else f"no module returns what {sublayer.name or block.name} contributes"
+    if writer:
+        end = order[writer][1]
+        norms = [n for n, (start, _) in order.items() if start > end and _is_norm(modules[n])]
+        others = (m.name for other in block.sublayers if other is not sublayer for m in other.maps)
+        if norms and any(order[name][0] > end for name in others if name in order):
+            no_drop = f"another sub-layer follows {sublayer.name}, and whose norm {norms[0]} is cannot be told"
+    return FeedForward(
+        block.name,
+        sublayer.name,
+        readers,
+        writer,
+        tuple(norms),
+        tuple(sorted(down)),
+        tuple(activations),
+        no_drop,
+        no_mask,
+    )
+
+
+def _call_order(
+    model: nn.Module, sample: Mapping[str, Tensor] | None, layout: Layout
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """For each block, when each module in it started and ended (first call), counted in events."""
+    order: dict[str, dict[str, tuple[int, int]]] = {block.name: {} for block in layout.blocks}
+    clock, started = 0, dict[str, int]()
+    handles = []
+
+    def watch(block: str, name: str, module: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            nonlocal clock
+            clock += 1
+            started[name] = clock
+
+        def after(*_: Any) -> None:
+            nonlocal clock
+            clock += 1
+            order[block].setdefault(name, (started[name], clock))
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    modules = dict(model.named_modules())
+    device = device_of(model)
+    batch = default_sample(model) if sample is None else sample
+    batch = {name: value.to(device) for name, value in batch.items()}
+    try:
+        for block in layout.blocks:
+            for name, module in modules.items():
+                if name.startswith(f"{block.name}."):
+                    watch(block.name, name, module)
+        with undisturbed(model):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _wrapper(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The module itself, or what peft put around it: what is masked or dropped takes the adapter with it."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        around = ".".join(parts[:length])
+        if "base_layer" in dict(modules[around].named_children()):
+            return around
+    return name
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return re.search("norm", type(module).__name__, re.IGNORECASE) is not None and not list(module.children())

@@ -1,0 +1,91 @@
+"""Which places of an adapter hang on feed-forward knowledge, and a search that prefers the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+
+from gatedadapters.adapters import Adapters
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.backbone.sample import device_of
+from gatedadapters.errors import AttachError, DataError
+from gatedadapters.paths import Path
+from gatedadapters.transfer.shift import Batch, outputs, recording, relative
+from gatedadapters.transfer.weakening import weaken_knowledge
+
+
+def knowledge_sensitivity(
+    adapters: Adapters, batches: Iterable[Batch], *, mask: float = 0.2, seed: int = 0
+) -> dict[str, float]:
+    """By path, how far masking feed-forward knowledge moves the backbone's activations where the path writes.
+
+    ||masked - plain|| / ||plain|| of the output of the module written to, over the tokens that are no padding. Only the
+    masking is random; the model is left as it was.
+
+    Args:
+        adapters: attached to the model; they are switched off while measuring.
+        batches: a few batches of the task.
+        mask: p_i.
+        seed: of the masks.
+
+    Raises:
+        LayoutError: the model has no feed-forward sub-layer, or one that cannot be masked.
+        DataError: there is no batch.
+    """
+    model = adapters.model
+    written = {key: cast(Path, path).site.write.module for key, path in adapters.paths.items()}
+    names = list(dict.fromkeys(written.values()))
+    shifts: dict[str, list[float]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+    watched = {name: modules[name] for name in names}
+    with adapters.disabled(), weaken_knowledge(model, mask=mask, drop=0.0) as weakening:
+        for number, batch in enumerate(batches):
+            plain = outputs(model, names, batch)
+            masked: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+            with recording(watched, masked, batch.get("attention_mask")), undisturbed(model):
+                torch.manual_seed(seed + number)
+                for place in weakening.places:  # masking acts where a module trains; nothing else in the model does
+                    for name in (*place.inner, *place.activations):
+                        modules[name].training = True
+                model(**{key: value.to(device_of(model)) for key, value in batch.items()})
+            for name in names:
+                shifts[name].append(relative(plain[name], masked[name]))
+    if not shifts or not all(shifts.values()):
+        raise DataError(
+            "a sensitivity is measured on texts", expected="at least one batch", got="none", where="batches"
+        )
+    return {key: sum(shifts[name]) / len(shifts[name]) for key, name in written.items()}
+
+
+def prefer_transferable(
+    adapters: Adapters, batches: Iterable[Batch], *, mask: float = 0.2, strength: float = 1.0, seed: int = 0
+) -> dict[str, float]:
+    """Let the gate penalty weigh each path by (its sensitivity / the mean sensitivity) ** strength.
+
+    Of two places that serve the task alike, the search then keeps the one that hangs less on what an update of the base
+    changes. Costs and budgets are what they were: only where the pressure acts differs. After a resume, call it again.
+
+    Args:
+        adapters: with gates, before training.
+        batches: see `knowledge_sensitivity`.
+        mask: p_i.
+        strength: 0 is the plain search.
+        seed: of the masks.
+
+    Returns:
+        The sensitivity of each path.
+
+    Raises:
+        AttachError: the adapters are compact.
+        LayoutError, DataError: see `knowledge_sensitivity`.
+    """
+    bank = adapters.bank
+    if bank is None:
+        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+    found = knowledge_sensitivity(adapters, batches, mask=mask, seed=seed)
+    values = torch.tensor([found[group.key] for group in bank.groups], dtype=torch.float64)
+    weights = (values / values.mean().clamp(min=1e-12)).clamp(min=1e-3) ** strength
+    bank.weigh(weights.to(bank.owner.device)[bank.owner])
+    return found

@@ -1,0 +1,190 @@
+"""How much an update of a base moved what it computes, point by point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gatedadapters.backbone import Layout, discover
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.backbone.sample import device_of
+from gatedadapters.errors import DataError, LayoutError
+from gatedadapters.hooks import first_tensor
+from gatedadapters.structure import column, format_table
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PointShift:
+    """One module of the layout: `shift` = ||new - old|| / ||old||, Frobenius, over the tokens that are no padding."""
+
+    module: str
+    block: int
+    sublayer: str
+    role: str
+    shift: float
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationShift:
+    """How far the outputs of every linear map, and of every mixture of experts, moved from one base to another."""
+
+    points: tuple[PointShift, ...]
+
+    def mean(self, sublayer: str) -> float:
+        """Over the points of a kind of sub-layer, `attention` or `feed_forward`; nan where there is none."""
+        own = [point.shift for point in self.points if point.sublayer == sublayer]
+        return sum(own) / len(own) if own else float("nan")
+
+    def grid(self) -> tuple[list[int], list[str], dict[tuple[int, str], float]]:
+        """Blocks, columns (sub-layer, role), and the shift of each cell (the mean where several points share one)."""
+        cells: dict[tuple[int, str], list[float]] = {}
+        for point in self.points:
+            cells.setdefault((point.block, column(point.sublayer, point.role, "").strip()), []).append(point.shift)
+        columns = list(dict.fromkeys(name for _, name in cells))
+        blocks = sorted({block for block, _ in cells})
+        return blocks, columns, {place: sum(values) / len(values) for place, values in cells.items()}
+
+    def table(self) -> str:
+        """One row a block, one column a place, in per cent."""
+        blocks, columns, cells = self.grid()
+        rows = [
+            [str(block), *(f"{cells[block, name]:.1%}" if (block, name) in cells else "" for name in columns)]
+            for block in blocks
+        ]
+        return format_table(["block", *columns], rows)
+
+    def to_data(self) -> list[dict[str, Any]]:
+        """Plain data."""
+        return [asdict(point) for point in self.points]
+
+
+def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> ActivationShift:
+    """Run two versions of a base on the same texts, each on its own hidden states, and compare every point.
+
+    Args:
+        old: the base before.
+        new: the base after; the same layout, other values.
+        batches: what both models run on; `attention_mask` (batch, length) says what is padding.
+
+    Raises:
+        LayoutError: the two are not versions of one base; the first difference is named.
+        DataError: there is no batch.
+    """
+    layout = check_versions(old, new)
+    places = list(_places(layout))
+    names = [place[0] for place in places]
+    moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    count = 0
+    for batch in batches:
+        count += 1
+        before, after = outputs(old, names, batch), outputs(new, names, batch)
+        for name in names:
+            for a, b in zip(before[name], after[name], strict=True):
+                moved[name] += float((b.to(a) - a).square().sum())
+                size[name] += float(a.square().sum())
+    if not count:
+        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
+    return ActivationShift(
+        tuple(
+            PointShift(name, block, sublayer, role, math.sqrt(moved[name] / max(size[name], 1e-30)))
+            for name, block, sublayer, role in places
+        )
+    )
+
+
+def check_versions(old: nn.Module, new: nn.Module) -> Layout:
+    """The layout that two versions of a base share.
+
+    Raises:
+        LayoutError: they are not versions of one base; the first difference is named.
+    """
+
+    def refuse(what: str, expected: object, got: object) -> LayoutError:
+        return LayoutError(
+            f"these are not two versions of one base: {what} differs",
+            expected=f"{expected} (old)",
+            got=f"{got} (new)",
+            where=f"{type(old).__name__}, {type(new).__name__}",
+            fix="give a base and its update",
+        )
+
+    if type(old) is not type(new):
+        raise refuse("the class", type(old).__name__, type(new).__name__)
+    words = [_vocabulary(model) for model in (old, new)]
+    if words[0] != words[1]:
+        raise refuse("the vocabulary", f"{words[0]:,} tokens", f"{words[1]:,} tokens")
+    shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (old, new)]
+    for name in dict.fromkeys((*shapes[0], *shapes[1])):
+        a, b = (found.get(name, "absent") for found in shapes)
+        if a != b:
+            raise refuse(f"the shape of {name}", a, b)
+    layouts = [discover(model) for model in (old, new)]
+    lines = [layout.table().splitlines() for layout in layouts]
+    for a, b in zip(*lines, strict=False):
+        if a != b:
+            raise refuse("the layout", a.strip(), b.strip())
+    return layouts[0]
+
+
+def outputs(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[Tensor]]:
+    """What each named module returns for a batch in evaluation mode: for every call of it, rows (tokens, width)."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    mask = batch.get("attention_mask")
+    modules = dict(model.named_modules())
+    with recording({name: modules[name] for name in found}, found, mask), undisturbed(model):
+        model(**{key: value.to(device_of(model)) for key, value in batch.items()})
+    return found
+
+
+@contextmanager
+def recording(modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], mask: Tensor | None) -> Iterator[None]:
+    """Within this context the modules' outputs are kept, in fp32, without the rows of padding."""
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = output if isinstance(output, Tensor) else first_tensor(tuple(output), {})
+            rows = value.detach().float().flatten(0, -2)
+            if mask is not None and mask.numel() == len(rows):
+                rows = rows[mask.flatten().bool().to(rows.device)]
+            into[name].append(rows)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def relative(before: list[Tensor], after: list[Tensor]) -> float:
+    """||after - before|| / ||before|| over all calls."""
+    moved = sum(float((b - a).square().sum()) for a, b in zip(before, after, strict=True))
+    size = sum(float(a.square().sum()) for a in before)
+    return math.sqrt(moved / max(size, 1e-30))
+
+
+def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            maps = {m.name: m.role for m in sublayer.maps if m.kind != "experts" and m.traffic > 0}
+            if sublayer.writer and sublayer.writer not in maps:
+                maps[sublayer.writer] = ""
+            for name, role in maps.items():
+                yield name, block.index, sublayer.kind, role
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    return 0 if embedding is None else embedding.num_embeddings
+
+
+__all__ = ["ActivationShift", "PointShift", "activation_shift", "check_versions", "outputs", "relative"]

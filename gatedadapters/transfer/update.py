@@ -1,0 +1,199 @@
+"""A base update for those who have only one version: continued pretraining on given text."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from gatedadapters.backbone import discover
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.errors import DataError, TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """The size of a base update.
+
+    Attributes:
+        objective: `masked` or `causal` language modelling.
+        steps: optimiser steps.
+        tokens: trained on.
+        weight_shift: ||new - old|| / ||old|| over all parameters.
+        weight_shift_by_kind: the same over the linear maps of each kind of sub-layer, and over `rest` (embeddings,
+            norms, heads).
+        loss: (before, after) on text that was held out of what it was trained on.
+        other_loss: (before, after) on other text, or None.
+    """
+
+    objective: str
+    steps: int
+    tokens: int
+    weight_shift: float
+    weight_shift_by_kind: dict[str, float]
+    loss: tuple[float, float]
+    other_loss: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {value:.2%}" for kind, value in self.weight_shift_by_kind.items())
+        lines = [
+            f"{self.objective} language modelling, {self.steps} steps, {self.tokens:,} tokens",
+            f"weights moved by {self.weight_shift:.2%} ({kinds})",
+            f"loss on its own text {self.loss[0]:.3f} -> {self.loss[1]:.3f}",
+        ]
+        if self.other_loss is not None:
+            lines.append(f"loss on other text {self.other_loss[0]:.3f} -> {self.other_loss[1]:.3f}")
+        return "\n".join(lines)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def simulate_update(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    steps: int = 100,
+    learning_rate: float = 1e-4,
+    batch_size: int = 8,
+    length: int = 128,
+    mask_share: float = 0.15,
+    other_texts: Sequence[str] = (),
+    bf16: bool = False,
+    seed: int = 0,
+) -> UpdateReport:
+    """Train all of `model` on with its own objective, in place, so that it becomes a second version of itself.
+
+    Masked language modelling for encoders, causal for decoders, by transformers' Trainer. The texts are joined, cut
+    into pieces of `length` tokens, and a tenth of the pieces is held out. Keep the old version before: a deep copy, or
+    `from_pretrained` again.
+
+    Args:
+        model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM), nothing attached.
+        tokenizer: the model's.
+        texts: what the new version has read.
+        steps: more, or a higher rate, for a larger shift.
+        learning_rate: peak; a tenth of the steps warms up, then it falls linearly.
+        batch_size: pieces per step.
+        length: tokens of a piece.
+        mask_share: of the tokens to be guessed, for encoders.
+        other_texts: to see what the update cost elsewhere.
+        bf16: autocast.
+        seed: of order and masks.
+
+    Raises:
+        TrainingError: the model has no language-modelling head.
+        DataError: too little text.
+    """
+    objective = _objective(model)
+    pieces = _pieces(tokenizer, texts, length)
+    held_out = max(1, len(pieces) // 10)
+    if len(pieces) - held_out < batch_size:
+        raise DataError(
+            "there is too little text to train on",
+            expected=f"at least {batch_size + held_out} pieces of {length} tokens",
+            got=f"{len(pieces)}",
+            where="simulate_update(texts=)",
+            fix="give more text, or a smaller length or batch_size",
+        )
+    masked = objective == "masked"
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=mask_share, seed=seed)
+    other = _pieces(tokenizer, other_texts, length)[:held_out] if other_texts else []
+    parts = [part for part in (pieces[:held_out], other) if part]
+    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = [_loss(model, part, tokenizer, masked, mask_share, batch_size) for part in parts]
+    with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
+        args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=math.ceil(0.1 * steps),
+            seed=seed,
+            bf16=bf16,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=steps,
+            dataloader_pin_memory=False,
+        )
+        data: Any = pieces[held_out:]
+        trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    after = [_loss(model, part, tokenizer, masked, mask_share, batch_size) for part in parts]
+    total, by_kind = _weight_shift(model, old)
+    return UpdateReport(
+        objective,
+        steps,
+        steps * batch_size * length,
+        total,
+        by_kind,
+        (before[0], after[0]),
+        (before[1], after[1]) if other else None,
+    )
+
+
+def _objective(model: nn.Module) -> str:
+    name = type(model).__name__
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal"
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "masked"
+    raise TrainingError(
+        "only a language model can be pretrained on",
+        expected="a model with a masked or causal language-modelling head",
+        got=name,
+        where="simulate_update",
+        fix="load it with AutoModelForMaskedLM or AutoModelForCausalLM",
+    )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[dict[str, list[int]]]:
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, verbose=False)["input_ids"]
+    starts = range(0, len(ids) - length + 1, length)
+    return [{"input_ids": ids[i : i + length], "attention_mask": [1] * length} for i in starts]
+
+
+def _loss(
+    model: nn.Module, pieces: Any, tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, batch: int
+) -> float:
+    """Mean over batches; the same masks before and after."""
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=share, seed=0)
+    device = next(model.parameters()).device
+    batches = DataLoader(pieces, batch_size=batch, collate_fn=collate)
+    with undisturbed(model):
+        losses = [model(**{key: value.to(device) for key, value in inputs.items()}).loss for inputs in batches]
+    return float(torch.stack(losses).mean())
+
+
+def _weight_shift(model: nn.Module, old: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    kinds = {f"{m.name}.{m.parameter}": sublayer.kind for _, sublayer, m in discover(model).maps()}
+    sums: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - old[name]).float().square().sum()
+        entry = sums.setdefault(kinds.get(name, "rest"), [0.0, 0.0])
+        entry[0] += float(moved)
+        entry[1] += float(old[name].float().square().sum())
+    moved_all, size_all = (sum(entry[i] for entry in sums.values()) for i in (0, 1))
+    return (moved_all / size_all) ** 0.5, {kind: (a / max(b, 1e-30)) ** 0.5 for kind, (a, b) in sorted(sums.items())}

@@ -1,0 +1,251 @@
+"""Evaluation across a base update: scores, recovery, shift of activations, sensitivity, and the simulated update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import optimize, stats
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+import gatedadapters as ga
+from gatedadapters.errors import DataError, LayoutError, TrainingError
+from gatedadapters.gates import Pressure
+from gatedadapters.testing.backbones import VOCABULARY, tiny
+from gatedadapters.transfer import (
+    activation_shift,
+    check_versions,
+    evaluate_transfer,
+    knowledge_sensitivity,
+    prefer_transferable,
+    recovery,
+    simulate_update,
+)
+from gatedadapters.transfer.evaluate import t_quantile
+
+# -- recovery ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", [1, 4, 9, 30, 45, 200])
+def test_quantile_is_student_s(degrees: int) -> None:
+    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
+
+
+def test_interval_of_the_recovery_holds_exactly_the_ratios_a_t_test_does_not_reject() -> None:
+    won, gap = [0.02, 0.05, 0.01, 0.04, 0.03], [0.08, 0.10, 0.07, 0.12, 0.09]
+    found = recovery(won, gap)
+    assert found.value == pytest.approx(sum(won) / sum(gap))
+    assert found.interval is not None
+
+    def doubt(ratio: float) -> float:
+        rest = [w - ratio * g for w, g in zip(won, gap, strict=True)]
+        return float(stats.ttest_1samp(rest, 0.0).pvalue) - 0.05
+
+    ends = optimize.brentq(doubt, -1, found.value), optimize.brentq(doubt, found.value, 2)
+    assert found.interval == pytest.approx(ends, abs=1e-3)
+
+
+def test_recovery_is_undefined_inside_seed_noise() -> None:
+    gap = [0.02, -0.03, 0.01, 0.00, 0.02]
+    assert stats.ttest_1samp(gap, 0.0).pvalue > 0.05
+    assert recovery([0.01] * 5, gap).value is None
+    assert "undefined" in str(recovery([0.01] * 5, gap))
+    assert recovery([0.01], [0.5]).value is None  # one seed says nothing of noise
+
+
+# -- versions and their shift ------------------------------------------------------------------------------
+
+
+def test_shift_of_a_scaled_map_is_its_factor_and_nothing_before_it_moves() -> None:
+    old, batch = tiny("llama")
+    batch["attention_mask"][0, 5:] = 0
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.layers[1].mlp.down_proj.weight.mul_(1.25)
+    found = {point.module: point.shift for point in activation_shift(old, new, [batch, batch]).points}
+    assert found["layers.1.mlp.down_proj"] == pytest.approx(0.25)
+    assert all(value == 0 for name, value in found.items() if name.startswith("layers.0."))
+    assert found["layers.1.mlp.up_proj"] == 0
+    assert all(value > 0 for name, value in found.items() if name.startswith("layers.2."))
+
+
+def test_shift_leaves_padding_out() -> None:
+    old, batch = tiny("bert")
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.embeddings.word_embeddings.weight[0] += 5.0  # of the padding token alone
+    batch["input_ids"][1, 4:], batch["attention_mask"][1, 4:] = 0, 0
+    assert max(p.shift for p in activation_shift(old, new, [batch]).points) < 1e-5
+
+
+def test_mixtures_of_experts_have_a_point_for_what_they_return() -> None:
+    old, batch = tiny("mixtral")
+    new, _ = tiny("mixtral", seed=1)
+    shift = activation_shift(old, new, [batch])
+    assert {p.module for p in shift.points} >= {"layers.0.mlp", "layers.1.self_attn.o_proj"}
+    assert "ffn" in shift.table()
+    with pytest.raises(DataError, match="at least one batch"):
+        activation_shift(old, new, [])
+
+
+def longer() -> nn.Module:
+    settings: Any = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": VOCABULARY}
+    return BertModel(BertConfig(**settings, num_hidden_layers=4, max_position_embeddings=64, type_vocab_size=2))
+
+
+def with_more_words() -> nn.Module:
+    model, _ = tiny("bert")
+    model.resize_token_embeddings(VOCABULARY + 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        (lambda: tiny("roberta")[0], ["the class", "BertModel", "RobertaModel"]),
+        (with_more_words, ["the vocabulary", "99 tokens", "102 tokens"]),
+        (longer, ["encoder.layer.3", "absent"]),
+    ],
+)
+def test_other_bases_are_refused_and_the_difference_named(new: Any, says: list[str]) -> None:
+    with pytest.raises(LayoutError) as refused:
+        check_versions(tiny("bert")[0], new())
+    assert all(part in str(refused.value) for part in [*says, "fix:"])
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
+def test_each_arm_is_trained_and_tested_where_it_should_be() -> None:
+    old, batch = tiny("llama", head="classification")
+    new, _ = tiny("llama", head="classification", seed=1)
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (old, new)]
+    log: list[tuple[str, ...]] = []
+
+    def train(model: nn.Module, seed: int) -> ga.Adapters:
+        space = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 2}]}, where="test")
+        adapters = ga.attach(model, space, batch, seed=seed)
+        with torch.no_grad():
+            for path in adapters.paths.values():
+                path.up.fill_(0.01 * (len(log) + 1))
+        adapters.compact()
+        weak = any(type(h).__name__ == "Draw" for m in model.modules() for h in m._forward_pre_hooks.values())
+        log.append(("train", "old" if model is old else "new", "weakened" if weak else "plain", str(seed)))
+        return adapters
+
+    def score(model: nn.Module) -> float:
+        adapters = ga.get_adapters(model)
+        return float(next(iter(adapters.paths.values())).up.detach().flatten()[0]) + (0 if model is old else 0.5)
+
+    report = evaluate_transfer(old, new, train, score, seeds=(3, 4))
+    places = [("old", "plain"), ("old", "weakened"), ("new", "plain")]
+    assert log == [("train", *place, seed) for seed in "34" for place in places]
+    first = report.scores[0]
+    gates = first.old / 0.01  # gates folded into the weights
+    assert first.direct == pytest.approx(first.old + 0.5)  # the same adapter, carried over
+    assert first.trained_direct == pytest.approx(first.trained_old + 0.5)
+    assert first.trained_old == pytest.approx(0.02 * gates)
+    assert first.retuned == pytest.approx(0.03 * gates + 0.5)
+    assert "recovery" in report.table()
+    for model, state in zip((old, new), before, strict=True):
+        heads = {"score.weight"}
+        assert all(torch.equal(value, state[k]) for k, value in model.state_dict().items() if k not in heads)
+        assert not hasattr(model, "gated_adapters")
+
+
+# -- sensitivity and the weighed penalty -------------------------------------------------------------------
+
+
+def test_sensitivity_is_zero_before_the_first_feed_forward_and_counts_it_after() -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model.train(), "lora-all-linear", batch)
+    found = knowledge_sensitivity(adapters, [batch])
+    assert found["layers/0/self_attn/q_proj:lora"] == 0
+    assert found["layers/0/mlp/up_proj:lora"] == 0
+    assert found["layers/0/mlp/down_proj:lora"] == pytest.approx((0.2) ** 0.5, abs=0.15)  # what masking takes away
+    assert 0 < found["layers/1/self_attn/q_proj:lora"] < found["layers/0/mlp/down_proj:lora"]
+    assert all(module.training for module in model.modules())
+    assert not any(type(h).__name__.startswith("Mask") for m in model.modules() for h in m._forward_pre_hooks.values())
+
+
+@pytest.mark.parametrize("penalty", [ga.L0(weight=2.0), ga.Budget(fraction=0.2)], ids=["L0", "budget"])
+def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: Any) -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model, "lora-all-linear", batch, penalty=penalty, total_steps=100)
+    bank, pressure = adapters.bank, adapters.pressure
+    assert bank is not None
+    assert isinstance(pressure, Pressure)
+    bank.step.fill_(90)
+    with torch.no_grad():
+        bank.log_alpha.fill_(1.0)
+    plain, cost = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0], float(bank.expected_cost().detach())
+    found = prefer_transferable(adapters, [batch], strength=0.5)
+    weighed = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0]
+    assert float(bank.expected_cost().detach()) == cost
+    ratio = (weighed / plain)[0]
+    quiet = torch.cat([ratio[bank.slices[key]] for key, value in found.items() if value == 0])
+    loud = ratio[bank.slices[max(found, key=lambda key: found[key])]]
+    assert quiet.max() < ratio.median() < loud.min()
+    assert float((weighed * 1.0).sum()) == pytest.approx(float(plain.sum()), rel=1e-4)  # as hard in all as before
+    structure = adapters.discretize(ga.Budget(fraction=0.2))
+    assert structure.params <= 0.2 * bank.dense_cost()
+    assert structure.params > 0.19 * bank.dense_cost()
+
+
+# -- the simulated update ----------------------------------------------------------------------------------
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+
+def counting(words: int) -> list[str]:
+    return [" ".join(f"w{(i + shift) % 12}" for i in range(words)) for shift in range(12)]
+
+
+@pytest.mark.parametrize(("family", "objective"), [("bert", "masked"), ("llama", "causal")])
+def test_simulated_update_learns_its_text_and_reports_how_far_it_went(family: str, objective: str) -> None:
+    model, _ = tiny(family, head="lm")
+    old = copy.deepcopy(model)
+    options: dict[str, Any] = {"steps": 12, "learning_rate": 3e-3, "length": 16, "batch_size": 4}
+    found = simulate_update(model, tokenizer(), counting(64), other_texts=[" ".join(["w80 w7"] * 64)], **options)
+    assert (found.objective, found.steps, found.tokens) == (objective, 12, 12 * 4 * 16)
+    assert found.loss[1] < found.loss[0] - 0.1
+    assert found.other_loss is not None
+    pairs = [(a.float(), b.float()) for a, b in zip(model.parameters(), old.parameters(), strict=True)]
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
+    assert found.weight_shift == pytest.approx(
+        moved / math.sqrt(sum(float(b.square().sum()) for _, b in pairs)), rel=1e-4
+    )
+    assert set(found.weight_shift_by_kind) == {"attention", "feed_forward", "rest"}
+    assert "weights moved by" in str(found)
+    check_versions(old, model)
+
+
+def test_simulated_update_refuses_what_it_cannot_train() -> None:
+    with pytest.raises(TrainingError, match=r"language-modelling head[\s\S]*BertModel"):
+        simulate_update(tiny("bert")[0], tokenizer(), counting(64))
+    with pytest.raises(DataError, match="too little text"):
+        simulate_update(tiny("llama", head="lm")[0], tokenizer(), ["w1 w2"], length=16)
+
+
+def test_configuration_finds_its_files_beside_itself(tmp_path: Path) -> None:
+    for name in ("old", "new", "saved"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "t.yaml").write_text("model: old\nupdate: new\nadapter: saved\ntasks: [{train: t.csv}]\n")
+    from gatedadapters.config import TransferConfig
+
+    config = TransferConfig.load(tmp_path / "t.yaml")
+    assert [config.model, config.update, config.adapter] == [str(tmp_path / n) for n in ("old", "new", "saved")]
+    assert config.weakening.drop == 0.1
