@@ -15,7 +15,7 @@ from gatedadapters.backbone.quantized import is_quantized, parts
 from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.testing import tiny
-from gatedadapters.testing.contracts import awaken
+from gatedadapters.testing.helpers import awaken
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed; see the extra 'quantized'")
 

@@ -49,8 +49,8 @@ def import_peft(
         gates: how they are drawn; with `init` at its default or higher each is 1 in evaluation at the start.
         heads: parameters of the model to train and save along, beside the LoRA's `modules_to_save`; default as in
             `attach`.
-        base: `"updated"` accepts a backbone of the same shapes with other weights than the one `export_peft` saw; folders
-            that peft wrote do not say which it was, only names and shapes are checked.
+        base: `"updated"` accepts a backbone of the same shapes with other weights than the one `export_peft` saw;
+            folders that peft wrote do not say which it was, only names and shapes are checked.
         seed: of gates and gate noise.
 
     Raises:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from gatedadapters.artifacts import export_peft, import_peft, singular_values
 from gatedadapters.artifacts.export_peft import WEIGHTS
 from gatedadapters.artifacts.peft_folder import PeftFolder
-from gatedadapters.cli.outcome import LOGS, METRICS, PEFT, PICTURE, TABLE, check_free
+from gatedadapters.cli.outcome import LOGS, METRICS, OUTPUTS, PEFT, PICTURE, TABLE, check_free
 from gatedadapters.cli.runner import Arm, Experiment, majority
 from gatedadapters.cli.setup import build_classifier
 from gatedadapters.cli.show import ADAPTER
@@ -32,7 +32,7 @@ def compress(lora: PeftFolder, config: SearchConfig, task: TextTask, folder: Pat
     Raises:
         GatedAdaptersError: whatever is wrong with the LoRA, the model, the data or the folder.
     """
-    check_free(folder, overwrite=overwrite)
+    check_free(folder, OUTPUTS, overwrite=overwrite)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     built = build_classifier(config, task.n_classes)

@@ -97,7 +97,7 @@ class Experiment:
     def adapted(self, space: SearchSpace | Structure, progress: tqdm[Any], *, searching: bool) -> Adapters:
         """Adapters trained from scratch, compact and still attached."""
         adapters = self._attach(space)
-        self._fit(adapters, SEARCHED if searching else "adapter", progress, searching=searching)
+        self.fit(adapters, SEARCHED if searching else "adapter", progress, searching=searching)
         if adapters.bank is not None:
             adapters.compact(adapters.structure or adapters.discretize(self.config.budget))
         return adapters

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,8 +28,17 @@ from gatedadapters.errors import PathError
 from gatedadapters.paths import Misfit, Path, Site, path_class
 from gatedadapters.structure import Structure
 from gatedadapters.testing.backbones import tiny
-
-Batch = Mapping[str, Tensor]
+from gatedadapters.testing.helpers import (
+    Batch,
+    assert_equal,
+    assert_same_state,
+    awaken,
+    checkpoint_activations,
+    gradients_of,
+    output_of,
+    random_loss,
+    train_briefly,
+)
 
 
 class PathContract:
@@ -58,21 +67,21 @@ class PathContract:
         """Bit for bit, in evaluation and (same random state) in training."""
         model, batch = tiny(family)
         for mode in (False, True):
-            before = _output(model.train(mode), batch)
+            before = output_of(model.train(mode), batch)
             attach(model, _space(option), batch)
-            assert_equal(_output(model, batch), before)
+            assert_equal(output_of(model, batch), before)
             detach(model)
 
     def test_closed_gate_equals_the_detached_backbone(self, option: PathOptions, family: str) -> None:
         """Bit for bit, with the path's own parameters anything but zero."""
         model, batch = tiny(family)
-        before = _output(model, batch)
+        before = output_of(model, batch)
         adapters = _attached(model, option, batch)
-        assert not torch.equal(_output(model, batch), before), "the path has no effect to switch off"
+        assert not torch.equal(output_of(model, batch), before), "the path has no effect to switch off"
         _set_gates(adapters, -4.0)
-        assert_equal(_output(model, batch), before)
+        assert_equal(output_of(model, batch), before)
         detach(model)
-        assert_equal(_output(model, batch), before)
+        assert_equal(output_of(model, batch), before)
 
     def test_open_gate_equals_the_ungated_path(self, option: PathOptions, family: str) -> None:
         """A gate of 1 computes what the same weights compute in a model that has no gates."""
@@ -82,7 +91,7 @@ class PathContract:
         ungated, _ = tiny(family)
         plain = attach(ungated, adapters.discretize())
         plain.paths.load_state_dict(adapters.paths.state_dict())
-        torch.testing.assert_close(_output(model, batch), _output(ungated, batch), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output_of(model, batch), output_of(ungated, batch), rtol=1e-5, atol=1e-6)
 
     def test_gates_get_no_gradient_while_the_path_is_zero_and_some_once_it_is_not(
         self, option: PathOptions, family: str
@@ -92,7 +101,7 @@ class PathContract:
         adapters = attach(model, _space(option), batch)
         _set_gates(adapters, 0.0)
         bank = adapters._gates()
-        _loss(model, batch).backward()
+        random_loss(model, batch).backward()
         assert bank.log_alpha.grad is not None
         assert not bank.log_alpha.grad.any(), "a path that contributes nothing moved its gates"
         for key, path in adapters.paths.items():
@@ -100,7 +109,7 @@ class PathContract:
             assert learns, f"{key} cannot start to learn"
         awaken(adapters)
         model.zero_grad()
-        _loss(model, batch).backward()
+        random_loss(model, batch).backward()
         for key, where in bank.slices.items():
             own = bank.ancestry[where, -1]
             assert bank.log_alpha.grad[:, own].any(), f"the gates of {key} see nothing"
@@ -113,29 +122,29 @@ class PathContract:
         with torch.no_grad():
             bank.log_alpha[0].fill_(0.5)
             bank.log_alpha[1].copy_(torch.linspace(-4.0, 4.0, bank.n_gates))
-        mixed = _output(model, {**batch, "task_ids": torch.tensor([1, 0])})
+        mixed = output_of(model, {**batch, "task_ids": torch.tensor([1, 0])})
         for row, task in enumerate((1, 0)):
             adapters.set_task(task)
-            alone = _output(model, {name: _one(value, row) for name, value in batch.items()})
+            alone = output_of(model, {name: _one(value, row) for name, value in batch.items()})
             torch.testing.assert_close(_one(mixed, row), alone, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(mixed, _output(model, batch)), "the tasks' gates make no difference"
+        assert not torch.allclose(mixed, output_of(model, batch)), "the tasks' gates make no difference"
 
     def test_a_trained_deep_copy_leaves_the_original_alone(self, option: PathOptions, family: str) -> None:
         """And the original can be detached without the copy noticing."""
         model, batch = tiny(family)
         adapters = _attached(model, option, batch)
-        before, state = _output(model, batch), copy.deepcopy(model.state_dict())
+        before, state = output_of(model, batch), copy.deepcopy(model.state_dict())
         twin = copy.deepcopy(model)
-        assert_equal(_output(twin, batch), before)
-        _train(twin.train(), batch)
-        _assert_same_state(model.state_dict(), state)
-        assert_equal(_output(model, batch), before)
-        trained = _output(twin.eval(), batch)
+        assert_equal(output_of(twin, batch), before)
+        train_briefly(twin.train(), batch)
+        assert_same_state(model.state_dict(), state)
+        assert_equal(output_of(model, batch), before)
+        trained = output_of(twin.eval(), batch)
         assert not torch.equal(trained, before), "the copy learned nothing"
         assert get_adapters(twin).model is twin
         assert adapters.model is model
         detach(model)
-        assert_equal(_output(twin, batch), trained)
+        assert_equal(output_of(twin, batch), trained)
 
     def test_state_dict_round_trip(self, option: PathOptions, family: str) -> None:
         """A state dict loads into the same space attached with another seed."""
@@ -144,7 +153,7 @@ class PathContract:
         other, _ = tiny(family)
         attach(other, _space(option), batch, seed=1)
         other.load_state_dict(copy.deepcopy(model.state_dict()))
-        assert_equal(_output(other, batch), _output(model, batch))
+        assert_equal(output_of(other, batch), output_of(model, batch))
 
     def test_saving_the_whole_model_round_trips(self, option: PathOptions, family: str) -> None:
         """`torch.save` of the attached model: outputs and gradients are the original's."""
@@ -154,10 +163,10 @@ class PathContract:
         torch.save(model, buffer)
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=False)
-        assert_equal(_output(loaded, batch), _output(model, batch))
+        assert_equal(output_of(loaded, batch), output_of(model, batch))
         for each in (model, loaded):
-            _loss(each.train(), batch).backward()
-        _assert_same_state(_gradients(loaded), _gradients(model))
+            random_loss(each.train(), batch).backward()
+        assert_same_state(gradients_of(loaded), gradients_of(model))
 
     def test_gradient_checkpointing_changes_no_gradient(self, option: PathOptions, family: str) -> None:
         """In either mode; the gates' gradient up to the order of a sum."""
@@ -168,8 +177,8 @@ class PathContract:
             model.train().config.use_cache = False  # checkpointing does so too, and GPT-2 then rounds differently
             if mode is not None:
                 checkpoint_activations(model, use_reentrant=mode)
-            _loss(model, batch).backward()
-            gradients.append(_gradients(model))
+            random_loss(model, batch).backward()
+            gradients.append(gradients_of(model))
         for checkpointed in gradients[1:]:
             assert checkpointed.keys() == gradients[0].keys()
             for name, value in gradients[0].items():
@@ -182,17 +191,17 @@ class PathContract:
         """The type is the backbone's, the values are close, gradients stay in float32."""
         model, batch = tiny(family)
         with torch.autocast("cpu", torch.bfloat16):
-            expected = _output(model, batch).dtype
+            expected = output_of(model, batch).dtype
         _attached(model, option, batch)
-        exact = _output(model, batch)
+        exact = output_of(model, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = _output(model, batch)
-            loss = _loss(model, batch)
+            rough = output_of(model, batch)
+            loss = random_loss(model, batch)
         loss.backward()
         assert rough.dtype == expected
         close = torch.isclose(rough.float(), exact.float(), rtol=0.1, atol=0.1)
         assert close.float().mean() > 0.9, "beyond rounding, which may send a token to another expert"
-        for name, value in _gradients(model).items():
+        for name, value in gradients_of(model).items():
             assert value.dtype == torch.float32, name
             assert value.isfinite().all(), name
 
@@ -202,9 +211,9 @@ class PathContract:
         adapters = _attached(model, option, batch)
         with torch.no_grad():
             adapters._gates().log_alpha.uniform_(-3.0, 3.0, generator=torch.Generator().manual_seed(0))
-        gated = _output(model, batch)
+        gated = output_of(model, batch)
         structure = adapters.compact()
-        torch.testing.assert_close(_output(model, batch), gated, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output_of(model, batch), gated, rtol=0, atol=1e-5)
         assert sum(p.numel() for p in adapters.paths.parameters()) == structure.params
 
     def test_a_structure_survives_json(self, option: PathOptions, family: str) -> None:
@@ -417,27 +426,6 @@ class PathContract:
         return path
 
 
-def awaken(module: nn.Module, *, seed: int = 0) -> None:
-    """Give every parameter except gates a random value, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if not name.endswith("log_alpha"):
-                parameter.normal_(std=0.3, generator=generator)
-
-
-def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
-    """Turn on gradient checkpointing of a transformers model, whatever its release calls it."""
-    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
-
-
-def assert_equal(a: Tensor, b: Tensor) -> None:
-    """Bitwise equality, with the largest difference in the message."""
-    assert a.shape == b.shape, f"{tuple(a.shape)} != {tuple(b.shape)}"
-    assert torch.equal(a, b), f"differ by up to {(a - b).abs().max():.3g}"
-
-
 def _space(option: PathOptions) -> SearchSpace:
     return SearchSpace(gates=GateConfig(levels=("point", "rank"), init_spread=0.0), paths=(option,))
 
@@ -454,41 +442,6 @@ def _attached(model: nn.Module, option: PathOptions, batch: Batch, *, tasks: Seq
 def _set_gates(adapters: Adapters, log_alpha: float) -> None:
     with torch.no_grad():
         adapters._gates().log_alpha.fill_(log_alpha)
-
-
-def _run(model: nn.Module, batch: Batch) -> Tensor:
-    torch.manual_seed(0)  # dropout in training mode
-    return cast(Tensor, model(**batch)[0])
-
-
-def _output(model: nn.Module, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return _run(model, batch)
-
-
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    output = _run(model, batch).float()
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    return (output * weight).sum()
-
-
-def _train(model: nn.Module, batch: Batch, *, steps: int = 2) -> None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-2)
-    for _ in range(steps):
-        _loss(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 def _one(tensor: Tensor, i: int) -> Tensor:

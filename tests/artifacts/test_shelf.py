@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
 from gatedadapters.testing.backbones import tiny
-from gatedadapters.testing.contracts import checkpoint_activations
+from gatedadapters.testing.helpers import checkpoint_activations
 
 FAMILIES = ("bert", "albert", "modernbert", "gpt2", "llama", "gemma2", "mixtral", "jamba", "t5")
 SPACES = {"a": "encoder-mixed", "b": "lora-all-linear", "c": "decoder-mixed"}

@@ -98,7 +98,7 @@ def test_every_kind_of_use_is_seen() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_blocks_give_the_same_gradients(use_reentrant: bool) -> None:
-    from gatedadapters.testing.contracts import checkpoint_activations
+    from gatedadapters.testing.helpers import checkpoint_activations
 
     for family in ("llama", "gpt2"):
         model, batch = tiny(family)

@@ -13,7 +13,7 @@ from gatedadapters.config import Where
 from gatedadapters.paths.lora import LoRAOptions
 from gatedadapters.paths.scale import ScaleOptions
 from gatedadapters.testing import tiny
-from gatedadapters.testing.contracts import awaken
+from gatedadapters.testing.helpers import awaken
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name

@@ -7,7 +7,7 @@ import torch
 
 from gatedadapters.paths.base import Point, Site
 from gatedadapters.paths.lora import LoRA, LoRAOptions
-from gatedadapters.testing.contracts import awaken
+from gatedadapters.testing.helpers import awaken
 
 
 def lora(width_in: int, width_out: int, rank: int) -> LoRA:

@@ -22,7 +22,7 @@ from gatedadapters.errors import ArtifactError, PathError, TaskError
 from gatedadapters.paths.low_rank_sum import LowRankSum
 from gatedadapters.paths.weight_lora import WeightLoRA, WeightLoRAOptions
 from gatedadapters.testing import tiny
-from gatedadapters.testing.contracts import awaken
+from gatedadapters.testing.helpers import awaken
 
 EXPERTS = WeightLoRAOptions(rank=3, at=Where(include="experts"))
 SPACE = SearchSpace(gates=GateConfig(levels=("rank",), stochastic=False), paths=(WeightLoRAOptions(rank=3),))

@@ -1,0 +1,73 @@
+"""What the contracts, and tests like them, do with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+def awaken(module: nn.Module, *, seed: int = 0) -> None:
+    """Give every parameter except gates a random value, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not name.endswith("log_alpha"):
+                parameter.normal_(std=0.3, generator=generator)
+
+
+def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
+    """Turn on gradient checkpointing of a transformers model, whatever its release calls it."""
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
+def assert_equal(a: Tensor, b: Tensor) -> None:
+    """Bitwise equality, with the largest difference in the message."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} != {tuple(b.shape)}"
+    assert torch.equal(a, b), f"differ by up to {(a - b).abs().max():.3g}"
+
+
+def run_model(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model returns first, for the same random numbers."""
+    torch.manual_seed(0)  # dropout in training mode
+    return cast(Tensor, model(**batch)[0])
+
+
+def output_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return run_model(model, batch)
+
+
+def random_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """A scalar that every output value moves."""
+    values = run_model(model, batch).float()
+    weight = torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
+    return (values * weight).sum()
+
+
+def train_briefly(model: nn.Module, batch: Batch, *, steps: int = 2) -> None:
+    """A few steps of everything that is trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    for _ in range(steps):
+        random_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """The same keys and, bit for bit, values."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
