@@ -1,4 +1,4 @@
-"""Search a structure on a real model, hand it to peft, and see peft compute the same.
+"""Search a structure on a real model, hand it to peft, and see peft compute the same; then merge it and take it back.
 
 python examples/round_trip.py OUT     (a new folder; needs peft and the packages of benchmarks/requirements.txt)
 """
@@ -90,9 +90,9 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def round_trip(name: str, out: Path, steps: int) -> dict[str, float]:
-    """Search, export, load with peft; the largest change of a logit, and peft's largest difference from ours.
+    """Search, export, load with peft, merge, unmerge; the largest change of a logit at each of these steps.
 
-    Both as shares of the largest logit: float32 ends at about 1e-6 of it in a model of thirty layers.
+    All as shares of the largest logit: float32 ends at about 1e-6 of it in a model of thirty layers.
     """
     case = CASES[name]()
     model = case.build()
@@ -106,17 +106,27 @@ def round_trip(name: str, out: Path, steps: int) -> dict[str, float]:
     ga.export_peft(adapters, out / name)
     theirs = logits(peft.PeftModel.from_pretrained(case.build(), str(out / name)), case.batch)
 
-    return {
-        "moved": float((ours - untouched).abs().max() / scale),
-        "peft": float((theirs - ours).abs().max() / scale),
+    adapters.merge()
+    merged = logits(model, case.batch)
+    adapters.unmerge()
+    restored = logits(model, case.batch)
+
+    steps_of_the_trip = {
+        "moved": ours - untouched,
+        "peft": theirs - ours,
+        "merged": merged - ours,
+        "unmerged": restored - ours,
     }
+    return {step: float(difference.abs().max() / scale) for step, difference in steps_of_the_trip.items()}
 
 
 def main(out: str, names: Sequence[str] = tuple(CASES), steps: int = 20) -> dict[str, dict[str, float]]:
     """The round trip of every model named."""
     found = {name: round_trip(name, Path(out), steps) for name in names}
     for name, differences in found.items():
-        print(f"{name}: logits moved by up to {differences['moved']:.1g}, peft's differ by {differences['peft']:.1g}")
+        print(f"{name}: logits moved by up to {differences['moved']:.1g}; from there, peft's differ by ", end="")
+        print(f"{differences['peft']:.1g}, merged ones by {differences['merged']:.1g}, unmerged by", end=" ")
+        print(f"{differences['unmerged']:.1g}")
     return found
 
 

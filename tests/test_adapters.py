@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import pipeline
 
 import gatedadapters as ga
-from gatedadapters import adapters as adapters_module
+from gatedadapters import hooks as hooks_module
 from gatedadapters.errors import AttachError, BudgetError, ConfigError, LayoutError, PathError, TaskError
 from gatedadapters.testing.backbones import FAMILIES, tiny
 
@@ -106,14 +106,14 @@ def test_attaching_twice_is_refused() -> None:
 def test_an_attach_that_fails_leaves_the_model_untouched(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny("llama")
     before, calls = snapshot(model), iter(range(1, 100))
-    real = adapters_module.OutputHook
+    real = hooks_module.OutputHook
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **options: Any) -> Any:
         if next(calls) == moment:
             raise RuntimeError("out of luck")
-        return real(*args)
+        return real(*args, **options)
 
-    monkeypatch.setattr(adapters_module, "OutputHook", failing)
+    monkeypatch.setattr(hooks_module, "OutputHook", failing)
     with pytest.raises(RuntimeError, match="out of luck"):
         ga.attach(model, "decoder-mixed", sample=batch)
     assert_same(before, snapshot(model))

@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # scripts share modules
 
 
 def script(name: str) -> ModuleType:

@@ -83,6 +83,8 @@ def test_the_round_trip_through_peft_ends_with_the_same_logits(
     found = load("round_trip").main(str(tmp_path), names=(name,), steps=4)[name]
     assert found["moved"] > 1e-3
     assert found["peft"] <= 1e-5
+    assert found["merged"] <= 1e-5
+    assert found["unmerged"] == 0.0
     config = json.loads((tmp_path / name / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
 

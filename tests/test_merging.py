@@ -14,6 +14,7 @@ import gatedadapters as ga
 from gatedadapters import hooks
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError, TrainingError
 from gatedadapters.testing.backbones import FAMILIES, tiny
+from gatedadapters.testing.helpers import awaken
 
 LINEAR = ga.SearchSpace.parse(
     {"paths": [{"kind": "lora", "rank": 3}, {"kind": "scale", "side": "input"}, {"kind": "scale", "side": "output"}]},
@@ -291,12 +292,22 @@ def test_adapters_with_gates_are_refused() -> None:
         adapters.merge()
 
 
-def test_a_router_that_ranks_its_experts_is_refused() -> None:
-    model, batch = tiny("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jamba"])
+def test_paths_at_the_weights_of_experts_and_routers_merge_and_come_back(family: str) -> None:
+    model, batch = tiny(family)
     adapters = ga.attach(model, "lora-all-linear", batch)
+    awaken(adapters)
     adapters.compact()
-    with pytest.raises(AttachError, match=r"more than a linear map(.|\n)*Router"):
-        adapters.merge()
+    before, computed = backbone_state(model), output(model, batch)
+    report = adapters.merge()
+    at_weights = {str(path.site.write) for _, path in adapters.typed_paths() if path.site.at_weight}
+    assert at_weights
+    assert at_weights <= report.drift.keys()
+    assert not torch.equal(backbone_state(model)[min(at_weights)], before[min(at_weights)])
+    torch.testing.assert_close(output(model, batch), computed, rtol=1e-3, atol=1e-4)
+    adapters.unmerge()
+    assert_same(backbone_state(model), before)
+    assert torch.equal(output(model, batch), computed)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself

@@ -45,6 +45,7 @@ def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") 
     with torch.no_grad():
         for name, value in state(adapters).items():
             value.copy_(tensors[name])
+    adapters.structure = structure
     return adapters
 
 

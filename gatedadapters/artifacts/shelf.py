@@ -112,6 +112,7 @@ class Shelf(nn.Module):
         with self._bare():
             structure, tensors = read_saved(model, folder, base=base)
             member = build(model, structure)
+            member.structure = structure
         at_weight = [key for key, path in member.typed_paths() if path.site.at_weight]
         if at_weight:
             raise ArtifactError(

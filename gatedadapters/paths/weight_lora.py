@@ -185,7 +185,7 @@ class WeightLoRA(LoRA):
         up, down = self.factors(scale)
         q_up, r_up = torch.linalg.qr(up.double())
         q_down, r_down = torch.linalg.qr(down.mT.double())
-        u, s, v = torch.linalg.svd(r_up @ r_down.mT)
+        u, s, v = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
         length = self.down.double().norm(dim=1).mean()
         left, right = (q_up @ u) * (s / length)[:, None], (q_down @ v.mT) * length  # (experts, out or in, r)
         new_up, new_down = torch.zeros_like(self.up), self.down.clone()

@@ -31,8 +31,9 @@ def saved(
     folder: Path, make: Callable[[], nn.Module], space: str, *, seed: int, tasks: tuple[str, ...] = ("default",)
 ) -> Path:
     """A folder with adapters, and heads if the model has some, that do something."""
-    model = make()
-    adapters = ga.attach(model, space, tasks=tasks, seed=seed)
+    model, everything = make(), ga.SearchSpace.load(space)
+    paths = tuple(options for options in everything.paths if options.kind != "weight_lora")
+    adapters = ga.attach(model, everything.model_copy(update={"paths": paths}), tasks=tasks, seed=seed)
     assert adapters.bank is not None
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -96,6 +97,18 @@ def test_each_example_of_a_mixture_and_each_batch_gets_what_its_own_adapters_com
     assert all(torch.equal(p, backbone[n]) for n, p in model.named_parameters() if n in backbone)
     distinct = list(case.alone.values())
     assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(distinct) for y in distinct[:i])
+
+
+def test_paths_at_weights_are_refused_a_place_beside_others(tmp_path: Path) -> None:
+    model, batch = tiny("mixtral")
+    adapters = ga.attach(model, "lora-all-linear", batch)
+    adapters.compact()
+    adapters.save(tmp_path / "experts")
+    ga.detach(model)
+    before = hidden(model, batch)
+    with pytest.raises(ArtifactError, match=r"for a whole batch(.|\n)*weight_lora"):
+        ga.Shelf.load(model, {"experts": tmp_path / "experts"})
+    assert torch.equal(hidden(model, batch), before)
 
 
 def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:

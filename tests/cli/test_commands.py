@@ -247,4 +247,4 @@ def test_the_module_runs_and_stays_light(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "2 []"
-    assert done.stderr.startswith("gatedadapters show: ArtifactError")
+    assert "gatedadapters show: ArtifactError\n" in done.stderr

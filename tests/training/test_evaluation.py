@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,17 @@ def test_the_penalty_is_not_rounded_under_autocast() -> None:
         adapters.set_penalty(penalty, schedule=ga.Schedule(warmup=0, ramp=0, prune=None), total_steps=10)
         adapters.bank.draw()
         adapters.pressure.ascend(adapters.bank)
-        exact, multipliers = adapters.penalty(), adapters.pressure.multipliers.clone()
+        exact, state = adapters.penalty(), copy.deepcopy((adapters.bank.state_dict(), adapters.pressure.state_dict()))
+        adapters.pressure.ascend(adapters.bank)
+        ascended = adapters.bank.log_alpha.clone(), adapters.pressure.multipliers.clone()
+        adapters.bank.load_state_dict(state[0])
+        adapters.pressure.load_state_dict(state[1])
         with torch.autocast("cpu", torch.bfloat16):
             assert adapters.penalty().dtype == torch.float32
             assert torch.equal(adapters.penalty(), exact)
-            adapters.pressure.multipliers.zero_()
             adapters.pressure.ascend(adapters.bank)
-        assert torch.equal(adapters.pressure.multipliers, multipliers)
+        assert torch.equal(adapters.bank.log_alpha, ascended[0])
+        assert torch.equal(adapters.pressure.multipliers, ascended[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

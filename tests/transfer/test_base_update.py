@@ -186,6 +186,7 @@ def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: A
     bank.step.fill_(90)
     with torch.no_grad():
         bank.log_alpha.fill_(1.0)
+        bank.evidence.fill_(0.5)  # what a budget's pressure is measured by
     plain, cost = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0], float(bank.expected_cost().detach())
     found = prefer_transferable(adapters, [batch], strength=0.5)
     weighed = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0]
@@ -223,7 +224,9 @@ def test_simulated_update_learns_its_text_and_reports_how_far_it_went(family: st
     assert (found.objective, found.steps, found.tokens) == (objective, 12, 12 * 4 * 16)
     assert found.loss[1] < found.loss[0] - 0.1
     assert found.other_loss is not None
-    pairs = [(a.float(), b.float()) for a, b in zip(model.parameters(), old.parameters(), strict=True)]
+    pairs = [
+        (a.detach().float(), b.detach().float()) for a, b in zip(model.parameters(), old.parameters(), strict=True)
+    ]
     moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
     assert found.weight_shift == pytest.approx(
         moved / math.sqrt(sum(float(b.square().sum()) for _, b in pairs)), rel=1e-4
