@@ -234,6 +234,7 @@ class SparseDelta(nn.Module):
                     parameter.requires_grad_(name in head_names)
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
+            self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
             self.write()
@@ -262,6 +263,18 @@ class SparseDelta(nn.Module):
                 parameter.requires_grad_(name in self._required_grad)
         self._model.clear()
         return model
+
+
+class RefuseCompilation:
+    """Before the model runs: a compiled one would see neither new values nor their gradients."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the model."""
+        if torch.compiler.is_compiling():
+            raise TrainingError(
+                "a model with a sparse delta is not compiled", expected="the model as it is", got="torch.compile",
+                where=type(module).__name__, fix="delta.merge() or .remove() first",
+            )  # fmt: skip
 
 
 def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = None) -> SparseDelta:

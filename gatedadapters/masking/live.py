@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -125,8 +126,6 @@ class LiveWeight(Tensor):
         return live
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveWeight:
-        from copy import deepcopy
-
         with torch._C.DisableTorchFunctionSubclass():
             module, tuned = deepcopy(self._module, memo), deepcopy(self._tuned, memo)
         live = LiveWeight.over(module, self._name, tuned)

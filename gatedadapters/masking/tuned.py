@@ -39,7 +39,7 @@ class Tuned(nn.Module):
 
     def current(self, weight: Tensor) -> Tensor:
         """`weight` with the values in it: optimisers that look at the loss within a step, as LBFGS, see their steps."""
-        if self.values._version != self._written and not torch.compiler.is_compiling():
+        if self.pending:
             self.write()
         return weight
 

@@ -401,6 +401,14 @@ def test_a_parameter_changed_from_outside_is_an_error_before_the_next_step(how: 
     assert delta.applied
 
 
+def test_compiling_is_refused() -> None:
+    model, batch, delta = masked("llama")
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(TrainingError, match="not compiled"):
+        compiled(**batch)
+    delta.merge()
+
+
 def test_generation_and_evaluation_use_the_tuned_weights() -> None:
     model, batch, delta = masked("llama", head="lm")
     train(model, delta, batch, steps=20)
