@@ -194,7 +194,7 @@ BOTTLENECK: dict[str, object] = {"kind": "serial", "width": 4}
 INNER: dict[str, object] = {"kind": "scale", "side": "input"}
 OUTER: dict[str, object] = {"kind": "scale", "side": "output"}
 LORA: dict[str, object] = {"kind": "lora", "rank": 4}
-WEIGHTS: dict[str, object] = {"kind": "weight_lora", "rank": 2}
+AT_WEIGHTS: dict[str, object] = {"kind": "weight_lora", "rank": 2}
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ WEIGHTS: dict[str, object] = {"kind": "weight_lora", "rank": 2}
         ("bert", (LORA, BOTTLENECK), ["peft has no serial adapters", "lora at encoder"]),
         ("bert", (LORA, OUTER), ["a peft adapter is of one kind", "lora at", "scale at"]),
         ("bert", (INNER, OUTER), ["IA3 scales one side", "both", "encoder.layer.0.attention.self.query"]),
-        ("qwen2_moe", (LORA, WEIGHTS), ["peft has no weight_lora adapters", "weight_lora at layers.0.mlp."]),
+        ("qwen2_moe", (LORA, AT_WEIGHTS), ["peft has no weight_lora adapters", "weight_lora at layers.0.mlp."]),
         ("qwen3_next", (NO_ROUTERS,), ["it reserves their names", "gate_proj", "layers.0.mlp.shared_expert"]),
         ("mamba", (LORA,), ["it reserves their names", "out_proj", "layers.0.mixer.out_proj"]),
     ],
