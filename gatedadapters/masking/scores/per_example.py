@@ -13,6 +13,7 @@ shared by all examples, fused experts that mix the tokens of a batch.
 from __future__ import annotations
 
 import logging
+import sys
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from transformers.pytorch_utils import Conv1D
 
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch, Run, check_finite, gradients
@@ -223,13 +223,13 @@ class _Pass:
     def _grads(self, parameter: nn.Parameter, use: Use, where: slice) -> Tensor:
         """(examples in `where`, *shape) gradients through one use."""
         assert use.grad is not None
-        kind, is_bias = type(use.module).forward, parameter.dim() == 1
-        if kind in (nn.Linear.forward, Conv1D.forward):
+        kind, is_bias, transposed = type(use.module).forward, parameter.dim() == 1, _is_conv1d(use.module)
+        if kind is nn.Linear.forward or transposed:
             out = self._by_example(use.grad)[where]
             if is_bias:
                 return out.sum(1)
             inputs = self._by_example(use.inputs[0])[where].to(out.dtype)
-            return inputs.mT @ out if kind is Conv1D.forward else out.mT @ inputs
+            return inputs.mT @ out if transposed else out.mT @ inputs
         if kind is nn.Embedding.forward:
             ids, out = use.inputs[0][where], self._by_example(use.grad)[where]
             count, rows = len(ids), len(parameter)
@@ -300,6 +300,12 @@ def _owned(run: Run) -> dict[nn.Module, list[str]]:
         if found:
             held[module] = found
     return held
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' transposed linear map, without importing transformers for those who do not."""
+    library: Any = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module).forward is library.Conv1D.forward
 
 
 def _padding(module: nn.Module) -> int | None:
