@@ -399,6 +399,8 @@ def table() -> str:
     for study in STUDIES:
         rates, found = stored(study)
         for arm, results in found.items():
+            if not results:
+                continue
             differences = paired(found, arm)
             mean, half = interval(differences) if len(differences) else (float("nan"), float("nan"))
             pooled[arm] += differences.tolist()
@@ -430,7 +432,10 @@ def compression() -> str:
     if whole is None:
         return ""
     found = {study.budget: stored(study)[1] for study in STUDIES if study.task == whole.task}
-    target = mean_score(found.pop(1.0).get("dense", {})) - 1
+    dense_results = found.pop(1.0).get("dense", {})
+    if not dense_results:
+        return ""
+    target = mean_score(dense_results) - 1
     budgets = sorted(found, reverse=True)
     lines = [
         f"| {whole.task} | " + " | ".join(f"1/{1 / budget:g}" for budget in budgets) + " | smallest within 1 point |",
