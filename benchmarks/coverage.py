@@ -85,7 +85,9 @@ def theirs(family: str) -> set[str] | str:
     try:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        ordered = re.sub(r"\{(.*?)\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", reason)  # sets
+        return f"{type(error).__name__}: {ordered}"
     reached = set()
     for name, module in wrapped.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
