@@ -269,7 +269,7 @@ def table() -> str:
             differences = [ours[s]["score"] - results[s]["score"] for s in pairs]
             pooled.setdefault(arm, []).extend(differences)
             mean, half = interval(np.array(differences)) if pairs else (float("nan"), float("nan"))
-            versus = f"{100 * mean:+.1f} ± {100 * half:.1f}" if pairs else ""
+            versus = f"{100 * mean:+.1f} ± {100 * half:.1f}" if len(pairs) > 1 else ""
             score = 100 * np.mean([result["score"] for result in results.values()])
             size = max(result["params"] for result in results.values())
             rate = f"{rates[arm]:g}" if rates[arm] else ""

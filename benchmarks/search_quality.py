@@ -36,6 +36,7 @@ from gatedadapters.selection import versions
 
 STORE = Path(__file__).parent / "results" / "search_quality"
 MAX_LENGTH, TEST = 32, 1000
+SCHEDULE = ga.Schedule(warmup=0.02, ramp=0.08, prune=0.1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Cell:
 def searched(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """One gated run: warm-up, ramp, prune, fine-tune the survivors."""
     ga.attach(model, "lora-all-linear", seed=cell.seed)
-    return {"budget": ga.Budget(fraction=cell.budget)}
+    return {"budget": ga.Budget(fraction=cell.budget), "schedule": SCHEDULE}
 
 
 def random_prune(model: nn.Module, cell: Cell) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def random_prune(model: nn.Module, cell: Cell) -> dict[str, Any]:
     options = searched(model, cell)
     adapters = ga.get_adapters(model)
     kept = torch.rand(adapters.bank.kept.shape, generator=_generator(cell))
-    return {**options, "callbacks": [PruneBy(options["budget"], kept, at=ga.Schedule().prune)]}
+    return {**options, "callbacks": [PruneBy(options["budget"], kept, at=SCHEDULE.prune)]}
 
 
 class PruneBy(TrainerCallback):
@@ -102,7 +103,7 @@ def searched_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """The same search over every path kind, to the same number of parameters."""
     size = _size(model, cell)
     ga.attach(model, _mixed(), seed=cell.seed)
-    return {"budget": ga.Budget(params=size)}
+    return {"budget": ga.Budget(params=size), "schedule": SCHEDULE}
 
 
 def random_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
