@@ -111,6 +111,15 @@ def test_a_unit_paid_for_by_one_task_is_free_for_another_whose_gate_is_open() ->
     assert kept.tolist() == [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
 
 
+def test_a_task_whose_gates_are_all_less_likely_is_not_starved() -> None:
+    groups = [Group("a", "b", "p", units=4, params=10, flops=1.0)]
+    bank = GateBank(groups, GateConfig(), tasks=2, seed=0)
+    with torch.no_grad():
+        bank.log_alpha.copy_(torch.tensor([[4.0, 3.5, -4.0, -4.0], [-4.0, -4.0, 0.0, -0.5]]))
+    kept = choose_units(bank, Budget(params=20))
+    assert kept.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+
+
 def test_after_a_structure_is_fixed_only_what_it_kept_is_offered() -> None:
     bank = random_bank(random.Random(5))
     first = choose_units(bank, Budget(fraction=0.5))
