@@ -78,27 +78,6 @@ def searched(model: nn.Module, cell: Cell) -> dict[str, Any]:
     return {"budget": ga.Budget(fraction=cell.budget), "schedule": SCHEDULE}
 
 
-def random_prune(model: nn.Module, cell: Cell) -> dict[str, Any]:
-    """The searched arm, but for what is kept at the prune: units at random. What is left of the search is its cost."""
-    options = searched(model, cell)
-    adapters = ga.get_adapters(model)
-    kept = torch.rand(adapters.bank.kept.shape, generator=_generator(cell))
-    return {**options, "callbacks": [PruneBy(options["budget"], kept, at=SCHEDULE.prune)]}
-
-
-class PruneBy(TrainerCallback):
-    """Prunes by given scores, at the step at which the schedule would by the gates."""
-
-    def __init__(self, budget: ga.Budget, scores: Tensor, at: float) -> None:
-        self.budget, self.scores, self.at = budget, scores, at
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """At `at` of the steps, once."""
-        adapters = ga.get_adapters(model)
-        if not adapters.bank.frozen and state.global_step >= self.at * state.max_steps:
-            adapters.prune(adapters.discretize(self.budget, scores=self.scores))
-
-
 def searched_mixed(model: nn.Module, cell: Cell) -> dict[str, Any]:
     """The same search over every path kind, to the same number of parameters."""
     size = _size(model, cell)
@@ -224,7 +203,6 @@ def _generator(cell: Cell) -> torch.Generator:
 
 ARMS: dict[str, Callable[[nn.Module, Cell], dict[str, Any]]] = {
     "searched": searched,
-    "random-prune": random_prune,
     "dense": dense,
     "random": random_structure,
     "uniform": uniform,
@@ -312,24 +290,30 @@ LORA = ("searched", "random", "uniform", "attention", "svd")
 
 @dataclass(frozen=True)
 class Study:
-    """Arms compared on one task at one budget; each with the rate that was best for it on `tuned_on` at this budget."""
+    """Arms compared on one task at one budget, each with the rate that was best for it on validation data.
+
+    Rates are tuned on this task at this budget, or carried over from another study for the arms that were tuned there.
+    """
 
     task: str
     budget: float
     arms: tuple[str, ...]
-    tuned_on: str = ""
+    rates_of: Study | None = None
 
     def rate(self, arm: str, *, compute_missing: bool = False) -> float | None:
         """The arm's tuned rate; None where a cell that decides it is missing."""
-        return tuned_rate(self.tuned_on or self.task, self.budget, arm, compute_missing=compute_missing)
+        if self.rates_of is not None and arm in self.rates_of.arms:
+            return self.rates_of.rate(arm, compute_missing=compute_missing)
+        return tuned_rate(self.task, self.budget, arm, compute_missing=compute_missing)
 
 
+FIRST = Study("tweets", 1 / 8, (*LORA, "adalora", "eva"))
 STUDIES = (
-    Study("tweets", 1 / 8, (*LORA, "adalora", "eva")),
-    Study("newsgroups", 1 / 8, LORA, tuned_on="tweets"),
-    Study("rotten_tomatoes", 1 / 8, LORA, tuned_on="tweets"),
-    Study("tweets", 1 / 32, (*LORA, "random-prune", "searched-mixed", "random-mixed")),
-    Study("tweets", 1 / 128, ("searched", "random", "uniform", "attention")),
+    FIRST,
+    Study("newsgroups", 1 / 8, LORA, FIRST),
+    Study("rotten_tomatoes", 1 / 8, LORA, FIRST),
+    Study("tweets", 1 / 32, (*LORA, "searched-mixed", "random-mixed"), FIRST),
+    Study("tweets", 1 / 128, ("searched", "random", "uniform", "attention"), FIRST),
     Study("tweets", 1.0, ("dense",)),
 )
 
@@ -363,7 +347,7 @@ def run_all(only: list[str]) -> None:
         if only and name not in only and study.task not in only:
             continue
         rates = {arm: study.rate(arm, compute_missing=True) for arm in study.arms}
-        for seed in SEEDS:
+        for seed in SEEDS:  # seed by seed, so that pairs are complete early
             for arm, rate in rates.items():
                 assert rate is not None
                 result = run(Cell(study.task, study.budget, arm, rate, seed))

@@ -49,9 +49,11 @@ class GateBank(nn.Module):
     per step outside the graph, with the exact derivative attached.
     """
 
-    # constants, per unit: ancestors among the gates, owner among the groups, cost
+    # constants, per unit: ancestors among the gates, owner among the groups, the owner's first unit and their number, cost
     ancestry: Tensor
     owner: Tensor
+    first: Tensor
+    siblings: Tensor
     params: Tensor
     flops: Tensor
     weights: Tensor
@@ -93,6 +95,9 @@ class GateBank(nn.Module):
         width = max(map(len, ancestry))
         self._constant("ancestry", torch.tensor([row + [pad] * (width - len(row)) for row in ancestry]))
         self._constant("owner", torch.tensor(owner))
+        sizes = torch.bincount(self.owner)
+        self._constant("first", (sizes.cumsum(0) - sizes)[self.owner])
+        self._constant("siblings", sizes[self.owner])
         self._constant("params", torch.tensor(params, dtype=torch.float64))
         self._constant("flops", torch.tensor(flops, dtype=torch.float64))
         self._constant("weights", torch.ones(len(ancestry), dtype=torch.float64))
@@ -236,30 +241,52 @@ class GateBank(nn.Module):
         weights = weights.to(self.params)
         self.weights = weights * self.params.sum() / (weights * self.params).sum()
 
-    def expected_cost(self, unit: str = "params", log_alpha: Tensor | None = None, *, weighted: bool = False) -> Tensor:
+    def expected_cost(
+        self, unit: str = "params", log_alpha: Tensor | None = None, *, weights: Tensor | None = None
+    ) -> Tensor:
         """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open))).
 
-        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates); `weighted`: as the penalty sees it,
-        see `weigh`.
+        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates); every unit's cost times `weights`,
+        shape (units,), where given.
         """
         # a product and a sum, since autocast would round a matrix product
-        return (self._union(self._share_open(log_alpha)) * self._pressed(unit, weighted)).sum()
+        return (self.union(self._share_open(log_alpha)) * self._weighed(unit, weights)).sum()
 
     def expected_task_cost(
-        self, unit: str = "params", log_alpha: Tensor | None = None, *, weighted: bool = False
+        self, unit: str = "params", log_alpha: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
-        """E[cost of what each task keeps open], shape (tasks,); arguments as of `expected_cost`."""
-        return (self._share_open(log_alpha) * self._pressed(unit, weighted)).sum(-1)
+        """E[cost of what each task keeps open], shape (tasks,); arguments as of `expected_cost`, or weights by task."""
+        return (self._share_open(log_alpha) * self._weighed(unit, weights)).sum(-1)
 
-    def _pressed(self, unit: str, weighted: bool) -> Tensor:
+    def place(self, values: Tensor) -> Tensor:
+        """Place of each unit among those of its path by `values` (..., units): 1 for the largest, then 2, ..."""
+        order = values.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, self.owner[order].argsort(dim=-1, stable=True))  # path by path, each by value
+        places = torch.arange(values.shape[-1], device=values.device) - self.first + 1
+        return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
+
+    @torch.no_grad()
+    def crowding(self, *, per_task: bool = False) -> Tensor:
+        """Place of each unit in its path by P(open), over the mean place: (units,) of the union, or (tasks, units).
+
+        As a weight of costs it makes a path's second unit twice as dear as its first, its third three times: where
+        prices meet gains, units go to paths in proportion to their gains. At equal prices the steepest path takes all,
+        since to first order its units all look equally useful: what one adds to another is not in a gradient.
+        """
+        probability = self.open_probability()
+        places = self.place(probability if per_task else self.union(probability))
+        return 2 * places.to(probability) / (self.siblings + 1)
+
+    def _weighed(self, unit: str, weights: Tensor | None) -> Tensor:
         cost = self.cost(unit)
-        return (cost * self.weights if weighted else cost).to(self.log_alpha.dtype)
+        return (cost if weights is None else cost * weights).to(self.log_alpha.dtype)
 
     def _share_open(self, log_alpha: Tensor | None) -> Tensor:
         return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability(log_alpha)
 
     @staticmethod
-    def _union(probability: Tensor) -> Tensor:
+    def union(probability: Tensor) -> Tensor:
+        """(tasks, units) to (units,): that any task has the unit open."""
         return probability[0] if len(probability) == 1 else 1 - (1 - probability).prod(0)
 
     @torch.no_grad()

@@ -21,7 +21,8 @@ class Pressure(nn.Module):
     rate and the length of training. *Which* gates pay is left to the Lagrangian term m E[cost]. Its multiplier ascends
     by the correction that was needed, m <- m exp(-shift): where costs had to be pushed down, m was too small. It counts
     in units of the gates' own gradient evidence, so the scale of the loss does not matter. Once m has faded, the
-    constraint is slack, and nothing lifts what the loss itself closes.
+    constraint is slack, and nothing lifts what the loss itself closes. A path's later units cost more than its first
+    (`GateBank.crowding`), so that the budget is shared out, not taken whole by the path with the steepest gradient.
 
     `multipliers` holds one m for the union over tasks and one per task for the cap.
 
@@ -90,11 +91,13 @@ class Pressure(nn.Module):
         unit = self.penalty.unit
         dense, pressure = bank.dense_cost(unit), self.schedule.pressure(self.progress(bank))
         if isinstance(self.penalty, L0):
-            return self.penalty.weight * pressure * bank.expected_cost(unit, weighted=True) / dense
-        m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on may be weighted
-        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit, weighted=True)
+            return self.penalty.weight * pressure * bank.expected_cost(unit, weights=bank.weights) / dense
+        m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on is weighted
+        crowded = bank.weights * bank.crowding()
+        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit, weights=crowded)
         if self.penalty.per_task is not None:
-            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weighted=True)
+            crowded = bank.weights * bank.crowding(per_task=True)
+            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weights=crowded)
         return term / dense
 
     @torch.no_grad()
