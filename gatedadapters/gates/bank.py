@@ -49,7 +49,7 @@ class GateBank(nn.Module):
     per step outside the graph, with the exact derivative attached.
     """
 
-    # constants, per unit: ancestors among the gates, owner among the groups, the owner's first unit and their number, cost
+    # constants, per unit: ancestors among the gates, owner among the groups, its first unit and number of units, cost
     ancestry: Tensor
     owner: Tensor
     first: Tensor

@@ -373,3 +373,25 @@ def test_fixed_gates_are_constants_that_no_longer_learn_or_draw() -> None:
     loaded.load_state_dict(bank.state_dict())
     assert loaded.frozen
     assert torch.equal(everything(loaded), values)
+
+
+# -- places in a path ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_places_number_the_units_of_each_path_from_the_largest_down(tasks: int) -> None:
+    bank = scatter(bank_of(tasks=tasks))
+    values = bank.open_probability().detach()
+    places = bank.place(values)
+    for task in range(tasks):
+        for where in bank.slices.values():
+            own = values[task, where].tolist()
+            assert places[task, where].tolist() == [1 + sum(other > value for other in own) for value in own]
+    torch.testing.assert_close(places[0], bank.place(values[0]))
+
+
+def test_crowding_is_one_on_average_over_each_path() -> None:
+    bank = scatter(bank_of(tasks=2))
+    for weights in (bank.crowding(), *bank.crowding(per_task=True)):
+        for where in bank.slices.values():
+            assert float(weights[where].mean()) == pytest.approx(1.0)

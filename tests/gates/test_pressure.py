@@ -12,6 +12,7 @@ from torch import Tensor
 from gatedadapters.config import L0, Budget, GateConfig, Schedule
 from gatedadapters.errors import BudgetError
 from gatedadapters.gates import GateBank, Group, Pressure
+from gatedadapters.selection import choose_units
 
 RANKS = ("rank",)
 ALL = ("block", "point", "path", "rank")
@@ -186,14 +187,47 @@ def test_a_budget_is_met_whatever_moves_the_gates(rate: float, optimizer: str) -
     assert min(union) > 0.98 * final
 
 
-def test_what_a_budget_keeps_is_what_the_loss_values_most() -> None:
+def test_what_a_budget_keeps_is_what_the_loss_values_most_later_units_of_a_path_for_less() -> None:
     bank = bank_of()
     budget = Budget(fraction=1 / 8)
     search(bank, budget, steps=200, noise=2.0)
-    wish = torch.randn(1, bank.n_units, generator=torch.Generator().manual_seed(0)).exp()
-    best = (wish[0] / bank.cost("params")).argsort(descending=True)[: bank.n_units // 8]
-    found = bank.open_probability()[0].argsort(descending=True)[: bank.n_units // 8]
-    assert len(set(best.tolist()) & set(found.tolist())) > 0.7 * len(best)
+    wish = torch.randn(1, bank.n_units, generator=torch.Generator().manual_seed(0)).exp()[0]
+    count = bank.n_units // 8
+    best, found = (
+        torch.bincount(bank.owner[values.argsort(descending=True)[:count]], minlength=len(bank.groups))
+        for values in (wish / bank.cost("params") / bank.place(wish), bank.open_probability()[0])
+    )
+    assert int(torch.minimum(best, found).sum()) > 0.7 * count, "units a path"
+
+
+def test_units_go_to_paths_in_proportion_to_what_they_gain_not_all_to_the_steepest() -> None:
+    gains = {"steep": 3.0, "flat": 1.0}
+    groups = [Group(key, key, key, units=8, params=10, flops=1.0) for key in gains]
+    bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
+    pressure = Pressure(bank, Budget(fraction=0.5), NO_PRUNE, total_steps=300)
+    stepper = torch.optim.Adam(bank.parameters(), lr=0.05)
+    for _ in range(300):
+        bank.draw()
+        pressure.ascend(bank)
+        loss = pressure.term(bank)
+        for key, gain in gains.items():
+            gate = bank.take(key)
+            loss = loss if gate is None else loss - gain * gate.sum()
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    kept = choose_units(bank, Budget(fraction=0.5))
+    assert {key: int(kept[0, bank.slices[key]].sum()) for key in gains} == {"steep": 6, "flat": 2}
+
+
+def test_an_l0_weight_charges_every_unit_alike_however_crowded() -> None:
+    bank = bank_of()
+    with torch.no_grad():
+        bank.log_alpha.normal_(generator=torch.Generator().manual_seed(0))
+    pressure = Pressure(bank, L0(weight=2.0), Schedule(warmup=0, ramp=0, prune=None), total_steps=10)
+    (slope,) = torch.autograd.grad(pressure.term(bank), bank.log_alpha)
+    p = bank.open_probability().detach()
+    torch.testing.assert_close(slope, (2 * bank.cost("params") / bank.dense_cost() * p * (1 - p)).float())
 
 
 def test_a_cap_per_task_is_met_beside_the_budget_of_all() -> None:
