@@ -12,7 +12,8 @@ Decoder studies (SmolLM2-135M-Instruct): `grimm` and `friends` learn running tex
 learn answers to science, medical and physical questions; general ability is the loss on held-out news (XSum) and the
 accuracy on a held-out task (CommonsenseQA). Encoder study (MiniLM-L3): `encoder` first learns newsgroups in full, which
 is then what it must not lose while it learns sentiment. Every score is on test data, an interval over seeds where there
-are several. Every cell is stored as it finishes; a killed run goes on where it stopped.
+are several. Every cell is stored as it finishes; a killed run goes on where it stopped. Everything computes in fp32, so
+that machines without fast bf16 agree.
 """
 
 from __future__ import annotations
@@ -159,10 +160,9 @@ def mean_loss(model: nn.Module, items: Sequence[Any], collate: Any) -> float:
 
 
 def losses_of(model: nn.Module, batch: Batch) -> Tensor:
-    """One loss per example, bf16 autocast; of the language model inside peft's wrapper where there is one."""
+    """One loss per example; of the language model inside peft's wrapper where there is one."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.autocast("cpu", torch.bfloat16):
-        return task_losses(inner, batch).float()
+    return task_losses(inner, batch)
 
 
 # -- encoder -----------------------------------------------------------------------------------------------------------

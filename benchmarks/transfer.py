@@ -10,7 +10,8 @@ ordinary dropout of the same rate does not; and the update moved feed-forward ac
 
 Every arm stores the same number of adapter parameters. A cell trains on one base: on the old one it is tested on both
 (the second is direct transfer), on the new one it is re-tuned. The order of the cells is that of what decides; a killed
-run goes on where it stopped; several processes may run side by side.
+run goes on where it stopped; several processes may run side by side. Everything computes in fp32, so that machines
+without fast bf16 agree.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def compute(cell: Cell) -> dict[str, Any]:
     args = TrainingArguments(
         output_dir=str(STORE / ".scratch" / str(os.getpid())), max_steps=setting.steps, learning_rate=setting.rate,
         per_device_train_batch_size=setting.batch, warmup_steps=round(0.06 * setting.steps), weight_decay=0.0,
-        seed=cell.seed, bf16=True, use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no",
+        seed=cell.seed, use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no",
         logging_steps=setting.steps, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     trainer = ga.GatedTrainer(model, args, train_dataset=data, data_collator=Plain(collate), **options)
@@ -291,8 +292,7 @@ def score(model: nn.Module, data: Any, collate: MixedTaskCollator, batch: int = 
     for start in range(0, len(order), batch):
         inputs = collate_plain([data[i] for i in order[start : start + batch]])
         labels = inputs.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**inputs).logits.float()
+        logits = model(**inputs).logits
         right += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return {"accuracy": right / len(order), "loss": loss / len(order)}
