@@ -19,10 +19,11 @@ from gatedadapters.structure import Fingerprint, KeptPath, Offer, SiteRecord, St
 def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = None) -> Tensor:
     """Which units each task keeps: (tasks, units) of 0 and 1.
 
-    Without a budget, test-time gate > 0. With one, greedily by `scores` (default: P(open), each task's best unit before
-    any task's second; after a Structure is fixed only what it kept is offered), skipping what no longer fits: never
-    above the budget. A unit that another task has already paid for costs nothing more, and is taken where the task's
-    own gate is open.
+    Without a budget, test-time gate > 0. With one, greedily by `scores`, skipping what no longer fits: never above the
+    budget. Default scores: P(open), that of a path's k-th likeliest unit over k, since it adds the less the more are
+    there (as in `GateBank.crowding`; a short search leaves many gates undecided); each task's best unit before any
+    task's second; after a Structure is fixed only what it kept. A unit that another task has already paid for costs
+    nothing more, and is taken where the task's own gate is open.
 
     References:
         The greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
@@ -49,6 +50,7 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     paid = [False] * bank.n_units
     is_open = (gates > 0).tolist()
     if scores is None:  # tasks take turns: a task that sees steeper gradients would otherwise take the whole budget
+        values = values / bank.place(values)
         best = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
         values = values - best.to(values)  # P in [0, 1] decides among equal ranks
     for flat in torch.argsort(values.flatten(), descending=True, stable=True).tolist():

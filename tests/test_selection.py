@@ -88,6 +88,15 @@ def test_units_are_taken_in_order_of_their_probability() -> None:
         assert set(kept[0].nonzero().flatten().tolist()) == expected
 
 
+def test_a_path_gets_its_second_unit_where_it_is_twice_as_likely_as_the_first_of_another() -> None:
+    groups = [Group(key, key, key, units=3, params=10, flops=1.0) for key in "ab"]
+    bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
+    with torch.no_grad():
+        bank.log_alpha.copy_(torch.tensor([[4.0, 3.9, 3.8, 0.0, -2.5, -2.5]]))  # P: .996, .996, .995, .83, .28, .28
+    assert choose_units(bank, Budget(params=20)).tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
+    assert choose_units(bank, Budget(params=40)).tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]
+
+
 def test_scores_replace_the_probability_at_the_same_budget() -> None:
     bank = random_bank(random.Random(3))
     budget = Budget(fraction=0.25)
