@@ -2,6 +2,7 @@
 
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
+from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
@@ -11,6 +12,7 @@ __all__ = [
     "L0",
     "Budget",
     "CorpusConfig",
+    "CorruptionConfig",
     "GateConfig",
     "PathOptions",
     "Penalty",
