@@ -6,6 +6,7 @@ from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
+from gatedadapters.config.study import Factor, StudyConfig
 from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Budget",
     "CorpusConfig",
     "CorruptionConfig",
+    "Factor",
     "GateConfig",
     "PathOptions",
     "Penalty",
@@ -22,6 +24,7 @@ __all__ = [
     "SearchSpace",
     "SelectConfig",
     "SelectionConfig",
+    "StudyConfig",
     "TaskConfig",
     "TrainingConfig",
     "TransferConfig",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import attach, detach
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
 from gatedadapters.config.search import Rival
+from gatedadapters.config.study import Side
 from gatedadapters.data import MixedTaskCollator, TextTask, task_sampler
 from gatedadapters.errors import BudgetError
 from gatedadapters.experiment.setup import build_model, on_cpu, use_bf16
@@ -37,7 +38,6 @@ from gatedadapters.robustness import (
 from gatedadapters.structure import Structure
 from gatedadapters.training import GatedTrainer
 
-Side = Literal["gated", "uniform", "full"]
 SEARCHED = "searched"
 RIVALS: Mapping[Rival, str] = {"uniform": "uniform LoRA", "random": "random structure"}
 
