@@ -151,7 +151,7 @@ class Experiment:
         return adapters
 
     @contextmanager
-    def trained(self, side: Side, progress: tqdm[Any]) -> Iterator[Trained]:
+    def fitted(self, side: Side, progress: tqdm[Any]) -> Iterator[Trained]:
         """Within this context the model is what training made of it, pruned and compact; then it is what it was.
 
         Args:

@@ -66,7 +66,8 @@ def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str)
             changed = Examples(examples.texts, labels, examples.pairs)
         else:
             raise _cannot(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
-        result.append(replace(task, **{split: changed}))
+        parts: dict[str, Any] = {split: changed}
+        result.append(replace(task, **parts))
     return result
 
 

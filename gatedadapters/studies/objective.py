@@ -70,7 +70,7 @@ def measure(
         callback.tokenizer = experiment.tokenizer
     with (
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
-        experiment.trained(side, progress) as trained,
+        experiment.fitted(side, progress) as trained,
     ):
         scores = experiment.score(split)
         perturbed = tuple(experiment.score(split, perturbation) for perturbation in experiment.perturbations)

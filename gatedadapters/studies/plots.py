@@ -70,7 +70,7 @@ def importance(found: Mapping[str, Mapping[str, float]]) -> Figure:
     """Bars by factor, one panel for each target."""
     figure = Figure(figsize=(3.6 * len(found), 0.4 * max(map(len, found.values())) + 1.2), layout="constrained")
     for place, (target, shares) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        names = list(reversed(shares))
+        names = list(shares)[::-1]
         place.barh(names, [shares[name] for name in names], color=_COLOURS["gated"])
         place.set_xlabel(f"importance for {_OBJECTIVES[target]}")
         _plain(place)

@@ -96,16 +96,17 @@ def note(
 ) -> None:
     """Keep everything of a trial beside its values."""
     by_key = dict(zip(map(perturbation_key, perturbations), measured.perturbed, strict=True))
+    asked = search.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    if not isinstance(search.space, str):  # what kind a path has is a default of its class
+        asked["space"] = search.space.model_dump(mode="json", exclude_none=True)
     kept = {
-        "search": search.model_dump(mode="json", exclude_unset=True, exclude_none=True),
+        "search": asked,
         "side": side,
         "scores": measured.scores,
         "perturbed": by_key,
         "params": measured.params,
         "seconds": round(measured.seconds, 2),
     }
-    if not isinstance(search.space, str):
-        kept["search"]["space"] = search.space.model_dump(mode="json", exclude_none=True)
     for name, value in kept.items():
         trial.set_user_attr(name, value)
 
@@ -198,7 +199,7 @@ def student(df: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / df**power for power, term in enumerate(terms))
+    return sum(term / float(df) ** power for power, term in enumerate(terms))
 
 
 def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str, float]]:

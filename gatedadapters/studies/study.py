@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError
@@ -26,7 +26,11 @@ from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
 _FREE = {"seeds", "trials", "retries", "description", "version"}  # may change between runs of one study
-DIRECTIONS: dict[Objective, str] = {"score": "maximize", "params": "minimize", "gap": "minimize"}
+DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
+    "score": "maximize",
+    "params": "minimize",
+    "gap": "minimize",
+}
 
 
 class Measure(Protocol):
@@ -216,11 +220,10 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         config = self.config
         multi = config.mode == "optimise"
-        directions = [DIRECTIONS[name] for name in config.objectives] if multi else ["maximize"]
+        directions = [DIRECTIONS[name] for name in (config.objectives if multi else ("score",))]
         try:
             study = optuna.create_study(storage=storage, study_name=config.name, directions=directions)
             study.set_user_attr(CONFIG, {"config": config.model_dump(mode="json"), "versions": versions()})
-            study.set_metric_names([*config.objectives] if multi else ["score"])
         except DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=config.name)
             self._check_same(study)
