@@ -238,7 +238,12 @@ def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
         *parents, last = path.split(".")
         for name in parents:
             if isinstance(at, list):
-                at = at[int(name)] if int(name) < len(at) else {}
+                if int(name) >= len(at):
+                    raise ConfigError(
+                        "no such factor", expected=f"a number below {len(at)}", got=name, where=path,
+                        fix="numbers count from 0",
+                    )  # fmt: skip
+                at = at[int(name)]
             else:
                 if at.get(name) is None:
                     at[name] = {}

@@ -1,10 +1,13 @@
 """Noise in training, and perturbed inputs. To add one: write its class, and name it here."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from gatedadapters.config import CorruptionConfig
 from gatedadapters.errors import ConfigError
 from gatedadapters.robustness.apply import (
     CorruptedDataset,
-    NoiseCallback,
     corrupt_batch,
     corrupt_tasks,
     corrupted_dataset,
@@ -29,6 +32,9 @@ from gatedadapters.robustness.perturbations import (
     Truncation,
     Typos,
 )
+
+if TYPE_CHECKING:
+    from gatedadapters.robustness.callback import NoiseCallback
 
 _KINDS: dict[str, type[Corruption]] = {}
 
@@ -57,6 +63,14 @@ def corruption(config: CorruptionConfig, *, only: type[Corruption] = Corruption,
             fix="labels, embeddings and gradients are spoilt in training only" if config.kind in _KINDS else "name one",
         )  # fmt: skip
     return _KINDS[config.kind](config.ratio, seed=config.seed)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NoiseCallback":  # transformers' Trainer takes seconds to import
+        from gatedadapters.robustness.callback import NoiseCallback
+
+        return NoiseCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 for _kind in (

@@ -1,4 +1,4 @@
-"""Corrupting what is at hand: tasks, data sets, batches, a Trainer."""
+"""Corrupting what is at hand: tasks, data sets, batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.data import Examples, MixedTaskDataset, TextTask
 from gatedadapters.errors import ConfigError
 from gatedadapters.robustness.base import Corruption, Feature, TextPerturbation, TokenPerturbation, Vocabulary
-from gatedadapters.robustness.noises import EmbeddingNoise, GradientNoise, LabelNoise
+from gatedadapters.robustness.noises import LabelNoise
 
 
 class CorruptedDataset(Dataset[dict[str, Any]]):
@@ -33,7 +31,7 @@ class CorruptedDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, dataset: Any, corruption: Corruption, vocabulary: Vocabulary) -> None:
         if not isinstance(corruption, TokenPerturbation):
-            raise _cannot(corruption, "tokenised examples", "corrupt_tasks (texts, labels) or NoiseCallback")
+            raise cannot(corruption, "tokenised examples", "corrupt_tasks (texts, labels) or NoiseCallback")
         self.dataset, self.corruption, self.vocabulary = dataset, corruption, vocabulary
 
     @property
@@ -65,7 +63,7 @@ def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str)
             labels = corruption.labels(examples.labels, task.n_classes, position)
             changed = Examples(examples.texts, labels, examples.pairs)
         else:
-            raise _cannot(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
+            raise cannot(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
         parts: dict[str, Any] = {split: changed}
         result.append(replace(task, **parts))
     return result
@@ -108,7 +106,7 @@ def corrupt_batch(
         ConfigError: the corruption is not one of tokens.
     """
     if not isinstance(corruption, TokenPerturbation):
-        raise _cannot(corruption, "batches", "corrupt_tasks (texts, labels) or NoiseCallback")
+        raise cannot(corruption, "batches", "corrupt_tasks (texts, labels) or NoiseCallback")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     columns = {name: value for name, value in batch.items() if value.shape == ids.shape}
     left = bool((~mask[:, 0]).any())
@@ -128,63 +126,8 @@ def corrupt_batch(
     return result
 
 
-class NoiseCallback(TrainerCallback):
-    """Noise on embeddings or gradients while a Trainer trains: `GatedTrainer(..., callbacks=[NoiseCallback(noise)])`.
-
-    Args:
-        noise: on embeddings or gradients.
-        special: ids of tokens whose embeddings stay: `Vocabulary.special`.
-
-    Raises:
-        ConfigError: the noise is of another kind.
-    """
-
-    def __init__(self, noise: Corruption, special: frozenset[int] = frozenset()) -> None:
-        if not isinstance(noise, (EmbeddingNoise, GradientNoise)):
-            raise _cannot(noise, "a Trainer's embeddings or gradients", "corrupt_tasks or CorruptedDataset")
-        self.noise, self.special = noise, special
-        self._handle: Any = None
-        self._forwards = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Look at what the embeddings put out from now on."""
-        if isinstance(self.noise, EmbeddingNoise):
-            self._forwards = (
-                state.global_step * args.gradient_accumulation_steps
-            )  # a resumed run goes on with its draws
-            self.remove()
-            self._handle = model.get_input_embeddings().register_forward_hook(self._embedded)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Gradients are complete."""
-        if isinstance(self.noise, GradientNoise):
-            self.noise.gradients((p for p in model.parameters() if p.requires_grad), state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the hook out."""
-        self.remove()
-
-    def remove(self) -> None:
-        """Take the hook out of the model; for runs that ended with an error."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _embedded(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not module.training or not args:
-            return None
-        assert isinstance(self.noise, EmbeddingNoise)
-        self._forwards += 1
-        return self.noise.embedded(args[0], output, self.special, self._forwards)
-
-
-def _cannot(corruption: Corruption, what: str, other: str) -> ConfigError:
+def cannot(corruption: Corruption, what: str, other: str) -> ConfigError:
+    """The error for a corruption in the wrong place."""
     return ConfigError(
         f"this corruption does not act on {what}", expected="one that does", got=corruption.kind,
         where=type(corruption).__name__, fix=f"use {other}",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,26 +18,9 @@ from gatedadapters.config.study import Side
 from gatedadapters.data import TextTask
 from gatedadapters.experiment.runner import Experiment, evaluate
 from gatedadapters.experiment.setup import load_tasks
+from gatedadapters.studies.measured import Measured, Report
 
 REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial says how it fares
-Report = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a trial came to, after pruning.
-
-    Attributes:
-        scores: accuracy by task.
-        perturbed: the same under each perturbation that was asked for, in their order.
-        params: what is stored; see `Trained`.
-        seconds: of training.
-    """
-
-    scores: dict[str, float]
-    perturbed: tuple[dict[str, float], ...]
-    params: int
-    seconds: float
 
 
 def measure(

@@ -30,7 +30,7 @@ _OBJECTIVES = {"score": "score", "params": "parameters kept", "gap": "robustness
 def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) -> Figure:
     """Score by factor, one panel each, sides in colours, bands: 95 % intervals; below a penalty also what is kept."""
     factors = [path for path in config.factors if any(c.factor == path and c.task == task for c in curves)]
-    panels = [(path, False) for path in factors] + [(path, True) for path in factors if path.startswith(PENALTY)]
+    panels = [(path, kept) for path in factors for kept in ((False, True) if path.startswith(PENALTY) else (False,))]
     figure = Figure(figsize=(3.6 * len(panels), 3.3), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scores = [place for place, (_, kept) in zip(axes, panels, strict=True) if not kept]
@@ -63,7 +63,7 @@ def _draw(place: Axes, curve: Curve, *, kept: bool) -> None:
     place.plot(x, y, marker="o", markersize=4, color=colour, label=_NAMES[curve.side])
     half = np.array([0.0 if kept or math.isnan(p.half) else 100 * p.half for p in curve.points])
     if half.any():
-        place.fill_between(x, y - half, y + half, color=colour, alpha=0.13, linewidth=0)
+        place.fill_between(x, (y - half).clip(0), (y + half).clip(max=100), color=colour, alpha=0.13, linewidth=0)
 
 
 def importance(found: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -111,12 +111,14 @@ def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]
     colours = colormaps["viridis"]
     for params, score in sorted(rows, key=lambda row: row[1]):
         height = (score - low) / (high - low) if high > low else 0.5
-        y = [scales[name][0](params[name]) if name in params else math.nan for name in names] + [height]
-        place.plot(range(len(names) + 1), y, color=colours(height), alpha=0.75, linewidth=1.2)
+        points = [(at, scales[name][0](params[name])) for at, name in enumerate(names) if name in params]
+        x, y = zip(*points, (len(names), height), strict=True)
+        place.plot(x, y, color=colours(height), alpha=0.75, linewidth=1.2)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
     for at, name in enumerate(names):
         place.axvline(at, color=_FAINT, linewidth=0.8)
         for height, label in scales[name][1]:
-            place.text(at + 0.03, height, label, fontsize=7, color=_INK, va="center")
+            place.text(at + 0.03, height, label, fontsize=7, color=_INK, va="center", bbox=box)
     place.axvline(len(names), color=_FAINT, linewidth=0.8)
     for height, value in ((0.0, low), (1.0, high)):
         place.text(len(names) + 0.03, height, f"{100 * value:.1f} %", fontsize=7, color=_INK, va="center")

@@ -18,7 +18,7 @@ from gatedadapters.config.study import PERTURBATION, Objective, Side, Value, val
 from gatedadapters.structure import format_table
 from gatedadapters.studies import queue
 from gatedadapters.studies.cells import Cell, cells, perturbation_key
-from gatedadapters.studies.objective import Measured
+from gatedadapters.studies.measured import Measured
 
 if TYPE_CHECKING:
     from gatedadapters.studies.study import Study

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self, cast
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError
@@ -14,13 +14,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial
 
 from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
-from gatedadapters.config.study import Objective, Side, Value, value_of
+from gatedadapters.config.study import Objective, Value, value_of
 from gatedadapters.errors import StudyError
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.selection import versions
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import parameters, trainings
-from gatedadapters.studies.objective import Measured, Report, measure
+from gatedadapters.studies.measured import Measure, Report
 from gatedadapters.studies.storage import open_storage
 from gatedadapters.studies.workers import work, work_together
 
@@ -33,21 +33,6 @@ DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
 }
 
 
-class Measure(Protocol):
-    """What scores one trial; `measure` unless a test or a user gives another."""
-
-    def __call__(
-        self,
-        search: SearchConfig,
-        side: Side,
-        perturbations: Sequence[CorruptionConfig] = (),
-        *,
-        split: str = "test",
-        report: Report | None = None,
-    ) -> Measured:
-        """See `measure`."""
-
-
 class Study:
     """How scores after pruning depend on the sparsity weight, on noise, on perturbed data, or on any field of a search.
 
@@ -57,7 +42,7 @@ class Study:
         config: what is varied, and how.
         storage: a file name (a journal), any URL that Optuna takes, `grpc://HOST:PORT`, or a storage of Optuna's;
             default: `NAME.journal` in the current folder.
-        measure: what scores a trial; with several workers it must be importable.
+        measure: what scores a trial, in place of `objective.measure`; with several workers it must be importable.
 
     Raises:
         StudyError: the storage cannot be used, or holds a study of this name over another space.
@@ -65,9 +50,9 @@ class Study:
     """
 
     def __init__(
-        self, config: StudyConfig, *, storage: str | Path | BaseStorage | None = None, measure: Measure = measure
+        self, config: StudyConfig, *, storage: str | Path | BaseStorage | None = None, measure: Measure | None = None
     ) -> None:
-        self.config, self.measure = config, measure
+        self.config, self._measure = config, measure
         self.storage = storage if storage is not None else f"{config.name}.journal"
         _check_kinds(config)
         self.optuna = self._open(self.storage if isinstance(self.storage, BaseStorage) else open_storage(self.storage))
@@ -120,8 +105,17 @@ class Study:
         if workers == 1:
             work(self.optuna, self._run_trial, self.config)
         else:
-            work_together(_worker, (self.config, self.storage, self.measure), self.optuna, self.config, workers)
+            work_together(_worker, (self.config, self.storage, self._measure), self.optuna, self.config, workers)
         return self
+
+    @property
+    def measure(self) -> Measure:
+        """What scores a trial."""
+        if self._measure is None:
+            from gatedadapters.studies.objective import measure  # training takes seconds to import
+
+            self._measure = measure
+        return self._measure
 
     def _jobs(self) -> list[queue.Job]:
         if self.config.mode == "optimise":
@@ -248,7 +242,7 @@ class Study:
             )  # fmt: skip
 
 
-def _worker(config: StudyConfig, storage: str | Path, measure: Measure, index: int) -> None:
+def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:
     """What each of several processes does."""
     study = Study(config, storage=storage, measure=measure)
     study.optuna.sampler = _sampler(config, index)
@@ -310,8 +304,7 @@ def _pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
 def _choose(trial: Trial, path: str, factor: Factor) -> Value:
     """A value of the sampler's choice."""
     if factor.values is not None:
-        chosen: Value = trial.suggest_categorical(path, factor.values)
-        return chosen
+        return cast(Value, trial.suggest_categorical(path, factor.values))
     assert factor.low is not None
     assert factor.high is not None
     if factor.integer:
