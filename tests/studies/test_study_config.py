@@ -15,6 +15,8 @@ from gatedadapters.config.study import Factor, changed, field_paths, study_prese
 from gatedadapters.errors import ConfigError
 from gatedadapters.studies.cells import cells, trainings
 
+OPTIMISE = {"mode": "optimise", "factors": {"space": {"values": ["attention-only"]}}, "sides": {"gated": {}}}
+
 
 @pytest.mark.parametrize("name", study_presets())
 def test_every_study_preset_loads_under_its_own_name(name: str) -> None:
@@ -51,10 +53,7 @@ def test_study_presets_are_apart_from_adapter_spaces() -> None:
         ({"seeds": [0, 0]}, "seeds must differ"),
         ({"mode": "optimise"}, "not to be tuned"),
         ({"mode": "optimise", "factors": {"noise.ratio": {"values": [0.1]}}}, "one side"),
-        (
-            {"mode": "optimise", "factors": {"space": {"values": ["attention-only"]}}, "sides": {"gated": {}}, "objectives": ["gap"]},
-            "robustness gap needs",
-        ),
+        ({**OPTIMISE, "objectives": ["gap"]}, "robustness gap needs"),
         ({"search": "search.yaml"}, "StudyConfig.load"),
     ],
 )  # fmt: skip
