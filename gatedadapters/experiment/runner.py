@@ -118,7 +118,7 @@ class Experiment:
         length = config.training.max_length
         self.train = corrupted_dataset(tasks, self.tokenizer, "train", length, self.noise, self.vocabulary)
         self.bf16 = use_bf16(config)
-        self.trained: dict[str, Tensor] = {}  # the heads' first values
+        self.heads: dict[str, Tensor] = {}  # their first values
 
     def search(self, progress: tqdm[Any], artefact: Path, *, overwrite: bool) -> Arm:
         """Train gates and weights under the budget, prune, train on, compact, save, evaluate."""
@@ -182,6 +182,9 @@ class Experiment:
 
     @contextmanager
     def _fully_trained(self, progress: tqdm[Any]) -> Iterator[Trained]:
+        with torch.no_grad():
+            for name, value in self.heads.items():
+                self.model.get_parameter(name).copy_(value)
         before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         try:
@@ -225,7 +228,7 @@ class Experiment:
         adapters = attach(self.model, space, tasks=self.names, seed=self.config.training.seed)
         with torch.no_grad():
             for name, head in zip(adapters.head_names, adapters.head_parameters(), strict=True):
-                head.copy_(self.trained.setdefault(name, head.detach().clone()))
+                head.copy_(self.heads.setdefault(name, head.detach().clone()))
         return adapters
 
     def fit(self, adapters: Adapters | None, name: str, progress: tqdm[Any], *, searching: bool) -> float:

@@ -35,7 +35,7 @@ def measure(
 
     Args:
         search: what is trained, its seed included.
-        side: see `Experiment.trained`.
+        side: see `Experiment.fitted`.
         perturbations: of the split that is tested on.
         split: what is tested on.
         report: is told steps and the mean validation accuracy between prune and end; it may raise to stop the trial.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -69,7 +71,9 @@ def _proxy(text: str) -> BaseStorage:
     host, _, port = text.removeprefix(GRPC).rstrip("/").rpartition(":")
     if not host or not port.isdigit():
         raise StudyError(expected="grpc://HOST:PORT", got=text, where="storage", fix="name both")
-    proxy = GrpcStorageProxy(host=host, port=int(port))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna may still change how a proxy is made
+        proxy = GrpcStorageProxy(host=host, port=int(port))
     proxy.wait_server_ready(timeout=_WAIT)
     return proxy
 

@@ -38,9 +38,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of an empty database in a cluster that lives as long as the tests."""
-    psycopg = pytest.importorskip(
-        "psycopg", reason="no driver: pip install gatedadapters[postgresql]"
-    )
+    psycopg = pytest.importorskip("psycopg", reason="no driver: pip install gatedadapters[postgresql]")
     programs = binaries()
     if programs is None:
         pytest.skip("no PostgreSQL server is installed here: apt-get install postgresql")
