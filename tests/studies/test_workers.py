@@ -11,8 +11,8 @@ from pathlib import Path
 import made_up
 import optuna
 import pytest
-from conftest import free_port
 from optuna.trial import TrialState
+from postgresql import free_port
 
 from gatedadapters.errors import StudyError
 from gatedadapters.studies import Study, queue, workers
