@@ -16,7 +16,7 @@ from transformers.training_args import TrainingArguments
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.study import Side
 from gatedadapters.data import TextTask
-from gatedadapters.experiment.runner import Experiment, evaluate
+from gatedadapters.experiment.runner import Experiment
 from gatedadapters.experiment.setup import load_tasks
 from gatedadapters.studies.measured import Measured, Report
 
@@ -46,10 +46,10 @@ def measure(
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     tasks = list(_tasks(search.model, search.tasks, search.training.seed))
-    reporting = [] if report is None else [_Reporting(report, search, tasks)]
+    reporting = [] if report is None else [_Reporting(report, search)]
     experiment = Experiment(search, tasks, None, perturbations=perturbations, callbacks=reporting)
     for callback in reporting:
-        callback.tokenizer = experiment.tokenizer
+        callback.experiment = experiment
     with (
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
         experiment.fitted(side, progress) as trained,
@@ -67,18 +67,15 @@ def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTa
 class _Reporting(TrainerCallback):
     """Says how a trial fares, once its structure is fixed."""
 
-    def __init__(self, report: Report, search: SearchConfig, tasks: Sequence[TextTask]) -> None:
-        self.report, self.search, self.tasks = report, search, tasks
-        self.tokenizer: Any = None
+    experiment: Experiment
+
+    def __init__(self, report: Report, search: SearchConfig) -> None:
+        self.report = report
         total, prune = search.training.steps, search.schedule.prune
         self.steps = {round(share * total) for share in REPORTS if prune is not None and share > prune}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At some steps."""
         if state.global_step in self.steps:
-            scores = evaluate(
-                model, self.tasks, self.tokenizer, self.search.training.max_length, split="validation"
-            ).values()
+            scores = self.experiment.score("validation").values()
             self.report(state.global_step, sum(scores) / len(scores))

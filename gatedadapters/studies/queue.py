@@ -140,11 +140,11 @@ class Watch:
                 found.append(trial)
         return found
 
-    def collect(self, study: optuna.Study, retries: int) -> int:
-        """Mark what is lost as failed and queue it again; how many there were."""
+    def collect(self, study: optuna.Study, retries: int, *, spared: bool = False) -> int:
+        """Mark what is lost as failed and queue it again; how many there were. Spared failures do not count."""
         count = 0
         for trial in self.lost(study):
-            if fail(study, trial, "the process that worked on it is gone"):
+            if fail(study, trial, "the process that worked on it is gone", spared=spared):
                 retry(study, trial, retries)
                 count += 1
         return count

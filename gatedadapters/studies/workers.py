@@ -20,7 +20,7 @@ from gatedadapters.studies import queue
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Open = Callable[[], optuna.Study]
 Run = Callable[[optuna.Study, Trial], Sequence[float]]
-_POLL = 0.5  # seconds
+_POLL, _FAREWELL = 0.5, 5.0  # seconds
 
 
 def work(study: optuna.Study, run: Run, config: StudyConfig, *, watch: queue.Watch | None = None) -> None:
@@ -104,13 +104,14 @@ def work_together(
                     )  # fmt: skip
                 if queue.trials_of(study, TrialState.WAITING, TrialState.RUNNING):
                     start(index)
-    finally:
+    finally:  # an interruption or an error, else none is left
+        until = time.monotonic() + _FAREWELL
         for process in processes.values():
+            process.join(max(0.0, until - time.monotonic()))  # an interrupted one puts its trial back itself
             process.terminate()
-        for process in processes.values():
             process.join()
         if processes:
-            queue.Watch().collect(study, config.retries)
+            queue.Watch().collect(study, config.retries, spared=True)
 
 
 def _finished(study: optuna.Study) -> int:

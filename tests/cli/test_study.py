@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from optuna import TrialPruned
 
 import gatedadapters as ga
 from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
+from gatedadapters.studies.objective import measure
 
 Configured = Callable[..., Path]
 
@@ -114,6 +116,21 @@ def test_optimising_from_the_command_line_scores_validation_data(
     found = ga.Study.load(path, storage="best.journal")
     assert len(found.trials) == 3
     assert all(set(trial.intermediate_values) == {6} for trial in found.trials)
+
+
+def test_a_trial_that_is_pruned_stops_in_the_middle_of_training(studied: Callable[..., Path], tables: Path) -> None:
+    studied()
+    told: list[tuple[int, float]] = []
+
+    def report(step: int, value: float) -> None:
+        told.append((step, value))
+        raise TrialPruned
+
+    with pytest.raises(TrialPruned):
+        measure(SearchConfig.load(tables / "search.yaml"), "gated", split="validation", report=report)
+    ((step, value),) = told
+    assert step == 6
+    assert 0 <= value <= 1
 
 
 def test_a_search_meets_noise_and_is_tested_on_perturbed_data(
