@@ -33,9 +33,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import gatedadapters as ga
 from gatedadapters.artifacts import singular_values
-from gatedadapters.cli.runner import evaluate
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.bundled import load_encoder, load_task
+from gatedadapters.experiment.runner import evaluate
 from gatedadapters.selection import versions
 
 RESULTS = Path(__file__).parent / "results"

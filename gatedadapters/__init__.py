@@ -33,6 +33,7 @@ from gatedadapters.structure import Structure
 from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:
+    from gatedadapters.studies import Study
     from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Shelf",
     "SparseDelta",
     "Structure",
+    "Study",
     "apply_mask",
     "attach",
     "budget_report",
@@ -74,7 +76,10 @@ __all__ = [
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
-_ON_USE = dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training")
+_ON_USE = {
+    **dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training"),
+    "Study": "gatedadapters.studies",
+}
 
 
 def __getattr__(name: str) -> Any:

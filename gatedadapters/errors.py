@@ -30,6 +30,7 @@ __all__ = [
     "LayoutError",
     "MaskError",
     "PathError",
+    "StudyError",
     "TaskError",
     "TrainingError",
 ]
@@ -102,6 +103,10 @@ class ArtifactError(GatedAdaptersError, ValueError):
 
 class MaskError(GatedAdaptersError, ValueError):
     """Scores, a mask or a sparse delta are malformed, empty, or of another backbone."""
+
+
+class StudyError(GatedAdaptersError, RuntimeError):
+    """A study's storage cannot be reached or used, or holds another study, or nothing to report yet."""
 
 
 class TrainingError(GatedAdaptersError, RuntimeError):

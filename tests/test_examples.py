@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import gatedadapters as ga
-from gatedadapters.config import SearchConfig, TransferConfig
+from gatedadapters.config import SearchConfig, StudyConfig, TransferConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -92,6 +92,8 @@ def test_the_round_trip_through_peft_ends_with_the_same_logits(
 def test_the_example_configurations_are_valid() -> None:
     config = SearchConfig.load(EXAMPLES / "search.yaml")
     assert [task.title for task in config.tasks] == ["reviews", "topics"]
+    study = StudyConfig.load(EXAMPLES / "study.yaml")
+    assert study.search.tasks == config.tasks
     transfer = TransferConfig.load(EXAMPLES / "transfer.yaml")
     assert (transfer.model, transfer.update) == ("bundled:minilm-l6", "bundled:minilm-l6-update")
     assert yaml.safe_load((EXAMPLES / "search.yaml").read_text())["tasks"][0]["train"] == "reviews.csv"

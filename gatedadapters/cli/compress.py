@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """Do it."""
     from gatedadapters.artifacts.peft_folder import read_peft
     from gatedadapters.cli.compression import compress  # training takes seconds to import
-    from gatedadapters.cli.setup import load_tasks
+    from gatedadapters.experiment.setup import load_tasks
 
     lora = read_peft(options.lora)
     config = configuration(options, lora.config)

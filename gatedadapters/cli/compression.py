@@ -14,11 +14,11 @@ from gatedadapters.artifacts import export_peft, import_peft, singular_values
 from gatedadapters.artifacts.export_peft import WEIGHTS
 from gatedadapters.artifacts.peft_folder import PeftFolder
 from gatedadapters.cli.outcome import LOGS, METRICS, OUTPUTS, PEFT, PICTURE, TABLE, check_free
-from gatedadapters.cli.runner import Arm, Experiment, majority
-from gatedadapters.cli.setup import build_classifier
 from gatedadapters.cli.show import ADAPTER
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
+from gatedadapters.experiment.runner import Arm, Experiment, majority
+from gatedadapters.experiment.setup import build_classifier
 from gatedadapters.inspection import save_png
 from gatedadapters.selection import versions
 from gatedadapters.structure import format_table

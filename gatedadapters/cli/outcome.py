@@ -12,12 +12,12 @@ from pathlib import Path
 import transformers
 from tqdm.auto import tqdm
 
-from gatedadapters.cli.runner import Arm, Experiment, majority
-from gatedadapters.cli.setup import load_tasks
 from gatedadapters.cli.show import ADAPTER, sharing_table
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ArtifactError
+from gatedadapters.experiment.runner import Arm, Experiment, majority
+from gatedadapters.experiment.setup import load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.selection import versions
 from gatedadapters.structure import format_table
@@ -44,12 +44,14 @@ class Outcome:
     def table(self) -> str:
         """Accuracy on test data by task, sizes and times."""
         tasks = list(self.baseline)
-        header = ["", *tasks, "mean", "parameters", "paths", "train s"]
+        perturbed = [arm.perturbed for arm in self.arms if arm.perturbed is not None]
+        header = ["", *tasks, "mean", *(["perturbed"] if perturbed else []), "parameters", "paths", "train s"]
         rows = [
             [
                 arm.name,
                 *(f"{arm.accuracy[task]:.3f}" for task in tasks),
                 f"{arm.mean:.3f}",
+                *([] if arm.perturbed is None else [f"{sum(arm.perturbed.values()) / len(tasks):.3f}"]),
                 f"{arm.structure.params:,}",
                 str(len(arm.structure.paths)),
                 f"{arm.seconds:.0f}",
@@ -57,7 +59,8 @@ class Outcome:
             for arm in self.arms
         ]
         mean = sum(self.baseline.values()) / len(tasks)
-        rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), f"{mean:.3f}", "0", "0", "0"])
+        means = [f"{mean:.3f}"] * (2 if perturbed else 1)
+        rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), *means, "0", "0", "0"])
         return format_table(header, rows)
 
     def to_json(self, config: SearchConfig, tasks: list[TextTask]) -> str:
@@ -70,6 +73,7 @@ class Outcome:
                 {
                     "name": arm.name,
                     "accuracy": arm.accuracy,
+                    "perturbed": arm.perturbed,
                     "mean": arm.mean,
                     "params": arm.structure.params,
                     "dense_params": arm.structure.dense_params,

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gatedadapters.attachment import candidates, groups
 from gatedadapters.backbone import discover
-from gatedadapters.cli.models import is_causal, located, reading
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.errors import ConfigError
+from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.structure import column, format_table
 

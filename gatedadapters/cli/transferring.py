@@ -19,11 +19,11 @@ from gatedadapters.adapters import Adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import detach
 from gatedadapters.cli.outcome import check_free
-from gatedadapters.cli.runner import Experiment, evaluate
-from gatedadapters.cli.setup import load_tasks
 from gatedadapters.config import SearchConfig, TransferConfig
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.errors import LayoutError
+from gatedadapters.experiment.runner import Experiment, evaluate
+from gatedadapters.experiment.setup import load_tasks
 from gatedadapters.inspection import save_shift_png
 from gatedadapters.selection import versions
 from gatedadapters.structure import Structure

@@ -10,11 +10,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
 
-from gatedadapters.cli.models import is_causal, located, reading
 from gatedadapters.config import CorpusConfig, SelectConfig
 from gatedadapters.data.bundled import load_corpus
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, read_passages, split_passages
 from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.selection import versions
 from gatedadapters.training.selective import Report, SelectiveTrainer
 

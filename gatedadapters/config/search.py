@@ -9,7 +9,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from gatedadapters.config.base import Config
-from gatedadapters.config.penalty import Budget, Schedule
+from gatedadapters.config.penalty import L0, Budget, Schedule
+from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.space import SearchSpace
 from gatedadapters.errors import ConfigError
 
@@ -85,6 +86,10 @@ class SearchConfig(Config):
     Attributes:
         model: a folder, a hub id, or `bundled:NAME` for a model that a data package carries.
         space: a preset, a YAML file, or a search space in place.
+        budget: what the structure may cost.
+        penalty: an L0 weight on the candidates' cost, in place of a budget.
+        noise: what training meets; any kind of `gatedadapters.robustness`.
+        perturbation: of the test texts; scores on them are reported beside those on clean ones.
         compare: rivals of equal size and equal steps, trained in the same run: `uniform` LoRA ranks at every
             linear map, a `random` structure out of the same space.
     """
@@ -94,7 +99,10 @@ class SearchConfig(Config):
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     space: str | SearchSpace = "encoder-mixed"
     budget: Budget = Budget(fraction=0.125)
+    penalty: L0 | None = None
     schedule: Schedule = Schedule()
+    noise: CorruptionConfig | None = None
+    perturbation: CorruptionConfig | None = None
     training: TrainingConfig = TrainingConfig()
     compare: tuple[Rival, ...] = ()
 
@@ -105,6 +113,17 @@ class SearchConfig(Config):
         if len(set(titles)) != len(titles):
             raise ValueError(f"tasks need distinct names, got {', '.join(titles)}")
         return tasks
+
+    @model_validator(mode="after")
+    def _one_pressure(self) -> SearchConfig:
+        if self.penalty is not None and "budget" in self.model_fields_set:
+            raise ValueError("give either a budget or a penalty")
+        return self
+
+    @property
+    def limit(self) -> Budget | None:
+        """The budget, unless a penalty stands in its place."""
+        return self.budget if self.penalty is None else None
 
     @classmethod
     def load(cls, file: str | FilePath) -> Self:
@@ -122,7 +141,7 @@ class SearchConfig(Config):
                 fix="check the path and the syntax",
             ) from error  # fmt: skip
         config = cls.parse(data, where=str(path))
-        return config._from_folder(path.absolute().parent)
+        return config.from_folder(path.absolute().parent)
 
     def resolved_space(self) -> SearchSpace:
         """The search space itself.
@@ -139,7 +158,9 @@ class SearchConfig(Config):
             data["space"] = self.space.model_dump(mode="json", exclude_none=True)
         return yaml.safe_dump(data, sort_keys=False)
 
-    def _from_folder(self, folder: FilePath) -> Self:
+    def from_folder(self, folder: FilePath) -> Self:
+        """The same with relative paths counted from `folder`."""
+
         def absolute(value: str | None) -> str | None:
             return None if value is None else str(folder / value)
 

@@ -97,16 +97,19 @@ class TransferConfig(SearchConfig):
     def _consistent(self) -> TransferConfig:
         if self.compare:
             raise ValueError("compare belongs to a search, not to a transfer")
+        if self.penalty is not None or self.noise is not None or self.perturbation is not None:
+            raise ValueError("penalty, noise and perturbation belong to a search or a study, not to a transfer")
         if self.search and self.adapter is not None:
             raise ValueError("give either search: true or an adapter whose structure is trained")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
         return self
 
-    def _from_folder(self, folder: FilePath) -> Self:
+    def from_folder(self, folder: FilePath) -> Self:
+        """The same with relative paths counted from `folder`."""
         changes = {}
         for name in ("update", "adapter"):
             value = getattr(self, name)
             if value is not None and (folder / value).exists():
                 changes[name] = str(folder / value)
-        return super()._from_folder(folder).model_copy(update=changes)
+        return super().from_folder(folder).model_copy(update=changes)

@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gatedadapters.cli.models import is_causal, located, reading
 from gatedadapters.config import SearchConfig, TaskConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
 from gatedadapters.errors import ConfigError
+from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.training import MultiTaskClassifier
 
 

@@ -1,0 +1,136 @@
+"""Does a study lose or repeat trials under eight workers, one of them killed, and what does its storage cost?
+
+Claims under test: eight processes on one journal, and on PostgreSQL, run every trial exactly once; a worker killed with
+SIGKILL has its trial marked and run again; over 200 short trials a storage costs a small part of a second a trial.
+
+    python benchmarks/study_storage.py [--workers 8] [--postgresql URL]
+
+Without a URL a PostgreSQL server of its own is started where one is installed. Where the cost of a storage is measured,
+trials take no time of their own, and the storages take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+from postgresql import binaries, running_server
+
+from gatedadapters.config import SearchConfig, StudyConfig
+from gatedadapters.selection import versions
+from gatedadapters.structure import format_table
+from gatedadapters.studies import Measured, Study
+
+STORE = Path(__file__).parent / "results" / "study_storage.json"
+MARKER, PAUSE = "STUDY_STORAGE_MARKER", 0.1
+FACTORS = {"noise.ratio": {"low": 0.0, "high": 1.0, "points": 10}}
+SEARCH = {"model": "none", "tasks": [{"train": "none.csv"}], "noise": {"kind": "label"}}
+
+
+def config(name: str, seeds: int) -> StudyConfig:
+    """Ten trials for each seed."""
+    data = {"name": name, "search": SEARCH, "factors": FACTORS, "seeds": list(range(seeds))}
+    return StudyConfig.parse(data, where="benchmark")
+
+
+def short(search: SearchConfig, *args: Any, **kwargs: Any) -> Measured:
+    """A trial of no time at all."""
+    return Measured({"task": 0.5}, (), 1, 0.0)
+
+
+def killed_once(search: SearchConfig, *args: Any, **kwargs: Any) -> Measured:
+    """A short trial; the process that comes first to the 30th kills itself."""
+    marker = Path(os.environ[MARKER])
+    time.sleep(PAUSE)
+    if search.training.seed == 3:
+        with contextlib.suppress(FileExistsError):
+            marker.open("x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return short(search)
+
+
+def together(storage: str | Path, workers: int) -> dict[str, Any]:
+    """Eight workers, 100 trials, one SIGKILL."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[MARKER] = f"{folder}/marker"
+        began = time.perf_counter()
+        study = Study(config(f"together {time.time_ns()}", 10), storage=storage, measure=killed_once)
+        study.run(workers=workers)
+    by_state = {state: [t for t in study.trials if t.state == state] for state in TrialState}
+    keys = [trial.user_attrs["key"] for trial in by_state[TrialState.COMPLETE]]
+    planned = [job.key for job in study._jobs()]
+    killed = by_state[TrialState.FAIL]
+    return {
+        "planned": len(planned),
+        "complete": len(keys),
+        "lost": len(set(planned) - set(keys)),
+        "duplicated": len(keys) - len(set(keys)),
+        "killed": len(killed),
+        "killed and run again": sum(trial.user_attrs["key"] in keys for trial in killed),
+        "processes": len({trial.user_attrs["owner"]["pid"] for trial in study.trials}),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def overhead(storages: dict[str, Any], rounds: int = 4) -> dict[str, float]:
+    """Milliseconds a trial by storage: the median over rounds of 50 trials, the storages taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in storages}
+    for index in range(rounds):
+        for name, storage in storages.items():
+            study = Study(config(f"overhead {index} {time.time_ns()}", 5), storage=storage, measure=short)
+            began = time.perf_counter()
+            study.run()
+            found[name].append(1000 * (time.perf_counter() - began) / len(study.trials))
+    return {name: round(statistics.median(times), 2) for name, times in found.items()}
+
+
+@contextlib.contextmanager
+def server(url: str | None) -> Iterator[str | None]:
+    """The URL given, else that of a server of our own, else None."""
+    if url is not None:
+        yield url
+        return
+    if binaries() is None:
+        yield None
+        return
+    with running_server() as own:
+        yield own
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--postgresql")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, server(options.postgresql) as url:
+        shared: dict[str, str | Path] = {"journal": Path(folder) / "study.journal"}
+        if url is not None:
+            shared["postgresql"] = url
+        workers = {name: together(storage, options.workers) for name, storage in shared.items()}
+        alone = {"memory": InMemoryStorage(), "sqlite": f"sqlite:///{folder}/study.db", **shared}
+        cost = overhead(alone)
+    names = list(next(iter(workers.values())))
+    print(format_table(["storage", *names], [[k, *(str(v[n]) for n in names)] for k, v in workers.items()]))
+    print()
+    print(format_table(["storage", "ms a trial"], [[name, f"{value:.1f}"] for name, value in cost.items()]))
+    whole = all(v["complete"] == v["planned"] and not v["lost"] and not v["duplicated"] for v in workers.values())
+    whole &= all(v["killed"] == v["killed and run again"] == 1 for v in workers.values())
+    print(f"nothing lost, nothing twice, the killed trial run again: {'holds' if whole else 'DOES NOT HOLD'}")
+    result = {"versions": versions(), "workers": options.workers, "together": workers, "ms a trial": cost}
+    STORE.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""One trial: retrain, prune, test."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import transformers
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.config.study import Side
+from gatedadapters.data import TextTask
+from gatedadapters.experiment.runner import Experiment
+from gatedadapters.experiment.setup import load_tasks
+from gatedadapters.studies.measured import Measured, Report
+
+REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial says how it fares
+
+
+def measure(
+    search: SearchConfig,
+    side: Side,
+    perturbations: Sequence[CorruptionConfig] = (),
+    *,
+    split: str = "test",
+    report: Report | None = None,
+) -> Measured:
+    """Train one side of a search, prune it, and test it on clean and on perturbed data.
+
+    Args:
+        search: what is trained, its seed included.
+        side: see `Experiment.fitted`.
+        perturbations: of the split that is tested on.
+        split: what is tested on.
+        report: is told steps and the mean validation accuracy between prune and end; it may raise to stop the trial.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the search or its data.
+    """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    tasks = list(_tasks(search.model, search.tasks, search.training.seed))
+    reporting = [] if report is None else [_Reporting(report, search)]
+    experiment = Experiment(search, tasks, None, perturbations=perturbations, callbacks=reporting)
+    for callback in reporting:
+        callback.experiment = experiment
+    with (
+        tqdm(total=search.training.steps, file=io.StringIO()) as progress,
+        experiment.fitted(side, progress) as trained,
+    ):
+        scores = experiment.score(split)
+        perturbed = tuple(experiment.score(split, perturbation) for perturbation in experiment.perturbations)
+        return Measured(scores, perturbed, trained.params, trained.seconds)
+
+
+@lru_cache(maxsize=4)
+def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTask, ...]:
+    return tuple(load_tasks(SearchConfig(model=model, tasks=tasks, training=TrainingConfig(seed=seed))))
+
+
+class _Reporting(TrainerCallback):
+    """Says how a trial fares, once its structure is fixed."""
+
+    experiment: Experiment
+
+    def __init__(self, report: Report, search: SearchConfig) -> None:
+        self.report = report
+        total, prune = search.training.steps, search.schedule.prune
+        self.steps = {round(share * total) for share in REPORTS if prune is not None and share > prune}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """At some steps."""
+        if state.global_step in self.steps:
+            scores = self.experiment.score("validation").values()
+            self.report(state.global_step, sum(scores) / len(scores))

@@ -1,0 +1,96 @@
+"""Where a study is kept: a journal file, a database, or a proxy of one."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from gatedadapters.errors import StudyError
+
+GRPC, SQLITE, POSTGRES = "grpc://", "sqlite", "postgresql://"
+_WAIT = 10  # seconds for a proxy to answer
+
+
+def open_storage(where: str | Path, *, workers: int = 1) -> BaseStorage:
+    """A storage by its file name or URL.
+
+    Args:
+        where: a file (a journal, made where there is none), `grpc://HOST:PORT` (a proxy, started with
+            `optuna.storages.run_grpc_proxy_server`), or any URL that Optuna takes: `postgresql://...`, `mysql://...`.
+        workers: how many processes are to use it.
+
+    Raises:
+        StudyError: it cannot be reached or used.
+    """
+    text = str(where)
+    if text.startswith(SQLITE) and workers > 1:
+        raise StudyError(
+            "SQLite locks up under several workers", expected="a journal file, or the URL of a database server",
+            got=f"{text} with {workers} workers", where="storage", fix="give a file name ending in .journal",
+        )  # fmt: skip
+    try:
+        if text.startswith(GRPC):
+            return _proxy(text)
+        if "://" in text:
+            return RDBStorage(_with_driver(text), engine_kwargs={"pool_pre_ping": "sqlite" not in text})
+        return _journal(Path(text))
+    except StudyError:
+        raise
+    except Exception as error:  # each back end and driver has errors of its own
+        raise StudyError(
+            "the storage cannot be reached", expected="a file, grpc://HOST:PORT, or the URL of a database",
+            got=f"{type(error).__name__}: {_first_line(error)}", where=f"storage {_without_password(text)}",
+            fix="check the address, the server, and that its driver is installed (gatedadapters[postgresql])",
+        ) from error  # fmt: skip
+
+
+def _journal(path: Path) -> BaseStorage:
+    if not path.parent.is_dir():
+        raise StudyError(
+            "the storage cannot be reached", expected="a file in a folder that exists", got="no such folder",
+            where=f"storage {path}", fix="make the folder, or give another file",
+        )  # fmt: skip
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            start = file.read(1)
+        if start != b"{":
+            raise StudyError(
+                "this file is no journal", expected="one JSON object a line", got=f"a file that starts with {start!r}",
+                where=f"storage {path}", fix="give another file; a database is named by a URL",
+            )  # fmt: skip
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _proxy(text: str) -> BaseStorage:
+    host, _, port = text.removeprefix(GRPC).rstrip("/").rpartition(":")
+    if not host or not port.isdigit():
+        raise StudyError(expected="grpc://HOST:PORT", got=text, where="storage", fix="name both")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna may still change how a proxy is made
+        proxy = GrpcStorageProxy(host=host, port=int(port))
+    proxy.wait_server_ready(timeout=_WAIT)
+    return proxy
+
+
+def _with_driver(url: str) -> str:
+    """PostgreSQL's present driver, where the URL names none and the former one is not installed."""
+    if url.startswith(POSTGRES) and importlib.util.find_spec("psycopg2") is None:
+        return url.replace(POSTGRES, "postgresql+psycopg://", 1)
+    return url
+
+
+def _first_line(error: BaseException) -> str:
+    cause: Any = error.__cause__ or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+
+
+def _without_password(url: str) -> str:
+    scheme, mark, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{mark}{user.partition(':')[0]}{at}{host}" if at else url

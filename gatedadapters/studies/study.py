@@ -1,0 +1,330 @@
+"""A study from Python: load, run, look, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial
+
+from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
+from gatedadapters.config.study import Objective, Value, value_of
+from gatedadapters.errors import StudyError
+from gatedadapters.robustness import Perturbation, corruption
+from gatedadapters.selection import versions
+from gatedadapters.studies import queue, results
+from gatedadapters.studies.cells import parameters, trainings
+from gatedadapters.studies.measured import Measure, Report
+from gatedadapters.studies.storage import open_storage
+from gatedadapters.studies.workers import work, work_together
+
+CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
+_FREE = {"seeds", "trials", "retries", "description", "version"}  # may change between runs of one study
+DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
+    "score": "maximize",
+    "params": "minimize",
+    "gap": "minimize",
+}
+
+
+class Study:
+    """How scores after pruning depend on the sparsity weight, on noise, on perturbed data, or on any field of a search.
+
+    Kept in a storage from the first trial on: what is done is never lost, and running again goes on.
+
+    Args:
+        config: what is varied, and how.
+        storage: a file name (a journal), any URL that Optuna takes, `grpc://HOST:PORT`, or a storage of Optuna's;
+            default: `NAME.journal` in the current folder.
+        measure: what scores a trial, in place of `objective.measure`; with several workers it must be importable.
+
+    Raises:
+        StudyError: the storage cannot be used, or holds a study of this name over another space.
+        ConfigError: an unknown noise or perturbation.
+    """
+
+    def __init__(
+        self, config: StudyConfig, *, storage: str | Path | BaseStorage | None = None, measure: Measure | None = None
+    ) -> None:
+        self.config, self._measure = config, measure
+        self.storage = storage if storage is not None else f"{config.name}.journal"
+        _check_kinds(config)
+        self.optuna = self._open(self.storage if isinstance(self.storage, BaseStorage) else open_storage(self.storage))
+
+    @classmethod
+    def load(
+        cls,
+        preset_or_file: str | Path,
+        *,
+        search: SearchConfig | str | Path | None = None,
+        storage: str | Path | BaseStorage | None = None,
+    ) -> Self:
+        """A study by the name of a preset or by a YAML file.
+
+        Args:
+            preset_or_file: `"sensitivity"`, `"optimise"`, or a path that ends in .yaml.
+            search: what is studied, or its YAML file, in place of what the study says.
+            storage: see the class.
+
+        Raises:
+            ConfigError: unknown preset, unreadable file, unknown factor, invalid value.
+            StudyError: see the class.
+        """
+        if isinstance(search, (str, Path)):
+            search = SearchConfig.load(search)
+        return cls(StudyConfig.load(preset_or_file, search=search), storage=storage)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def run(self, n_trials: int | None = None, *, workers: int = 1) -> Self:
+        """Run what is missing, and wait until it is done.
+
+        Args:
+            n_trials: at most so many more; default: all.
+            workers: processes on this machine. The same call on other machines, with the same storage, helps.
+
+        Raises:
+            StudyError: SQLite or a storage in memory with several workers; workers that die.
+        """
+        if workers > 1:
+            if isinstance(self.storage, BaseStorage):
+                raise StudyError(
+                    "several workers need a storage that they can all open", expected="a file name or a URL",
+                    got=type(self.storage).__name__, where="storage", fix="give the name of a journal file",
+                )  # fmt: skip
+            open_storage(self.storage, workers=workers)
+        queue.Watch().collect(self.optuna, self.config.retries)
+        for job in queue.missing(self.optuna, self._jobs(), self.config.retries)[:n_trials]:
+            queue.enqueue(self.optuna, job)
+        if workers == 1:
+            work(self.optuna, self._run_trial, self.config)
+        else:
+            work_together(_worker, (self.config, self.storage, self._measure), self.optuna, self.config, workers)
+        return self
+
+    @property
+    def measure(self) -> Measure:
+        """What scores a trial."""
+        if self._measure is None:
+            from gatedadapters.studies.objective import measure  # training takes seconds to import
+
+            self._measure = measure
+        return self._measure
+
+    def _jobs(self) -> list[queue.Job]:
+        if self.config.mode == "optimise":
+            return [queue.Job(f"trial-{index}", {}) for index in range(self.config.trials)]
+        return [queue.Job(training.key, parameters(self.config, training.cell)) for training in trainings(self.config)]
+
+    def _run_trial(self, study: optuna.Study, trial: Trial) -> list[float]:
+        return self._optimise(trial) if self.config.mode == "optimise" else self._score(study, trial)
+
+    def _score(self, study: optuna.Study, trial: Trial) -> list[float]:
+        key = trial.user_attrs[queue.KEY]
+        training = {training.key: training for training in trainings(self.config)}[key]
+        for name, value in parameters(self.config, training.cell).items():
+            _suggest(trial, name, value, self.config)
+        measured = self.measure(training.cell.search, training.cell.side, training.perturbations)
+        results.note(trial, training.cell.search, training.cell.side, training.perturbations, measured)
+        return [results.mean(measured.scores)]
+
+    def _optimise(self, trial: Trial) -> list[float]:
+        config = self.config
+        (side,) = config.sides
+        assignment = {path: _choose(trial, path, factor) for path, factor in config.factors.items()}
+        search = config.search_of(side, assignment).model_copy(update={"perturbation": None})
+        perturbations = (config.perturbed,) if config.perturbed is not None else ()
+        found = []
+        for index, seed in enumerate(config.seeds):
+            seeded = search.model_copy(update={"training": search.training.model_copy(update={"seed": seed})})
+            report = self._reporter(trial, index * search.training.steps)
+            found.append(self.measure(seeded, side, perturbations, split="validation", report=report))
+        measured = results.averaged(found)
+        results.note(trial, search, side, perturbations, measured)
+        values = results.objectives(measured)
+        for name, limit in config.constraints.items():
+            trial.set_constraint(name, limit - values[name] if name == "score" else values[name] - limit)
+        return [values[name] for name in config.objectives]
+
+    def _reporter(self, trial: Trial, offset: int) -> Report | None:
+        if not self.config.prune or self.config.objectives != ("score",):
+            return None
+
+        def report(step: int, value: float) -> None:
+            trial.report(value, offset + step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        return report
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Every trial, failed ones with their `error` in the user attributes."""
+        return queue.trials_of(self.optuna)
+
+    def curves(self) -> list[results.Curve]:
+        """Score by value of each factor, on each side, of each task and in the mean; with 95 % intervals over seeds."""
+        return results.curves(self.config, self.optuna)
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """By target (`score`, `params`, `gap`): the share of each factor. See `results.importances`."""
+        return results.importances(self.config, self.optuna)
+
+    def front(self) -> list[FrozenTrial]:
+        """Feasible trials that no other beats in every objective; of one objective the best one."""
+        return results.front(self.config, self.optuna)
+
+    def best(self) -> list[SearchConfig]:
+        """The front as searches that are ready to run."""
+        return [results.search_of(trial) for trial in self.front()]
+
+    def report(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write `report.html` (self-contained), `report.md` with its pictures, and the best configurations.
+
+        Raises:
+            StudyError: no trial is complete.
+            ArtifactError: the folder is not free.
+        """
+        from gatedadapters.studies.report import write
+
+        return write(self, Path(folder), overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        return f"Study({self.config.name!r}: {results.progress(self)})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{results.table(self.config, self.optuna)}"
+
+    def _repr_html_(self) -> str:
+        from gatedadapters.studies.report import summary_html
+
+        return summary_html(self)
+
+    # -- storage -------------------------------------------------------------------------------------------------------
+
+    def _open(self, storage: BaseStorage, worker: int = 0) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        config = self.config
+        multi = config.mode == "optimise"
+        directions = [DIRECTIONS[name] for name in (config.objectives if multi else ("score",))]
+        try:
+            study = optuna.create_study(storage=storage, study_name=config.name, directions=directions)
+            study.set_user_attr(CONFIG, {"config": config.model_dump(mode="json"), "versions": versions()})
+        except DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=config.name)
+            self._check_same(study)
+        study.sampler, study.pruner = _sampler(config, worker), _pruner(config)
+        return study
+
+    def _check_same(self, study: optuna.Study) -> None:
+        stored = _stored_config(study)
+        if stored is None:
+            raise StudyError(
+                "a study of this name is there already, and is not one of ours", expected="a new name",
+                got=repr(self.config.name), where=f"storage {self.storage}", fix="choose another name or storage",
+            )  # fmt: skip
+        ours = self.config.model_dump(mode="json")
+        differ = [name for name in ours if name not in _FREE and stored.get(name) != ours[name]]
+        if differ:
+            raise StudyError(
+                "a study of this name over another space is there already",
+                expected=f"the same {', '.join(differ)} as stored: {_short(stored, differ)}",
+                got=_short(ours, differ), where=f"study {self.config.name!r} in {self.storage}",
+                fix="give the study another name; what is stored stays as it is",
+            )  # fmt: skip
+
+
+def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:
+    """What each of several processes does."""
+    study = Study(config, storage=storage, measure=measure)
+    study.optuna.sampler = _sampler(config, index)
+    try:
+        work(study.optuna, study._run_trial, config)
+    except KeyboardInterrupt:
+        return
+
+
+def _stored_config(study: optuna.Study) -> dict[str, Any] | None:
+    """What the study's maker wrote down, which may come a moment after the study itself."""
+    for _ in range(50):
+        found: dict[str, Any] | None = study.user_attrs.get(CONFIG)
+        if found is not None:
+            config: dict[str, Any] = found["config"]
+            return config
+        if study.get_trials(deepcopy=False):
+            return None
+        time.sleep(0.1)
+    return None
+
+
+def _short(config: dict[str, Any], names: Sequence[str]) -> str:
+    text = json.dumps({name: config.get(name) for name in names})
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _check_kinds(config: StudyConfig) -> None:
+    """Look every noise and perturbation up, so that a wrong name fails now and not in each trial.
+
+    Raises:
+        ConfigError: unknown, or noise that only training can meet given as a perturbation.
+    """
+    kinds = {path: factor.values or () for path, factor in config.factors.items() if path.endswith(".kind")}
+    for head, only in (("noise", None), ("perturbation", Perturbation)):
+        given: CorruptionConfig | None = getattr(config.search, head)
+        named = [*([] if given is None else [given.kind]), *kinds.get(f"{head}.kind", ())]
+        for kind in named:
+            asked = CorruptionConfig(kind=str(kind))
+            where = f"{head}: kind"
+            corruption(asked, where=where) if only is None else corruption(asked, only=only, where=where)
+
+
+def _sampler(config: StudyConfig, worker: int) -> optuna.samplers.BaseSampler:
+    seed = 1000 * worker  # workers of one seed would all choose alike
+    if config.mode == "sensitivity":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if len(config.objectives) > 1:
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, config.trials // 4)))
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, config.trials // 4)))
+
+
+def _pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
+    if config.mode == "sensitivity" or not config.prune or len(config.objectives) > 1:
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.MedianPruner(n_startup_trials=max(3, min(8, config.trials // 4)))
+
+
+def _choose(trial: Trial, path: str, factor: Factor) -> Value:
+    """A value of the sampler's choice."""
+    if factor.values is not None:
+        return cast(Value, trial.suggest_categorical(path, factor.values))
+    assert factor.low is not None
+    assert factor.high is not None
+    if factor.integer:
+        return trial.suggest_int(path, int(factor.low), int(factor.high), log=factor.log)
+    return trial.suggest_float(path, factor.low, factor.high, log=factor.log)
+
+
+def _suggest(trial: Trial, name: str, value: Value, config: StudyConfig) -> None:
+    """Tell Optuna a value that is decided already."""
+    if name == "side":
+        trial.suggest_categorical(name, tuple(config.sides))
+        return
+    if name == "seed":
+        trial.suggest_int(name, 0, 2**31)
+        return
+    factor = config.factors[name]
+    starts = (value_of(config.search_of(side, {}), name) for side in config.sides)
+    grid = (*factor.grid(), *(start for start in starts if start is not None))
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in grid):
+        numbers = [float(v) for v in grid]
+        trial.suggest_float(name, min(numbers), max(numbers), log=factor.log and min(numbers) > 0)
+    else:
+        trial.suggest_categorical(name, tuple(dict.fromkeys(grid)))

@@ -1,0 +1,148 @@
+"""Working off a study's queue: in this process, or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from gatedadapters.config import StudyConfig
+from gatedadapters.errors import StudyError
+from gatedadapters.studies import queue
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+Open = Callable[[], optuna.Study]
+Run = Callable[[optuna.Study, Trial], Sequence[float]]
+_POLL, _FAREWELL = 0.5, 5.0  # seconds
+
+
+def work(study: optuna.Study, run: Run, config: StudyConfig, *, watch: queue.Watch | None = None) -> None:
+    """Work until nothing waits and nobody else works, whose trial might come back.
+
+    A trial that raises is kept with its error and queued again, at most `config.retries` times.
+
+    Raises:
+        KeyboardInterrupt: the trial at work is queued again, and its failure not counted.
+    """
+    watch = watch or queue.Watch()
+    while True:
+        trial = queue.claim(study)
+        if trial is not None:
+            _one(study, trial, run, config)
+        elif not queue.trials_of(study, TrialState.RUNNING):
+            if not queue.trials_of(study, TrialState.WAITING):
+                return
+        elif not watch.collect(study, config.retries):
+            time.sleep(_POLL)
+
+
+def _one(study: optuna.Study, trial: Trial, run: Run, config: StudyConfig) -> None:
+    frozen = study.get_trials(deepcopy=False)[trial.number]
+    try:
+        with queue.Heartbeat(study, trial):
+            values = run(study, trial)
+        study.tell(trial, list(values), skip_if_finished=True)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    except KeyboardInterrupt:
+        if queue.fail(study, trial, "interrupted", spared=True):
+            queue.retry(study, frozen, config.retries)
+        raise
+    except Exception:  # whatever it was, it belongs to this trial alone
+        current = study.get_trials(deepcopy=False)[trial.number]
+        if queue.fail(study, trial, traceback.format_exc(limit=-6)):
+            queue.retry(study, current, config.retries)
+
+
+def work_together(
+    entry: Callable[..., None], arguments: tuple[Any, ...], study: optuna.Study, config: StudyConfig, workers: int
+) -> None:
+    """Run `entry(*arguments, index)` in several processes until the queue is empty; a process that dies is replaced.
+
+    Each gets its share of the cores, and one of the GPUs where there are several.
+
+    Raises:
+        StudyError: processes die faster than trials get done.
+    """
+    context = multiprocessing.get_context("spawn")  # threads and GPUs do not survive a fork
+    watch = queue.Watch()
+    processes: dict[int, Any] = {}
+    deaths, done = 0, _finished(study)
+
+    def start(index: int) -> None:
+        with _environment(index, workers):
+            processes[index] = context.Process(target=entry, args=(*arguments, index), daemon=False)
+            processes[index].start()
+
+    try:
+        for index in range(workers):
+            start(index)
+        while processes:
+            time.sleep(_POLL)
+            for index, process in list(processes.items()):
+                if process.is_alive():
+                    continue
+                process.join()
+                del processes[index]
+                watch.collect(study, config.retries)
+                if process.exitcode == 0:
+                    continue
+                deaths = deaths + 1 if _finished(study) == done else 1
+                done = _finished(study)
+                if deaths > workers * (1 + config.retries):
+                    raise StudyError(
+                        "workers die before they finish a trial", expected="processes that live",
+                        got=f"{deaths} deaths in a row, the last with exit code {process.exitcode}",
+                        where=f"study {config.name}", fix="look for memory that runs out; take fewer workers",
+                    )  # fmt: skip
+                if queue.trials_of(study, TrialState.WAITING, TrialState.RUNNING):
+                    start(index)
+    finally:  # an interruption or an error, else none is left
+        until = time.monotonic() + _FAREWELL
+        for process in processes.values():
+            process.join(max(0.0, until - time.monotonic()))  # an interrupted one puts its trial back itself
+            process.terminate()
+            process.join()
+        if processes:
+            queue.Watch().collect(study, config.retries, spared=True)
+
+
+def _finished(study: optuna.Study) -> int:
+    return len(queue.trials_of(study, TrialState.COMPLETE, TrialState.PRUNED))
+
+
+@contextmanager
+def _environment(index: int, workers: int) -> Iterator[None]:
+    """What a process inherits: as many threads as it has cores to itself, one GPU of several."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    changes = {name: str(min(threads, int(os.environ.get(name, threads)))) for name in THREADS}
+    gpus = _gpus()
+    if len(gpus) > 1:
+        changes["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [str(i) for i in range(torch.cuda.device_count())] if visible is None else [v for v in visible.split(",") if v]
+    )

@@ -1,0 +1,22 @@
+"""A real PostgreSQL server of the tests' own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # tests and benchmarks start the same server
+from postgresql import binaries, running_server
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a server for the tests; skips where there is none."""
+    pytest.importorskip("psycopg", reason="no driver: pip install gatedadapters[postgresql]")
+    if binaries() is None:
+        pytest.skip("no PostgreSQL server is installed here: apt-get install postgresql")
+    with running_server() as url:
+        yield url
