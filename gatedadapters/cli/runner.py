@@ -12,19 +12,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import attach, detach
-from gatedadapters.cli.setup import build_model, on_cpu, use_bf16
+from gatedadapters.cli.setup import build_model, on_cpu, training_arguments, use_bf16
 from gatedadapters.config import Budget, SearchConfig, SearchSpace
 from gatedadapters.config.search import Rival
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
-from gatedadapters.inspection import TensorBoardInspector
+from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.structure import Structure
 from gatedadapters.training import GatedTrainer
 
 SEARCHED = "searched"
+ACCURACY = "test/accuracy"  # the tag that arms are compared by
 RIVALS: Mapping[Rival, str] = {"uniform": "uniform LoRA", "random": "random structure"}
 
 
@@ -122,24 +123,7 @@ class Experiment:
         training = self.config.training
         progress.set_description(name)
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
-            args = TrainingArguments(
-                output_dir=scratch,
-                max_steps=training.steps,
-                per_device_train_batch_size=training.batch_size,
-                learning_rate=training.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=round(training.warmup * training.steps),
-                weight_decay=training.weight_decay,
-                bf16=self.bf16,
-                use_cpu=on_cpu(self.config),
-                seed=training.seed,
-                logging_steps=max(1, training.steps // 60),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-            )
+            args = training_arguments(training, scratch, bf16=self.bf16, use_cpu=on_cpu(self.config), logs=60)
             trainer = GatedTrainer(
                 model=self.model,
                 args=args,
@@ -149,7 +133,14 @@ class Experiment:
                 schedule=self.config.schedule if searching else None,
                 gate_learning_rate=training.gate_learning_rate,
                 task_temperature=training.task_temperature,
-                callbacks=[TensorBoardInspector(self.logs / name.replace(" ", "-")), Progress(progress, adapters)],
+                callbacks=[
+                    TensorBoardInspector(
+                        self._log(name),
+                        hparams={"arm": name, **self.config.model_dump(mode="json")},
+                        metrics=[ACCURACY],
+                    ),
+                    Progress(progress, adapters),
+                ],
             )
             trainer.remove_callback(PrinterCallback)
             start = time.perf_counter()
@@ -162,7 +153,14 @@ class Experiment:
         accuracy = evaluate(self.model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=self.bf16)
         structure = cast(Structure, adapters.structure)
         detach(self.model)
-        return Arm(name, accuracy, structure, seconds)
+        arm = Arm(name, accuracy, structure, seconds)
+        with TensorBoardWriter(self._log(name)) as writer:
+            by_task = {f"{ACCURACY} {task}": value for task, value in accuracy.items()}
+            writer.scalars({ACCURACY: arm.mean, **by_task}, self.config.training.steps)
+        return arm
+
+    def _log(self, name: str) -> Path:
+        return self.logs / name.replace(" ", "-")
 
 
 class Progress(TrainerCallback):

@@ -327,8 +327,8 @@ def masked(inner: Tensor, share: float, *, rescale: bool = False) -> Tensor:
 def _ones_and_zeros(like: Tensor, share: float) -> Tensor:
     """Of `like`'s shape, dtype and device: each element 0 with probability `share`, else 1, independently.
 
-    On the CPU a Bernoulli draw per element costs as much as the map that reads it. There each element compares 16 random
-    bits with a threshold, which is rounded to 16 bits at random, once a call: the probability is exactly `share`.
+    On the CPU a Bernoulli draw per element costs as much as the map that reads it. There each element compares 16
+    random bits with a threshold that is rounded to 16 bits at random, once a call: the probability is exactly `share`.
     """
     drawn = torch.empty_like(like, requires_grad=False)
     if like.device.type != "cpu" or not like.numel():
