@@ -42,7 +42,9 @@ def examples(count: int, vocabulary: int) -> list[dict[str, Any]]:
     return [{"input_ids": row, "task_ids": i % 2, "labels": int(row[0]) % 2} for i, row in enumerate(ids)]
 
 
-def train(model: ga.MultiTaskClassifier, data: list[dict[str, Any]], steps: int, *, inspected: bool) -> dict[str, float]:
+def train(
+    model: ga.MultiTaskClassifier, data: list[dict[str, Any]], steps: int, *, inspected: bool
+) -> dict[str, float]:
     """One search; CPU and wall seconds, and what the inspector counted."""
     torch.manual_seed(0)
     ga.attach(model, "encoder-mixed", tasks=tuple(TASKS))

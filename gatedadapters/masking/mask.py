@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gatedadapters import html
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.encoding import Coding, decode, encode
@@ -264,23 +264,10 @@ class Mask:
             ArtifactError: missing, truncated or foreign files, or another version.
         """
         path = Path(folder)
-        try:
-            data = json.loads((path / RECORD).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                "this is not a saved mask", expected=f"a folder with {RECORD} and {CODES}", got=str(error), where=path,
-                fix="give the folder that Mask.save wrote",
-            ) from error  # fmt: skip
-        version = data.get("version") if isinstance(data, dict) else None
-        if version != 1:
-            raise ArtifactError(
-                expected="a mask of version 1", got=f"version {version!r}", where=path,
-                fix="read it with the release that wrote it",
-            )  # fmt: skip
-        try:
-            record = MaskRecord.parse(data, where=str(path / RECORD))
-        except ValueError as error:
-            raise ArtifactError(str(error), where=path / RECORD) from None
+        record = read_record(
+            MaskRecord, path / RECORD, what="a saved mask", expected=f"a folder with {RECORD} and {CODES}",
+            writer="Mask.save",
+        )  # fmt: skip
         codes = read_bytes(path / CODES, {name: tensor.bytes for name, tensor in record.tensors.items()})
         mask = cls(record, codes)
         for name in mask.names:
