@@ -38,8 +38,8 @@ class TensorBoardInspector(TensorBoardCallback):
         max_tags: see `TensorBoardWriter`.
         writes: most times that gates are written while they learn.
         maps: most times that they are drawn.
-        share: of the training time, the most that writing may take; what would exceed it is left out, but for the
-            first, the last and those at the prune.
+        share: of the time that training takes in all, the most that writing again and again may take, spread over the
+            steps in which gates learn. What would exceed it is left out, but for the beginning, the prune and the end.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TensorBoardInspector(TensorBoardCallback):
         max_tags: int = 600,
         writes: int = 60,
         maps: int = 12,
-        share: float = 0.02,
+        share: float = 0.01,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if log_dir is not None:
@@ -62,7 +62,7 @@ class TensorBoardInspector(TensorBoardCallback):
         self.adapters: Adapters | None = None
         self.seconds = 0.0  # spent on writing
         self._shown: Structure | None = None
-        self._began = self._step_began = self._step_seconds = 0.0
+        self._began = self._fixed_seconds = self._step_began = self._step_seconds = 0.0
         self._steps, self._next, self._next_map, self._was_fixed = 0, 0, 0, False
 
     def on_train_begin(
@@ -79,11 +79,12 @@ class TensorBoardInspector(TensorBoardCallback):
         delta = find_delta(model)
         with self._counted():
             found = self.hparams or run_hparams(args, state, self.adapters, kwargs.get("optimizer"))
-            tags = ("train/loss", "structure/params") if self.adapters is not None else ("train/loss",)
-            self.writer.hparams(found, dict.fromkeys((*tags, *self.metrics)))
+            size = ("structure/params",) if self.adapters is not None else ()
+            self.writer.hparams(found, dict.fromkeys((*self.metrics, "train/loss", *size)))
             if delta is not None:
                 self.writer.mask(delta.mask, state.global_step)
         self._gates(state)
+        self._fixed_seconds = self.seconds
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,9 +148,7 @@ class TensorBoardInspector(TensorBoardCallback):
         maps = fully or step >= self._next_map
         with self._counted():
             self.writer.gates(self.adapters, step, maps=maps)
-        pressure = self.adapters.pressure
-        prune = pressure.schedule.prune if pressure is not None else None
-        searching = math.ceil((1.0 if prune is None else prune) * state.max_steps)
+        searching = self._searching(state)
         self._next = step + max(1, searching // self.writes)
         if maps:
             self._next_map = step + max(1, searching // self.maps)
@@ -165,10 +164,17 @@ class TensorBoardInspector(TensorBoardCallback):
                 self.writer.structure(structure, step, before=before)
             self._shown = structure
 
+    def _searching(self, state: TrainerState) -> int:
+        """Steps in which gates learn."""
+        pressure = self.adapters.pressure if self.adapters is not None else None
+        prune = pressure.schedule.prune if pressure is not None else None
+        return math.ceil((1.0 if prune is None else prune) * state.max_steps)
+
     def _affordable(self, state: TrainerState) -> bool:
-        """Whether writing stays within its share of what training takes in all, going by its pace so far."""
-        elapsed = time.perf_counter() - self._began - self.seconds
-        return self.seconds <= self.share * elapsed * state.max_steps / max(1, state.global_step)
+        """Whether writing is within its share of what training takes in all, going by its pace so far."""
+        elapsed, step = time.perf_counter() - self._began - self.seconds, max(1, state.global_step)
+        due = min(1.0, step / self._searching(state))
+        return self.seconds - self._fixed_seconds <= self.share * elapsed * state.max_steps / step * due
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -12,17 +12,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gatedadapters.html import INK
-from gatedadapters.inspection.picture import COLOURS, label_axes, pixels
+from gatedadapters.inspection.picture import COLOURS, pixels
 
-_WIDTH, _HEIGHT, _TALLEST, _DPI = 0.34, 0.27, 8.5, 100  # inches of a cell at most, inches in all, dots per inch
+_CELL, _TALLEST, _DPI, _POINTS = 0.2, 8.5, 100, 7  # inches of a cell, inches in all, dots per inch, size of letters
+_LEFT, _RIGHT, _TOP, _LETTER = 0.6, 0.6, 0.3, 0.075  # inches beside and above the cells, and of a letter
 
 
 class HeatMap:
-    """Blocks by columns; white where there is no cell.
+    """Blocks by columns; white where there is no cell. Sized so that TensorBoard shows a dozen columns as they are.
 
     Args:
         blocks: names of the rows.
-        columns: names of the columns; the last word of a name of several is written above its neighbours'.
+        columns: names of the columns; a line parts those that end in different words.
         label: what the colours mean.
         colours: over `limits`.
         limits: values at the ends of the colours.
@@ -38,22 +39,34 @@ class HeatMap:
         limits: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.colours, self.norm = colours, Normalize(*limits)
-        width = max(_WIDTH * len(columns), 1.2)
-        height = min(max(_HEIGHT * len(blocks), 0.8), _TALLEST)
-        figure = Figure(figsize=(width + 1.9, height + 1.5), layout="constrained")
-        figure.set_dpi(_DPI)
-        axes = figure.subplots()
-        label_axes(axes, blocks, columns, height / len(blocks))
-        bar = figure.colorbar(ScalarMappable(self.norm, colours), ax=axes, aspect=20)
-        bar.set_label(label, color=INK, fontsize=7)
-        bar.ax.tick_params(labelsize=7, colors=INK, length=2)
+        width, height = max(_CELL * len(columns), 2.0), max(min(_CELL * len(blocks), _TALLEST), 0.6)
+        left = max(_LEFT, 0.25 + _LETTER * max(len(str(block)) for block in blocks))
+        bottom = 0.15 + _LETTER * max(map(len, columns))
+        size = left + width + _RIGHT, bottom + height + _TOP
+        figure = Figure(figsize=size, dpi=_DPI)  # laid out by hand: a layout engine takes ten times as long
+        axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(blocks) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=_POINTS, color=INK)
+        every = max(1, round(len(blocks) * 0.13 / height))
+        axes.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=_POINTS, color=INK)
+        axes.set_ylabel("block", fontsize=_POINTS, color=INK)
+        axes.set_title(label, fontsize=_POINTS, color=INK, loc="left", pad=4)
+        axes.tick_params(length=0, pad=3)
+        axes.spines[:].set_visible(False)
+        place = (left + width + 0.08) / size[0], bottom / size[1], 0.08 / size[0], height / size[1]
+        bar = figure.colorbar(ScalarMappable(self.norm, colours), cax=figure.add_axes(place), ticks=limits)
+        bar.ax.set_yticklabels([f"{limit:.2g}" for limit in limits], fontsize=_POINTS, color=INK)
+        bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
         self._frame = pixels(figure, dpi=_DPI)
         at = axes.transData.transform  # pixels from the bottom left
         x = at([(column - 0.5, 0.0) for column in range(len(columns) + 1)])[:, 0].round().astype(int)
         y = len(self._frame) - at([(0.0, row - 0.5) for row in range(len(blocks) + 1)])[:, 1].round().astype(int)
+        kinds = [column.rpartition(" ")[2] if " " in column else "" for column in columns]
+        gap = [1 + 2 * (i > 0 and kinds[i] != kinds[i - 1]) for i in range(len(columns))]
         self._cells = {
-            (block, column): np.s_[y[i] : y[i + 1] - 1, x[j] + 1 : x[j + 1]]
+            (block, column): np.s_[y[i] : y[i + 1] - 1, x[j] + gap[j] : x[j + 1]]
             for i, block in enumerate(blocks)
             for j, column in enumerate(columns)
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -114,16 +113,9 @@ def _draw(
         if kept and cell_height >= 0.14:
             ink = "white" if share > 0.4 else INK
             place.text(column[label], row[block], str(kept), ha="center", va="center", color=ink, fontsize=7)
-    label_axes(place, blocks, columns, cell_height)
-    if name:
-        place.set_title(name, fontsize=9, color=INK, pad=16)
-
-
-def label_axes(place: Axes, blocks: Sequence[int | str], columns: Sequence[str], cell_height: float) -> None:
-    """Name the rows and columns of a heat map; cells are one unit wide and high, `cell_height` is in inches."""
     place.set_xlim(-0.5, len(columns) - 0.5)
     place.set_ylim(len(blocks) - 0.5, -0.5)
-    places = [label.rpartition(" ")[0] or label for label in columns]
+    places = [label.rpartition(" ")[0] for label in columns]
     place.set_xticks(range(len(columns)), places, rotation=90, fontsize=7, color=INK)
     every = max(1, round(0.16 / cell_height))
     place.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=7, color=INK)
@@ -132,7 +124,7 @@ def label_axes(place: Axes, blocks: Sequence[int | str], columns: Sequence[str],
         side.set_visible(False)
     place.set_ylabel("block", fontsize=8, color=INK)
     end = 0
-    for kind, members in groupby(columns, key=lambda label: label.rpartition(" ")[2] if " " in label else ""):
+    for kind, members in groupby(columns, key=lambda label: label.rpartition(" ")[2]):
         start, end = end, end + len(list(members))
         place.annotate(
             kind, ((start + end - 1) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
@@ -140,6 +132,8 @@ def label_axes(place: Axes, blocks: Sequence[int | str], columns: Sequence[str],
         )  # fmt: skip
         if start:
             place.axvline(start - 0.5, color=_FAINT, linewidth=0.8)
+    if name:
+        place.set_title(name, fontsize=9, color=INK, pad=16)
 
 
 def _size(structure: Structure) -> str:

@@ -115,7 +115,10 @@ def test_scalars_have_the_values_of_the_gates(written: tuple[Server, ga.Adapters
 def test_images_show_open_probabilities_by_place_and_task(written: tuple[Server, ga.Adapters]) -> None:
     server, _ = written
     tags = server.json("plugin/images/tags")["first"]
-    assert set(tags) == {*("open/mood", "open/topic", "path mix/by block", "structure/kept", "structure/changed", "R")}
+    assert set(tags) == {
+        *("open/mood", "open/topic", "path mix/by block", "structure/kept", "structure/changed", "R"),
+        *("structure/kept by mood", "structure/kept by topic"),
+    }
     first, second = (picture(server, "open/topic", sample) for sample in (0, 1))
     assert first.shape == second.shape
     assert min(first.shape[:2]) > 150
