@@ -5,9 +5,10 @@ a gated step costs at most 0.75 of peft's; it saves no more activation bytes; wi
 most 0.9 of the same model all open; the gate bank at 10,000 gates costs at most 1 % of a step; attaching 10,000
 candidates takes at most 2 s.
 
-    python benchmarks/step_cost.py [--rounds 15] [--threads 2]
+    python benchmarks/step_cost.py [--rounds 11] [--threads 1] [--precisions fp32 bf16] [--parts steps bank]
 
-The sides take turns within each round, so that a busy machine slows all of them; medians and ratios are reported.
+The sides take turns within each round, in an order drawn anew, so that a busy machine slows all of them; medians of CPU
+seconds and of the ratios within a round are reported, those of wall seconds are stored beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from gatedadapters.structure import format_table
 
 STORE = Path(__file__).parent / "results" / "step_cost.json"
 RANK, BATCH, LENGTH = 8, 8, 128
+CLOCKS = ("cpu", "wall")
 
 
 def backbones() -> dict[str, Callable[[], nn.Module]]:
@@ -119,19 +122,19 @@ def saved_bytes(step: Step) -> int:
 
 
 def gate_bank_cost(gates: int = 10_000) -> tuple[float, float]:
-    """(seconds a step of the bank alone with that many rank gates, seconds to attach that many candidates)."""
+    """CPU seconds (of a step of the bank alone with that many rank gates, to attach that many candidates)."""
     bank = GateBank(
         [Group(f"p{i}", "b", f"p{i}", RANK, 768, 1536) for i in range(gates // RANK)], ga.GateConfig(), tasks=1, seed=0
     )
     times = []
     for _ in range(15):
-        began = time.perf_counter()
+        began = time.process_time()
         bank.next_step()
         bank.draw()
         bank.refresh()
         bank.expected_cost().backward()
         bank.log_alpha.grad = None
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=80, num_attention_heads=2, vocab_size=64
     )
@@ -139,43 +142,53 @@ def gate_bank_cost(gates: int = 10_000) -> tuple[float, float]:
     space = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 1}] * 18}, where="here")
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         adapters = ga.attach(model, space)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         if len(adapters.paths) < gates:
             raise AssertionError(f"{len(adapters.paths)} candidates attached, not {gates}")
         ga.detach(model)
     return statistics.median(times), min(seconds)
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, precisions: list[str]) -> list[dict[str, Any]]:
     """Interleaved timings of every backbone and precision."""
     results = []
     for name, build in backbones().items():
-        for bf16 in (False, True):
+        for precision in precisions:
+            bf16 = precision == "bf16"
             torch.manual_seed(0)
             model = build()
             vocabulary = model.config.vocab_size
             ids = torch.randint(5, vocabulary - 1, (BATCH, LENGTH))
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             steps = sides(model, batch, bf16)
-            times: dict[str, list[float]] = {side: [] for side in steps}
+            times: dict[str, list[tuple[float, float]]] = {side: [] for side in steps}
             for _ in range(rounds + 3):
-                for side, step in steps.items():
-                    began = time.perf_counter()
-                    step()
-                    times[side].append(time.perf_counter() - began)
-            medians = {side: statistics.median(values[3:]) for side, values in times.items()}
-            ratio = {
-                "gated / peft": _ratio(times, "gated", "peft LoRA"),
-                "gated / frozen": _ratio(times, "gated", "frozen backbone"),
-                "peft / frozen": _ratio(times, "peft LoRA", "frozen backbone"),
-                "closed / open": _ratio(times, "gated, 80 % closed", "gated"),
+                for side in random.sample(list(steps), len(steps)):
+                    began, busy = time.perf_counter(), time.process_time()
+                    steps[side]()
+                    times[side].append((time.process_time() - busy, time.perf_counter() - began))
+            clocks = {
+                clock: {side: [t[i] for t in v[3:]] for side, v in times.items()} for i, clock in enumerate(CLOCKS)
             }
+            medians = {
+                clock: {side: statistics.median(values) for side, values in found.items()}
+                for clock, found in clocks.items()
+            }
+            ratio, wall_ratio = (
+                {
+                    "gated / peft": _ratio(found, "gated", "peft LoRA"),
+                    "gated / frozen": _ratio(found, "gated", "frozen backbone"),
+                    "peft / frozen": _ratio(found, "peft LoRA", "frozen backbone"),
+                    "closed / open": _ratio(found, "gated, 80 % closed", "gated"),
+                }
+                for found in clocks.values()
+            )
             saved = {side: saved_bytes(steps[side]) for side in ("peft LoRA", "gated")}
             results.append(
-                {"model": name, "precision": "bf16 autocast" if bf16 else "fp32", "seconds": medians, "ratio": ratio,
-                 "saved_bytes": saved}
+                {"model": name, "precision": "bf16 autocast" if bf16 else "fp32", "seconds": medians["cpu"],
+                 "ratio": ratio, "wall_seconds": medians["wall"], "wall_ratio": wall_ratio, "saved_bytes": saved}
             )  # fmt: skip
             print(
                 f"{name}, {results[-1]['precision']}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratio.items()),
@@ -186,24 +199,31 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def _ratio(times: dict[str, list[float]], a: str, b: str) -> float:
     """Median over rounds of the ratio within a round."""
-    return statistics.median(x / y for x, y in zip(times[a][3:], times[b][3:], strict=True))
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
 
 def main() -> None:
     """Measure, store, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="bf16 is slow on some processors"
+    )
+    parser.add_argument("--parts", nargs="+", choices=("steps", "bank"), default=["steps", "bank"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = measure(options.rounds)
-    bank, attach = gate_bank_cost()
-    slowest = min(r["seconds"]["gated"] for r in results)
+    report = json.loads(STORE.read_text()) if STORE.exists() else {}
+    if "steps" in options.parts:
+        results = measure(options.rounds, options.precisions)
+        report |= {"versions": versions(), "threads": options.threads, "rounds": options.rounds, "results": results}
+    if "bank" in options.parts:
+        report["bank_10k_seconds"], report["attach_10k_seconds"] = gate_bank_cost()
     STORE.parent.mkdir(exist_ok=True)
-    report = {"versions": versions(), "threads": options.threads, "rounds": options.rounds, "results": results,
-              "bank_10k_seconds": bank, "attach_10k_seconds": attach}  # fmt: skip
     STORE.write_text(json.dumps(report, indent=1) + "\n")
-    header = ["model", "precision", "gated s", "peft s", "gated / peft", "gated / frozen", "peft / frozen",
+    results, bank, attach = (report[key] for key in ("results", "bank_10k_seconds", "attach_10k_seconds"))
+    slowest = min(r["seconds"]["gated"] for r in results)
+    header = ["model", "precision", "gated CPU s", "peft CPU s", "gated / peft", "gated / frozen", "peft / frozen",
               "80 % closed / open", "saved MB gated", "saved MB peft"]  # fmt: skip
     rows = [
         [r["model"], r["precision"], f"{r['seconds']['gated']:.3f}", f"{r['seconds']['peft LoRA']:.3f}",
@@ -212,8 +232,8 @@ def main() -> None:
         for r in results
     ]  # fmt: skip
     print(format_table(header, rows))
-    print(f"gate bank, 10,000 gates: {1000 * bank:.2f} ms, {bank / slowest:.1%} of the fastest gated step above")
-    print(f"attaching 10,000 candidates: {attach:.2f} s")
+    print(f"gate bank, 10,000 gates: {1000 * bank:.2f} ms CPU, {bank / slowest:.1%} of the fastest gated step above")
+    print(f"attaching 10,000 candidates: {attach:.2f} s CPU")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What weakening knowledge costs: one training step with its hooks against the same step without.
 
-Claim under test: the hooks of knowledge masking and dropping add at most 3 % to a step. Dropping skips what it drops,
-so that a step of the published recipe (p_c = 0.1) should not be slower at all.
+Claim under test: knowledge masking and dropping add at most 3 % to a step. Dropping skips what it drops, so that a step
+of the published recipe (p_c = 0.1) should not be slower at all.
 
-    python benchmarks/weakening_cost.py [--rounds 15] [--threads 2]
+    python benchmarks/weakening_cost.py [--rounds 11] [--threads 1] [--precisions fp32 bf16]
 
 LoRA rank 8 at every linear map of MiniLM-L6, batch 8 x 128, AdamW. The sides take turns within each round, so that a
 busy machine slows all of them; medians of the ratio within a round are reported, of CPU seconds and of wall seconds.
@@ -89,11 +89,14 @@ def measure(rounds: int, bf16: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure, store, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="bf16 is slow on some processors"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = [measure(options.rounds, bf16) for bf16 in (False, True)]
+    results = [measure(options.rounds, precision == "bf16") for precision in options.precisions]
     STORE.parent.mkdir(exist_ok=True)
     report = {"versions": versions(), "threads": options.threads, "rounds": options.rounds, "results": results}
     STORE.write_text(json.dumps(report, indent=1) + "\n")
@@ -107,8 +110,9 @@ def main() -> None:
         for unit in ("cpu", "wall")
     ]
     print(format_table(["step time / without", "without, s", *list(SIDES)[1:]], rows))
-    worst = max(r["cpu_ratio"]["hooks that never hit"] for r in results)
-    print(f"the hooks alone: at most {worst - 1:+.1%}, {'within' if worst <= 1.03 else 'NOT within'} the claimed 3 %")
+    for side in list(SIDES)[1:]:
+        worst = max(r["cpu_ratio"][side] for r in results)
+        print(f"{side}: {worst - 1:+.1%} CPU time, {'within' if worst <= 1.03 else 'NOT within'} the claimed 3 %")
 
 
 if __name__ == "__main__":

@@ -283,7 +283,8 @@ def _place(adapters: Adapters, model: nn.Module) -> None:
     for _, path in adapters.typed_paths():
         home = next((p.device for p in modules[path.site.write.module].parameters()), None)
         if home is not None and home.type != "meta":
-            path.to(home)
+            if home.type != "cpu":  # where it was built
+                path.to(home)
             device = device or home
     if device is not None:
         for part in (adapters.bank, adapters.pressure):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gatedadapters import html
 from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
 from gatedadapters.paths import Path
 from gatedadapters.paths.low_rank import in_its_own_type
@@ -42,9 +43,14 @@ class MergeReport:
         """The largest drift."""
         return max(self.drift.values(), default=0.0)
 
+    def _rows(self) -> list[list[str]]:
+        return [[name, f"{value:.2%}"] for name, value in sorted(self.drift.items(), key=lambda item: -item[1])]
+
     def __str__(self) -> str:
-        rows = [[name, f"{value:.2%}"] for name, value in sorted(self.drift.items(), key=lambda item: -item[1])]
-        return format_table(["merged parameter", "drift"], rows)
+        return format_table(["merged parameter", "drift"], self._rows())
+
+    def _repr_html_(self) -> str:
+        return html.table(["merged parameter", "drift"], self._rows())
 
 
 @torch.inference_mode(False)

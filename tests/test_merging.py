@@ -14,18 +14,12 @@ import gatedadapters as ga
 from gatedadapters import hooks
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError, TrainingError
 from gatedadapters.testing.backbones import FAMILIES, tiny
-from gatedadapters.testing.helpers import awaken
+from gatedadapters.testing.helpers import assert_same_state, awaken, output_of, stir
 
 LINEAR = ga.SearchSpace.parse(
     {"paths": [{"kind": "lora", "rank": 3}, {"kind": "scale", "side": "input"}, {"kind": "scale", "side": "output"}]},
     where="test",
 )
-
-
-def output(model: nn.Module, batch: dict[str, Tensor], **more: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**batch, **more)[0]
-    return result
 
 
 def compacted(
@@ -46,12 +40,7 @@ def compacted(
             where="test",
         )
     adapters = ga.attach(model, space, batch, tasks=tasks)
-    assert adapters.bank is not None
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapters.weight_parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        adapters.bank.log_alpha.copy_(1 + 2 * torch.randn(adapters.bank.log_alpha.shape, generator=generator))
+    stir(adapters, by=0.05)
     adapters.compact()
     return model, batch, adapters
 
@@ -60,28 +49,23 @@ def backbone_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("gated_adapters.")}
 
 
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_computes_the_same_without_paths_and_comes_back_bit_for_bit(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch, adapters = compacted(family)
-    before, expected = backbone_state(model), output(model, batch)
+    before, expected = backbone_state(model), output_of(model, batch)
     report = adapters.merge()
     with monkeypatch.context() as patch:
         patch.setattr(hooks, "run_paths", None)
-        torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output_of(model, batch), expected, rtol=1e-4, atol=1e-5)
     changed = {name for name, value in backbone_state(model).items() if not torch.equal(value, before[name])}
     assert changed == set(report.drift) != set()
     assert 0 < report.worst < 1e-4
     assert report.bytes == sum(before[name].numel() * 4 for name in changed)
     adapters.unmerge()
-    assert_same(backbone_state(model), before)
-    assert torch.equal(output(model, batch), expected)
+    assert_same_state(backbone_state(model), before)
+    assert torch.equal(output_of(model, batch), expected)
 
 
 def test_merging_and_unmerging_twice_are_merging_and_unmerging_once() -> None:
@@ -91,39 +75,39 @@ def test_merging_and_unmerging_twice_are_merging_and_unmerging_once() -> None:
     report = adapters.merge()
     merged = backbone_state(model)
     assert adapters.merge() is report is adapters.merged
-    assert_same(backbone_state(model), merged)
+    assert_same_state(backbone_state(model), merged)
     for _ in range(2):
         adapters.unmerge()
         assert adapters.merged is None
-        assert_same(backbone_state(model), before)
+        assert_same_state(backbone_state(model), before)
     adapters.merge()
-    assert_same(backbone_state(model), merged)
+    assert_same_state(backbone_state(model), merged)
 
 
 def test_disabled_gives_the_backbone_while_merged_and_detaching_restores_every_bit() -> None:
     model, batch, adapters = compacted("bert")
     backbone, _ = tiny("bert")
     backbone.load_state_dict(backbone_state(model))
-    expected = output(backbone, batch)
+    expected = output_of(backbone, batch)
     adapters.merge()
-    merged = output(model, batch)
+    merged = output_of(model, batch)
     with adapters.disabled(), adapters.disabled():
-        assert torch.equal(output(model, batch), expected)
+        assert torch.equal(output_of(model, batch), expected)
         for call in (adapters.merge, adapters.unmerge):
             with pytest.raises(AttachError, match="disabled"):
                 call()
-    assert torch.equal(output(model, batch), merged)
+    assert torch.equal(output_of(model, batch), merged)
     ga.detach(model)
-    assert torch.equal(output(model, batch), expected)
-    assert_same(dict(model.state_dict()), dict(backbone.state_dict()))
+    assert torch.equal(output_of(model, batch), expected)
+    assert_same_state(dict(model.state_dict()), dict(backbone.state_dict()))
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
 def test_a_merged_model_is_copied_and_saved_with_the_way_back(way: str) -> None:
     model, batch, adapters = compacted("llama")
-    before, expected = backbone_state(model), output(model, batch)
+    before, expected = backbone_state(model), output_of(model, batch)
     adapters.merge()
-    merged = output(model, batch)
+    merged = output_of(model, batch)
     if way == "deepcopy":
         twin = copy.deepcopy(model)
     else:
@@ -132,25 +116,25 @@ def test_a_merged_model_is_copied_and_saved_with_the_way_back(way: str) -> None:
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
     adapters.unmerge()
-    assert torch.equal(output(twin, batch), merged)
+    assert torch.equal(output_of(twin, batch), merged)
     ga.get_adapters(twin).unmerge()
-    assert_same(backbone_state(twin), before)
-    assert torch.equal(output(twin, batch), expected)
-    assert torch.equal(output(model, batch), expected)
+    assert_same_state(backbone_state(twin), before)
+    assert torch.equal(output_of(twin, batch), expected)
+    assert torch.equal(output_of(model, batch), expected)
 
 
 def test_one_task_of_several_is_merged_by_name_and_the_others_are_refused() -> None:
     model, batch, adapters = compacted("bert", tasks=("one", "two"))
     with pytest.raises(TaskError, match=r"one, two(.|\n)*fix:"):
         adapters.merge()
-    mixed = output(model, batch, task_ids=torch.tensor([1, 0]))
+    mixed = output_of(model, batch, task_ids=torch.tensor([1, 0]))
     adapters.merge("two")
     ids = torch.tensor([1, 1])
-    torch.testing.assert_close(output(model, batch, task_ids=ids)[:1], mixed[:1], rtol=1e-4, atol=1e-5)
-    assert torch.equal(output(model, batch), output(model, batch, task_ids=ids))
+    torch.testing.assert_close(output_of(model, batch, task_ids=ids)[:1], mixed[:1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(output_of(model, batch), output_of(model, batch, task_ids=ids))
     for other in (torch.tensor([1, 0]), torch.tensor([0, 0])):
         with pytest.raises(TaskError, match="batch holds another's"):
-            output(model, batch, task_ids=other)
+            output_of(model, batch, task_ids=other)
     with pytest.raises(AttachError, match="unmerge"):
         adapters.merge("one")
 
@@ -168,16 +152,16 @@ def test_merged_adapters_refuse_to_be_trained() -> None:
 def test_merge_and_detach_leaves_a_plain_model_that_is_saved_and_loaded_as_one(tmp_path: Any) -> None:
     model, batch, adapters = compacted("gpt2", head="lm")
     original, _ = tiny("gpt2", head="lm")
-    expected = output(model, batch)
+    expected = output_of(model, batch)
     adapters.merge_and_detach()
     assert model.state_dict().keys() == original.state_dict().keys()
     assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == []
     grads = {name: p.requires_grad for name, p in original.named_parameters()}
     assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
-    torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_of(model, batch), expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     again = type(original).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(again, batch), output(model, batch))
+    assert torch.equal(output_of(again, batch), output_of(model, batch))
     with pytest.raises(AttachError, match="detached"):
         adapters.unmerge() if adapters.merged else adapters.model
 
@@ -282,7 +266,7 @@ def test_bottlenecks_are_refused_by_name_with_the_way_out(family: str, space: st
     before = backbone_state(model)
     with pytest.raises(PathError, match=rf"({kind}) at(.|\n)*fix: .*without this kind"):
         adapters.merge()
-    assert_same(backbone_state(model), before)
+    assert_same_state(backbone_state(model), before)
 
 
 def test_adapters_with_gates_are_refused() -> None:
@@ -298,16 +282,16 @@ def test_paths_at_the_weights_of_experts_and_routers_merge_and_come_back(family:
     adapters = ga.attach(model, "lora-all-linear", batch)
     awaken(adapters)
     adapters.compact()
-    before, computed = backbone_state(model), output(model, batch)
+    before, computed = backbone_state(model), output_of(model, batch)
     report = adapters.merge()
     at_weights = {str(path.site.write) for _, path in adapters.typed_paths() if path.site.at_weight}
     assert at_weights
     assert at_weights <= report.drift.keys()
     assert not torch.equal(backbone_state(model)[min(at_weights)], before[min(at_weights)])
-    torch.testing.assert_close(output(model, batch), computed, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output_of(model, batch), computed, rtol=1e-3, atol=1e-4)
     adapters.unmerge()
-    assert_same(backbone_state(model), before)
-    assert torch.equal(output(model, batch), computed)
+    assert_same_state(backbone_state(model), before)
+    assert torch.equal(output_of(model, batch), computed)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself
@@ -321,14 +305,14 @@ def test_a_compiled_model_follows_merging_and_disabling() -> None:
         for parameter in adapters.weight_parameters():
             parameter.normal_(0, 0.1)
     compiled = torch.compile(model, backend="eager")
-    expected = output(model, batch)
+    expected = output_of(model, batch)
     with adapters.disabled():
-        plain = output(model, batch)
-        torch.testing.assert_close(output(compiled, batch), plain)
-    torch.testing.assert_close(output(compiled, batch), expected)
+        plain = output_of(model, batch)
+        torch.testing.assert_close(output_of(compiled, batch), plain)
+    torch.testing.assert_close(output_of(compiled, batch), expected)
     adapters.merge()
-    torch.testing.assert_close(output(compiled, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_of(compiled, batch), expected, rtol=1e-4, atol=1e-5)
     adapters.unmerge()
-    torch.testing.assert_close(output(compiled, batch), expected)
+    torch.testing.assert_close(output_of(compiled, batch), expected)
     torch._dynamo.reset()
     assert not torch.allclose(plain, expected, atol=1e-3)

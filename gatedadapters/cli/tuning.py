@@ -8,18 +8,21 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
+from gatedadapters.cli.outcome import check_free
 from gatedadapters.config import CorpusConfig, SelectConfig
 from gatedadapters.data.bundled import load_corpus
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, read_passages, split_passages
-from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiment.setup import training_arguments
+from gatedadapters.inspection import TensorBoardInspector
 from gatedadapters.selection import versions
 from gatedadapters.training.selective import Report, SelectiveTrainer
 
-DELTA, METRICS, TABLE = "delta", "metrics.json", "report.txt"
-OUTPUTS = frozenset({DELTA, METRICS, TABLE})
+DELTA, METRICS, TABLE, LOGS = "delta", "metrics.json", "report.txt", "tensorboard"
+OUTPUTS = frozenset({DELTA, METRICS, TABLE, LOGS})
 
 
 def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Report:
@@ -28,7 +31,7 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
     Raises:
         GatedAdaptersError: whatever is wrong with the configuration, the data or the folder.
     """
-    _check_free(folder, overwrite=overwrite)
+    check_free(folder, OUTPUTS, overwrite=overwrite)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     training = config.training
@@ -50,25 +53,10 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
             data[part, split] = LanguageDataset(passages, tokenizer, training.max_length)
         print(f"{part}: {len(data[part, 'train']):,} items to learn from, {len(data[part, 'held_out']):,} held out")
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
-        args = TrainingArguments(
-            output_dir=scratch,
-            max_steps=training.steps,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=round(training.warmup * training.steps),
-            weight_decay=training.weight_decay,
-            bf16=training.precision == "bf16",
+        args = training_arguments(
+            training, scratch, bf16=training.precision == "bf16", logs=20,
             use_cpu=training.device == "cpu" or not torch.cuda.is_available(),
-            seed=training.seed,
-            logging_steps=max(1, training.steps // 20),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
+        )  # fmt: skip
         trainer = SelectiveTrainer(
             model=model,
             args=args,
@@ -78,6 +66,7 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
             general_eval_dataset=data["general", "held_out"],
             selection=config.selection,
             data_collator=LanguageCollator(tokenizer),
+            callbacks=[TensorBoardInspector(folder / LOGS, hparams=config)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -99,16 +88,3 @@ def _passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Pass
         assert corpus.file is not None
         passages = read_passages(corpus.file, text=corpus.text, answer=corpus.answer)
     return split_passages(passages[: corpus.max_texts], corpus.held_out, seed=seed)
-
-
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if folder.exists() and not folder.is_dir():
-        held = ["a file"]
-    foreign = [name for name in held if name not in OUTPUTS]
-    if held and (foreign or not overwrite):
-        raise ArtifactError(
-            "the output folder is not empty", expected="a new or an empty folder",
-            got=", ".join(foreign[:3] or held[:3]), where=folder,
-            fix="give another with --out" + ("" if foreign else ", or --overwrite"),
-        )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gatedadapters.errors import ConfigError
+from gatedadapters.errors import ArtifactError, ConfigError
 
 
 class Config(BaseModel):
@@ -27,6 +28,9 @@ class Config(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise config_error(error, where=where, known=tuple(cls.model_fields)) from None
+
+
+Record = TypeVar("Record", bound=Config)
 
 
 def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] = ()) -> ConfigError:
@@ -56,3 +60,35 @@ def read_yaml(path: Path) -> Any:
             expected="a readable YAML file", got=f"{type(error).__name__}: {error}", where=str(path),
             fix="check the path and the syntax",
         ) from error  # fmt: skip
+
+
+def read_record(kind: type[Record], file: Path, *, what: str, expected: str, writer: str) -> Record:
+    """The record of version 1 in a JSON file that `writer` left in the folder of an artefact.
+
+    Args:
+        kind: class of the record.
+        file: where it is.
+        what: it is of, for errors: "a saved mask".
+        expected: what the folder should hold.
+        writer: the method that writes such a folder.
+
+    Raises:
+        ArtifactError: a missing or foreign file, another version, unknown or missing keys.
+    """
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"this is not {what}", expected=expected, got=str(error), where=file.parent,
+            fix=f"give the folder that {writer} wrote",
+        ) from error  # fmt: skip
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != 1:
+        raise ArtifactError(
+            expected=f"{what} of version 1", got=f"version {version!r}", where=file.parent,
+            fix="read it with the release that wrote it",
+        )  # fmt: skip
+    try:
+        return kind.parse(data, where=str(file))
+    except ValueError as error:
+        raise ArtifactError(str(error), where=file) from None

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import attach, detach
@@ -22,8 +22,8 @@ from gatedadapters.config.search import Rival
 from gatedadapters.config.study import Side
 from gatedadapters.data import MixedTaskCollator, TextTask, task_sampler
 from gatedadapters.errors import BudgetError
-from gatedadapters.experiment.setup import build_model, on_cpu, use_bf16
-from gatedadapters.inspection import TensorBoardInspector
+from gatedadapters.experiment.setup import build_model, on_cpu, training_arguments, use_bf16
+from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.robustness import (
     Corruption,
     EmbeddingNoise,
@@ -39,6 +39,7 @@ from gatedadapters.structure import Structure
 from gatedadapters.training import GatedTrainer
 
 SEARCHED = "searched"
+ACCURACY = "test/accuracy"  # the tag that arms are compared by
 RIVALS: Mapping[Rival, str] = {"uniform": "uniform LoRA", "random": "random structure"}
 
 
@@ -238,31 +239,15 @@ class Experiment:
         training = self.config.training
         callbacks = [*self.callbacks, Progress(progress)]
         if self.logs is not None and adapters is not None:
-            callbacks.insert(0, TensorBoardInspector(self.logs / name.replace(" ", "-")))
+            hparams = {"arm": name, **self.config.model_dump(mode="json")}
+            callbacks.insert(0, TensorBoardInspector(self._log(self.logs, name), hparams=hparams, metrics=[ACCURACY]))
         noise = None
         if isinstance(self.noise, (EmbeddingNoise, GradientNoise)):
             noise = NoiseCallback(self.noise, self.vocabulary.special)
             callbacks.append(noise)
         progress.set_description(name)
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
-            args = TrainingArguments(
-                output_dir=scratch,
-                max_steps=training.steps,
-                per_device_train_batch_size=training.batch_size,
-                learning_rate=training.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=round(training.warmup * training.steps),
-                weight_decay=training.weight_decay,
-                bf16=self.bf16,
-                use_cpu=on_cpu(self.config),
-                seed=training.seed,
-                logging_steps=max(1, training.steps // 60),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-            )
+            args = training_arguments(training, scratch, bf16=self.bf16, use_cpu=on_cpu(self.config), logs=60)
             common: dict[str, Any] = {
                 "model": self.model,
                 "args": args,
@@ -305,7 +290,16 @@ class Experiment:
         perturbed = self.score(perturbation=self.perturbations[0]) if self.perturbations else None
         structure = cast(Structure, adapters.structure)
         detach(self.model)
-        return Arm(name, accuracy, structure, seconds, perturbed)
+        arm = Arm(name, accuracy, structure, seconds, perturbed)
+        if self.logs is not None:
+            with TensorBoardWriter(self._log(self.logs, name)) as writer:
+                by_task = {f"{ACCURACY} {task}": value for task, value in accuracy.items()}
+                writer.scalars({ACCURACY: arm.mean, **by_task}, self.config.training.steps)
+        return arm
+
+    @staticmethod
+    def _log(logs: Path, name: str) -> Path:
+        return logs / name.replace(" ", "-")
 
 
 class MixedTaskTrainer(Trainer):

@@ -13,9 +13,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from gatedadapters.config import SearchConfig, TaskConfig
+from gatedadapters.config.search import TrainingConfig
+from gatedadapters.config.select import TuningConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
 from gatedadapters.errors import ConfigError
@@ -110,6 +113,31 @@ def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizer
             where="training: max_length",
             fix="lower it",
         )
+
+
+def training_arguments(
+    training: TrainingConfig | TuningConfig, scratch: str, *, bf16: bool, use_cpu: bool, logs: int
+) -> TrainingArguments:
+    """The Trainer's arguments for one run of a command: no checkpoints, `logs` log entries, nothing printed."""
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(training.warmup * training.steps),
+        weight_decay=training.weight_decay,
+        bf16=bf16,
+        use_cpu=use_cpu,
+        seed=training.seed,
+        logging_steps=max(1, training.steps // logs),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
 
 
 def use_bf16(config: SearchConfig) -> bool:

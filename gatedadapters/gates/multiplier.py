@@ -86,19 +86,26 @@ class Pressure(nn.Module):
 
     def term(self, bank: GateBank) -> Tensor:
         """The loss term, a differentiable scalar; 0 once a Structure is fixed or before the warm-up ends."""
+        terms = list(self.terms(bank).values())
+        return sum(terms[1:], terms[0])
+
+    def terms(self, bank: GateBank) -> dict[str, Tensor]:
+        """What `term` is the sum of: `L0`, or `budget` and, where tasks are capped, `cap`; differentiable scalars."""
+        budget = self.penalty if isinstance(self.penalty, Budget) else None
         if not self._presses(bank):
-            return bank.log_alpha.new_zeros(())
+            names = ["L0"] if budget is None else ["budget", *(["cap"] if budget.per_task is not None else [])]
+            return {name: bank.log_alpha.new_zeros(()) for name in names}
         unit = self.penalty.unit
         dense, pressure = bank.dense_cost(unit), self.schedule.pressure(self.progress(bank))
         if isinstance(self.penalty, L0):
-            return self.penalty.weight * pressure * bank.expected_cost(unit, weights=bank.weights) / dense
+            return {"L0": self.penalty.weight * pressure * bank.expected_cost(unit, weights=bank.weights) / dense}
         m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on is weighted
         crowded = bank.weights * bank.crowding()
-        term = m[0] * bank.evidence.sum() * bank.expected_cost(unit, weights=crowded)
+        found = {"budget": m[0] * bank.evidence.sum() * bank.expected_cost(unit, weights=crowded) / dense}
         if self.penalty.per_task is not None:
             crowded = bank.weights * bank.crowding(per_task=True)
-            term = term + (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weights=crowded)
-        return term / dense
+            found["cap"] = (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weights=crowded) / dense
+        return found
 
     @torch.no_grad()
     def ascend(self, bank: GateBank) -> None:

@@ -1,7 +1,17 @@
-"""Looking at gates, structures and base updates: pictures and TensorBoard."""
+"""Looking at gates, structures, masks and base updates: pictures and TensorBoard."""
 
+from gatedadapters.inspection.callback import TensorBoardInspector
+from gatedadapters.inspection.matrix import matrix_picture
 from gatedadapters.inspection.picture import picture, save_png
 from gatedadapters.inspection.shift import save_shift_png, shift_picture
-from gatedadapters.inspection.tensorboard import GateWriter, TensorBoardInspector
+from gatedadapters.inspection.tensorboard import TensorBoardWriter
 
-__all__ = ["GateWriter", "TensorBoardInspector", "picture", "save_png", "save_shift_png", "shift_picture"]
+__all__ = [
+    "TensorBoardInspector",
+    "TensorBoardWriter",
+    "matrix_picture",
+    "picture",
+    "save_png",
+    "save_shift_png",
+    "shift_picture",
+]

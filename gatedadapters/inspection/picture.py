@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from gatedadapters.html import INK, NOTHING, SHADES
 from gatedadapters.structure import Structure
 
 Panel = tuple[str, dict[tuple[int, str], tuple[int, int]]]
 
-_COLOURS = LinearSegmentedColormap.from_list("kept", ["#cfe3f3", "#5aa2d4", "#1f5fa6", "#0b2a5b"])
-_DROPPED, _INK, _FAINT = "#f3f2ef", "#22303c", "#8b949c"
+COLOURS = LinearSegmentedColormap.from_list("share", SHADES)
+_FAINT = "#8b949c"
 _WIDTH, _HEIGHT = 0.34, 0.27  # inches of a cell, at most
 _TALLEST = 8.5  # inches of a panel
 _LABELS = (0.8, 1.45)  # inches beside and above or below a panel
@@ -57,13 +58,13 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
     for spare in axes.flat[len(panels) :]:
         spare.set_axis_off()
     bar = figure.colorbar(
-        ScalarMappable(norm, _COLOURS), ax=axes, fraction=0.3 / size[0], aspect=20, shrink=min(1.0, 2.6 / size[1]),
+        ScalarMappable(norm, COLOURS), ax=axes, fraction=0.3 / size[0], aspect=20, shrink=min(1.0, 2.6 / size[1]),
         pad=0.1 / size[0],
     )  # fmt: skip
-    bar.set_label("share of the offered\nunits kept (grey: none)", color=_INK, fontsize=7)
-    bar.ax.tick_params(labelsize=7, colors=_INK, length=2)
+    bar.set_label("share of the offered\nunits kept (grey: none)", color=INK, fontsize=7)
+    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
     bar.outline.set_visible(False)
-    figure.suptitle(title or _size(structure), color=_INK, fontsize=11, fontweight="bold")
+    figure.suptitle(title or _size(structure), color=INK, fontsize=11, fontweight="bold")
     return figure
 
 
@@ -107,21 +108,21 @@ def _draw(
     for (block, label), (kept, of) in cells.items():
         share = kept / of if of else 0.0
         corner = (column[label] - 0.5, row[block] - 0.5)
-        colour = _COLOURS(norm(share)) if kept else _DROPPED
+        colour = COLOURS(norm(share)) if kept else NOTHING
         place.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8))
         if kept and cell_height >= 0.14:
-            ink = "white" if share > 0.4 else _INK
+            ink = "white" if share > 0.4 else INK
             place.text(column[label], row[block], str(kept), ha="center", va="center", color=ink, fontsize=7)
     place.set_xlim(-0.5, len(columns) - 0.5)
     place.set_ylim(len(blocks) - 0.5, -0.5)
     places = [label.rpartition(" ")[0] for label in columns]
-    place.set_xticks(range(len(columns)), places, rotation=90, fontsize=7, color=_INK)
+    place.set_xticks(range(len(columns)), places, rotation=90, fontsize=7, color=INK)
     every = max(1, round(0.16 / cell_height))
-    place.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=7, color=_INK)
+    place.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=7, color=INK)
     place.tick_params(length=0, pad=3)
     for side in place.spines.values():
         side.set_visible(False)
-    place.set_ylabel("block", fontsize=8, color=_INK)
+    place.set_ylabel("block", fontsize=8, color=INK)
     end = 0
     for kind, members in groupby(columns, key=lambda label: label.rpartition(" ")[2]):
         start, end = end, end + len(list(members))
@@ -132,7 +133,7 @@ def _draw(
         if start:
             place.axvline(start - 0.5, color=_FAINT, linewidth=0.8)
     if name:
-        place.set_title(name, fontsize=9, color=_INK, pad=16)
+        place.set_title(name, fontsize=9, color=INK, pad=16)
 
 
 def _size(structure: Structure) -> str:
@@ -142,5 +143,5 @@ def _size(structure: Structure) -> str:
 
 def _empty(title: str) -> Figure:
     figure = Figure(figsize=(5, 1), layout="constrained")
-    figure.suptitle(title, color=_INK, fontsize=11)
+    figure.suptitle(title, color=INK, fontsize=11)
     return figure

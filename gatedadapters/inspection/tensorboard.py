@@ -1,178 +1,238 @@
-"""Gates in TensorBoard: one run, many tags."""
+"""One TensorBoard run: everything that this library shows there."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.image import imsave
+from numpy.typing import ArrayLike, NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from torch.utils.tensorboard import summary as protos
 
-from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.config import Budget
-from gatedadapters.inspection.picture import picture, pixels
-from gatedadapters.paths import Path as GatedPath
-from gatedadapters.structure import Structure, column
+from gatedadapters.adapters import Adapters
+from gatedadapters.config.base import Config
+from gatedadapters.gates import GateBank
+from gatedadapters.html import NOTHING
+from gatedadapters.inspection.gates import GateView
+from gatedadapters.inspection.heat_map import HeatMap
+from gatedadapters.inspection.matrix import matrix_picture
+from gatedadapters.inspection.picture import pixels
+from gatedadapters.masking import Mask
+from gatedadapters.structure import Structure
+
+_CHANGE = LinearSegmentedColormap.from_list("change", ["#b2182b", NOTHING, "#1f5fa6"])
+_OPEN = "share of the units open"
+_LINES = 100  # of a text, at most
+_PLAIN = (int, float, str)
 
 
-class GateWriter:
-    """Writes what gates do, for loops of any kind; `TensorBoardInspector` uses it for a Trainer.
+class TensorBoardWriter:
+    """Writes one run, few runs with many tags being easier to read than many runs.
 
-    Tags: `open block 3/attn.q lora` (probability that any task has it open, mean over units; one group of
-    charts per block), `open task/<name>` (expected share of the candidates' cost that a task uses), `gates/...`
-    (expected cost, the target it is held to, penalty, multiplier, share of paths open), `structure/...`.
-    Where there are more places than `max_tags`, kinds of places and blocks are averaged instead.
+    Each method is one kind of thing to look at, with the step it belongs to; all of them may be left out. A Trainer
+    needs none of them: `TensorBoardInspector` calls them.
 
     Args:
-        adapters: with gates.
-        writer: where to.
-        max_tags: most places that get a tag of their own.
+        run: a folder, or a writer that is open already and stays open for whoever opened it.
+        max_tags: most places of gates that get a tag of their own; where there are more, blocks and kinds of places are
+            averaged instead.
     """
 
-    def __init__(self, adapters: Adapters, writer: SummaryWriter, *, max_tags: int = 600) -> None:
-        self.adapters, self.writer = adapters, writer
+    def __init__(self, run: str | Path | SummaryWriter, *, max_tags: int = 600) -> None:
+        self._owned = not isinstance(run, SummaryWriter)
+        self.run = run if isinstance(run, SummaryWriter) else SummaryWriter(str(run))
+        self.max_tags = max_tags
+        self._view: GateView | None = None
+        self._maps: dict[str, HeatMap] = {}
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Any numbers, by tag."""
+        found = [value for tag, number in values.items() for value in protos.scalar(tag, number).value]
+        self._write(Summary(value=found), step)  # one event: a hundred tags cost little more than one
+
+    def gates(self, adapters: Adapters, step: int, *, maps: bool = True) -> None:
+        """What gates do; nothing for compact adapters, which have none.
+
+        Scalars: `open block 3/attn.q lora` (the probability that any task has a unit open, mean over units; a group of
+        charts for each block), `open task/<name>` (expected share of the candidates' cost), `path mix/<kind>` (its
+        share of the expected cost), `gates/...` (expected cost, the cost really open without noise, the target that
+        they are held to, closed paths), `penalty/...` (its terms and multipliers). With `maps` also images,
+        `open/<task>` (blocks by places) and `path mix/by block`, and histograms of `log alpha/<task> <level>`.
+        """
         bank = adapters.bank
         if bank is None:
-            self.sets: list[tuple[list[str], np.ndarray[Any, Any]]] = []
             return
-        paths = [cast(GatedPath, adapters.paths[group.key]) for group in bank.groups]
-        places = [column(path.site.sublayer, path.site.role, path.kind) for path in paths]
-        digits = len(str(max(path.site.block_index for path in paths)))
-        blocks = [f"{path.site.block_index:0{digits}d}" for path in paths]
-        tags = [f"open block {block}/{place}" for block, place in zip(blocks, places, strict=True)]
-        unit_owner = bank.owner.cpu().numpy()
-        if len(set(tags)) <= max_tags:
-            self.sets = [_numbered(tags, unit_owner)]
+        view = self._view_of(adapters, bank)
+        values = view.averages()
+        values |= {f"open task/{task}": share for task, share in view.task_shares().items()}
+        if len(view.kinds) > 1:
+            values |= {f"path mix/{kind}": share for kind, share in view.kind_shares().items()}
+        values |= {f"gates/{name}": cost for name, cost in view.costs().items()}
+        values["gates/closed_paths"] = view.closed_paths()
+        values |= {f"penalty/{name}": term for name, term in view.penalties().items()}
+        self.scalars(values, step)
+        if maps:
+            self._gate_maps(view, step)
+
+    def structure(self, structure: Structure, step: int, *, before: Structure | None = None) -> None:
+        """What stays: the share of what was offered by block and place as `structure/kept` (what is stored) and, of
+        several tasks, `structure/kept by <task>`; sizes; the table as a text. With `before` also what changed, as
+        `structure/changed` and `structure/diff`.
+        """
+        blocks, columns, cells = structure.grid()
+        tasks = structure.tasks if len(structure.tasks) > 1 else ()
+        self.scalars({"structure/params": structure.params, "structure/paths": len(structure.paths)}, step)
+        self._text("structure/table", structure.table().splitlines(), step)
+        if blocks:
+            frame = self._frame("open", blocks, columns, _OPEN)
+            for tag, found in (("", cells), *((f" by {task}", structure.grid(task)[2]) for task in tasks)):
+                share = {place: kept / max(1, of) for place, (kept, of) in found.items()}
+                self._image(f"structure/kept{tag}", frame.paint(share), step)
+        if before is None:
+            return
+        lines = before.diff(structure)
+        self._text("structure/diff", lines or ["nothing changed"], step)
+        old = before.grid()[2]
+        change = {place: (kept - old.get(place, (0, 0))[0]) / max(1, of) for place, (kept, of) in cells.items()}
+        if lines and blocks:
+            label = "change in the share kept (red: less)"
+            frame = self._frame("change", blocks, columns, label, colours=_CHANGE, limits=(-1.0, 1.0))
+            self._image("structure/changed", frame.paint(change), step)
+
+    def mask(self, mask: Mask, step: int = 0, *, tag: str = "mask") -> None:
+        """Which elements are free: density by role as scalars, by block and role as an image, the table as text."""
+        blocks, columns, cells = mask.grid()
+        share = {place: selected / max(1, of) for place, (selected, of) in cells.items()}
+        totals: dict[str, list[int]] = {role: [0, 0] for role in columns}
+        for (_, role), counts in cells.items():
+            totals[role] = [total + count for total, count in zip(totals[role], counts, strict=True)]
+        self.scalars({f"{tag}/{role}": free / max(1, of) for role, (free, of) in totals.items()}, step)
+        if share:
+            limits = (0.0, max(share.values()) or 1.0)
+            frame = HeatMap(blocks, columns, "share of the elements that is free", limits=limits)
+            self._image(f"{tag}/free", frame.paint(share), step)
+        self._text(f"{tag}/table", mask.table().splitlines(), step)
+
+    def matrix(self, names: Sequence[str], values: ArrayLike, step: int = 0, *, tag: str = "R") -> None:
+        """Scores task by task as an image, such as the R matrix of a continual run: see `matrix_picture`.
+
+        Raises:
+            DataError: not one row and one column per name.
+        """
+        self._image(tag, pixels(matrix_picture(names, values, title=tag)), step)
+
+    def hparams(
+        self, config: Config | Mapping[str, Any], metrics: Mapping[str, float | None] | None = None, *, step: int = 0
+    ) -> None:
+        """What this run was made with, and what came out, for the page that compares runs.
+
+        TensorBoard takes its columns from the first run it finds. So every run should name every value, also those that
+        do not apply to it: nested values get names with dots, None is written as `none`, a list as JSON.
+
+        Args:
+            config: a configuration, or plain values by name.
+            metrics: results by tag, written as scalars; None for a scalar that the run writes elsewhere.
+            step: of the results.
+        """
+        metrics = dict(metrics or {})
+        for proto in protos.hparams(flat(config), metrics):
+            self._write(proto, step)
+        self.scalars({tag: value for tag, value in metrics.items() if value is not None}, step)
+
+    def flush(self) -> None:
+        """Let readers see what was written so far."""
+        self.run.flush()
+
+    def close(self) -> None:
+        """Flush, and close the run where this writer opened it."""
+        self.flush()
+        if self._owned:
+            self.run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _view_of(self, adapters: Adapters, bank: GateBank) -> GateView:
+        if self._view is None or self._view.bank is not bank or self._view.adapters.pressure is not adapters.pressure:
+            self._view = GateView(adapters, bank, max_tags=self.max_tags)
+            self._charts(self._view)
         else:
-            self.sets = [
-                _numbered([f"open place/{place}" for place in places], unit_owner),
-                _numbered([f"open block/{block}" for block in blocks], unit_owner),
-            ]
+            self._view.read()
+        return self._view
 
-    def layout(self) -> None:
-        """Lay out custom charts: a block's places in one chart, cost and target in another."""
+    def _charts(self, view: GateView) -> None:
+        """Custom charts: a block's places in one chart, costs and target in another."""
         charts: dict[str, list[Any]] = {}
-        for tag in (tag for tags, _ in self.sets for tag in tags):
+        for tag in (tag for numbered in view.sets for tag in numbered.names):
             charts.setdefault(tag.partition("/")[0], ["Multiline", []])[1].append(re.escape(tag))
-        cost = ["Multiline", [r"gates/expected_cost", r"gates/target"]]
-        self.writer.add_custom_scalars({"gates": {"cost and target": cost}, "open probability": charts})
+        gates = {
+            "cost": ["Multiline", [f"gates/{name}" for name in view.costs()]],
+            "closed paths": ["Multiline", ["gates/closed_paths"]],
+        }
+        if len(view.kinds) > 1:
+            gates["path mix"] = ["Multiline", [re.escape(f"path mix/{kind}") for kind in view.kinds]]
+        self.run.add_custom_scalars({"gates": gates, "open probability": charts})
 
-    @torch.no_grad()
-    def scalars(self, step: int) -> None:
-        """Everything of one step; reads the gates' state from the device once or twice, whatever their number."""
-        bank, pressure = self.adapters.bank, self.adapters.pressure
-        if bank is None:
-            return
-        probability = (bank.kept > 0).float() if bank.frozen else bank.open_probability()
-        any_task = (1 - (1 - probability).prod(0)).cpu().numpy()
-        for tags, index in self.sets:
-            count = np.bincount(index, minlength=len(tags))
-            means = np.bincount(index, weights=any_task, minlength=len(tags)) / count
-            for tag, value in zip(tags, means, strict=True):
-                self.writer.add_scalar(tag, value, step)
-        penalty = pressure.penalty if pressure is not None else None
-        unit = penalty.unit if penalty is not None else "params"
-        if len(self.adapters.tasks) > 1:
-            shares = (bank.expected_task_cost(unit) / bank.dense_cost(unit)).tolist()
-            for task, share in zip(self.adapters.tasks, shares, strict=True):
-                self.writer.add_scalar(f"open task/{task}", share, step)
-        bank.refresh()
-        self.writer.add_scalar("gates/expected_cost", float(bank.expected_cost(unit)), step)
-        self.writer.add_scalar("gates/open_paths", sum(bank.open_paths.values()) / len(bank.open_paths), step)
-        if pressure is not None:
-            self.writer.add_scalar("gates/penalty", float(pressure.term(bank)), step)
-            if isinstance(penalty, Budget):
-                self.writer.add_scalar("gates/target", pressure.target(bank), step)
-                self.writer.add_scalar("gates/multiplier", float(pressure.multipliers[0]), step)
+    def _gate_maps(self, view: GateView, step: int) -> None:
+        frame = self._frame("open", view.blocks, view.columns, _OPEN)
+        for number, task in enumerate(view.adapters.tasks):
+            self._image(f"open/{task}", frame.paint(view.open(number)), step)
+        if len(view.kinds) > 1:
+            frame = self._frame("mix", view.blocks, view.kinds, "share of the block's expected cost")
+            self._image("path mix/by block", frame.paint(view.mix()), step)
+        bins = np.linspace(*view.bank.config.bounds, 41)
+        for name, values in view.log_alphas().items():
+            self.run.add_histogram(f"log alpha/{name}", np.clip(values, bins[0], bins[-1]), step, bins=bins)
 
-    def picture(self, structure: Structure, step: int, tag: str = "structure/kept") -> None:
-        """The structure as an image."""
-        self.writer.add_image(tag, pixels(picture(structure)), step, dataformats="HWC")
+    def _frame(self, name: str, blocks: Sequence[int], columns: Sequence[str], label: str, **options: Any) -> HeatMap:
+        key = f"{name} {blocks} {columns}"
+        if key not in self._maps:
+            self._maps[key] = HeatMap(blocks, columns, label, **options)
+        return self._maps[key]
 
+    def _image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
+        file = io.BytesIO()
+        imsave(file, image, format="png", pil_kwargs={"compress_level": 1})  # a tenth larger, five times as fast
+        height, width, _ = image.shape
+        encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+        self._write(Summary(value=[Summary.Value(tag=tag, image=encoded)]), step)
 
-class TensorBoardInspector(TensorBoardCallback):
-    """transformers' TensorBoard callback that also writes gates, into the same run.
+    def _text(self, tag: str, lines: Sequence[str], step: int) -> None:
+        more = [f"... and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
+        self.run.add_text(tag, "\n".join(f"    {line}" for line in [*lines[:_LINES], *more]), step)  # as it is
 
-    Give it in place of the built-in one: `TrainingArguments(report_to="none")` and
-    `GatedTrainer(callbacks=[TensorBoardInspector("runs/search")])`. It writes scalars whenever the Trainer logs,
-    but at most `writes` times a run, and the structure as an image when it is pruned and at the end.
-
-    Args:
-        log_dir: folder of the run; transformers' default where None.
-        max_tags: see `GateWriter`.
-        writes: most times that gates are written in one run.
-    """
-
-    def __init__(self, log_dir: str | Path | None = None, *, max_tags: int = 600, writes: int = 200) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        if log_dir is not None:
-            self.logging_dir = str(log_dir)
-        self.max_tags, self.writes = max_tags, writes
-        self.gates: GateWriter | None = None
-        self._next, self._every, self._was_fixed = 0, 1, False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the run."""
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if not state.is_world_process_zero or self.tb_writer is None:
-            return
-        self.gates = GateWriter(get_adapters(kwargs["model"]), self.tb_writer, max_tags=self.max_tags)
-        self.gates.layout()
-        self._next, self._every = 0, max(1, state.max_steps // self.writes)
-        self._was_fixed = self._is_fixed()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notice the prune."""
-        if self.gates is not None and not self._was_fixed and self._is_fixed():
-            self._was_fixed = True
-            self._picture(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """The Trainer's own values, and the gates'."""
-        logs = {key: value for key, value in (logs or {}).items() if not key.startswith("gates/")}
-        super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[no-untyped-call]
-        if self.gates is not None and state.global_step >= self._next:
-            self.gates.scalars(state.global_step)
-            self._next = state.global_step + self._every
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The structure as it is in the end; closes the run."""
-        if self.gates is not None:
-            self.gates.scalars(state.global_step)
-            self._picture(state.global_step)
-            self.gates = None
-        super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _is_fixed(self) -> bool:
-        bank = self.gates.adapters.bank if self.gates is not None else None
-        return bank is None or bank.frozen
-
-    def _picture(self, step: int) -> None:
-        assert self.gates is not None
-        adapters = self.gates.adapters
-        structure = adapters.structure
-        if structure is None:
-            penalty = adapters.pressure.penalty if adapters.pressure is not None else None
-            structure = adapters.discretize(penalty if isinstance(penalty, Budget) else None)
-        self.gates.picture(structure, step)
+    def _write(self, proto: Any, step: int) -> None:
+        self.run._get_file_writer().add_summary(proto, step)
 
 
-def _numbered(tags: list[str], unit_owner: np.ndarray[Any, Any]) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Distinct tags of groups, and the position of each unit's tag among them."""
-    position = {tag: number for number, tag in enumerate(dict.fromkeys(tags))}
-    return list(position), np.asarray([position[tag] for tag in tags])[unit_owner]
+def flat(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """A configuration as numbers and texts, nested ones with dots in their names."""
+    values = config.model_dump(mode="json") if isinstance(config, Config) else config
+    found: dict[str, int | float | str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Config | Mapping):
+            found |= flat(value, f"{name}.")
+        elif isinstance(value, _PLAIN) and not isinstance(value, bool):
+            found[name] = value
+        elif value is None or isinstance(value, bool):
+            found[name] = str(value).lower()
+        else:
+            found[name] = json.dumps(value, default=str)
+    return found

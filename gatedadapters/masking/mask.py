@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gatedadapters.config.base import Config
+from gatedadapters import html
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.encoding import Coding, decode, encode
@@ -22,6 +24,7 @@ from gatedadapters.structure import Fingerprint, format_table
 
 RECORD, CODES = "mask.json", "mask.safetensors"
 FILES = frozenset({RECORD, CODES})
+_HEADER = ("role", "tensors", "elements", "free", "density", "share of free")
 
 
 class TensorRecord(Config):
@@ -156,19 +159,49 @@ class Mask:
         chosen.view(-1)[self.indices(name)] = True
         return chosen
 
-    def table(self) -> str:
-        """Selected elements by role."""
+    def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[int, int]]]:
+        """Blocks (`-` for what lies outside them), roles, and (selected, of) elements of each cell.
+
+        A block is what the first number in a parameter's name counts; blocks of several stacks have their stack's name.
+        """
+        found = {name: re.match(r"(.*?)\.?\b(\d+)\.", name) for name in self.names}
+        several = len({match[1] for match in found.values() if match}) > 1
+        cells: dict[tuple[str, str], tuple[int, int]] = {}
+        for name, match in found.items():
+            block = "-" if match is None else f"{match[1]}.{match[2]}" if several else match[2]
+            place = block, self.roles[name] or "other"
+            selected, of = cells.get(place, (0, 0))
+            cells[place] = selected + self.count(name), of + torch.Size(self.shape(name)).numel()
+        blocks, roles = (list(dict.fromkeys(place[axis] for place in cells)) for axis in (0, 1))
+        return blocks, roles, cells
+
+    def _rows(self) -> list[list[str]]:
         rows = []
         for role, names in self._by_role().items():
             free, size = sum(map(self.count, names)), sum(torch.Size(self.shape(n)).numel() for n in names)
             rows.append(
                 [role, str(len(names)), f"{size:,}", f"{free:,}", f"{free / size:.2%}", _share(free, self.count())]
             )
-        title = f"{self.count():,} of {self.size:,} elements free ({self.density:.2%}), {self.nbytes:,} bytes"
-        return title + "\n" + format_table(["role", "tensors", "elements", "free", "density", "share of free"], rows)
+        return rows
+
+    def _title(self) -> str:
+        return f"{self.count():,} of {self.size:,} elements free ({self.density:.2%}), {self.nbytes:,} bytes"
+
+    def table(self) -> str:
+        """Selected elements by role."""
+        return self._title() + "\n" + format_table(_HEADER, self._rows())
 
     def __str__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        blocks, roles, cells = self.grid()
+        density = {place: selected / max(1, of) for place, (selected, of) in cells.items()}
+        densest = max(density.values(), default=0.0) or 1.0
+        texts = {place: f"{value:.1%}" for place, value in density.items()}
+        shares = {place: value / densest for place, value in density.items()}
+        by_block = html.grid(blocks, roles, texts, shares, title="share of the elements that is free")
+        return html.table(_HEADER, self._rows(), title=self._title()) + html.folded("by block", by_block)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -231,23 +264,10 @@ class Mask:
             ArtifactError: missing, truncated or foreign files, or another version.
         """
         path = Path(folder)
-        try:
-            data = json.loads((path / RECORD).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                "this is not a saved mask", expected=f"a folder with {RECORD} and {CODES}", got=str(error), where=path,
-                fix="give the folder that Mask.save wrote",
-            ) from error  # fmt: skip
-        version = data.get("version") if isinstance(data, dict) else None
-        if version != 1:
-            raise ArtifactError(
-                expected="a mask of version 1", got=f"version {version!r}", where=path,
-                fix="read it with the release that wrote it",
-            )  # fmt: skip
-        try:
-            record = MaskRecord.parse(data, where=str(path / RECORD))
-        except ValueError as error:
-            raise ArtifactError(str(error), where=path / RECORD) from None
+        record = read_record(
+            MaskRecord, path / RECORD, what="a saved mask", expected=f"a folder with {RECORD} and {CODES}",
+            writer="Mask.save",
+        )  # fmt: skip
         codes = read_bytes(path / CODES, {name: tensor.bytes for name, tensor in record.tensors.items()})
         mask = cls(record, codes)
         for name in mask.names:
@@ -316,12 +336,19 @@ class Overlap:
         """Of everything."""
         return self.rows[0].jaccard
 
-    def __str__(self) -> str:
-        body = [
+    _HEADER = ("role", "first", "second", "both", "by chance", "Jaccard")
+
+    def _texts(self) -> list[list[str]]:
+        return [
             [r.part, f"{r.first:,}", f"{r.second:,}", f"{r.both:,}", f"{r.chance:,.0f}", f"{r.jaccard:.3f}"]
             for r in self.rows
         ]
-        return format_table(["role", "first", "second", "both", "by chance", "Jaccard"], body)
+
+    def __str__(self) -> str:
+        return format_table(self._HEADER, self._texts())
+
+    def _repr_html_(self) -> str:
+        return html.table(self._HEADER, self._texts())
 
 
 def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> None:

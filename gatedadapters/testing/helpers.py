@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.adapters import Adapters
+
 Batch = Mapping[str, Tensor]
 
 
@@ -18,6 +20,17 @@ def awaken(module: nn.Module, *, seed: int = 0) -> None:
         for name, parameter in module.named_parameters():
             if not name.endswith("log_alpha"):
                 parameter.normal_(std=0.3, generator=generator)
+
+
+def stir(adapters: Adapters, *, by: float, seed: int = 0) -> None:
+    """Move the weights of gated adapters, and the heads they come with, by chance, and spread the gates."""
+    assert adapters.bank is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in [*adapters.weight_parameters(), *adapters.head_parameters()]:
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+        gates = adapters.bank.log_alpha
+        gates.copy_(1 + 2 * torch.randn(gates.shape, generator=generator))
 
 
 def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
@@ -32,16 +45,16 @@ def assert_equal(a: Tensor, b: Tensor) -> None:
     assert torch.equal(a, b), f"differ by up to {(a - b).abs().max():.3g}"
 
 
-def run_model(model: nn.Module, batch: Batch) -> Tensor:
+def run_model(model: nn.Module, batch: Batch, **more: Any) -> Tensor:
     """What a model returns first, for the same random numbers."""
     torch.manual_seed(0)  # dropout in training mode
-    return cast(Tensor, model(**batch)[0])
+    return cast(Tensor, model(**batch, **more)[0])
 
 
-def output_of(model: nn.Module, batch: Batch) -> Tensor:
+def output_of(model: nn.Module, batch: Batch, **more: Any) -> Tensor:
     """The same without gradients."""
     with torch.no_grad():
-        return run_model(model, batch)
+        return run_model(model, batch, **more)
 
 
 def random_loss(model: nn.Module, batch: Batch) -> Tensor:

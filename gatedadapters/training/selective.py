@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from gatedadapters import html
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
 from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, score, select
@@ -23,6 +24,8 @@ from gatedadapters.masking.delta import find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.structure import format_table
 from gatedadapters.training.trainer import check_launch
+
+_HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,21 @@ class Report:
     free: int
     params: int
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[list[str]]:
         rows = []
         for part in self.before:
             old, new = self.before[part], self.after[part]
             rows.append([part, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", f"{_exp(old):.2f}", f"{_exp(new):.2f}"])
-        table = format_table(["held-out", "loss before", "after", "change", "perplexity before", "after"], rows)
-        return f"{self.free:,} of {self.params:,} elements tuned ({self.free / self.params:.2%})\n{table}"
+        return rows
+
+    def _title(self) -> str:
+        return f"{self.free:,} of {self.params:,} elements tuned ({self.free / self.params:.2%})"
+
+    def __str__(self) -> str:
+        return self._title() + "\n" + format_table(_HEADER, self._rows())
+
+    def _repr_html_(self) -> str:
+        return html.table(_HEADER, self._rows(), title=self._title())
 
 
 class SelectiveTrainer(Trainer):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from gatedadapters import html
 from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import detach
@@ -81,10 +82,9 @@ class TransferReport:
         won = [s.trained_direct - s.direct for s in self.scores]
         return recovery(won, [s.retuned - s.direct for s in self.scores])
 
-    def table(self) -> str:
-        """Mean scores with 95 % intervals, and differences paired by seed."""
+    def _rows(self) -> list[list[str]]:
         found = self.scores
-        rows = [
+        return [
             ["adapter", _with_interval([s.old for s in found]), _with_interval([s.direct for s in found])],
             [
                 "transfer-trained",
@@ -98,7 +98,13 @@ class TransferReport:
                 _with_interval([s.trained_direct - s.direct for s in found], signed=True),
             ],
         ]
-        return format_table(["", "old base", "new base"], rows) + f"\n\nrecovery: {self.recovery}"
+
+    def table(self) -> str:
+        """Mean scores with 95 % intervals, and differences paired by seed."""
+        return format_table(["", "old base", "new base"], self._rows()) + f"\n\nrecovery: {self.recovery}"
+
+    def _repr_html_(self) -> str:
+        return html.table(["", "old base", "new base"], self._rows(), title=f"recovery: {self.recovery}")
 
     def to_data(self) -> dict[str, Any]:
         """Plain data."""

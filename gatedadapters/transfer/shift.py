@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gatedadapters import html
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
@@ -59,6 +60,13 @@ class ActivationShift:
             for block in blocks
         ]
         return format_table(["block", *columns], rows)
+
+    def _repr_html_(self) -> str:
+        blocks, columns, cells = self.grid()
+        peak = max(cells.values(), default=0.0) or 1.0
+        texts = {place: f"{value:.1%}" for place, value in cells.items()}
+        shares = {place: value / peak for place, value in cells.items()}
+        return html.grid(blocks, columns, texts, shares, title="relative shift")
 
     def to_data(self) -> list[dict[str, Any]]:
         """Plain data."""

@@ -23,6 +23,7 @@ from gatedadapters.testing.backbones import tiny
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+QUERY = "layer.1.attention.self.query"
 TARGETS = {
     "bert": (["query", "value", "output.dense"], "output.dense", "value"),
     "gpt2": (["c_attn", "c_fc", "mlp.c_proj"], "c_fc", "c_attn"),
@@ -302,61 +303,34 @@ def configuration_of_something_else(folder: Path) -> None:
     (folder / CONFIG).write_text("[]")
 
 
-def renamed_key(folder: Path) -> None:
-    save_file(
-        {
-            n.replace("layer.1.attention.self.query.lora_A", "layer.1.query.lora_A"): v
-            for n, v in tensors_of(folder).items()
-        },
-        folder / WEIGHTS,
-    )
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        save_file({name.replace(old, new): value for name, value in tensors_of(folder).items()}, folder / WEIGHTS)
+
+    change.__name__ = f"{old}_becomes_{new}"
+    return change
 
 
-def renamed_module(folder: Path) -> None:
-    save_file(
-        {
-            n.replace("layer.1.attention.self.query", "layer.7.attention.self.query"): v
-            for n, v in tensors_of(folder).items()
-        },
-        folder / WEIGHTS,
-    )
+def revalued(part: str, rule: Callable[[Tensor], Tensor], called: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        found = {name: rule(value) if part in name else value for name, value in tensors_of(folder).items()}
+        save_file(found, folder / WEIGHTS)
 
-
-def moved_module(folder: Path) -> None:
-    save_file(
-        {
-            n.replace("layer.1.attention.self.query", "layer.1.attention.self.key"): v
-            for n, v in tensors_of(folder).items()
-        },
-        folder / WEIGHTS,
-    )
+    change.__name__ = called
+    return change
 
 
 def module_missing(folder: Path) -> None:
-    save_file(
-        {n: v for n, v in tensors_of(folder).items() if "layer.1.attention.self.query" not in n}, folder / WEIGHTS
-    )
+    save_file({n: v for n, v in tensors_of(folder).items() if QUERY not in n}, folder / WEIGHTS)
 
 
-def of_another_width(folder: Path) -> None:
-    save_file(
-        {n: torch.cat([v, v], 1) if "query.lora_A" in n else v for n, v in tensors_of(folder).items()}, folder / WEIGHTS
-    )
-
-
-def not_finite(folder: Path) -> None:
-    save_file({n: v * math.nan if "query.lora_A" in n else v for n, v in tensors_of(folder).items()}, folder / WEIGHTS)
-
-
-def whole_numbers(folder: Path) -> None:
-    save_file({n: v.int() for n, v in tensors_of(folder).items()}, folder / WEIGHTS)
-
-
-def head_of_another_size(folder: Path) -> None:
-    save_file(
-        {n: torch.ones(7) if n.endswith("classifier.bias") else v for n, v in tensors_of(folder).items()},
-        folder / WEIGHTS,
-    )
+of_another_width = revalued("query.lora_A", lambda value: torch.cat([value, value], 1), "of_another_width")
+not_finite = revalued("query.lora_A", lambda value: value * math.nan, "not_finite")
+whole_numbers = revalued("", Tensor.int, "whole_numbers")
+head_of_another_size = revalued("classifier.bias", lambda value: torch.ones(7), "head_of_another_size")
+moved_to_another_block = renamed(QUERY, "layer.7.attention.self.query")
+moved_to_another_map = renamed(QUERY, "layer.1.attention.self.key")
+half_renamed = renamed(f"{QUERY}.lora_A", "layer.1.query.lora_A")
 
 
 @pytest.mark.parametrize(
@@ -370,9 +344,9 @@ def head_of_another_size(folder: Path) -> None:
         (configuration_absent, ["not a peft adapter", f"no {CONFIG} in it"]),
         (configuration_truncated, ["cannot be read", "a JSON object", CONFIG]),
         (configuration_of_something_else, ["only LoRA is imported", "list"]),
-        (renamed_key, ["half of a LoRA", "lora_B", "query"]),
-        (renamed_module, ["another model", "layer.7.attention.self.query", "base_model_name_or_path"]),
-        (moved_module, ["does not target", "layer.1.attention.self.key"]),
+        (half_renamed, ["half of a LoRA", "lora_B", "query"]),
+        (moved_to_another_block, ["another model", "layer.7.attention.self.query", "base_model_name_or_path"]),
+        (moved_to_another_map, ["does not target", "layer.1.attention.self.key"]),
         (module_missing, ["another model", "weights for bert.encoder.layer.1.attention.self.query, which it targets"]),
         (of_another_width, ["another model", "query: 64 -> 32", "32 -> 32"]),
         (not_finite, ["no finite number", "query.lora_A"]),

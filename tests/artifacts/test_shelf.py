@@ -15,16 +15,10 @@ from torch import Tensor, nn
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
 from gatedadapters.testing.backbones import tiny
-from gatedadapters.testing.helpers import checkpoint_activations
+from gatedadapters.testing.helpers import checkpoint_activations, output_of, stir
 
 FAMILIES = ("bert", "albert", "modernbert", "gpt2", "llama", "gemma2", "mixtral", "jamba", "t5")
 SPACES = {"a": "encoder-mixed", "b": "lora-all-linear", "c": "decoder-mixed"}
-
-
-def hidden(model: nn.Module, batch: dict[str, Tensor], **more: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**batch, **more)[0]
-    return result
 
 
 def saved(
@@ -34,12 +28,7 @@ def saved(
     model, everything = make(), ga.SearchSpace.load(space)
     paths = tuple(options for options in everything.paths if options.kind != "weight_lora")
     adapters = ga.attach(model, everything.model_copy(update={"paths": paths}), tasks=tasks, seed=seed)
-    assert adapters.bank is not None
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in [*adapters.weight_parameters(), *adapters.head_parameters()]:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        adapters.bank.log_alpha.copy_(1 + 2 * torch.randn(adapters.bank.log_alpha.shape, generator=generator))
+    stir(adapters, by=0.1, seed=seed)
     adapters.compact()
     adapters.save(folder)
     return folder
@@ -54,11 +43,11 @@ class Case:
         self.folders = {
             name: saved(root / name, self.make, space, seed=i) for i, (name, space) in enumerate(SPACES.items())
         }
-        self.alone: dict[str | None, Tensor] = {None: hidden(self.make(), self.batch)}
+        self.alone: dict[str | None, Tensor] = {None: output_of(self.make(), self.batch)}
         for name, folder in self.folders.items():
             model = self.make()
             ga.load_adapters(model, folder)
-            self.alone[name] = hidden(model, self.batch)
+            self.alone[name] = output_of(model, self.batch)
 
     def shelf(self) -> tuple[nn.Module, ga.Shelf]:
         model = self.make()
@@ -86,14 +75,14 @@ def test_each_example_of_a_mixture_and_each_batch_gets_what_its_own_adapters_com
     model, shelf = case.shelf()
     backbone = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("gated_adapters.")}
     for names in (["b", "a", None, "b", "c"], ["a", "a", "a", "b", "b"], [None, None, "c", "c", "c"]):
-        mixed = hidden(model, case.batch, adapter_names=names)
+        mixed = output_of(model, case.batch, adapter_names=names)
         expected = torch.stack([case.alone[name][row] for row, name in enumerate(names)])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
     for name in (*SPACES, None, "a"):
         shelf.activate(name)
         assert shelf.active == name
-        assert torch.equal(hidden(model, case.batch), case.alone[name])
-        assert torch.equal(hidden(model, case.batch, adapter_names=["b"] * 5), case.alone["b"])
+        assert torch.equal(output_of(model, case.batch), case.alone[name])
+        assert torch.equal(output_of(model, case.batch, adapter_names=["b"] * 5), case.alone["b"])
     assert all(torch.equal(p, backbone[n]) for n, p in model.named_parameters() if n in backbone)
     distinct = list(case.alone.values())
     assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(distinct) for y in distinct[:i])
@@ -105,10 +94,10 @@ def test_paths_at_weights_are_refused_a_place_beside_others(tmp_path: Path) -> N
     adapters.compact()
     adapters.save(tmp_path / "experts")
     ga.detach(model)
-    before = hidden(model, batch)
+    before = output_of(model, batch)
     with pytest.raises(ArtifactError, match=r"for a whole batch(.|\n)*weight_lora"):
         ga.Shelf.load(model, {"experts": tmp_path / "experts"})
-    assert torch.equal(hidden(model, batch), before)
+    assert torch.equal(output_of(model, batch), before)
 
 
 def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +113,11 @@ def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytes
         return real(adapters, keys, hidden, target)
 
     monkeypatch.setattr(hooks, "run_paths", counting)
-    hidden(model, bert.batch, adapter_names=["b", None, "b", "c", None])
+    output_of(model, bert.batch, adapter_names=["b", None, "b", "c", None])
     assert ran == {"b": {2}, "c": {1}}  # each on its own examples alone
     ran.clear()
     shelf.activate(None)
-    hidden(model, bert.batch)
+    output_of(model, bert.batch)
     assert ran == {}
 
 
@@ -184,10 +173,10 @@ def test_disabled_is_the_backbone_with_its_own_heads(classifier: Case) -> None:
     for name in ("b", None):
         shelf.activate(name)
         with shelf.disabled():
-            assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
+            assert torch.equal(output_of(model, classifier.batch), classifier.alone[None])
             shelf.activate("c")  # takes effect afterwards
-            assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
-        assert torch.equal(hidden(model, classifier.batch), classifier.alone["c"])
+            assert torch.equal(output_of(model, classifier.batch), classifier.alone[None])
+        assert torch.equal(output_of(model, classifier.batch), classifier.alone["c"])
 
 
 def test_routing_over_tasks_works_within_a_mixture(tmp_path: Path) -> None:
@@ -200,16 +189,16 @@ def test_routing_over_tasks_works_within_a_mixture(tmp_path: Path) -> None:
         model = make()
         ga.load_adapters(model, folder)
         ids = torch.tensor([1, 0, 0, 1]) if name == "both" else torch.zeros(4).long()
-        alone[name] = hidden(model, batch, task_ids=ids)
+        alone[name] = output_of(model, batch, task_ids=ids)
     model = make()
     ga.Shelf.load(model, {"both": both, "single": single})
-    mixed = hidden(
+    mixed = output_of(
         model, batch, task_ids=torch.tensor([1, 0, 0, 1]), adapter_names=["both", "single", "single", "both"]
     )
     expected = torch.stack([alone["both"][0], alone["single"][1], alone["single"][2], alone["both"][3]])
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(TaskError, match="does not say which"):
-        hidden(model, batch)
+        output_of(model, batch)
 
 
 # -- heads ---------------------------------------------------------------------------------------------------
@@ -219,12 +208,12 @@ def test_heads_follow_the_switch_and_come_back(classifier: Case) -> None:
     model, shelf = classifier.shelf()
     for name in ("b", None, "a", "c"):
         shelf.activate(name)
-        assert torch.equal(hidden(model, classifier.batch), classifier.alone[name])
+        assert torch.equal(output_of(model, classifier.batch), classifier.alone[name])
     with shelf.using("b"):
-        assert torch.equal(hidden(model, classifier.batch), classifier.alone["b"])
-    assert torch.equal(hidden(model, classifier.batch, adapter_names=["c"] * 5), classifier.alone["c"])
+        assert torch.equal(output_of(model, classifier.batch), classifier.alone["b"])
+    assert torch.equal(output_of(model, classifier.batch, adapter_names=["c"] * 5), classifier.alone["c"])
     shelf.detach()
-    assert torch.equal(hidden(model, classifier.batch), classifier.alone[None])
+    assert torch.equal(output_of(model, classifier.batch), classifier.alone[None])
 
 
 def test_mixtures_with_heads_are_refused_with_the_way_out(classifier: Case) -> None:
@@ -234,7 +223,7 @@ def test_mixtures_with_heads_are_refused_with_the_way_out(classifier: Case) -> N
             model(**classifier.batch, adapter_names=names)
     with pytest.raises(TaskError, match="heads"), shelf.using(["a", "b", "a", "a", None]):
         pass
-    assert torch.equal(hidden(model, classifier.batch), classifier.alone["a"])
+    assert torch.equal(output_of(model, classifier.batch), classifier.alone["a"])
 
 
 def test_what_a_head_learns_stays_with_its_adapters(classifier: Case, tmp_path: Path) -> None:
@@ -242,16 +231,16 @@ def test_what_a_head_learns_stays_with_its_adapters(classifier: Case, tmp_path: 
     with torch.no_grad():
         for parameter in shelf.members["a"].head_parameters():
             parameter.add_(1.0)
-    learned = hidden(model, classifier.batch)
+    learned = output_of(model, classifier.batch)
     assert not torch.equal(learned, classifier.alone["a"])
     for name in ("b", "a"):
         shelf.activate(name)
-    assert torch.equal(hidden(model, classifier.batch), learned)
+    assert torch.equal(output_of(model, classifier.batch), learned)
     shelf.activate("b")
     shelf.members["a"].save(tmp_path / "again")  # from aside
     other = classifier.make()
     ga.load_adapters(other, tmp_path / "again")
-    assert torch.equal(hidden(other, classifier.batch), learned)
+    assert torch.equal(output_of(other, classifier.batch), learned)
 
 
 # -- on and off the shelf ------------------------------------------------------------------------------------
@@ -262,14 +251,14 @@ def test_adapters_are_added_and_removed_one_by_one(bert: Case) -> None:
     shelf = ga.Shelf.load(model, {"a": bert.folders["a"]})
     shelf.add("late", bert.folders["b"])
     assert shelf.active == "a"
-    assert torch.equal(hidden(model, bert.batch), bert.alone["a"])
+    assert torch.equal(output_of(model, bert.batch), bert.alone["a"])
     with shelf.using("late"):
-        assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+        assert torch.equal(output_of(model, bert.batch), bert.alone["b"])
     shelf.remove("a")
     assert shelf.active is None
-    assert torch.equal(hidden(model, bert.batch), bert.alone[None])
+    assert torch.equal(output_of(model, bert.batch), bert.alone[None])
     shelf.activate("late")
-    assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+    assert torch.equal(output_of(model, bert.batch), bert.alone["b"])
     shelf.remove("late")
     assert list(shelf.parameters()) == []
     hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -305,12 +294,12 @@ def test_a_copy_has_a_shelf_of_its_own(way: str, classifier: Case) -> None:
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
     twin.gated_adapters.activate("b")
-    assert torch.equal(hidden(twin, classifier.batch), classifier.alone["b"])
-    assert torch.equal(hidden(model, classifier.batch), classifier.alone["a"])
+    assert torch.equal(output_of(twin, classifier.batch), classifier.alone["b"])
+    assert torch.equal(output_of(model, classifier.batch), classifier.alone["a"])
     shelf.detach()
-    assert torch.equal(hidden(twin, classifier.batch), classifier.alone["b"])
+    assert torch.equal(output_of(twin, classifier.batch), classifier.alone["b"])
     twin.gated_adapters.detach()
-    assert torch.equal(hidden(twin, classifier.batch), classifier.alone[None])
+    assert torch.equal(output_of(twin, classifier.batch), classifier.alone[None])
 
 
 def test_get_adapters_finds_the_active_ones_and_they_are_neither_merged_nor_detached_alone(bert: Case) -> None:
@@ -323,7 +312,7 @@ def test_get_adapters_finds_the_active_ones_and_they_are_neither_merged_nor_deta
         with pytest.raises(AttachError, match=r"on a shelf(.|\n)*load_adapters"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(hidden(model, bert.batch), bert.alone["b"])
+    assert torch.equal(output_of(model, bert.batch), bert.alone["b"])
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -349,7 +338,7 @@ def test_unknown_taken_and_impossible_names_are_refused_and_nothing_changes(bert
             call()
         assert "fix:" in str(caught.value)
         assert (tuple(shelf.members), shelf.active) == (("a", "b", "c"), "a")
-        assert torch.equal(hidden(model, bert.batch), bert.alone["a"])
+        assert torch.equal(output_of(model, bert.batch), bert.alone["a"])
 
 
 def test_adapters_of_another_backbone_are_refused_and_the_model_left_as_it_was(bert: Case, classifier: Case) -> None:
@@ -370,6 +359,6 @@ def test_a_mixture_is_refused_where_a_point_carries_no_examples(tmp_path: Path) 
     case = Case(tmp_path, "deberta_v2")  # adapters on its projections of relative positions, which all examples share
     model, shelf = case.shelf()
     with pytest.raises(PathError, match=r"one run each(.|\n)*relative positions"):
-        hidden(model, case.batch, adapter_names=["a", "b", "a", "b", "c"])
+        output_of(model, case.batch, adapter_names=["a", "b", "a", "b", "c"])
     shelf.activate("b")
-    assert torch.equal(hidden(model, case.batch), case.alone["b"])
+    assert torch.equal(output_of(model, case.batch), case.alone["b"])

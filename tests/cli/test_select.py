@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import gatedadapters as ga
@@ -52,6 +53,8 @@ def test_one_command_tunes_what_is_free_and_reports_both_sides(
     model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
     delta = ga.load_delta(model, out / "delta")
     assert delta.params == metrics["free"]
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert {"mask/up", "train/loss"} <= set(events.Tags()["scalars"])
     assert main(["select", str(config), "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
     (out / "notes.txt").write_text("mine")

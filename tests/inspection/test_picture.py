@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -13,7 +14,8 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaModel
 
 import gatedadapters as ga
-from gatedadapters.inspection import picture, save_png
+from gatedadapters.inspection import matrix_picture, picture, save_png
+from gatedadapters.inspection.heat_map import HeatMap
 from gatedadapters.testing.backbones import tiny
 
 
@@ -120,3 +122,23 @@ def test_the_table_and_the_grid_agree_on_dropped_and_kept() -> None:
     for block, line in zip(blocks, lines[3:], strict=True):
         texts = [f"{kept}/{of}" if kept else "-" for kept, of in (cells[block, name] for name in columns)]
         assert line.split()[1:] == texts
+
+
+def test_a_heat_map_paints_each_cell_in_its_colour_and_nothing_else() -> None:
+    heat = HeatMap([0, 1, 2], ["attn.q lora", "ffn.up lora", "ffn scale"], "share")
+    values = {(0, "attn.q lora"): 0.0, (1, "ffn.up lora"): 0.4, (2, "ffn scale"): 1.0}
+    blank, painted = heat.paint({}), heat.paint(values)
+    assert len(np.unique((blank != painted).any(-1).nonzero()[0])) < 70
+    for value in values.values():
+        colour = np.asarray(heat.colours(value, bytes=True)[:3])
+        assert ((painted == colour).all(-1) & (blank == 255).all(-1)).sum() > 200
+    assert (heat.paint(dict.fromkeys(values, 1.0)) != painted).any()
+    assert (blank == heat.paint({})).all()
+
+
+def test_a_matrix_shows_its_numbers_where_there_are_any() -> None:
+    values = [[0.91, float("nan")], [0.7, 0.8]]
+    axes = matrix_picture(["mood", "topic"], values).axes[0]
+    shown = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
+    assert shown == {(0, 0): "0.91", (1, 0): "0.7", (1, 1): "0.8"}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mood", "topic"]

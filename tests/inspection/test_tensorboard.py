@@ -7,19 +7,21 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import gatedadapters as ga
-from gatedadapters.inspection import GateWriter, TensorBoardInspector
+from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.testing.backbones import tiny
 
 STEPS = 12
+SCHEDULE = ga.Schedule(warmup=0.1, ramp=0.5, prune=0.7)  # the tenth step fixes the structure
 
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
@@ -37,7 +39,9 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events = EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors", "histograms"), 0)
+    )
     return events.Reload()
 
 
@@ -55,15 +59,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, ga.
         logging_steps=1,
         report_to="none",
         use_cpu=True,
-        save_strategy="no",
+        save_steps=5,
         disable_tqdm=True,
     )
     trainer = ga.GatedTrainer(
         model=model,
         args=args,
         train_dataset=Batches(),
-        budget=ga.Budget(fraction=0.25),
-        callbacks=[TensorBoardInspector(folder / "runs", writes=STEPS)],
+        budget=ga.Budget(fraction=0.25, per_task=0.2),
+        schedule=SCHEDULE,
+        callbacks=[TensorBoardInspector(folder / "runs", maps=4, share=1e9)],
     )
     trainer.train()
     return read(folder / "runs"), adapters
@@ -81,7 +86,7 @@ def test_every_place_has_its_open_probability_over_time_grouped_by_block(
     assert all(0.9 < value < 1 for value in first.values())
     for tag in tags:
         values = events.Scalars(tag)
-        assert [event.step for event in values][:3] == [1, 2, 3]
+        assert [event.step for event in values] == [*range(11), STEPS]  # not while nothing can move
         assert all(0 <= event.value <= 1 for event in values)
     for (block, column), (kept, of) in cells.items():
         assert math.isclose(events.Scalars(f"open block {block}/{column}")[-1].value, kept / of, abs_tol=1e-6)
@@ -96,24 +101,58 @@ def test_expected_cost_is_written_beside_the_target_it_is_held_to(
     target = [event.value for event in events.Scalars("gates/target")]
     assert target[0] == pytest.approx(dense)
     assert target[-1] == pytest.approx(0.25 * dense)
-    cost = [event.value for event in events.Scalars("gates/expected_cost")]
+    cost, real = ([event.value for event in events.Scalars(f"gates/{kind}_cost")] for kind in ("expected", "real"))
     assert cost[0] > 0.9 * dense
-    assert cost[-1] <= 0.25 * dense
-    for tag in ("gates/penalty", "gates/multiplier", "gates/open_paths", "open task/five", "open task/six"):
+    assert real[0] == pytest.approx(dense)
+    assert adapters.structure is not None
+    assert cost[-1] == real[-1] == adapters.structure.params <= 0.25 * dense
+    for tag in ("gates/closed_paths", "open task/five", "open task/six"):
         assert len(events.Scalars(tag)) > 5
-    assert max(event.value for event in events.Scalars("gates/multiplier")) > 0
+    terms = [tag for tag in events.Tags()["scalars"] if tag.startswith("penalty/")]
+    assert sorted(terms) == [
+        *("penalty/budget", "penalty/cap", "penalty/multiplier", "penalty/multiplier five", "penalty/multiplier six")
+    ]
+    for tag in terms:
+        assert max(event.value for event in events.Scalars(tag)) > 0
+    mix = [tag for tag in events.Tags()["scalars"] if tag.startswith("path mix/")]
+    assert len(mix) > 2
+    shares = [[event.value for event in events.Scalars(tag)] for tag in mix]
+    assert np.sum(shares, 0) == pytest.approx(1.0)
+    assert all(event.value > 0 for event in events.Scalars("time/step"))
 
 
-def test_the_structure_is_an_image_when_pruned_and_at_the_end(
+def test_gates_are_drawn_while_they_learn_and_their_log_alpha_is_counted(
     run: tuple[EventAccumulator, ga.Adapters],
 ) -> None:
-    images = run[0].Images("structure/kept")
-    assert [event.step for event in images][-1] == STEPS
-    assert len(images) == 2
-    assert 0 <= images[0].step - (ga.Schedule().prune or 0) * STEPS <= 3  # logged every third step
+    events, adapters = run
+    assert adapters.bank is not None
+    steps = [0, 2, 4, 6, 8, 10, STEPS]
+    for tag in ("open/five", "open/six", "path mix/by block"):
+        assert [event.step for event in events.Images(tag)] == steps
+    for task in ("five", "six"):
+        found = events.Histograms(f"log alpha/{task} rank")
+        assert [event.step for event in found] == steps
+        levels = [name[0] for name in adapters.bank.gate_names]
+        assert found[0].histogram_value.num == levels.count("rank")
+        low, high = adapters.bank.config.bounds
+        assert low <= found[-1].histogram_value.min <= found[-1].histogram_value.max <= high
+
+
+def test_the_structure_is_shown_at_checkpoints_that_change_it_and_when_pruned(
+    run: tuple[EventAccumulator, ga.Adapters],
+) -> None:
+    events, adapters = run
+    images = events.Images("structure/kept")
+    assert [event.step for event in images] == [5, 10]  # the checkpoint of the tenth step and the end add nothing
     picture = Image.open(io.BytesIO(images[0].encoded_image_string))
     assert picture.size[0] > 300
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    assert [event.step for event in events.Images("structure/changed")] == [10]
+    (text,) = events.Tensors("structure/diff/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert all(re.fullmatch(r" {4}([-+~] \S+ \(.*\d+\)|\.\.\. and .*)", line) for line in lines)
+    assert adapters.structure is not None
+    assert events.Scalars("structure/params")[-1].value == adapters.structure.params
 
 
 def test_the_trainers_own_values_stand_in_the_same_run_once(
@@ -137,28 +176,33 @@ def test_custom_charts_name_tags_that_exist(run: tuple[EventAccumulator, ga.Adap
     assert [chart.title for chart in layout.category[1].chart] == [f"open block {i}" for i in range(3)]
 
 
-def test_many_places_are_averaged_and_writes_are_bounded(tmp_path: Path) -> None:
+def test_many_places_are_averaged(tmp_path: Path) -> None:
     adapters = ga.attach(tiny("bert")[0], "encoder-mixed", penalty=ga.L0(weight=0.1))
-    with SummaryWriter(tmp_path) as writer:
-        gates = GateWriter(adapters, writer, max_tags=10)
-        gates.layout()
-        gates.scalars(0)
+    with TensorBoardWriter(tmp_path, max_tags=10) as writer:
+        writer.gates(adapters, 0)
     tags = read(tmp_path).Tags()["scalars"]
     assert [tag for tag in tags if tag.startswith("open block/")] == [f"open block/{i}" for i in range(3)]
     assert len([tag for tag in tags if tag.startswith("open place/")]) == 12
     assert not [tag for tag in tags if tag.startswith("open block 0")]
-    inspector = TensorBoardInspector(tmp_path / "b", writes=5)
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    from transformers import TrainerControl, TrainerState
+    assert "penalty/L0" in tags
 
+
+@pytest.mark.parametrize(("share", "most"), [(1e9, 5), (1e-9, 2)])
+def test_writes_are_bounded_in_number_and_in_time(share: float, most: int, tmp_path: Path) -> None:
+    adapters = ga.attach(tiny("bert")[0], "encoder-mixed")
+    adapters.set_penalty(ga.L0(weight=0.1), schedule=ga.Schedule(prune=None), total_steps=100)
+    inspector = TensorBoardInspector(tmp_path, writes=5, maps=2, share=share)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     state, control = TrainerState(max_steps=100, is_world_process_zero=True), TrainerControl()
-    model = adapters.model
-    inspector.on_train_begin(args, state, control, model=model)
+    inspector.on_train_begin(args, state, control, model=adapters.model)
     for state.global_step in range(1, 100):
-        inspector.on_log(args, state, control, logs={"loss": 1.0}, model=model)
+        inspector.on_step_begin(args, state, control)
+        inspector.on_step_end(args, state, control)
     assert inspector.tb_writer is not None
     inspector.tb_writer.close()
-    assert len(read(tmp_path / "b").Scalars("gates/expected_cost")) <= 6
+    events = read(tmp_path)
+    assert len(events.Scalars("gates/expected_cost")) == most
+    assert len(events.Images("open/default")) <= 3
 
 
 def test_a_place_is_open_where_any_task_has_it_open(tmp_path: Path) -> None:
@@ -168,8 +212,8 @@ def test_a_place_is_open_where_any_task_has_it_open(tmp_path: Path) -> None:
     with torch.no_grad():
         bank.log_alpha.normal_(0, 2)
         first, second = bank.open_probability()
-    with SummaryWriter(tmp_path) as writer:
-        GateWriter(adapters, writer).scalars(0)
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.gates(adapters, 0)
     events = read(tmp_path)
     key = "encoder/layer/1/attention/self/query:lora"
     expected = (1 - (1 - first) * (1 - second))[bank.slices[key]].mean()
@@ -181,11 +225,47 @@ def test_a_place_is_open_where_any_task_has_it_open(tmp_path: Path) -> None:
 def test_compact_adapters_have_a_picture_and_no_gates(tmp_path: Path) -> None:
     adapters = ga.attach(tiny("bert")[0], "lora-all-linear")
     structure = adapters.compact(adapters.discretize(ga.Budget(fraction=0.5)))
-    with SummaryWriter(tmp_path) as writer:
-        gates = GateWriter(adapters, writer)
-        gates.layout()
-        gates.scalars(3)
-        gates.picture(structure, 3)
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.gates(adapters, 3)
+        writer.structure(structure, 3)
     events = read(tmp_path)
-    assert events.Tags()["scalars"] == []
+    assert set(events.Tags()["scalars"]) == {"structure/params", "structure/paths"}
     assert len(events.Images("structure/kept")) == 1
+
+
+def test_a_writer_given_stays_open_for_its_owner(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path) as run:
+        with TensorBoardWriter(run) as writer:
+            writer.scalars({"a": 1.0}, 0)
+        run.add_scalar("b", 2.0, 0)
+    assert read(tmp_path).Tags()["scalars"] == ["a", "b"]
+
+
+def test_a_mask_is_shown_by_role_whether_given_or_trained(tmp_path: Path) -> None:
+    model = tiny("bert")[0]
+    mask = ga.select(ga.score(model, kind="random"), core=0.9, contrast=0.0, include=["up", "q"])
+    with TensorBoardWriter(tmp_path / "a") as writer:
+        writer.mask(mask)
+    ga.apply_mask(model, mask)
+    inspector = TensorBoardInspector(tmp_path / "b")
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    state, control = TrainerState(max_steps=10, is_world_process_zero=True), TrainerControl()
+    inspector.on_train_begin(args, state, control, model=model)
+    inspector.on_step_begin(args, state, control)
+    inspector.on_step_end(args, state, control)
+    inspector.on_log(args, state, control, logs={"loss": 1.0})
+    inspector.on_train_end(args, state, control)
+    for folder in ("a", "b"):
+        events = read(tmp_path / folder)
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("mask/")]
+        assert sorted(tags) == ["mask/q", "mask/up"]
+        sizes = {"q": 3 * 32 * 32, "up": 3 * 32 * model.config.intermediate_size}
+        found = sum(events.Scalars(f"mask/{role}")[0].value * size for role, size in sizes.items())
+        assert found == pytest.approx(mask.count())
+        assert len(events.Images("mask/free")) == 1
+    assert {"train/loss", "time/step"} <= set(read(tmp_path / "b").Tags()["scalars"])
+
+
+def test_a_matrix_that_is_not_square_is_refused(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer, pytest.raises(ga.errors.DataError, match="one row and one column"):
+        writer.matrix(["a", "b"], np.zeros((2, 3)))

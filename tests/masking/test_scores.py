@@ -221,7 +221,7 @@ def test_damaged_scores_are_refused(tmp_path: Any) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match="safetensors"):
         ga.Scores.load(tmp_path / "scores")
-    with pytest.raises(ArtifactError, match="no saved scores"):
+    with pytest.raises(ArtifactError, match="not a set of saved scores"):
         ga.Scores.load(tmp_path)
 
 

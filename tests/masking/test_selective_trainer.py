@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +66,10 @@ def test_a_mask_of_ones_own_needs_no_general_data(tmp_path: Path) -> None:
         ga.SelectiveTrainer(tiny("llama", head="lm")[0], arguments(tmp_path), train_dataset=examples(8))
 
 
-def test_two_processes_train_what_one_with_the_whole_batch_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(Path(__file__).with_name("masked_processes.py")), str(tmp_path)]
-    logs = [tmp_path / f"log {rank}" for rank in (0, 1)]
-    with ExitStack() as stack:
-        ranks = []
-        for rank, log in enumerate(logs):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            file = stack.enter_context(log.open("w"))
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            ranks.append(process)
-        codes = [process.wait(timeout=240) for process in ranks]
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+def test_two_processes_train_what_one_with_the_whole_batch_does(
+    tmp_path: Path, on_two_processes: Callable[[Path, Path], None]
+) -> None:
+    on_two_processes(Path(__file__).with_name("masked_processes.py"), tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     single = trained(tmp_path / "single", processes=1)
     assert first.keys() == single.keys()

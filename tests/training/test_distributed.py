@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +13,12 @@ from two_processes import SCENARIOS, scenario
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, on_two_processes: Callable[[Path, Path], None]
+) -> dict[str, list[dict[str, Any]]]:
     """What each rank ended with, by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
-    logs = [folder / f"log of rank {rank}" for rank in (0, 1)]
-    with ExitStack() as stack:
-        ranks = []
-        for rank, log in enumerate(logs):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            file = stack.enter_context(log.open("w"))
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            ranks.append(process)
-        codes = [process.wait(timeout=240) for process in ranks]
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    on_two_processes(Path(__file__).with_name("two_processes.py"), folder)
     return {
         name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]
         for name in SCENARIOS

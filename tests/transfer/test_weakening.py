@@ -43,7 +43,7 @@ def written_out(family: str, model: nn.Module, blocks: list[str], p_drop: float,
     modules = dict(model.named_modules())
 
     def mask(a: Tensor) -> Tensor:
-        return a * torch.empty(a.shape, dtype=torch.bool).bernoulli_(1 - p_mask) if p_mask else a
+        return a * masked(torch.ones_like(a), p_mask) if p_mask else a
 
     def forward(block: nn.Module, oracle: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:
         drop = p_drop > 0 and bool(torch.rand(()) < p_drop)

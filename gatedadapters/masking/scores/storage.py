@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.safe_files import opened, whole_folder
 from gatedadapters.structure import Fingerprint
@@ -102,22 +102,10 @@ class Scores:
             ArtifactError: missing, truncated or foreign files, or another version.
         """
         path = Path(folder)
-        try:
-            data = json.loads((path / RECORD).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                "these are no saved scores", expected=f"a folder with {RECORD} and shards", got=str(error), where=path,
-                fix="give the folder that Scores.save wrote",
-            ) from error  # fmt: skip
-        if not isinstance(data, dict) or data.get("version") != 1:
-            raise ArtifactError(
-                expected="scores of version 1", got="another version", where=path,
-                fix="read them with the release that wrote them",
-            )  # fmt: skip
-        try:
-            record = ScoresRecord.parse(data, where=str(path / RECORD))
-        except ValueError as error:
-            raise ArtifactError(str(error), where=path / RECORD) from None
+        record = read_record(
+            ScoresRecord, path / RECORD, what="a set of saved scores", expected=f"a folder with {RECORD} and shards",
+            writer="Scores.save",
+        )  # fmt: skip
         values: dict[str, Tensor] = {}
         for shard in sorted({entry.shard for entry in record.tensors.values()}):
             file = path / shard_name(shard)

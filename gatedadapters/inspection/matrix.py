@@ -1,0 +1,52 @@
+"""A square of scores, task by task, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from gatedadapters.errors import DataError
+from gatedadapters.html import INK
+from gatedadapters.inspection.picture import COLOURS
+
+
+def matrix_picture(names: Sequence[str], values: ArrayLike, *, title: str | None = None) -> Figure:
+    """The R matrix of a continual run: row t, column i is the score on task i after training on task t.
+
+    Args:
+        names: of the tasks, in the order they were trained.
+        values: (tasks, tasks); nan where nothing was measured, left white.
+        title: above it.
+
+    Raises:
+        DataError: another shape.
+    """
+    found = np.asarray(values, dtype=float)
+    if found.shape != (len(names), len(names)) or not names:
+        raise DataError(
+            "this is no matrix of tasks by tasks", expected=f"shape ({len(names)}, {len(names)}), at least (1, 1)",
+            got=str(found.shape), where="matrix", fix="give one row and one column for each name",
+        )  # fmt: skip
+    side = max(3.0, 0.55 * len(names) + 1.6)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(found), cmap=COLOURS)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7, color=INK)
+    axes.set_yticks(range(len(names)), names, fontsize=7, color=INK)
+    axes.set_xlabel("score on", fontsize=8, color=INK)
+    axes.set_ylabel("after training on", fontsize=8, color=INK)
+    axes.tick_params(length=0)
+    for row, column in np.argwhere(~np.isnan(found)):
+        ink = "white" if float(np.asarray(image.norm(found[row, column]))) > 0.4 else INK
+        axes.text(column, row, f"{found[row, column]:.3g}", ha="center", va="center", fontsize=7, color=ink)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=10, fontweight="bold", color=INK)
+    return figure
