@@ -1,0 +1,89 @@
+"""What strategies share that tune a selected core: probe, select, tune it alone, merge."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import PrivateAttr
+
+from gatedadapters.config import CoreConfig
+from gatedadapters.continual.core import Core
+from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.errors import ConfigError
+from gatedadapters.masking import Mask, apply_mask
+
+if TYPE_CHECKING:
+    from gatedadapters.continual.runner import Run
+
+
+class Selected(Strategy):
+    """A task moves its core and nothing else: only the core's elements exist as trainable values, so that every other
+    bit stays what it was, whatever the optimiser.
+    """
+
+    core: CoreConfig = CoreConfig()
+    _cores: list[Core] = PrivateAttr(default_factory=list)
+
+    def check(self, run: Run) -> None:
+        """See that exclusive cores leave something for every task.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.core.overlap == "exclude_previous" and self.core.share * len(run.stream) > 1:
+            raise ConfigError(
+                "exclusive cores of this size do not fit into the model",
+                expected=f"share of at most 1/{len(run.stream)}", got=self.core.share, where=f"{self.kind}: core.share",
+                fix="lower it, or overlap: allow",
+            )  # fmt: skip
+
+    def begin(self, run: Run) -> None:
+        """Nothing is selected yet."""
+        self._cores = []
+
+    @abstractmethod
+    def select(self, run: Run, index: int) -> tuple[Core, float]:
+        """The core of a task, and the seconds of probing that it took."""
+
+    def tune(self, run: Run, index: int) -> Tuned:
+        """Select, make the core trainable, train, merge."""
+        start = time.perf_counter()
+        core, probed = self.select(run, index)
+        selecting = time.perf_counter() - start
+        delta = apply_mask(run.model, core.mask(run.model, run.all_heads), heads=self._kept(run))
+        run.require_heads(index)
+        fitted = run.fit(index)
+        delta.merge()
+        self._cores.append(core)
+        return Tuned(core.elements, fitted.seconds, max(probed, selecting), core)
+
+    @property
+    def previous(self) -> list[Core]:
+        """What may not be chosen again."""
+        return self._cores if self.core.overlap == "exclude_previous" else []
+
+    def remember(self, run: Run, index: int, folder: Path) -> None:
+        """The core, as a mask and its scores."""
+        core = self._cores[-1]
+        shapes = {name: info.shape for name, info in core.infos.items()}
+        roles = {name: info.role for name, info in core.infos.items()}
+        Mask.from_indices(core.indices, shapes, identity=run.identity, roles=roles, origin={"kind": core.kind}).write(
+            folder
+        )
+        (folder / "scores.json").write_text(json.dumps(dict(core.scores), indent=1) + "\n", encoding="utf-8")
+
+    def recall(self, run: Run, index: int, folder: Path) -> None:
+        """The core."""
+        mask = Mask.load(folder)
+        indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        self._cores.append(Core(indices, run.infos, str(mask.origin["kind"]), scores))
+
+    @staticmethod
+    def _kept(run: Run) -> tuple[str, ...]:
+        """Heads of all tasks: none of them is the backbone's."""
+        return tuple(sorted(run.all_heads))
