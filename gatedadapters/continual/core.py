@@ -116,8 +116,8 @@ def select_core(
     - `delta`: the largest d_p.
 
     By element, exactly `round(share N)` of all N elements, by the same quantities of single elements:
-    `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ| (LoTA). Ties
-    go to what comes first in the model.
+    `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ| (LoTA).
+    Ties go to what comes first in the model.
 
     Args:
         infos: the tensors to choose from, see `tensors_of`.

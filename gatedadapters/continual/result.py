@@ -113,8 +113,8 @@ class StreamResult:
         return str(self.record.strategy["kind"])
 
     @property
-    def R(self) -> list[list[float]]:
-        """Scores after each stage (rows) on each task (columns)."""
+    def matrix(self) -> list[list[float]]:
+        """R: scores after each stage (rows) on each task (columns)."""
         return [stage.scores for stage in self.stages]
 
     @property
@@ -126,7 +126,7 @@ class StreamResult:
     @property
     def metrics(self) -> Metrics:
         """OP, BWT, FWT, forgetting, general delta."""
-        return Metrics.of(self.R, self.baseline.scores, self.general)
+        return Metrics.of(self.matrix, self.baseline.scores, self.general)
 
     @property
     def elements(self) -> float:
@@ -134,7 +134,7 @@ class StreamResult:
         return sum(stage.elements for stage in self.stages) / len(self.stages)
 
     def restore(self, model: nn.Module, to: int, *, start: int | None = None) -> None:
-        """Lead a model from one state of the stream to another, bit for bit; states count finished tasks, 0 is the base.
+        """Lead a model from one state of the stream to another, bit for bit; state 0 is the base, k follows k tasks.
 
         Args:
             model: in state `start`.
@@ -149,7 +149,8 @@ class StreamResult:
         if self.folder is None or not self.record.keep or not (0 <= to <= last and 0 <= start <= last):
             raise ArtifactError(
                 "there is no such state to restore", expected=f"states 0..{last} of a stream run with folder= and keep",
-                got=f"from {start} to {to}", where=self.folder or "a stream without a folder", fix="run it with folder=",
+                got=f"from {start} to {to}", where=self.folder or "a stream without a folder",
+                fix="run it with folder=",
             )  # fmt: skip
         path = range(start, to) if to > start else range(start - 1, to - 1, -1)
         changes = [Change.load(stage_folder(self.folder, i) / CHANGE) for i in path]

@@ -281,7 +281,7 @@ class Run:
 
     def _stages(self, record: StreamRecord) -> StreamResult:
         self.strategy.begin(self)
-        baseline = self._baseline()
+        self._measure_baseline()
         reference, current = self._reference(), digest(self.model)
         done = self._finished(record.stages)
         if done:
@@ -326,14 +326,13 @@ class Run:
             (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.running, ignore_errors=True)
 
-    def _baseline(self) -> BaselineRecord:
+    def _measure_baseline(self) -> None:
         """Scores of the untrained model, computed once."""
         file = self.folder / "baseline.json"
         if not file.exists():
             self._watch("untrained scores")
             scores, general = self._scores()
             self.write(file, BaselineRecord(scores=scores, general=general).model_dump_json(indent=1) + "\n")
-        return BaselineRecord.model_validate_json(file.read_bytes())
 
     def _scores(self) -> tuple[list[float], float | None]:
         scores = []
@@ -386,8 +385,9 @@ class Run:
         for part in ("tasks", "general", "strategy", "training", "keep", "base", "version"):
             if earlier.get(part) != mine[part]:
                 raise ArtifactError(
-                    f"the folder holds a stream with other {_WORDS.get(part, part)}", expected=_shown(earlier.get(part)),
-                    got=_shown(mine[part]), where=file, fix="go on with the same arguments, or give another folder",
+                    f"the folder holds a stream with other {_WORDS.get(part, part)}",
+                    expected=_shown(earlier.get(part)), got=_shown(mine[part]), where=file,
+                    fix="go on with the same arguments, or give another folder",
                 )  # fmt: skip
 
     def _put_back(self, start: Snapshot) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class EWC(Strategy):
-    """`½ weight Σ F (θ - θ*)²`, F the sum of the Fisher informations of all earlier tasks, θ* the weights after the last
-    of them (one penalty for all, not one per task).
+    """`½ weight Σ F (θ - θ*)²`, F the sum of the Fisher informations of all earlier tasks, θ* the weights after the
+    last of them (one penalty for all, not one per task).
 
     Attributes:
         weight: λ.
