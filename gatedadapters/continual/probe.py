@@ -106,8 +106,8 @@ class Probe:
         """
         if not (self.folder / FISHER).is_dir():
             raise ArtifactError(
-                "this probe holds no squared gradients by element", expected="probe(elements=True)", got="elements=False",
-                where=self.folder, fix="probe again",
+                "this probe holds no squared gradients by element", expected="probe(elements=True)",
+                got="elements=False", where=self.folder, fix="probe again",
             )  # fmt: skip
         return Scores.load(self.folder / FISHER)
 
