@@ -37,7 +37,7 @@ from scipy import stats
 
 import gatedadapters as ga
 from gatedadapters.config import ProbeConfig, StreamTrainingConfig
-from gatedadapters.continual import Metrics, Task, TaskStream, choice_tasks, classification_tasks, probe
+from gatedadapters.continual import Metrics, StreamResult, Task, TaskStream, choice_tasks, classification_tasks, probe
 from gatedadapters.continual.measures import nearest_class
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_choices, load_encoder, load_smollm2, load_task
@@ -119,8 +119,8 @@ def encoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
 
 
 def keep_words(backbone: Any, items: Sequence[dict[str, Any]]) -> None:
-    """Cut the word table down to the words of the stream, in place: no other row is ever read, nor moved by any arm, and
-    most of the time of full fine-tuning would go into them.
+    """Cut the word table down to the words of the stream, in place: no other row is ever read, nor moved by any arm,
+    and most of the time of full fine-tuning would go into them.
     """
     words = sorted({0, *(word for item in items for word in item["input_ids"])})  # 0 pads
     place = {word: index for index, word in enumerate(words)}
@@ -305,12 +305,7 @@ def picture(study: str, folder: Path) -> None:
         setting = tuned(study, arm, compute_missing=False)
         cell = next((c for c in cells_of(study, arm, setting) if c.file.exists()), None) if setting else None
         if cell is not None:
-            found = stored(cell)
-            names = [str(task["name"]) for task in found["record"]["tasks"]]
-            save_matrix_png(
-                names, [s["task"] for s in found["stages"]], [s["scores"] for s in found["stages"]],
-                found["baseline"]["scores"], folder / f"{study}-{arm}.png", title=arm,
-            )  # fmt: skip
+            save_matrix_png(StreamResult.of(stored(cell)), folder / f"{study}-{arm}.png", title=arm)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

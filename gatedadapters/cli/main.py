@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gatedadapters.cli import compress, plan, quickstart, search, select, show, transfer
+from gatedadapters.cli import compress, continual, plan, quickstart, search, select, show, transfer
 from gatedadapters.errors import GatedAdaptersError
 
-COMMANDS = (quickstart, search, compress, select, transfer, plan, show)
+COMMANDS = (quickstart, search, compress, select, continual, transfer, plan, show)
 
 
 def parser() -> argparse.ArgumentParser:

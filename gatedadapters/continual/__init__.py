@@ -1,8 +1,9 @@
 """Continual tuning: probe what a task needs, tune that alone, task after task."""
 
+from gatedadapters.continual.carry import carry_core
 from gatedadapters.continual.core import Core, random_core, select_core
 from gatedadapters.continual.metrics import Interval, Metrics, intervals, metrics_table
-from gatedadapters.continual.probe import Probe, probe
+from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import StageRecord, StreamResult
 from gatedadapters.continual.runner import run_stream
 from gatedadapters.continual.strategies import Strategy, register, strategy_kinds
@@ -21,6 +22,7 @@ __all__ = [
     "TaskStream",
     "TensorInfo",
     "answer_task",
+    "carry_core",
     "choice_tasks",
     "classification_tasks",
     "intervals",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import mean
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.continual.probe import Probe
+from gatedadapters.continual.probing import Probe
 from gatedadapters.continual.tensors import TensorInfo
-from gatedadapters.errors import MaskError
+from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking import Mask
 from gatedadapters.masking.selection import lowest
-from gatedadapters.structure import format_table
+from gatedadapters.structure import Fingerprint, format_table
 
+CORE = "core.json"
 Kind = Literal["l2_fisher", "cosine", "delta"]
 Chosen = Mapping[str, Tensor]
 """Flat positions of the selected elements, sorted int64, by tensor."""
@@ -205,6 +208,35 @@ def random_core(
         start = int(torch.randint(left[rest].numel - missing + 1, (1,), generator=generator))
         indices[rest] = torch.arange(start, start + missing)
     return Core({name: indices[name] for name in infos if name in indices}, infos, "random")
+
+
+def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
+    """Write a core into an existing folder: a mask, and beside it the scores and what it was chosen from."""
+    shapes = {name: info.shape for name, info in core.infos.items()}
+    roles = {name: info.role for name, info in core.infos.items()}
+    origin = {"kind": core.kind}
+    Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin).write(folder)
+    data = {"scores": dict(core.scores), "tensors": {name: asdict(info) for name, info in core.infos.items()}}
+    (folder / CORE).write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+def load_core(folder: Path) -> Core:
+    """What `save_core` wrote.
+
+    Raises:
+        ArtifactError: missing or foreign files.
+    """
+    mask = Mask.load(folder)
+    try:
+        data = json.loads((folder / CORE).read_text(encoding="utf-8"))
+        infos = {name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in data["tensors"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            "this is no stored core", expected=f"{CORE} beside a mask", got=error, where=folder,
+            fix="give the folder of a stream whose strategy selects cores",
+        ) from error  # fmt: skip
+    indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
+    return Core(indices, infos, str(mask.origin["kind"]), data["scores"])
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:

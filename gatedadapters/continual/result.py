@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from gatedadapters.config.base import Config
+from gatedadapters.continual.core import CORE, Core, load_core
 from gatedadapters.continual.metrics import Metrics
 from gatedadapters.continual.states import Change
 from gatedadapters.errors import ArtifactError
@@ -102,6 +104,16 @@ class StreamResult:
             ) from error  # fmt: skip
         return cls(record, baseline, stages, path)
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_data`, but for reports and the folder."""
+        stages = [StageRecord.model_validate(stage) for stage in data["stages"]]
+        record, baseline = (
+            StreamRecord.model_validate(data["record"]),
+            BaselineRecord.model_validate(data["baseline"]),
+        )
+        return cls(record, baseline, stages, None)
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names, in order."""
@@ -156,6 +168,13 @@ class StreamResult:
         changes = [Change.load(stage_folder(self.folder, i) / CHANGE) for i in path]
         for change in changes:
             change.apply(model)
+
+    def cores(self) -> list[tuple[str, Core]]:
+        """What each task was allowed to move; none where nothing was selected or kept."""
+        if self.folder is None:
+            return []
+        places = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
+        return [(task, load_core(place)) for task, place in places if (place / CORE).exists()]
 
     def table(self) -> str:
         """R with the untrained scores, what each stage took, and the metrics."""

@@ -20,7 +20,7 @@ from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.attachment import attach, check_free, detach
 from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
 from gatedadapters.continual.fitting import Fitted, Penalty, Recipe, fit, phase_seed
-from gatedadapters.continual.probe import Probe, probe
+from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import (
     CHANGE,
     MEMORY,

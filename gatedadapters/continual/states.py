@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import safe_open
@@ -34,7 +34,8 @@ def digest(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, value in state_of(model):
         found.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
-        found.update(memoryview(_bits(value).cpu().view(torch.uint8).numpy()))
+        raw: Any = _bits(value).cpu().view(torch.uint8).numpy()
+        found.update(raw)
     return found.hexdigest()
 
 

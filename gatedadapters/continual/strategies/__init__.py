@@ -3,6 +3,7 @@
 from typing import Any
 
 from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.continual.strategies.carried import Carried
 from gatedadapters.continual.strategies.cosine import Cosine
 from gatedadapters.continual.strategies.ewc import EWC
 from gatedadapters.continual.strategies.gated import Gated
@@ -31,7 +32,7 @@ def strategy_kinds() -> dict[str, type[Strategy]]:
     return dict(_KINDS)
 
 
-def resolve(strategy: "str | dict[str, Any] | Strategy") -> Strategy:
+def resolve(strategy: str | dict[str, Any] | Strategy) -> Strategy:
     """A strategy from its name, or from its options with the name as `kind`.
 
     Raises:
@@ -46,7 +47,21 @@ def resolve(strategy: "str | dict[str, Any] | Strategy") -> Strategy:
     return _KINDS[kind].parse(data, where=f"strategy {kind}")
 
 
-for _kind in (L2Fisher, Cosine, Gated, Random, LoTA, Sequential, SequentialLoRA, EWC, OLoRA, Replay, PerTask, Joint):
+for _kind in (
+    L2Fisher,
+    Cosine,
+    Gated,
+    Carried,
+    Random,
+    LoTA,
+    Sequential,
+    SequentialLoRA,
+    EWC,
+    OLoRA,
+    Replay,
+    PerTask,
+    Joint,
+):
     register(_kind)
 
 __all__ = ["Strategy", "Tuned", "register", "resolve", "strategy_kinds"]

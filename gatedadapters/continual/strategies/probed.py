@@ -8,7 +8,7 @@ from pydantic import PrivateAttr
 
 from gatedadapters.config import CoreConfig, ProbeConfig
 from gatedadapters.continual.core import Core, Kind, select_core
-from gatedadapters.continual.probe import Probe
+from gatedadapters.continual.probing import Probe
 from gatedadapters.continual.strategies.selected import Selected
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 from pydantic import PrivateAttr
 
 from gatedadapters.config import CoreConfig
-from gatedadapters.continual.core import Core
+from gatedadapters.continual.core import Core, load_core, save_core
 from gatedadapters.continual.strategies.base import Strategy, Tuned
 from gatedadapters.errors import ConfigError
-from gatedadapters.masking import Mask, apply_mask
+from gatedadapters.masking import apply_mask
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run
@@ -67,21 +66,12 @@ class Selected(Strategy):
         return self._cores if self.core.overlap == "exclude_previous" else []
 
     def remember(self, run: Run, index: int, folder: Path) -> None:
-        """The core, as a mask and its scores."""
-        core = self._cores[-1]
-        shapes = {name: info.shape for name, info in core.infos.items()}
-        roles = {name: info.role for name, info in core.infos.items()}
-        Mask.from_indices(core.indices, shapes, identity=run.identity, roles=roles, origin={"kind": core.kind}).write(
-            folder
-        )
-        (folder / "scores.json").write_text(json.dumps(dict(core.scores), indent=1) + "\n", encoding="utf-8")
+        """The core, as a mask and its scores, and what it was chosen from."""
+        save_core(self._cores[-1], folder, run.identity)
 
     def recall(self, run: Run, index: int, folder: Path) -> None:
         """The core."""
-        mask = Mask.load(folder)
-        indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        self._cores.append(Core(indices, run.infos, str(mask.origin["kind"]), scores))
+        self._cores.append(load_core(folder))
 
     @staticmethod
     def _kept(run: Run) -> tuple[str, ...]:
