@@ -33,6 +33,7 @@ from gatedadapters.structure import Structure
 from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:
+    from gatedadapters.continual import StreamResult, Task, TaskStream, probe, run_stream, select_core
     from gatedadapters.studies import Study
     from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
@@ -55,8 +56,11 @@ __all__ = [
     "SelectiveTrainer",
     "Shelf",
     "SparseDelta",
+    "StreamResult",
     "Structure",
     "Study",
+    "Task",
+    "TaskStream",
     "apply_mask",
     "attach",
     "budget_report",
@@ -69,15 +73,21 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "probe",
+    "run_stream",
     "save_joint",
     "score",
     "select",
+    "select_core",
     "weaken_knowledge",
 ]
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {
     **dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training"),
+    **dict.fromkeys(
+        ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"
+    ),
     "Study": "gatedadapters.studies",
 }
 

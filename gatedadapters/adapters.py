@@ -42,8 +42,10 @@ class Adapters(nn.Module):
         tasks: task names; task ids are positions in it.
         misfits: selected places where a candidate could not go, and why.
         merged: what `merge` reported, None while the paths run beside the backbone.
+        follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
     """
 
+    follows_ids = True
     paths: nn.ModuleDict
     bank: GateBank | None
     pressure: Pressure | None
@@ -80,7 +82,8 @@ class Adapters(nn.Module):
     def begin_forward(self, task_ids: Tensor | None, batch: int | None = None) -> None:
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
-        self._routed = self._task if task_ids is None else self._checked_ids(task_ids, batch)
+        given = task_ids if self.follows_ids else None
+        self._routed = self._task if given is None else self._checked_ids(given, batch)
         if self.merged is not None:
             merging.check_call(self, self.merged.task, self._routed)
         bank = self.bank

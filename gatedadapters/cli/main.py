@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gatedadapters.cli import compress, plan, quickstart, report, search, select, show, study, transfer
+from gatedadapters.cli import compress, continual, plan, quickstart, report, search, select, show, study, transfer
 from gatedadapters.errors import GatedAdaptersError
 
-COMMANDS = (quickstart, search, compress, select, transfer, study, report, plan, show)
+COMMANDS = (quickstart, search, compress, select, continual, transfer, study, report, plan, show)
 
 
 def parser() -> argparse.ArgumentParser:

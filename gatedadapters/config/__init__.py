@@ -1,5 +1,12 @@
 """Configuration as frozen, validated, versioned data."""
 
+from gatedadapters.config.continual import (
+    ContinualConfig,
+    CoreConfig,
+    ProbeConfig,
+    StreamTaskConfig,
+    StreamTrainingConfig,
+)
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.robustness import CorruptionConfig
@@ -12,18 +19,23 @@ from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 __all__ = [
     "L0",
     "Budget",
+    "ContinualConfig",
+    "CoreConfig",
     "CorpusConfig",
     "CorruptionConfig",
     "Factor",
     "GateConfig",
     "PathOptions",
     "Penalty",
+    "ProbeConfig",
     "Ramp",
     "Schedule",
     "SearchConfig",
     "SearchSpace",
     "SelectConfig",
     "SelectionConfig",
+    "StreamTaskConfig",
+    "StreamTrainingConfig",
     "StudyConfig",
     "TaskConfig",
     "TrainingConfig",

@@ -1,6 +1,7 @@
-"""Looking at gates, structures, masks and base updates: pictures and TensorBoard."""
+"""Looking at gates, structures, masks, base updates and streams of tasks: pictures and TensorBoard."""
 
 from gatedadapters.inspection.callback import TensorBoardInspector
+from gatedadapters.inspection.continual import core_picture, save_core_png, save_stream_png, stream_picture
 from gatedadapters.inspection.matrix import matrix_picture
 from gatedadapters.inspection.picture import picture, save_png
 from gatedadapters.inspection.shift import save_shift_png, shift_picture
@@ -9,9 +10,13 @@ from gatedadapters.inspection.tensorboard import TensorBoardWriter
 __all__ = [
     "TensorBoardInspector",
     "TensorBoardWriter",
+    "core_picture",
     "matrix_picture",
     "picture",
+    "save_core_png",
     "save_png",
     "save_shift_png",
+    "save_stream_png",
     "shift_picture",
+    "stream_picture",
 ]

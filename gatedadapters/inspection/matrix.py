@@ -13,29 +13,33 @@ from gatedadapters.html import INK
 from gatedadapters.inspection.picture import COLOURS
 
 
-def matrix_picture(names: Sequence[str], values: ArrayLike, *, title: str | None = None) -> Figure:
+def matrix_picture(
+    names: Sequence[str], values: ArrayLike, *, rows: Sequence[str] | None = None, title: str | None = None
+) -> Figure:
     """The R matrix of a continual run: row t, column i is the score on task i after training on task t.
 
     Args:
         names: of the tasks, in the order they were trained.
-        values: (tasks, tasks); nan where nothing was measured, left white.
+        values: (rows, tasks); nan where nothing was measured, left white.
+        rows: what was trained last, where that is not each task once.
         title: above it.
 
     Raises:
         DataError: another shape.
     """
     found = np.asarray(values, dtype=float)
-    if found.shape != (len(names), len(names)) or not names:
+    stages = names if rows is None else rows
+    if found.shape != (len(stages), len(names)) or not found.size:
         raise DataError(
-            "this is no matrix of tasks by tasks", expected=f"shape ({len(names)}, {len(names)}), at least (1, 1)",
+            "this is no matrix of tasks by tasks", expected=f"shape ({len(stages)}, {len(names)}), at least (1, 1)",
             got=str(found.shape), where="matrix", fix="give one row and one column for each name",
         )  # fmt: skip
-    side = max(3.0, 0.55 * len(names) + 1.6)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    width, height = (max(3.0, 0.55 * count + 1.6) for count in (len(names), len(stages)))
+    figure = Figure(figsize=(width + 0.6, height), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(found), cmap=COLOURS)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7, color=INK)
-    axes.set_yticks(range(len(names)), names, fontsize=7, color=INK)
+    axes.set_yticks(range(len(stages)), stages, fontsize=7, color=INK)
     axes.set_xlabel("score on", fontsize=8, color=INK)
     axes.set_ylabel("after training on", fontsize=8, color=INK)
     axes.tick_params(length=0)

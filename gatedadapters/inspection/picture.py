@@ -70,8 +70,13 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
 
 def save_png(structure: Structure, path: str | Path, *, title: str | None = None, dpi: int = 150) -> None:
     """Write `picture(structure)` as a PNG file."""
+    save_figure(picture(structure, title=title), path, dpi=dpi)
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure as a PNG file, once it has been drawn without an error."""
     file = io.BytesIO()
-    picture(structure, title=title).savefig(file, format="png", dpi=dpi, facecolor="white")
+    figure.savefig(file, format="png", dpi=dpi, facecolor="white")
     Path(path).write_bytes(file.getvalue())
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from gatedadapters.html import INK
+from gatedadapters.inspection.picture import save_figure
 from gatedadapters.transfer import ActivationShift
-
-_INK = "#22303c"
 
 
 def shift_picture(shift: ActivationShift, *, title: str | None = None) -> Figure:
@@ -26,31 +25,29 @@ def shift_picture(shift: ActivationShift, *, title: str | None = None) -> Figure
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="YlOrRd", vmin=0)
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7, color=_INK)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7, color=INK)
     every = max(1, len(blocks) // 24)
-    axes.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=7, color=_INK)
+    axes.set_yticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]], fontsize=7, color=INK)
     axes.tick_params(length=0)
-    axes.set_ylabel("block", fontsize=8, color=_INK)
+    axes.set_ylabel("block", fontsize=8, color=INK)
     if len(blocks) <= 24:
         peak = float(np.nanmax(values)) if cells else 1.0
         for row, column in np.argwhere(~np.isnan(values)):
             value = values[row, column]
-            ink = "white" if value > 0.6 * peak else _INK
+            ink = "white" if value > 0.6 * peak else INK
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
     for side in axes.spines.values():
         side.set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("relative shift, %", fontsize=7, color=_INK)
+    bar.set_label("relative shift, %", fontsize=7, color=INK)
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
     attention, feed_forward = shift.mean("attention"), shift.mean("feed_forward")
-    axes.set_title(f"mean: attention {attention:.1%}, feed-forward {feed_forward:.1%}", fontsize=8, color=_INK)
-    figure.suptitle(title or "what the update moved", fontsize=10, fontweight="bold", color=_INK)
+    axes.set_title(f"mean: attention {attention:.1%}, feed-forward {feed_forward:.1%}", fontsize=8, color=INK)
+    figure.suptitle(title or "what the update moved", fontsize=10, fontweight="bold", color=INK)
     return figure
 
 
 def save_shift_png(shift: ActivationShift, path: str | Path, *, title: str | None = None, dpi: int = 150) -> None:
     """Write `shift_picture(shift)` as a PNG file."""
-    file = io.BytesIO()
-    shift_picture(shift, title=title).savefig(file, format="png", dpi=dpi, facecolor="white")
-    Path(path).write_bytes(file.getvalue())
+    save_figure(shift_picture(shift, title=title), path, dpi=dpi)

@@ -81,10 +81,10 @@ def select(
     with ExitStack() as stack:
         keys = _combined(general, domain if contrast else None, contrast, names, stack)
         if scope == "tensor":
-            indices = {name: _lowest({name: keys[name]}, round(free * keys[name].numel()))[name] for name in names}
+            indices = {name: lowest({name: keys[name]}, round(free * keys[name].numel()))[name] for name in names}
         else:
             total = sum(key.numel() for key in keys.values())
-            indices = _lowest(keys, round(free * total))
+            indices = lowest(keys, round(free * total))
     if not any(len(found) for found in indices.values()):
         raise MaskError(
             "the mask would select nothing", expected="at least one free element", got=f"a free share of {free:g}",
@@ -142,7 +142,7 @@ def _combined(
     return {name: held[name].view(-1) for name in names}
 
 
-def _lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Positions of exactly `count` smallest keys over all tensors, sorted in each; of equal keys, the first.
 
     Two passes count how often each upper and then each lower half of the keys' bits occurs, which gives the largest

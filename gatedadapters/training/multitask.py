@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,7 @@ class MultiTaskClassifier(nn.Module):
         Raises:
             TaskError: no task ids with several tasks, or a label outside its head.
         """
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        hidden = output.last_hidden_state
+        pooled = self.pooled(input_ids, attention_mask, **kwargs)
         if task_ids is None:
             if len(self.tasks) > 1:
                 raise TaskError(
@@ -89,8 +88,8 @@ class MultiTaskClassifier(nn.Module):
                     where="MultiTaskClassifier",
                     fix="pass task_ids",
                 )
-            task_ids = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-        pooled = self.dropout(self._pool(hidden, attention_mask))
+            task_ids = torch.zeros(len(pooled), dtype=torch.long, device=pooled.device)
+        pooled = self.dropout(pooled)
         floor = torch.finfo(pooled.dtype).min
         logits = pooled.new_full((len(pooled), max(self.widths)), floor)
         unclaimed = len(pooled)
@@ -113,13 +112,16 @@ class MultiTaskClassifier(nn.Module):
             loss = F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def pooled(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """What the heads read, (batch, hidden): the backbone's hidden states as `pooling` says."""
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden, mask = output.last_hidden_state, attention_mask
         if self.pooling == "first":
-            return hidden[:, 0]
+            return cast(Tensor, hidden[:, 0])
         if mask is None:
-            return hidden.mean(1)
+            return cast(Tensor, hidden.mean(1))
         weight = mask.to(hidden.dtype)[..., None]
-        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return cast(Tensor, (hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
 
     def _check_labels(self, labels: Tensor, task_ids: Tensor) -> None:
         limits = torch.tensor(self.widths, device=labels.device)[task_ids]

@@ -1,0 +1,374 @@
+"""Does tuning a selected core, task after task, forget less than tuning everything, and is it the selection?
+
+Claims under test, on one stream of real tasks in several orders, every arm in the same runner for the same steps with
+settings tuned on validation data: `l2_fisher` forgets less than sequential full fine-tuning and sequential LoRA, and
+its score over all tasks (OP) is above both and above random tensors of exactly as many elements.
+
+    python benchmarks/continual.py run [--study minilm-l3] [--arms l2_fisher ...] [--streams 0 1]
+    python benchmarks/continual.py table [--study minilm-l3]
+    python benchmarks/continual.py picture DIR [--study minilm-l3]
+    python benchmarks/continual.py carry                 # 3-layer cores on the 6-layer encoder
+    python benchmarks/continual.py memory                # probe and selection beside full fine-tuning, SmolLM2-135M
+
+Studies: `minilm-l3` and `minilm-l6` learn five text-classification tasks, each with a head of its own that is trained
+under every arm and counted under none; general ability is read out by nearest class means on a sixth. `smollm2` learns
+three multiple-choice tasks. `heads` is the control that trains one element beside the heads. Each stream has an order
+and a seed of its own. Every cell is stored as it finishes; a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+import gatedadapters as ga
+from gatedadapters.config import ProbeConfig, StreamTrainingConfig
+from gatedadapters.continual import Metrics, StreamResult, Task, TaskStream, choice_tasks, classification_tasks, probe
+from gatedadapters.continual.measures import nearest_class
+from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
+from gatedadapters.data.bundled import load_choices, load_encoder, load_smollm2, load_task
+from gatedadapters.selection import versions
+from gatedadapters.structure import format_table
+
+STORE = Path(__file__).parent / "results" / "continual"
+TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity"), "medical_specialty"
+CHOICES = ("openbookqa", "piqa", "medmcqa")
+STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
+TRAIN, HELD_OUT, LENGTH = 800, 200, 24
+BATCH, STEPS = 16, 50
+HEAD_RATE = 5e-3
+STREAMS = (0, 1, 2, 3, 4)
+TUNING_STREAM = 100
+CORES = ("l2_fisher", "cosine")
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "sequential": ({"rate": 1e-4}, {"rate": 4e-4}),
+    "lora": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "l2_fisher": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "random": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "heads": ({"rate": 1e-3},),
+    "cosine": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "random-cosine": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "lota": ({"rate": 1e-4}, {"rate": 4e-4}),
+    "ewc": ({"rate": 4e-4, "weight": 1e2}, {"rate": 4e-4, "weight": 1e4}),
+    "per_task": ({"rate": 5e-3},),
+    "joint": ({"rate": 1e-4}, {"rate": 4e-4}),
+    "replay": ({"rate": 1e-4}, {"rate": 4e-4}),
+    "o_lora": ({"rate": 1e-3}, {"rate": 5e-3}),
+}
+TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "o_lora": "lora"}  # the same rates, not tuned again
+ARMS = tuple(SETTINGS)
+COUNTED_LIKE = {"random": "l2_fisher", "random-cosine": "cosine"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stream: everything its result depends on. `stream` is the seed, of the order too; 0 keeps the order."""
+
+    study: str
+    arm: str
+    setting: tuple[tuple[str, float], ...]
+    stream: int
+    steps: int = STEPS
+    tasks: int = 5
+    split: str = "test"
+
+    @property
+    def file(self) -> Path:
+        """Where its result is stored."""
+        setting = "-".join(f"{value:g}" for _, value in self.setting)
+        return STORE / self.study / f"{self.arm}-{setting}-{self.stream}-{self.steps}-{self.tasks}-{self.split}.json"
+
+
+def order_of(stream: int, count: int) -> list[int]:
+    """The order of a stream's tasks."""
+    return list(range(count)) if stream == 0 else np.random.default_rng(stream).permutation(count).tolist()
+
+
+# -- one cell ----------------------------------------------------------------------------------------------------------
+
+
+def encoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
+    """A bundled encoder with a head per task, and the tasks in the stream's order."""
+    sizes = {"train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT, "seed": cell.stream}
+    texts = [load_task(name, **sizes) for name in TEXTS]
+    backbone, tokenizer = load_encoder(cell.study)
+    backbone.pooler = None  # no task reads it
+    torch.manual_seed(cell.stream)
+    model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes for task in texts})
+    tasks = classification_tasks(model, texts, tokenizer, max_length=LENGTH, split=cell.split)
+    other = load_task(GENERAL, train=300, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
+    parts = [list(MixedTaskDataset([other], tokenizer, part, LENGTH)) for part in ("train", cell.split)]
+    general = Task(GENERAL, *parts, MixedTaskCollator(tokenizer), nearest_class)
+    keep_words(backbone, [item for task in (*tasks, general) for part in (task.train, task.held_out) for item in part])
+    order = order_of(cell.stream, len(tasks))[: cell.tasks]
+    return model, TaskStream([tasks[i] for i in order], general)
+
+
+def keep_words(backbone: Any, items: Sequence[dict[str, Any]]) -> None:
+    """Cut the word table down to the words of the stream, in place: no other row is ever read, nor moved by any arm,
+    and most of the time of full fine-tuning would go into them.
+    """
+    words = sorted({0, *(word for item in items for word in item["input_ids"])})  # 0 pads
+    place = {word: index for index, word in enumerate(words)}
+    for item in items:
+        item["input_ids"] = [place[word] for word in item["input_ids"]]
+    table = torch.nn.Embedding(len(words), backbone.config.hidden_size, padding_idx=0)
+    table.weight.data = backbone.get_input_embeddings().weight.data[words].clone()
+    backbone.set_input_embeddings(table)
+
+
+def decoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
+    """SmolLM2 and multiple-choice tasks; a further one measures general ability."""
+    model, tokenizer = load_smollm2()
+    names = [CHOICES[i] for i in order_of(cell.stream, len(CHOICES))][: cell.tasks]
+    sizes = {"train": 400, "validation": 60, "test": 60, "seed": cell.stream}
+    *tasks, general = choice_tasks(
+        [load_choices(name, **sizes) for name in (*names, "commonsenseqa")], tokenizer, max_length=64, split=cell.split
+    )
+    return model, TaskStream(tasks, general)
+
+
+def strategy_of(cell: Cell) -> dict[str, Any]:
+    """The arm as a strategy and its options."""
+    warm = {
+        "steps": max(1, cell.steps // 3),
+        "batch_size": BATCH,
+        "fisher_batches": 20,
+    }  # a third of tuning, as released
+    if cell.study == "smollm2":
+        warm |= {"batch_size": 4, "fisher_batches": 10}
+    if cell.arm in ("l2_fisher", "cosine", "lota"):
+        return {"kind": cell.arm, "probe": warm}
+    if cell.arm in COUNTED_LIKE:
+        like = Cell(
+            **{**vars(cell), "arm": COUNTED_LIKE[cell.arm], "setting": SETTINGS[COUNTED_LIKE[cell.arm]][0].items()}
+        )
+        counts = next((counts for counts in map(counted, variants(like)) if counts), None)
+        assert counts, f"run {COUNTED_LIKE[cell.arm]} before {cell.arm}"
+        return {"kind": "random", "elements": counts}
+    if cell.arm == "heads":
+        return {"kind": "random", "elements": [1] * cell.tasks}
+    options = {name: value for name, value in cell.setting if name != "rate"}
+    return {"kind": cell.arm, **options}
+
+
+def variants(cell: Cell) -> list[Cell]:
+    """The cell under each setting of its arm; what is selected does not depend on it."""
+    return [Cell(**{**vars(cell), "setting": tuple(setting.items())}) for setting in SETTINGS[cell.arm]]
+
+
+def counted(cell: Cell) -> list[int] | None:
+    """Elements trained per task in a stored cell."""
+    return [stage["elements"] for stage in stored(cell)["stages"]] if cell.file.exists() else None
+
+
+def compute(cell: Cell) -> dict[str, Any]:
+    """One cell, from the pretrained model to its matrix."""
+    small = cell.study == "smollm2"
+    model, stream = decoder_stream(cell) if small else encoder_stream(cell)
+    training = StreamTrainingConfig(
+        steps=cell.steps, batch_size=4 if small else BATCH, learning_rate=dict(cell.setting)["rate"],
+        head_learning_rate=HEAD_RATE, seed=cell.stream, device="cpu", checkpoint_steps=None,
+    )  # fmt: skip
+    began, cpu = time.perf_counter(), time.process_time()
+    result = ga.run_stream(model, stream, strategy_of(cell), training=training)
+    return {
+        "cell": asdict(cell), **result.to_data(), "reports": [stage.report for stage in result.stages],
+        "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """The stored result of a cell, computed now if nobody has; written whole or not at all."""
+    if not cell.file.exists():
+        result = compute(cell)
+        cell.file.parent.mkdir(parents=True, exist_ok=True)
+        part = cell.file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(part, cell.file)
+    return stored(cell)
+
+
+def stored(cell: Cell) -> dict[str, Any]:
+    """A result that is there."""
+    return dict(json.loads(cell.file.read_text()))
+
+
+# -- the study ---------------------------------------------------------------------------------------------------------
+
+
+def tuning_cells(study: str, arm: str) -> list[Cell]:
+    """A shorter stream of its own, scored on validation data, for every setting of an arm."""
+    steps, tasks = (8, 2) if study == "smollm2" else (STEPS // 2, 3)
+    return [
+        Cell(study, arm, tuple(setting.items()), TUNING_STREAM, steps, tasks, "validation") for setting in SETTINGS[arm]
+    ]
+
+
+def tuned(study: str, arm: str, *, compute_missing: bool) -> tuple[tuple[str, float], ...] | None:
+    """The setting with the best validation OP; None where a cell that decides it is missing."""
+    cells = tuning_cells(study, TUNED_LIKE.get(arm, arm))
+    if len(cells) == 1:
+        return cells[0].setting
+    if compute_missing and arm in COUNTED_LIKE:
+        tuned(study, COUNTED_LIKE[arm], compute_missing=True)
+    if not compute_missing and not all(cell.file.exists() for cell in cells):
+        return None
+    return max(cells, key=lambda cell: run(cell)["metrics"]["op"]).setting
+
+
+def cells_of(study: str, arm: str, setting: tuple[tuple[str, float], ...]) -> list[Cell]:
+    """The arm's streams."""
+    if study == "smollm2":
+        return [Cell(study, arm, setting, 0, steps=30, tasks=3)]
+    return [Cell(study, arm, setting, stream) for stream in STREAMS]
+
+
+def run_all(study: str, arms: Sequence[str], streams: Sequence[int]) -> None:
+    """Compute what is missing."""
+    for arm in arms:
+        setting = tuned(study, arm, compute_missing=True)
+        assert setting is not None
+        for cell in cells_of(study, arm, setting):
+            if cell.stream in streams:
+                found = run(cell)
+                m = found["metrics"]
+                print(
+                    f"{study} {arm} {dict(setting)} stream {cell.stream}: OP {m['op']:.3f}, "
+                    f"forgetting {m['forgetting']}, {found['cpu_seconds']} CPU s",
+                    flush=True,
+                )
+
+
+def interval(values: np.ndarray) -> str:
+    """Mean and the half-width of its 95 % t interval, in per cent."""
+    if len(values) == 0:
+        return ""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{100 * values.mean():.1f} ± {100 * half:.1f}"
+
+
+def table(study: str) -> str:
+    """Every arm from the stored cells, and l2_fisher minus each, paired by stream."""
+    found = {}
+    for arm in ARMS:
+        setting = tuned(study, arm, compute_missing=False)
+        cells = cells_of(study, arm, setting) if setting is not None else []
+        results = {cell.stream: stored(cell) for cell in cells if cell.file.exists()}
+        if results:
+            found[arm] = dict(setting or ()), results
+    rows = []
+    ours = found.get("l2_fisher", ({}, {}))[1]
+    for arm, (setting, results) in found.items():
+        metrics = {n: [r["metrics"][n] for r in results.values()] for n in Metrics.__dataclass_fields__}
+        shown = [interval(np.array([v for v in metrics[n] if v is not None])) for n in metrics]
+        pairs = [
+            interval(np.array([ours[s]["metrics"][n] - results[s]["metrics"][n] for s in sorted(ours.keys() & results)
+                               if results[s]["metrics"][n] is not None and arm != "l2_fisher"]))
+            for n in ("op", "forgetting")
+        ]  # fmt: skip
+        stages = [stage for r in results.values() for stage in r["stages"]]
+        rows.append([
+            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *shown, *pairs,
+            f"{np.mean([s['elements'] for s in stages]):,.0f}", f"{np.mean([s['bytes'] for s in stages]):,.0f}",
+            f"{np.mean([sum(s['seconds'] for s in r['stages']) for r in results.values()]):.0f}",
+            f"{np.mean([sum(s['probe_seconds'] for s in r['stages']) for r in results.values()]):.0f}",
+        ])  # fmt: skip
+    header = [
+        "arm", "setting", "streams", "OP", "BWT", "FWT", "forgetting", "general delta", "l2_fisher - arm: OP",
+        "forgetting", "elements / task", "bytes / task", "train s", "probe s",
+    ]  # fmt: skip
+    return format_table(header, rows)
+
+
+def picture(study: str, folder: Path) -> None:
+    """R of every arm's first stream as a heat map."""
+    from gatedadapters.inspection import save_stream_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in ARMS:
+        setting = tuned(study, arm, compute_missing=False)
+        cell = next((c for c in cells_of(study, arm, setting) if c.file.exists()), None) if setting else None
+        if cell is not None:
+            save_stream_png(StreamResult.of(stored(cell)), folder / f"{study}-{arm}.png", title=arm)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory() -> str:
+    """Peak resident memory of full fine-tuning and of probe and selection, each in a process of its own."""
+    rows = []
+    for what in ("load", "full", "probe"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "memory-of", what], capture_output=True, text=True, check=True
+        )
+        rows.append([what, f"{float(done.stdout.split()[-1]):,.0f}"])
+    return format_table(["SmolLM2-135M", "peak resident MB"], rows)
+
+
+def memory_of(what: str) -> None:
+    """A few steps of one of them; prints the peak."""
+    cell = Cell("smollm2", "sequential", (), 0)
+    model, stream = decoder_stream(cell)
+    heads: frozenset[str] = frozenset()
+    if what == "full":
+        stream = TaskStream([stream[0]])
+        training = StreamTrainingConfig(steps=3, batch_size=4, learning_rate=1e-5, device="cpu", checkpoint_steps=None)
+        with tempfile.TemporaryDirectory() as folder:
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+            from gatedadapters.continual.fitting import Recipe, fit
+
+            recipe = Recipe(training.steps, training.batch_size, training.learning_rate, use_cpu=True)
+            fit(model, stream[0].train, stream[0].collate, recipe, folder=Path(folder), seed=0)
+    elif what == "probe":
+        from gatedadapters.continual import select_core, tensors_of
+
+        with tempfile.TemporaryDirectory() as folder:
+            config = ProbeConfig(steps=3, batch_size=4, fisher_batches=3)
+            found = probe(model, stream[0], Path(folder) / "probe", config, heads=heads, elements=True)
+            infos = tensors_of(model)
+            for granularity in ("tensor", "element"):
+                select_core(infos, [found], 0, granularity=granularity)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "table", "picture", "carry", "memory", "memory-of"))
+    parser.add_argument("target", nargs="?")
+    parser.add_argument("--study", choices=STUDIES, default="minilm-l3")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--streams", nargs="*", type=int, default=STREAMS)
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options.study, options.arms, options.streams)
+    if options.command in ("run", "table"):
+        print(table(options.study))
+    elif options.command == "picture":
+        picture(options.study, Path(options.target or "."))
+    elif options.command == "memory":
+        print(memory())
+    elif options.command == "memory-of":
+        memory_of(options.target)
+
+
+if __name__ == "__main__":
+    main()

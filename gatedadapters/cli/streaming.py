@@ -1,0 +1,236 @@
+"""Running a configuration of continual tuning from start to finish, and what it leaves in the output folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from gatedadapters.cli.outcome import check_free
+from gatedadapters.config import ContinualConfig, SearchConfig, StreamTaskConfig, StreamTrainingConfig, TrainingConfig
+from gatedadapters.continual import (
+    StreamResult,
+    Task,
+    TaskStream,
+    answer_task,
+    choice_tasks,
+    classification_tasks,
+    metrics_table,
+    run_stream,
+)
+from gatedadapters.continual.measures import nearest_class
+from gatedadapters.continual.runner import Run
+from gatedadapters.continual.strategies import Strategy, resolve
+from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
+from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
+from gatedadapters.data.language import Passage, read_passages, split_passages
+from gatedadapters.errors import ConfigError
+from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiment.setup import build_model, load_tasks
+from gatedadapters.inspection import save_core_png, save_stream_png
+from gatedadapters.selection import versions
+from gatedadapters.training import MultiTaskClassifier
+
+STREAMS, METRICS, TABLE, CONFIG = "streams", "metrics.json", "table.txt", "continual.yaml"
+OUTPUTS = frozenset({STREAMS, METRICS, TABLE, CONFIG})
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Every stream of every strategy; the first strategy is the one asked for, the others are compared with it."""
+
+    results: dict[str, list[StreamResult]]
+
+    def table(self) -> str:
+        """The first stream of each strategy, then all of them together."""
+        parts = [str(results[0]) for results in self.results.values()]
+        count = len(next(iter(self.results.values())))
+        parts.append(f"mean and 95 % interval over {count} streams (orders and seeds):" if count > 1 else "all:")
+        parts.append(metrics_table({name: [r.metrics for r in results] for name, results in self.results.items()}))
+        reports = [results[0].stages[0].report for results in self.results.values()]
+        first = next(iter(self.results.values()))[0].stages[0].task
+        parts += [f"core of {first}: {report}" for report in reports if report]
+        return "\n\n".join(parts)
+
+
+def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> Streams:
+    """Run every strategy on every stream, and write everything into `folder`. A run that was stopped goes on.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder.
+    """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    strategies = _named([resolve(part) for part in (config.strategy, *config.compare)])
+    pictures = frozenset(f"{name}{end}.png" for name in strategies for end in ("", "-cores"))
+    earlier = folder / CONFIG
+    goes_on = earlier.is_file() and earlier.read_text(encoding="utf-8") == text and not overwrite
+    check_free(folder, OUTPUTS | pictures, overwrite=overwrite or goes_on)
+    model, stream = build(config, config.seeds[0])
+    for strategy in strategies.values():  # whatever is wrong with any of them is said before the first is trained
+        Run(model, stream, strategy, config.training, folder / STREAMS, keep=config.keep)
+    if overwrite:
+        shutil.rmtree(folder / STREAMS, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier.write_text(text, encoding="utf-8")
+    results: dict[str, list[StreamResult]] = {name: [] for name in strategies}
+    for place, seed, order in _streams(config):
+        for name, strategy in strategies.items():
+            _say(f"{name}, stream {place}: {', '.join(config.tasks[i].title for i in order)}")
+            model, stream = build(config, seed)
+            if name == "random" and results:  # the control has as many elements as what it controls for
+                strategy = _of_equal_size(strategy, next(iter(results.values())), name, results)
+            results[name].append(
+                run_stream(
+                    model, stream.ordered(order), strategy,
+                    training=config.training.model_copy(update={"seed": seed}), folder=folder / STREAMS / name / place,
+                    keep=config.keep, watch=lambda line: _say(f"  {line}"),
+                )
+            )  # fmt: skip
+    streams = Streams(results)
+    for name, found in results.items():
+        save_stream_png(found[0], folder / f"{name}.png", title=name)
+        if cores := found[0].cores():
+            save_core_png(cores, folder / f"{name}-cores.png")
+    data = {
+        "versions": versions(), "config": config.model_dump(mode="json"),
+        "streams": {name: [result.to_data() for result in found] for name, found in results.items()},
+    }  # fmt: skip
+    (folder / METRICS).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / TABLE).write_text(streams.table() + "\n", encoding="utf-8")
+    return streams
+
+
+def report(folder: Path, streams: Streams) -> None:
+    """Print what a run came to and where it lies."""
+    print(streams.table())
+    print(f"\nIn {folder}:")
+    for name in streams.results:
+        print(f"  {name}.png  scores after every task")
+    print(f"  {STREAMS}/   what every task changed; gatedadapters.StreamResult.load(...).restore(model, to=k)")
+    print(f"  {METRICS}  every number")
+
+
+def build(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
+    """The untrained model and its tasks in the order of the configuration, by seed.
+
+    Raises:
+        ConfigError: a task that does not go with the model.
+        DataError: data that cannot be read.
+    """
+    training = config.training
+    generative = [task for task in config.tasks if _is_generative(task)]
+    if not generative:
+        own = SearchConfig(
+            model=config.model, tasks=config.tasks,
+            training=TrainingConfig(seed=seed, max_length=training.max_length, pooling=config.pooling),
+        )  # fmt: skip
+        texts = load_tasks(own)
+        model, tokenizer = build_model(own, texts)
+        if not isinstance(model, MultiTaskClassifier):
+            raise ConfigError(
+                "a single labelled table needs an encoder", expected="an encoder, or several tasks",
+                got="a causal language model", where=f"model: {config.model}", fix="add tasks",
+            )  # fmt: skip
+        tasks = classification_tasks(model, texts, tokenizer, max_length=training.max_length)
+        general = None if config.general is None else _read_out(config.general, own, tokenizer, training)
+        return model, TaskStream(tasks, general)
+    every = (*config.tasks, *([config.general] if config.general is not None else []))
+    labelled = [task.title for task in every if not _is_generative(task)]
+    source = located(config.model)
+    with reading(config.model):
+        shape, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    if labelled or not is_causal(shape):
+        raise ConfigError(
+            "questions with answers are for causal language models, and do not mix with labelled tables",
+            expected="answer: of every table, and a causal language model",
+            got=f"labelled: {', '.join(labelled)}" if labelled else ", ".join(shape.architectures or ["?"]),
+            where="tasks", fix="give each task an answer column, or none",
+        )  # fmt: skip
+    torch.manual_seed(seed)
+    with reading(config.model):
+        causal: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    found = [_questions(task, tokenizer, training.max_length, seed) for task in every]
+    general = found.pop() if config.general is not None else None
+    return causal, TaskStream(found, general)
+
+
+def _read_out(
+    task: StreamTaskConfig, own: SearchConfig, tokenizer: PreTrainedTokenizerBase, training: StreamTrainingConfig
+) -> Task:
+    """General ability of a classifier's backbone."""
+    if _is_generative(task):
+        raise ConfigError(
+            expected="a labelled table or a bundled classification task", got=task.title, where="general",
+            fix="questions are for causal language models",
+        )  # fmt: skip
+    (text,) = load_tasks(own.model_copy(update={"tasks": (task,)}))
+    parts = {}
+    for part in ("train", "test"):
+        data = MixedTaskDataset([text], tokenizer, part, training.max_length)
+        parts[part] = [data[i] for i in range(len(data))]
+    return Task(text.name, parts["train"], parts["test"], MixedTaskCollator(tokenizer), nearest_class)
+
+
+def _questions(task: StreamTaskConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Task:
+    if task.bundled is not None:
+        train, test = task.max_train or 1000, task.max_test or 200
+        loaded = load_choices(task.bundled, train=train, validation=0, test=test, seed=seed)
+        return choice_tasks([loaded], tokenizer, max_length=max_length)[0]
+    assert task.train is not None
+    passages = read_passages(task.train, text=task.text, answer=task.answer)
+    held_out_file = task.test or task.validation
+    if held_out_file is None:
+        train_part, held_out = split_passages(passages, 0.2, seed=seed)
+    else:
+        train_part, held_out = passages, read_passages(held_out_file, text=task.text, answer=task.answer)
+    cut: list[list[Passage]] = [train_part[: task.max_train], held_out[: task.max_test]]
+    return answer_task(task.title, cut[0], cut[1], tokenizer, max_length=max_length)
+
+
+def _is_generative(task: StreamTaskConfig) -> bool:
+    return task.answer is not None or task.bundled in CHOICE_TASKS
+
+
+def _streams(config: ContinualConfig) -> Iterator[tuple[str, int, list[int]]]:
+    """(name, seed, order) of each stream; the first order is the one given."""
+    count = len(config.tasks)
+    for seed in config.seeds:
+        for order in range(config.orders):
+            drawn = np.random.default_rng(order).permutation(count).tolist() if order else list(range(count))
+            yield f"seed-{seed}-order-{order}", seed, drawn
+
+
+def _named(strategies: list[Strategy]) -> dict[str, Strategy]:
+    """Each under its kind, with a number where it is used more than once."""
+    found: dict[str, Strategy] = {}
+    for strategy in strategies:
+        number = sum(name.rpartition("-")[0] == strategy.kind or name == strategy.kind for name in found)
+        found[f"{strategy.kind}-{number + 1}" if number else strategy.kind] = strategy
+    return found
+
+
+def _of_equal_size(
+    strategy: Strategy, main: list[StreamResult], name: str, results: dict[str, list[StreamResult]]
+) -> Strategy:
+    """A random core with no size of its own takes that of the first strategy's core of the same task."""
+    fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
+    if next(iter(results)) == name or "elements" in fields or "core" in fields or not main[-1].cores():
+        return strategy
+    return strategy.model_copy(update={"elements": tuple(stage.elements for stage in main[-1].stages)})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,37 @@
+"""Continual tuning: probe what a task needs, tune that alone, task after task."""
+
+from gatedadapters.continual.carry import carry_core
+from gatedadapters.continual.core import Core, random_core, select_core
+from gatedadapters.continual.metrics import Interval, Metrics, intervals, metrics_table
+from gatedadapters.continual.probing import Probe, probe
+from gatedadapters.continual.result import StageRecord, StreamResult
+from gatedadapters.continual.runner import run_stream
+from gatedadapters.continual.strategies import Strategy, register, strategy_kinds
+from gatedadapters.continual.tasks import Task, TaskStream, answer_task, choice_tasks, classification_tasks
+from gatedadapters.continual.tensors import TensorInfo, tensors_of
+
+__all__ = [
+    "Core",
+    "Interval",
+    "Metrics",
+    "Probe",
+    "StageRecord",
+    "Strategy",
+    "StreamResult",
+    "Task",
+    "TaskStream",
+    "TensorInfo",
+    "answer_task",
+    "carry_core",
+    "choice_tasks",
+    "classification_tasks",
+    "intervals",
+    "metrics_table",
+    "probe",
+    "random_core",
+    "register",
+    "run_stream",
+    "select_core",
+    "strategy_kinds",
+    "tensors_of",
+]

@@ -1,0 +1,307 @@
+"""Which part of a model is a task's core: importance, specificity, and their controls."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.continual.probing import Probe
+from gatedadapters.continual.tensors import TensorInfo
+from gatedadapters.errors import ArtifactError, MaskError
+from gatedadapters.masking import Mask
+from gatedadapters.masking.selection import lowest
+from gatedadapters.structure import Fingerprint, format_table
+
+CORE = "core.json"
+Kind = Literal["l2_fisher", "cosine", "delta"]
+Chosen = Mapping[str, Tensor]
+"""Flat positions of the selected elements, sorted int64, by tensor."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """The parameters that a task may move. Heads are not counted.
+
+    Attributes:
+        indices: flat positions (selected,) by tensor; tensors without any are left out.
+        infos: every tensor that could be chosen from.
+        scores: of each tensor, where whole tensors were ranked.
+    """
+
+    indices: Chosen
+    infos: Mapping[str, TensorInfo]
+    kind: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> int:
+        """How many elements are selected."""
+        return sum(map(len, self.indices.values()))
+
+    @property
+    def element_share(self) -> float:
+        """Of all elements of the backbone."""
+        return self.elements / sum(info.numel for info in self.infos.values())
+
+    @property
+    def tensor_share(self) -> float:
+        """Share of the tensors of which something is selected."""
+        return len(self.indices) / len(self.infos)
+
+    def mask(self, model: nn.Module, heads: frozenset[str]) -> Mask:
+        """The selection as a mask of `model` in the state it is in."""
+        return Mask.build(model, self.indices, heads=heads)
+
+    def cells(self) -> dict[tuple[int | None, str], tuple[int, int, int, int]]:
+        """By block (None: outside of all) and role: tensors selected from and of how many, elements and of how many."""
+        found: dict[tuple[int | None, str], tuple[int, int, int, int]] = {}
+        for name, info in self.infos.items():
+            chosen = len(self.indices.get(name, ()))
+            old = found.get((info.block, info.role), (0, 0, 0, 0))
+            new = (int(chosen > 0), 1, chosen, info.numel)
+            found[info.block, info.role] = (old[0] + new[0], old[1] + new[1], old[2] + new[2], old[3] + new[3])
+        return found
+
+    def table(self) -> str:
+        """Selected tensors and elements by role and by block."""
+        title = (
+            f"{self.kind}: {len(self.indices)} of {len(self.infos)} tensors ({self.tensor_share:.1%}), "
+            f"{self.elements:,} elements ({self.element_share:.3%}), heads not counted"
+        )
+        parts = [title]
+        for column, label in ((1, "role"), (0, "block")):
+            sums: dict[str, tuple[int, ...]] = {}
+            for place, counts in self.cells().items():
+                key = "outside" if place[column] is None else str(place[column])
+                sums[key] = tuple(a + b for a, b in zip(sums.get(key, (0,) * 4), counts, strict=True))
+            rows = [[key, f"{c[0]}/{c[1]}", f"{c[2]:,}", f"{c[2] / c[3]:.2%}"] for key, c in sums.items()]
+            parts.append(format_table([label, "tensors", "elements", "of its elements"], rows))
+        return "\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def overlap(self, other: Core) -> float:
+        """Elements that both select over those that either does (Jaccard)."""
+        both = sum(
+            int(torch.isin(self.indices[name], other.indices[name]).sum())
+            for name in self.indices.keys() & other.indices.keys()
+        )
+        return both / max(1, self.elements + other.elements - both)
+
+
+def select_core(
+    infos: Mapping[str, TensorInfo],
+    probes: Sequence[Probe],
+    index: int,
+    *,
+    kind: Kind = "l2_fisher",
+    share: float = 0.1,
+    granularity: Literal["tensor", "element"] = "tensor",
+    exclude: Sequence[Core] = (),
+) -> Core:
+    """The core of one task.
+
+    By tensor, all parameter tensors of the backbone ranked, `round(share n)` (at least one) of them:
+
+    - `l2_fisher`: `S = ½ d̂ + ½ F̂`, `d_p = ‖Δ[p]‖₂ / √N_p`, `F_p` the mean squared gradient at the warm model, each
+      min-max normalised over the tensors; the largest S are the core.
+    - `cosine`: `spec(p) = mean over other tasks u of cos(Δ[p], Δ_u[p])`; the smallest are the core. What
+      the task did not move (a layer it does not use) is specific to nothing and comes last.
+    - `delta`: the largest d_p.
+
+    By element, exactly `round(share N)` of all N elements, by the same quantities of single elements:
+    `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ| (LoTA).
+    Ties go to what comes first in the model.
+
+    Args:
+        infos: the tensors to choose from, see `tensors_of`.
+        probes: of all tasks, for `cosine`; only `probes[index]` otherwise.
+        index: which of the probes is the task's.
+        kind: the quantity.
+        share: how much is core.
+        granularity: whole tensors, or elements.
+        exclude: cores of earlier tasks, of which nothing may be chosen again.
+
+    Raises:
+        MaskError: cosine with one task; nothing is left to choose.
+
+    References:
+        arXiv 2605.31025, released code; Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797 (|Δ|).
+    """
+    if kind == "cosine" and len(probes) < 2:
+        raise MaskError(
+            "cosine compares the updates of tasks", expected="probes of two tasks or more", got=len(probes),
+            where="select_core", fix="use l2_fisher for a single task",
+        )  # fmt: skip
+    if granularity == "tensor":
+        used = {name for core in exclude for name in core.indices}
+        scores = _tensor_scores(infos, probes, index, kind)
+        left = [name for name in infos if name not in used]
+        count = min(len(left), max(1, round(share * len(infos))))
+        best = set(sorted(left, key=lambda name: -scores[name])[:count])  # stable: ties go to what comes first
+        indices = {name: torch.arange(infos[name].numel) for name in infos if name in best}
+    else:
+        scores = {}
+        keys = _element_keys(infos, probes, index, kind)
+        total = sum(info.numel for info in infos.values())
+        taken = 0
+        for name in infos:
+            used_here = [core.indices[name] for core in exclude if name in core.indices]
+            if used_here:
+                positions = torch.cat(used_here).unique()
+                keys[name][positions] = math.inf
+                taken += len(positions)
+        indices = lowest(keys, min(round(share * total), total - taken))
+        indices = {name: found for name, found in indices.items() if len(found)}
+    if not indices:
+        raise MaskError(
+            "nothing is left for this task's core", expected="parameters that no earlier task has chosen",
+            got=f"{len(exclude)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
+        )  # fmt: skip
+    return Core(indices, infos, kind, scores)
+
+
+def random_core(
+    infos: Mapping[str, TensorInfo],
+    elements: int,
+    *,
+    granularity: Literal["tensor", "element"] = "tensor",
+    seed: int,
+    exclude: Sequence[Core] = (),
+) -> Core:
+    """Exactly `elements` elements by chance: the control that every selection needs.
+
+    By tensor: whole tensors in random order, those that no longer fit passed over; what is then missing comes as
+    neighbouring elements out of one more tensor.
+
+    Raises:
+        MaskError: fewer elements are left than are asked for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    used = {name for core in exclude for name in core.indices}
+    left = {name: info for name, info in infos.items() if name not in used}
+    if not 0 < elements <= sum(info.numel for info in left.values()):
+        raise MaskError(
+            "so many elements are not there to choose", expected=f"1..{sum(i.numel for i in left.values()):,}",
+            got=f"{elements:,}", where="random_core", fix="lower the number",
+        )  # fmt: skip
+    if granularity == "element":
+        keys = {name: torch.rand(info.numel, generator=generator) for name, info in left.items()}
+        return Core({n: found for n, found in lowest(keys, elements).items() if len(found)}, infos, "random")
+    names, indices, missing = list(left), dict[str, Tensor](), elements
+    order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    for name in order:
+        if left[name].numel <= missing:
+            indices[name] = torch.arange(left[name].numel)
+            missing -= left[name].numel
+    rest = next((name for name in order if name not in indices), None)
+    if missing and rest is not None:
+        start = int(torch.randint(left[rest].numel - missing + 1, (1,), generator=generator))
+        indices[rest] = torch.arange(start, start + missing)
+    return Core({name: indices[name] for name in infos if name in indices}, infos, "random")
+
+
+def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
+    """Write a core into an existing folder: a mask, and beside it the scores and what it was chosen from."""
+    shapes = {name: info.shape for name, info in core.infos.items()}
+    roles = {name: info.role for name, info in core.infos.items()}
+    origin = {"kind": core.kind}
+    Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin).write(folder)
+    data = {"scores": dict(core.scores), "tensors": {name: asdict(info) for name, info in core.infos.items()}}
+    (folder / CORE).write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+def load_core(folder: Path) -> Core:
+    """What `save_core` wrote.
+
+    Raises:
+        ArtifactError: missing or foreign files.
+    """
+    mask = Mask.load(folder)
+    try:
+        data = json.loads((folder / CORE).read_text(encoding="utf-8"))
+        infos = {name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in data["tensors"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            "this is no stored core", expected=f"{CORE} beside a mask", got=error, where=folder,
+            fix="give the folder of a stream whose strategy selects cores",
+        ) from error  # fmt: skip
+    indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
+    return Core(indices, infos, str(mask.origin["kind"]), data["scores"])
+
+
+def min_max(values: Mapping[str, float]) -> dict[str, float]:
+    """Scaled to [0, 1]; all 0 where they are equal."""
+    low, high = min(values.values()), max(values.values())
+    return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}
+
+
+def cosines(probes: Sequence[Probe], index: int, name: str) -> list[float]:
+    """Of one tensor's update under a task with those under each other task; 0 where one of them is 0."""
+    own = probes[index].delta(name).double().flatten()
+    found = []
+    for other, probe in enumerate(probes):
+        if other != index:
+            update = probe.delta(name).double().flatten()
+            norms = float(own.norm() * update.norm())
+            found.append(float(own @ update) / norms if norms else 0.0)
+    return found
+
+
+def _tensor_scores(
+    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: Kind
+) -> dict[str, float]:
+    """Larger is more core."""
+    record = probes[index].record
+    density = {name: record.norms[name] / math.sqrt(info.numel) for name, info in infos.items()}
+    if kind == "delta":
+        return density
+    if kind == "l2_fisher":
+        d, F = min_max(density), min_max({name: record.fisher[name] for name in infos})
+        return {name: 0.5 * d[name] + 0.5 * F[name] for name in infos}
+    return {name: -mean(cosines(probes, index, name)) if record.norms[name] else -math.inf for name in infos}
+
+
+def _element_keys(
+    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: Kind
+) -> dict[str, Tensor]:
+    """Smaller is more core; flat fp32 by tensor."""
+    own = probes[index]
+    if kind == "delta":
+        return {name: -own.delta(name).abs().flatten() for name in infos}
+    if kind == "cosine":
+        return {name: _contributions(probes, index, name) for name in infos}
+    fisher = own.squared_gradients()
+    keys = {name: own.delta(name).abs().flatten() for name in infos}
+    rescale_d = _min_max_over(lambda name: keys[name], infos)
+    rescale_f = _min_max_over(lambda name: fisher[name].flatten(), infos)
+    for name in infos:
+        keys[name] = -(0.5 * rescale_d(keys[name]) + 0.5 * rescale_f(fisher[name].flatten()))
+    return keys
+
+
+def _contributions(probes: Sequence[Probe], index: int, name: str) -> Tensor:
+    own = probes[index].delta(name).double().flatten()
+    total = torch.zeros_like(own)
+    for other, probe in enumerate(probes):
+        if other != index:
+            update = probe.delta(name).double().flatten()
+            norms = float(own.norm() * update.norm())
+            total += own * update * (len(own) / norms) if norms else 0.0
+    return torch.where(own != 0, total / (len(probes) - 1), math.inf).float()
+
+
+def _min_max_over(values: Callable[[str], Tensor], infos: Mapping[str, TensorInfo]) -> Callable[[Tensor], Tensor]:
+    """Min-max normalisation over all elements of all tensors."""
+    low = min(float(values(name).min()) for name in infos)
+    high = max(float(values(name).max()) for name in infos)
+    return lambda t: (t - low) / (high - low) if high > low else torch.zeros_like(t)

@@ -1,0 +1,201 @@
+"""transformers' Trainer for one stage of a stream: what is trainable is trained, killed runs go on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from gatedadapters.continual.tasks import Collate
+from gatedadapters.errors import TrainingError
+from gatedadapters.training import GatedTrainer
+from gatedadapters.training.trainer import split_groups
+
+COMPLETE = "complete"
+Penalty = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast; everything a stage's training depends on beside its data.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples per step.
+        learning_rate: decays linearly or as a cosine after `warmup` (a share of the steps).
+        head_learning_rate: of the parameters named as heads.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    bf16: bool = False
+    use_cpu: bool = False
+    checkpoint_steps: int | None = None
+
+
+class _Staged(Trainer):
+    """A rate of their own for heads, a penalty beside the loss, checkpoints of what is trained alone."""
+
+    penalty: Penalty | None = None
+    heads: tuple[nn.Parameter, ...] = ()
+    head_rate: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, with the heads in groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.head_rate is not None:
+            for index in split_groups(optimizer, self.heads):
+                optimizer.param_groups[index]["lr"] = self.head_rate
+        return optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's loss, and the penalty while training.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        if model.training and self.penalty is not None:
+            loss = loss + self.penalty()
+        if model.training and not bool(torch.isfinite(loss).all()):
+            raise TrainingError(
+                "the loss is not finite", expected="a finite loss", got=str(float(loss.detach().mean())),
+                where=f"optimiser step {self.state.global_step}", fix="lower the learning rate or the penalty",
+            )  # fmt: skip
+        return (loss, outputs) if return_outputs else loss
+
+
+class StageTrainer(_Staged):
+    """Trains whatever requires gradients."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Only what is trained; everything else is known from the stages before."""
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
+        os.makedirs(folder, exist_ok=True)
+        model = cast(nn.Module, self.accelerator.unwrap_model(self.model))
+        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """What is not trained is absent by design."""
+
+
+class GatedStageTrainer(_Staged, GatedTrainer):
+    """The same for a gated search."""
+
+
+class _MarkComplete(TrainerCallback):
+    """A checkpoint counts once every file of it is there."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the mark."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+@dataclass
+class Fitted:
+    """What a stage's training took."""
+
+    seconds: float
+    losses: list[float] = field(default_factory=list)
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    collate: Collate,
+    recipe: Recipe,
+    *,
+    folder: Path,
+    seed: int,
+    heads: Sequence[str] = (),
+    penalty: Penalty | None = None,
+    gated: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fitted:
+    """Train what requires gradients; goes on from the last whole checkpoint in `folder`, to the same bits.
+
+    Args:
+        model: in the state that the stage begins in.
+        data: a data set.
+        collate: a list of its items to a batch.
+        recipe: how long and how fast.
+        folder: for checkpoints.
+        seed: of the order of the data and of dropout.
+        heads: names of parameters that have the heads' learning rate.
+        penalty: added to the loss of every step.
+        gated: options of `GatedTrainer`, where gates are searched.
+        callbacks: further ones.
+    """
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=round(recipe.warmup * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.bf16,
+        use_cpu=recipe.use_cpu,
+        seed=seed,
+        logging_steps=max(1, recipe.steps // 10),
+        save_strategy="no" if recipe.checkpoint_steps is None else "steps",
+        save_steps=recipe.checkpoint_steps or 1,
+        save_total_limit=2,  # while the newest is not marked yet, the one before it is whole
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    options: dict[str, Any] = {
+        "train_dataset": data, "data_collator": collate, "callbacks": [_MarkComplete(), *callbacks],
+    }  # fmt: skip
+    model.train()
+    trainer: _Staged = (
+        StageTrainer(model, args, **options) if gated is None else GatedStageTrainer(model, args, **options, **gated)
+    )
+    trainer.penalty = penalty
+    trainer.heads = tuple(model.get_parameter(name) for name in heads)
+    trainer.head_rate = recipe.head_learning_rate
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    seconds = time.perf_counter() - start
+    if trainer.optimizer is not None:
+        trainer.optimizer.state.clear()  # a Trainer sits in reference cycles and would hold twice the model for a while
+    return Fitted(seconds, losses)
+
+
+def phase_seed(seed: int, phase: str) -> int:
+    """The seed of one phase of a stream: equal for equal names, whatever the strategy and the order."""
+    return zlib.crc32(f"{seed} {phase}".encode()) & 0x7FFFFFFF
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; what was killed while it was written is removed."""
+    whole = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            whole[int(path.name.rpartition("-")[2])] = path
+        else:
+            shutil.rmtree(path)
+    return str(whole[max(whole)]) if whole else None

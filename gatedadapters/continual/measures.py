@@ -1,0 +1,106 @@
+"""How a task is scored on held-out data; every score is a share in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gatedadapters.data import ChoiceExample
+from gatedadapters.data.language import IGNORED, LanguageCollator, LanguageDataset, Passage
+from gatedadapters.masking.scores.losses import task_losses
+from gatedadapters.training import MultiTaskClassifier
+
+if TYPE_CHECKING:
+    from gatedadapters.continual.tasks import Task
+
+BATCH = 64
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> float:
+    """Share of examples whose class is found, of the task's own classes where it names them."""
+    right, total = 0, 0
+    for batch in _batches(model, task.held_out, task):
+        labels = batch.pop("labels")
+        logits: Tensor = model(**batch).logits
+        logits = logits[:, : len(task.classes)] if task.classes else logits
+        right += int((logits.argmax(-1) == labels).sum())
+        total += len(labels)
+    return right / total
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, task: Task) -> float:
+    """Share of examples whose labelled tokens greedy decoding would all give: each is the likeliest after the true
+    ones before it.
+    """
+    right, total = 0, 0
+    for batch in _batches(model, task.held_out, task):
+        labels = batch.pop("labels")[:, 1:]
+        found = model(**batch).logits[:, :-1].argmax(-1)
+        right += int(((found == labels) | (labels == IGNORED)).all(1).sum())
+        total += len(labels)
+    return right / total
+
+
+class ChoiceAccuracy:
+    """Share of multiple-choice questions whose right choice has the highest mean log-probability per token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, task: Task) -> float:
+        """Score `task.held_out`, a sequence of `ChoiceExample`."""
+        collate, right, device = LanguageCollator(self.tokenizer), 0, _device(model)
+        for example in task.held_out:
+            passages = [Passage(prompt(example), choice) for choice in example.choices]
+            items = LanguageDataset(passages, self.tokenizer, self.max_length)
+            batch = {k: v.to(device) for k, v in collate([items[i] for i in range(len(items))]).items()}
+            right += int(task_losses(model, batch).argmin()) == example.answer
+        return right / len(task.held_out)
+
+
+@torch.no_grad()
+def nearest_class(model: nn.Module, task: Task) -> float:
+    """Share of held-out examples that lie nearest to the mean of their class in the training data, by the angle between
+    pooled hidden states: what a classifier's backbone tells apart, read out without any trained head.
+    """
+    features, labels = _pooled(model, task.train, task)
+    held_out, wanted = _pooled(model, task.held_out, task)
+    present = labels.unique()
+    means = torch.stack([features[labels == label].mean(0) for label in present])
+    cosines = nn.functional.normalize(held_out, dim=1) @ nn.functional.normalize(means, dim=1).T
+    return float((present[cosines.argmax(1)] == wanted).double().mean())
+
+
+def prompt(example: ChoiceExample) -> str:
+    """A multiple-choice question as text."""
+    return f"{example.passage}\nQuestion: {example.question}\nAnswer:".strip()
+
+
+def _pooled(model: nn.Module, data: Sequence[Any], task: Task) -> tuple[Tensor, Tensor]:
+    assert isinstance(model, MultiTaskClassifier), "nearest_class reads the hidden states of a MultiTaskClassifier"
+    features, labels = [], []
+    for batch in _batches(model, data, task):
+        labels.append(batch.pop("labels"))
+        batch.pop("task_ids", None)
+        features.append(model.pooled(**batch).float())
+    return torch.cat(features), torch.cat(labels)
+
+
+def _batches(model: nn.Module, data: Sequence[Any], task: Task) -> Iterator[dict[str, Tensor]]:
+    """All examples on the model's device, those of like length together, which saves padding."""
+    device = _device(model)
+    order = sorted(range(len(data)), key=lambda index: len(data[index]["input_ids"]))
+    for start in range(0, len(order), BATCH):
+        batch = task.collate([data[index] for index in order[start : start + BATCH]])
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,274 @@
+"""The warm start: a short run of full fine-tuning that shows where a task wants to move the model, and is undone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from gatedadapters.config import ProbeConfig
+from gatedadapters.config.base import Config
+from gatedadapters.continual.fitting import Recipe, fit, phase_seed
+from gatedadapters.continual.states import Snapshot, digest, state_of
+from gatedadapters.continual.tasks import Task
+from gatedadapters.continual.tensors import tensors_of
+from gatedadapters.errors import ArtifactError
+from gatedadapters.masking import Score, Scores, score
+from gatedadapters.masking.scores import Batch, Run
+from gatedadapters.masking.scores.base import gradients
+from gatedadapters.safe_files import opened, whole_folder, write_tensors
+
+RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
+FILES = frozenset({RECORD, DELTAS, FISHER})
+
+
+class ProbeRecord(Config):
+    """A probe as data.
+
+    Attributes:
+        start: digest of the model that was probed.
+        norms: ‖θ_warm - θ_start‖₂ of every tensor, in double precision.
+        fisher: mean squared gradient of every tensor at the warm model.
+    """
+
+    version: Literal[1] = 1
+    task: str
+    start: str
+    seed: int
+    config: ProbeConfig
+    steps: int
+    examples: int
+    seconds: float
+    norms: dict[str, float]
+    fisher: dict[str, float]
+
+
+class BatchFisher(Score):
+    """`mean_b g_b²`, g_b the gradient of a batch's mean loss.
+
+    Quantity: the squared gradient as the authors of TRACE take it, over batches of 2; it shrinks with the batch size
+    (see `Fisher` for that over examples). Reduction: mean over the batches that ran. Sign: at least 0.
+
+    References:
+        arXiv 2605.31025, released code.
+    """
+
+    kind = "batch_fisher"
+
+    def batch(self, run: Run, batch: Batch) -> None:
+        """One backward pass."""
+        losses = run.losses(batch)
+        with gradients(run, lambda name, grad: self._add(run, name, grad)):
+            losses.mean().backward()
+
+    @staticmethod
+    def _add(run: Run, name: str, grad: Tensor) -> None:
+        run.totals[name].add_(grad.to(run.totals[name]).square_())
+
+    def finish(self, run: Run) -> None:
+        """Mean over batches."""
+        for total in run.totals.values():
+            total /= run.batches
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a warm start moved, on disk; numbers per tensor are in memory, elements are read one tensor at a time."""
+
+    record: ProbeRecord
+    folder: Path
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensors of the backbone."""
+        return tuple(self.record.norms)
+
+    def delta(self, name: str) -> Tensor:
+        """θ_warm - θ_start of one tensor, fp32 as it was stored."""
+        with safe_open(self.folder / DELTAS, framework="pt") as stored:
+            found: Tensor = stored.get_tensor(name)
+        return found.float()
+
+    def squared_gradients(self) -> Scores:
+        """The mean squared gradient of every element at the warm model; they stay on disk.
+
+        Raises:
+            ArtifactError: the probe was taken without them.
+        """
+        if not (self.folder / FISHER).is_dir():
+            raise ArtifactError(
+                "this probe holds no squared gradients by element", expected="probe(elements=True)",
+                got="elements=False", where=self.folder, fix="probe again",
+            )  # fmt: skip
+        return Scores.load(self.folder / FISHER)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """What `probe` wrote.
+
+        Raises:
+            ArtifactError: missing or foreign files.
+        """
+        path = Path(folder)
+        try:
+            record = ProbeRecord.model_validate_json((path / RECORD).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(
+                "this is no probe", expected=f"{RECORD} and {DELTAS}", got=str(error).splitlines()[0], where=path,
+                fix="give the folder that probe wrote",
+            ) from error  # fmt: skip
+        with opened(path / DELTAS) as stored:
+            names = set(stored.keys())
+        if names != set(record.norms):
+            raise ArtifactError(
+                "the deltas of a probe are not those of its record", expected=f"{len(record.norms)} tensors",
+                got=f"{len(names)}", where=path, fix="keep the files together",
+            )  # fmt: skip
+        return cls(record, path)
+
+
+def probe(
+    model: nn.Module,
+    task: Task,
+    folder: str | Path,
+    config: ProbeConfig | None = None,
+    *,
+    heads: frozenset[str] = frozenset(),
+    own_head: frozenset[str] = frozenset(),
+    elements: bool = False,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+) -> Probe:
+    """Fine-tune all of `model` on a task for a short while, keep what moved and the squared gradients there, and put
+    every bit of the model back.
+
+    A probe that was stopped, also by SIGKILL, goes on when it is called again on the same model with the same folder;
+    one that is finished is read. Memory: that of full fine-tuning. The model as it was waits on disk meanwhile.
+
+    Args:
+        model: without adapters or a delta in it.
+        task: what to probe.
+        folder: for the result; `folder.running` beside it holds checkpoints meanwhile.
+        config: how long and how fast.
+        heads: parameters of all tasks' heads, which are not counted.
+        own_head: of this task's head, trained along.
+        elements: keep the squared gradient of every element, as selection by element needs.
+        seed: of the order of the data.
+        recipe: number format, device and checkpoints, where they are not the defaults.
+
+    Raises:
+        ArtifactError: the folder holds a probe of another model, task or configuration.
+
+    References:
+        arXiv 2605.31025 (TRACE), released code: one epoch of full fine-tuning at 2e-5, the warm model is only a probe.
+    """
+    config, path = config or ProbeConfig(), Path(folder)
+    if path.is_dir() and any(path.iterdir()):
+        return _found(path, model, task, config, seed)
+    start = digest(model)
+    infos = tensors_of(model, heads, _sample(model, task))
+    running = path.with_name(f"{path.name}.running")
+    data = _part(task.train, config.fraction, seed)
+    steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
+    base = recipe or Recipe(steps, config.batch_size, config.learning_rate)
+    own = Recipe(
+        steps, config.batch_size, config.learning_rate, base.head_learning_rate, "cosine", config.warmup, 0.0,
+        base.bf16, base.use_cpu, base.checkpoint_steps,
+    )  # fmt: skip
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    snapshot = Snapshot(running / "start.safetensors", model)
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in infos or name in own_head)
+        fitted = fit(
+            model, data, task.collate, own, folder=running, seed=phase_seed(seed, f"probe {task.name}"),
+            heads=sorted(own_head),
+        )  # fmt: skip
+        for parameter in model.parameters():
+            parameter.grad = None  # before the squared gradients take as much
+        with whole_folder(path, files=FILES) as new:
+            norms = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
+            found = score(
+                model, _batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
+            )
+            fisher = {name: float(found[name].double().mean()) for name in infos}
+            if not elements:
+                del found
+                shutil.rmtree(new / FISHER)
+            record = ProbeRecord(
+                task=task.name, start=start, seed=seed, config=config, steps=steps, examples=len(data),
+                seconds=round(fitted.seconds, 2), norms=norms, fisher=fisher,
+            )  # fmt: skip
+            (new / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    finally:
+        snapshot.restore(model)
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        for module, mode in training:
+            module.training = mode
+    shutil.rmtree(running)
+    return Probe.load(path)
+
+
+def _found(path: Path, model: nn.Module, task: Task, config: ProbeConfig, seed: int) -> Probe:
+    earlier = Probe.load(path)
+    record = earlier.record
+    wanted = (task.name, digest(model), config, seed)
+    if (record.task, record.start, record.config, record.seed) != wanted:
+        raise ArtifactError(
+            "the folder holds another probe", expected=f"one of task {task.name!r} on this model, with this config",
+            got=f"one of task {record.task!r}", where=path, fix="give another folder, or remove this one",
+        )  # fmt: skip
+    return earlier
+
+
+def _part(data: Any, fraction: float, seed: int) -> Any:
+    """This share of a data set, drawn by seed."""
+    if fraction == 1.0:
+        return data
+    count = max(1, round(fraction * len(data)))
+    return Subset(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def _batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batch]:
+    """At most `fisher_batches` batches of the training data."""
+    loader: DataLoader[Any] = DataLoader(
+        task.train, config.fisher_batch_size, shuffle=True, collate_fn=task.collate,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    for _, batch in zip(range(config.fisher_batches), loader, strict=False):
+        yield batch
+
+
+@torch.no_grad()
+def _write_deltas(
+    file: Path, start: Snapshot, model: nn.Module, names: set[str], config: ProbeConfig
+) -> dict[str, float]:
+    """Store the update of every tensor; their norms."""
+    current, dtype = dict(state_of(model)), getattr(torch, config.dtype)
+    norms, deltas = {}, {}
+    for name, before in start.tensors():
+        if name in names:
+            change = current[name].detach().cpu().float() - before.float()
+            norms[name] = float(change.double().norm())
+            deltas[name] = change.to(dtype)
+    write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
+    return {name: norms[name] for name in current if name in names}
+
+
+def _sample(model: nn.Module, task: Task) -> dict[str, Tensor]:
+    """One example without its label, to discover a layout by."""
+    batch = task.collate([task.train[0]])
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if key != "labels"}

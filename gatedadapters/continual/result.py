@@ -1,0 +1,222 @@
+"""What a stream came to, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+from torch import nn
+
+from gatedadapters.config.base import Config
+from gatedadapters.continual.core import CORE, Core, load_core
+from gatedadapters.continual.metrics import Metrics
+from gatedadapters.continual.states import Change
+from gatedadapters.errors import ArtifactError
+from gatedadapters.structure import format_table
+
+STREAM, STAGE, CHANGE, MEMORY = "stream.json", "stage.json", "change", "memory"
+
+
+class StreamRecord(Config):
+    """What a stream is: everything its result depends on, and the untrained scores."""
+
+    version: Literal[1] = 1
+    tasks: list[dict[str, Any]]
+    general: dict[str, Any] | None
+    strategy: dict[str, Any]
+    training: dict[str, Any]
+    seed: int
+    keep: bool
+    base: str
+    elements: int
+    stages: int
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class StageRecord(Config):
+    """What one stage came to.
+
+    Attributes:
+        scores: on every task, in the order of the stream: a row of R.
+        elements, tensors: trained, heads not counted; tensors is None where what is trained is no part of the backbone.
+        seconds, probe_seconds: of training, and of finding out what to train.
+        bytes: stored for this task: what it changed (heads included), or its adapter.
+        state: digest of the model afterwards.
+    """
+
+    task: str
+    scores: list[float]
+    general: float | None
+    elements: int
+    tensors: int | None
+    seconds: float
+    probe_seconds: float
+    evaluation_seconds: float
+    bytes: int
+    state: str
+    report: str = ""
+
+
+class BaselineRecord(Config):
+    """Scores of the untrained model."""
+
+    scores: list[float]
+    general: float | None
+
+
+class StreamResult:
+    """A finished stream.
+
+    Attributes:
+        record: what the stream was.
+        baseline: scores of the untrained model.
+        stages: one after the other.
+        folder: where its states are, None where they were not kept.
+    """
+
+    def __init__(
+        self, record: StreamRecord, baseline: BaselineRecord, stages: list[StageRecord], folder: Path | None
+    ) -> None:
+        self.record, self.baseline, self.stages, self.folder = record, baseline, stages, folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """From the folder of a finished stream.
+
+        Raises:
+            ArtifactError: there is none, or it is not finished.
+        """
+        path = Path(folder)
+        try:
+            record = StreamRecord.model_validate_json((path / STREAM).read_bytes())
+            baseline = BaselineRecord.model_validate_json((path / "baseline.json").read_bytes())
+            stages = [
+                StageRecord.model_validate_json((stage_folder(path, i) / STAGE).read_bytes())
+                for i in range(record.stages)
+            ]
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(
+                "this is no finished stream", expected=f"{STREAM} and every stage", got=str(error).splitlines()[0],
+                where=path, fix="run it again: it goes on where it stopped",
+            ) from error  # fmt: skip
+        return cls(record, baseline, stages, path)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_data`, but for reports and the folder."""
+        stages = [StageRecord.model_validate(stage) for stage in data["stages"]]
+        record, baseline = (
+            StreamRecord.model_validate(data["record"]),
+            BaselineRecord.model_validate(data["baseline"]),
+        )
+        return cls(record, baseline, stages, None)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names, in order."""
+        return tuple(str(task["name"]) for task in self.record.tasks)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return str(self.record.strategy["kind"])
+
+    @property
+    def matrix(self) -> list[list[float]]:
+        """R: scores after each stage (rows) on each task (columns)."""
+        return [stage.scores for stage in self.stages]
+
+    @property
+    def general(self) -> list[float]:
+        """General scores, the untrained model's first; empty where none was measured."""
+        found = [self.baseline.general, *(stage.general for stage in self.stages)]
+        return [score for score in found if score is not None]
+
+    @property
+    def metrics(self) -> Metrics:
+        """OP, BWT, FWT, forgetting, general delta."""
+        return Metrics.of(self.matrix, self.baseline.scores, self.general)
+
+    @property
+    def elements(self) -> float:
+        """Values trained per stage, on average; heads not counted."""
+        return sum(stage.elements for stage in self.stages) / len(self.stages)
+
+    def restore(self, model: nn.Module, to: int, *, start: int | None = None) -> None:
+        """Lead a model from one state of the stream to another, bit for bit; state 0 is the base, k follows k tasks.
+
+        Args:
+            model: in state `start`.
+            to: which state.
+            start: default: the last one.
+
+        Raises:
+            ArtifactError: the changes were not kept, or the model is in another state.
+        """
+        last = len(self.stages)
+        start = last if start is None else start
+        if self.folder is None or not self.record.keep or not (0 <= to <= last and 0 <= start <= last):
+            raise ArtifactError(
+                "there is no such state to restore", expected=f"states 0..{last} of a stream run with folder= and keep",
+                got=f"from {start} to {to}", where=self.folder or "a stream without a folder",
+                fix="run it with folder=",
+            )  # fmt: skip
+        path = range(start, to) if to > start else range(start - 1, to - 1, -1)
+        changes = [Change.load(stage_folder(self.folder, i) / CHANGE) for i in path]
+        for change in changes:
+            change.apply(model)
+
+    def cores(self) -> list[tuple[str, Core]]:
+        """What each task was allowed to move; none where nothing was selected or kept."""
+        if self.folder is None:
+            return []
+        places = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
+        return [(task, load_core(place)) for task, place in places if (place / CORE).exists()]
+
+    def table(self) -> str:
+        """R with the untrained scores, what each stage took, and the metrics."""
+        header = [
+            "after",
+            *self.tasks,
+            *(["general"] if self.general else []),
+            "elements",
+            "train s",
+            "probe s",
+            "bytes",
+        ]
+        extra = [] if self.baseline.general is None else [f"{self.baseline.general:.3f}"]
+        rows = [["nothing", *(f"{s:.3f}" for s in self.baseline.scores), *extra, "0", "", "", ""]]
+        for stage in self.stages:
+            own = [] if stage.general is None else [f"{stage.general:.3f}"]
+            rows.append([
+                stage.task, *(f"{s:.3f}" for s in stage.scores), *own, f"{stage.elements:,}", f"{stage.seconds:.0f}",
+                f"{stage.probe_seconds:.0f}", f"{stage.bytes:,}",
+            ])  # fmt: skip
+        m = self.metrics
+        shown = {"OP": m.op, "BWT": m.bwt, "FWT": m.fwt, "forgetting": m.forgetting, "general delta": m.general_delta}
+        line = ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+        return f"{self.strategy}\n{format_table(header, rows)}\n{line}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "record": self.record.model_dump(mode="json"),
+            "baseline": self.baseline.model_dump(mode="json"),
+            "stages": [stage.model_dump(mode="json", exclude={"report"}) for stage in self.stages],
+            "metrics": {name: getattr(self.metrics, name) for name in Metrics.__dataclass_fields__},
+        }
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(self.to_data(), indent=1) + "\n"
+
+
+def stage_folder(folder: Path, index: int) -> Path:
+    """Where a stage of a stream is."""
+    return folder / "stages" / f"{index:03d}"

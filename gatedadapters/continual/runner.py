@@ -1,0 +1,411 @@
+"""Task after task on one model, evaluated after each, killed and resumed at any moment to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gatedadapters.adapters import NAME as ADAPTERS
+from gatedadapters.adapters import Adapters, get_adapters
+from gatedadapters.attachment import attach, check_free, detach
+from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
+from gatedadapters.continual.fitting import Fitted, Penalty, Recipe, fit, phase_seed
+from gatedadapters.continual.probing import Probe, probe
+from gatedadapters.continual.result import (
+    CHANGE,
+    MEMORY,
+    STAGE,
+    STREAM,
+    BaselineRecord,
+    StageRecord,
+    StreamRecord,
+    StreamResult,
+    stage_folder,
+)
+from gatedadapters.continual.states import Change, Snapshot, digest, state_of
+from gatedadapters.continual.strategies import Strategy, Tuned, resolve
+from gatedadapters.continual.tasks import Task, TaskStream
+from gatedadapters.continual.tensors import tensors_of
+from gatedadapters.errors import ArtifactError, AttachError
+from gatedadapters.fingerprint import fingerprint
+from gatedadapters.masking.delta import find_delta
+from gatedadapters.safe_files import whole_folder
+from gatedadapters.selection import versions
+from gatedadapters.structure import Structure
+
+Watch = Callable[[str], None]
+
+
+def run_stream(
+    model: nn.Module,
+    tasks: TaskStream | Sequence[Task],
+    strategy: str | Mapping[str, Any] | Strategy = "l2_fisher",
+    *,
+    training: StreamTrainingConfig | None = None,
+    folder: str | Path | None = None,
+    keep: bool = True,
+    watch: Watch | None = None,
+) -> StreamResult:
+    """Tune `model` on task after task, in place, and measure what each did to all of them.
+
+    Afterwards the model is in its last state. With `folder`, everything needed to go on is stored as the stream
+    proceeds: called again with the same arguments and the untrained model, a stream that was killed ends with the same
+    bits as one that was not, and one that is finished is read, its last state put into the model.
+
+    Heads of tasks (`Task.heads`) are trained with their task under every strategy; they are counted neither as core nor
+    as trained elements. Everything else that a strategy does not select is bit-frozen.
+
+    Args:
+        model: untrained, without adapters or a delta; a `MultiTaskClassifier`, a causal language model, or whatever the
+            tasks can score.
+        tasks: in the order they come.
+        strategy: a name, its options with the name as `kind`, or a `Strategy`.
+        training: how long and how fast each task is tuned.
+        folder: for a stream that can go on and whose states can be restored.
+        keep: store what each task changed; False stores the last state alone.
+        watch: called with a line about what comes next.
+
+    Raises:
+        TaskError, DataError, ConfigError: tasks or options that do not go together, before any compute.
+        ArtifactError: the folder holds a stream of other tasks, another order, or other settings.
+        Whatever training raises; the model is then bit for bit what it was, and the folder can be gone on with.
+    """
+    stream = tasks if isinstance(tasks, TaskStream) else TaskStream(tasks)
+    chosen = resolve(dict(strategy) if isinstance(strategy, Mapping) else strategy)
+    with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
+        place = Path(folder) if folder is not None else Path(scratch) / "stream"
+        run = Run(model, stream, chosen, training or StreamTrainingConfig(), place, keep=keep, watch=watch)
+        result = run.run()
+    if folder is None:
+        result.folder = None
+    return result
+
+
+class Run:
+    """A stream as strategies see it.
+
+    Attributes:
+        model, stream, strategy, training, seed: what was asked for.
+        heads: names of the parameters of each task's head.
+        all_heads: of all of them.
+        infos: every tensor of the backbone.
+        identity: fingerprint of the untrained model.
+        sample: one example as a batch, without its label.
+        now: index of the task that is being tuned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TaskStream,
+        strategy: Strategy,
+        training: StreamTrainingConfig,
+        folder: Path,
+        *,
+        keep: bool,
+        watch: Watch | None = None,
+    ) -> None:
+        self.model, self.stream, self.strategy, self.training = model, stream, strategy, training
+        self.folder, self.keep, self.seed, self.now = folder, keep, training.seed, 0
+        self._watch = watch or (lambda _: None)
+        if find_delta(model) is not None:
+            raise AttachError(
+                "a stream starts from a plain model", expected="no sparse delta", got="model.sparse_delta",
+                where="run_stream", fix="remove or merge it first",
+            )  # fmt: skip
+        check_free(model)
+        self.heads = stream.check(model)
+        self.all_heads = frozenset(name for names in self.heads for name in names)
+        device = next(model.parameters()).device
+        batch = stream[0].collate([stream[0].train[0]])
+        self.sample = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        self.infos = tensors_of(model, self.all_heads, self.sample)
+        self.identity = self.fingerprint()
+        strategy.check(self)
+
+    # -- what strategies use -------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> Path:
+        """Folder for what is under way in this stage; removed when it is finished."""
+        return self.folder / "running" / f"{self.now:03d}"
+
+    def memory(self, index: int) -> Path:
+        """What the strategy remembered of a finished stage."""
+        return stage_folder(self.folder, index) / MEMORY
+
+    def fingerprint(self) -> Any:
+        """Of the backbone as it is now."""
+        return fingerprint(self.model, skip=self.all_heads)
+
+    def phase_seed(self, index: int) -> int:
+        """A seed for what a task draws once, equal under every strategy."""
+        return phase_seed(self.seed, f"draw {self.stream[index].name}")
+
+    def attach(self, space: SearchSpace | Structure, *, seed: int) -> Adapters:
+        """Attach adapters of one task, whatever ids the model's heads go by."""
+        adapters = attach(self.model, space, self.sample, heads=sorted(self.all_heads), seed=seed)
+        adapters.follows_ids = False
+        return adapters
+
+    def adapters(self) -> Adapters:
+        """What is attached."""
+        return get_adapters(self.model)
+
+    def require(self, names: Iterable[str], *indices: int) -> int:
+        """Let these tensors and the heads of these tasks be trained, and nothing else; elements, heads not counted."""
+        wanted = set(names)
+        heads = {name for index in indices for name in self.heads[index]}
+        count = 0
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in wanted or name in heads)
+            count += parameter.numel() if name in wanted else 0
+        return count
+
+    def require_heads(self, *indices: int) -> None:
+        """Of all heads, let those of these tasks be trained; the rest of the model is left as it is."""
+        wanted = {name for index in indices for name in self.heads[index]}
+        for name in self.all_heads:
+            self.model.get_parameter(name).requires_grad_(name in wanted)
+
+    def fit(
+        self,
+        index: int,
+        *,
+        data: Any = None,
+        heads_of: Iterable[int] | None = None,
+        penalty: Penalty | None = None,
+        length: int = 1,
+        phase: str = "task",
+        steps: int | None = None,
+        gated: dict[str, Any] | None = None,
+    ) -> Fitted:
+        """Train what requires gradients on a task.
+
+        Args:
+            index: of the task.
+            data: in place of its training data.
+            heads_of: tasks whose heads have the heads' learning rate; default: this one.
+            penalty: added to the loss.
+            length: times the configured steps.
+            phase: tells several trainings of one stage apart.
+            steps: in place of the configured number.
+            gated: options of `GatedTrainer`.
+        """
+        task, training = self.stream[index], self.training
+        self._watch(f"{task.name}: {phase}")
+        heads = [n for i in (range(index, index + 1) if heads_of is None else heads_of) for n in self.heads[i]]
+        return fit(
+            self.model, task.train if data is None else data, task.collate,
+            self.recipe((steps or training.steps) * length), folder=self.running / phase,
+            seed=phase_seed(self.seed, f"{phase} {task.name}"), heads=heads, penalty=penalty, gated=gated,
+        )  # fmt: skip
+
+    def recipe(self, steps: int) -> Recipe:
+        """The configured training."""
+        t = self.training
+        return Recipe(
+            steps, t.batch_size, t.learning_rate, t.head_learning_rate, "linear", t.warmup, t.weight_decay,
+            t.precision == "bf16", t.device == "cpu" or not torch.cuda.is_available(), t.checkpoint_steps,
+        )  # fmt: skip
+
+    def probe(self, index: int, config: ProbeConfig, *, elements: bool) -> Probe:
+        """A warm start of a task from the model as it is; read where it was taken already."""
+        task = self.stream[index]
+        self._watch(f"{task.name}: probe")
+        return probe(
+            self.model, task, self.folder / "probes" / f"{index:03d}", config, heads=self.all_heads,
+            own_head=frozenset(self.heads[index]), elements=elements, seed=phase_seed(self.seed, task.name),
+            recipe=self.recipe(1),
+        )  # fmt: skip
+
+    def batches(self, index: int, size: int) -> Iterator[dict[str, Tensor]]:
+        """Training data of a task in shuffled batches, once."""
+        task = self.stream[index]
+        yield from DataLoader(
+            task.train, size, shuffle=True, collate_fn=task.collate,
+            generator=torch.Generator().manual_seed(phase_seed(self.seed, f"batches {task.name}")),
+        )  # fmt: skip
+
+    def snapshot(self, name: str) -> Snapshot:
+        """A copy of the model's state, in a file of this stage."""
+        return Snapshot(self.running / f"{name}.safetensors", self.model)
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into parameters."""
+        for name, value in values.items():
+            self.model.get_parameter(name).copy_(value)
+
+    def write(self, file: Path, text: str) -> None:
+        """A small file, whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+
+    # -- the stream ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> StreamResult:
+        """From the untrained model to the last stage; the model is put back where that fails."""
+        record = self._record()
+        self._check_folder(record)
+        required = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        modes = [(module, module.training) for module in self.model.modules()]
+        start = Snapshot(self.folder / "running" / f"start-{os.getpid()}.safetensors", self.model)
+        self.write(self.folder / STREAM, record.model_dump_json(indent=1) + "\n")
+        try:
+            result = self._stages(record)
+        except BaseException:
+            self._put_back(start)
+            raise
+        finally:
+            start.file.unlink(missing_ok=True)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in required or f"{ADAPTERS}." in name)
+                parameter.grad = None
+            for module, mode in modes:
+                module.training = mode
+        shutil.rmtree(self.folder / "running", ignore_errors=True)
+        return result
+
+    def _stages(self, record: StreamRecord) -> StreamResult:
+        self.strategy.begin(self)
+        self._measure_baseline()
+        reference, current = self._reference(), digest(self.model)
+        done = self._finished(record.stages)
+        if done:
+            first = 0 if self.keep else done - 1
+            for index in range(first, done):
+                Change.load(stage_folder(self.folder, index) / CHANGE).apply(self.model)
+            for index in range(done):
+                if self.memory(index).is_dir():
+                    self.strategy.recall(self, index, self.memory(index))
+            if self.keep:
+                reference, current = self._reference(), digest(self.model)
+        for index in range(done, record.stages):
+            self.now = index
+            tuned = self.strategy.tune(self, index)
+            change = Change.between(reference, current, self.model)
+            self._finish_stage(index, tuned, change)
+            if self.keep:
+                reference, current = self._reference(), change.record.after
+            elif index:
+                shutil.rmtree(stage_folder(self.folder, index - 1) / CHANGE, ignore_errors=True)
+        reference.file.unlink(missing_ok=True)
+        return StreamResult.load(self.folder)
+
+    def _finish_stage(self, index: int, tuned: Tuned, change: Change) -> None:
+        """Evaluate, and store everything of the stage in one step."""
+        start = time.perf_counter()
+        scores, general = self._scores()
+        task = self.stream[index].name if self.strategy.stages(self) > 1 else "all tasks"
+        report = tuned.core or tuned.structure
+        tensors = len(tuned.core.indices) if tuned.core is not None else None
+        with whole_folder(stage_folder(self.folder, index), files={STAGE, CHANGE, MEMORY}) as new:
+            change.write(new / CHANGE)
+            (new / MEMORY).mkdir()
+            self.strategy.remember(self, index, new / MEMORY)
+            adapter = sum(f.stat().st_size for f in (new / MEMORY / "adapter").glob("*"))
+            record = StageRecord(
+                task=task, scores=scores, general=general, elements=tuned.elements, tensors=tensors,
+                seconds=round(tuned.seconds, 2), probe_seconds=round(tuned.probe_seconds, 2),
+                evaluation_seconds=round(time.perf_counter() - start, 2), bytes=adapter or change.nbytes,
+                state=change.record.after, report=str(report) if report is not None else "",
+            )  # fmt: skip
+            (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(self.running, ignore_errors=True)
+
+    def _measure_baseline(self) -> None:
+        """Scores of the untrained model, computed once."""
+        file = self.folder / "baseline.json"
+        if not file.exists():
+            self._watch("untrained scores")
+            scores, general = self._scores()
+            self.write(file, BaselineRecord(scores=scores, general=general).model_dump_json(indent=1) + "\n")
+
+    def _scores(self) -> tuple[list[float], float | None]:
+        scores = []
+        for index, task in enumerate(self.stream):
+            with self.strategy.serving(self, index):
+                scores.append(task.score(self.model))
+        general = None if self.stream.general is None else self.stream.general.score(self.model)
+        return scores, general
+
+    def _reference(self) -> Snapshot:
+        return Snapshot(self.folder / "running" / "reference.safetensors", self.model)
+
+    def _finished(self, stages: int) -> int:
+        """How many stages are whole."""
+        return next((i for i in range(stages) if not (stage_folder(self.folder, i) / STAGE).exists()), stages)
+
+    def _record(self) -> StreamRecord:
+        general = self.stream.general
+        options = {"kind": self.strategy.kind, **self.strategy.model_dump(mode="json")}
+        return StreamRecord(
+            tasks=[task.identity() for task in self.stream], general=None if general is None else general.identity(),
+            strategy=options, training=self.training.model_dump(mode="json", exclude={"checkpoint_steps"}),
+            seed=self.seed, keep=self.keep, base=digest(self.model),
+            elements=sum(info.numel for info in self.infos.values()), stages=self.strategy.stages(self),
+            versions=versions(),
+        )  # fmt: skip
+
+    def _check_folder(self, record: StreamRecord) -> None:
+        """See that what the folder holds is this stream.
+
+        Raises:
+            ArtifactError: naming what differs.
+        """
+        file = self.folder / STREAM
+        if not file.exists():
+            held = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+            if held and held != ["running"]:
+                raise ArtifactError(
+                    "the folder holds files of others", expected="a new or an empty folder, or a stream to go on with",
+                    got=", ".join(held[:3]), where=self.folder, fix="give another folder",
+                )  # fmt: skip
+            return
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(
+                "the record of a stream cannot be read", got=error, where=file, fix="give another folder"
+            ) from error
+        mine = record.model_dump(mode="json")
+        for part in ("tasks", "general", "strategy", "training", "keep", "base", "version"):
+            if earlier.get(part) != mine[part]:
+                raise ArtifactError(
+                    f"the folder holds a stream with other {_WORDS.get(part, part)}",
+                    expected=_shown(earlier.get(part)), got=_shown(mine[part]), where=file,
+                    fix="go on with the same arguments, or give another folder",
+                )  # fmt: skip
+
+    def _put_back(self, start: Snapshot) -> None:
+        """The model as it was, whatever is attached."""
+        delta = find_delta(self.model)
+        if delta is not None:
+            delta.write()
+            delta.remove()
+        if hasattr(self.model, ADAPTERS):
+            detach(self.model)
+        if {name for name, _ in start.tensors()} == {name for name, _ in state_of(self.model)}:
+            start.restore(self.model)
+
+
+_WORDS = {"tasks": "tasks, or in another order", "base": "weights to start from"}
+
+
+def _shown(part: Any) -> str:
+    if isinstance(part, list):
+        return ", ".join(str(item.get("name", item)) + f" ({item.get('train')} examples)" for item in part)
+    return json.dumps(part)

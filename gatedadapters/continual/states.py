@@ -1,0 +1,174 @@
+"""States of a model as bits on disk: snapshots, and what changed between two of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from gatedadapters.config.base import Config
+from gatedadapters.errors import ArtifactError
+from gatedadapters.masking.encoding import Coding, decode, encode
+from gatedadapters.safe_files import read_all, write_tensors
+
+RECORD, BITS = "change.json", "change.safetensors"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones once) and persistent buffers, by name."""
+    stored = model.state_dict(keep_vars=True)
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            yield name, buffer
+
+
+def digest(model: nn.Module) -> str:
+    """Of every bit of the model's state."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in state_of(model):
+        found.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
+        raw: Any = _bits(value).cpu().view(torch.uint8).numpy()
+        found.update(raw)
+    return found.hexdigest()
+
+
+class Snapshot:
+    """A copy of a model's state in a file, read tensor by tensor."""
+
+    def __init__(self, file: Path, model: nn.Module) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, dict(state_of(model)), metadata={"format": "gatedadapters snapshot 1"})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name by name; one tensor is in memory at a time."""
+        with safe_open(self.file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                yield name, stored.get_tensor(name)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Put every bit back."""
+        current = dict(state_of(model))
+        for name, value in self.tensors():
+            current[name].copy_(value)
+
+
+class TensorChange(Config):
+    """Which elements of one tensor changed; their bits lie in the file beside."""
+
+    shape: tuple[int, ...]
+    count: int
+    coding: Coding
+
+
+class ChangeRecord(Config):
+    """A change as data."""
+
+    version: Literal[1] = 1
+    before: str
+    after: str
+    tensors: dict[str, TensorChange]
+
+
+class Change:
+    """What turns one state of a model into another and back: the exclusive or of their bits, of the elements that
+    differ. One stored number an element, and about a byte for where it is, lead both ways.
+    """
+
+    def __init__(self, record: ChangeRecord, values: dict[str, Tensor]) -> None:
+        self.record, self._values = record, values
+
+    @classmethod
+    def between(cls, before: Snapshot, digest_before: str, model: nn.Module) -> Self:
+        """From a snapshot to what the model is now."""
+        current, records, values = dict(state_of(model)), {}, {}
+        for name, old in before.tensors():
+            new = current[name].detach().cpu()
+            bits = _bits(old) ^ _bits(new)
+            positions = bits.nonzero().flatten()
+            if len(positions):
+                coding, values[f"where.{name}"] = encode(positions, bits.numel())
+                values[f"bits.{name}"] = bits[positions]
+                records[name] = TensorChange(shape=tuple(old.shape), count=len(positions), coding=coding)
+        return cls(ChangeRecord(before=digest_before, after=digest(model), tensors=records), values)
+
+    @property
+    def count(self) -> int:
+        """How many elements differ."""
+        return sum(entry.count for entry in self.record.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of positions and values."""
+        return sum(value.numel() * value.element_size() for value in self._values.values())
+
+    def positions(self, name: str) -> Tensor:
+        """Flat positions of what changed in one tensor, (changed,) int64."""
+        entry = self.record.tensors.get(name)
+        if entry is None:
+            return torch.empty(0, dtype=torch.int64)
+        return decode(entry.coding, self._values[f"where.{name}"], torch.Size(entry.shape).numel(), where=name)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Lead a model from either state to the other.
+
+        Raises:
+            ArtifactError: the model is in neither; nothing is done.
+        """
+        found = digest(model)
+        if found not in (self.record.before, self.record.after):
+            raise ArtifactError(
+                "the model is in another state than this change begins or ends at",
+                expected=f"{self.record.before[:8]} or {self.record.after[:8]}", got=found[:8], where="Change.apply",
+                fix="load the base as it was, and apply the changes in their order",
+            )  # fmt: skip
+        current = dict(state_of(model))
+        for name in self.record.tensors:
+            value = current[name]
+            bits = _bits(value).cpu()
+            bits[self.positions(name)] ^= self._values[f"bits.{name}"]
+            value.copy_(bits.view(value.dtype).view(value.shape))
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into a folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_tensors(folder / BITS, self._values, metadata={"format": "gatedadapters change 1"})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Inverse of `write`.
+
+        Raises:
+            ArtifactError: missing, truncated or foreign files.
+        """
+        try:
+            record = ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                "this is no stored change", expected=f"{RECORD} and {BITS}", got=str(error).splitlines()[0],
+                where=folder, fix="keep the folder of a stream as it was written, with keep=True",
+            ) from error  # fmt: skip
+        values, _ = read_all(folder / BITS)
+        wanted = {f"{part}.{name}" for name in record.tensors for part in ("where", "bits")}
+        short = [n for n, e in record.tensors.items() if len(values.get(f"bits.{n}", ())) != e.count]
+        if values.keys() != wanted or short:
+            raise ArtifactError(
+                "a stored change is damaged", expected=f"{len(wanted)} tensors", got=f"{len(values)}", where=folder,
+                fix="restore the folder",
+            )  # fmt: skip
+        return cls(record, values)
+
+
+def _bits(value: Tensor) -> Tensor:
+    """The same memory as integers, flat; a copy where it is not contiguous."""
+    return value.detach().contiguous().reshape(-1).view(_INTEGERS[value.element_size()])

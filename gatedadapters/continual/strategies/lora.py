@@ -1,0 +1,49 @@
+"""One LoRA at every linear map, trained on task after task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from gatedadapters.attachment import detach
+from gatedadapters.config import SearchSpace
+from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.structure import Structure
+
+if TYPE_CHECKING:
+    from gatedadapters.continual.runner import Run
+
+
+class SequentialLoRA(Strategy):
+    """The same low-rank maps learn every task; the model ends with them attached.
+
+    Attributes:
+        rank: at every linear map of the blocks.
+
+    References:
+        Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    kind = "lora"
+    rank: int = Field(8, gt=0)
+
+    def begin(self, run: Run) -> None:
+        """Attach it, by seed."""
+        run.attach(uniform_lora(run, self.rank), seed=run.seed)
+
+    def tune(self, run: Run, index: int) -> Tuned:
+        """Train the maps."""
+        adapters = run.adapters()
+        run.require_heads(index)
+        return Tuned(sum(p.numel() for p in adapters.weight_parameters()), run.fit(index).seconds)
+
+
+def uniform_lora(run: Run, rank: int) -> Structure:
+    """The structure of LoRA of one rank at every linear map of the blocks; `run.model` is left as it was."""
+    space = SearchSpace.parse({"name": "uniform", "paths": [{"kind": "lora", "rank": rank}]}, where="uniform_lora")
+    adapters = run.attach(space, seed=0)
+    assert adapters.bank is not None
+    structure = adapters.discretize(scores=adapters.bank.kept.new_ones(adapters.bank.kept.shape).float())
+    detach(run.model)
+    return structure

@@ -1,0 +1,251 @@
+"""Tasks that come one after the other, checked before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gatedadapters.attachment import find_heads
+from gatedadapters.continual.measures import ChoiceAccuracy, accuracy, exact_match, prompt
+from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
+from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
+from gatedadapters.errors import DataError, TaskError
+from gatedadapters.training import MultiTaskClassifier
+
+Measure = Callable[[nn.Module, "Task"], float]
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    Attributes:
+        name: its name, which no other task of the stream has.
+        train: a data set of examples to learn from, with `len` and integer indices.
+        held_out: one of examples to score on; whatever `measure` reads.
+        collate: a list of training examples to a batch.
+        measure: `(model, task)` to a score; higher is better.
+        classes: names of the classes of a classification task; none where the model's own output head is used, as by
+            generation and multiple choice.
+        heads: parameters (names or prefixes) that belong to this task alone. They are trained whenever the task is,
+            under every strategy, and are counted neither as its core nor as trained elements.
+    """
+
+    name: str
+    train: Any
+    held_out: Any
+    collate: Collate
+    measure: Measure = accuracy
+    classes: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def score(self, model: nn.Module) -> float:
+        """On held-out data, in evaluation mode."""
+        was_training = model.training
+        model.eval()
+        try:
+            return self.measure(model, self)
+        finally:
+            model.train(was_training)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this task from another: its name, its sizes, and a digest of some of its examples."""
+        found = hashlib.blake2b(digest_size=16)
+        for data in (self.train, self.held_out):
+            for index in range(0, len(data), max(1, len(data) // _SAMPLES)):
+                found.update(repr(data[index]).encode())
+        return {
+            "name": self.name, "train": len(self.train), "held_out": len(self.held_out),
+            "classes": list(self.classes), "data": found.hexdigest(),
+        }  # fmt: skip
+
+
+class TaskStream(Sequence[Task]):
+    """Tasks in the order they come.
+
+    Args:
+        tasks: at least one.
+        general: a task that is never trained, to measure what the model can do in general.
+
+    Raises:
+        TaskError: no task, duplicate names, a task with one class, or a head that tasks with different classes share.
+        DataError: a task without training or evaluation data, or with labels outside its classes.
+    """
+
+    def __init__(self, tasks: Sequence[Task], general: Task | None = None) -> None:
+        self.tasks, self.general = tuple(tasks), general
+        if not self.tasks:
+            raise TaskError("a stream needs tasks", expected="at least one task", got="none", where="TaskStream")
+        names = [task.name for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise TaskError(
+                "two tasks have one name", expected="distinct names", got=", ".join(repeated), where="TaskStream",
+                fix="name them apart",
+            )  # fmt: skip
+        for task in self.tasks:
+            _check_data(task)
+        if general is not None and not len(general.held_out):
+            raise _no_data(general, "evaluation")
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tasks[index]
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tasks, in order."""
+        return tuple(task.name for task in self.tasks)
+
+    def ordered(self, order: Sequence[int]) -> TaskStream:
+        """The same tasks in another order."""
+        if sorted(order) != list(range(len(self))):
+            raise TaskError(
+                expected=f"each of 0..{len(self) - 1} once", got=list(order), where="TaskStream.ordered",
+                fix="give a permutation",
+            )  # fmt: skip
+        return TaskStream([self.tasks[i] for i in order], self.general)
+
+    def check(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """See that the tasks fit a model; names of the parameters of each task's head.
+
+        Raises:
+            AttachError: a head that the model lacks.
+            TaskError: a head with another number of classes, or one that tasks with different classes share.
+        """
+        heads = tuple(find_heads(model, task.heads) for task in self.tasks)
+        for index, task in enumerate(self.tasks):
+            width = model.get_parameter(heads[index][-1]).shape[0] if heads[index] else len(task.classes)
+            if task.classes and width != len(task.classes):
+                raise TaskError(
+                    "a head and its task's classes do not fit", expected=f"{len(task.classes)} classes",
+                    got=f"{width} outputs of {heads[index][-1]}", where=f"task {task.name!r}",
+                    fix="build the model with this task's classes",
+                )  # fmt: skip
+            for other in range(index):
+                shared = sorted(set(heads[index]) & set(heads[other]))
+                if shared and self.tasks[other].classes != task.classes:
+                    raise TaskError(
+                        "label spaces collide: tasks with different classes share a head",
+                        expected="a head of its own for each, or the same classes",
+                        got=f"{', '.join(self.tasks[other].classes[:4])} and {', '.join(task.classes[:4])}",
+                        where=f"{shared[0]}: tasks {self.tasks[other].name!r} and {task.name!r}",
+                        fix="use MultiTaskClassifier, which has one head per task",
+                    )  # fmt: skip
+        headless = [task.name for task, own in zip(self.tasks, heads, strict=True) if task.classes and not own]
+        if len(headless) > 1 and len({task.classes for task in self.tasks if task.name in headless}) > 1:
+            raise TaskError(
+                "label spaces collide: tasks with different classes share the model's head",
+                expected="heads= of each task", got="none", where=", ".join(headless),
+                fix="use MultiTaskClassifier, which has one head per task",
+            )  # fmt: skip
+        return heads
+
+
+def classification_tasks(
+    model: MultiTaskClassifier,
+    tasks: Sequence[TextTask],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 128,
+    split: str = "test",
+) -> list[Task]:
+    """Labelled texts as tasks of a classifier with a head for each of them, scored by accuracy.
+
+    Raises:
+        TaskError: the model was built for other tasks.
+        DataError: a task lacks the split.
+    """
+    if model.tasks != tuple(task.name for task in tasks):
+        raise TaskError(
+            expected=", ".join(model.tasks), got=", ".join(task.name for task in tasks), where="classification_tasks",
+            fix="build the model with these tasks in this order",
+        )  # fmt: skip
+    collate = MixedTaskCollator(tokenizer)
+    data = {part: MixedTaskDataset(tasks, tokenizer, part, max_length) for part in ("train", split)}
+    found, ends = [], dict.fromkeys(data, 0)
+    for index, (task, head) in enumerate(zip(tasks, model.heads, strict=True)):
+        parts = {}
+        for part, whole in data.items():
+            start, ends[part] = ends[part], ends[part] + whole.sizes[index]
+            parts[part] = [whole[i] for i in range(start, ends[part])]
+        found.append(
+            Task(task.name, parts["train"], parts[split], collate, accuracy, task.classes, heads=(f"heads.{head}",))
+        )
+    return found
+
+
+def choice_tasks(
+    tasks: Sequence[ChoiceTask], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 128, split: str = "test"
+) -> list[Task]:
+    """Multiple-choice questions as tasks of a causal language model, which learns the right answers and is scored by
+    how often it finds them the likeliest. The tasks share the model's output head.
+    """
+    collate = LanguageCollator(tokenizer)
+    found = []
+    for task in tasks:
+        passages = [Passage(prompt(example), example.choices[example.answer]) for example in task.train]
+        train = LanguageDataset(passages, tokenizer, max_length) if passages else ()
+        measure = ChoiceAccuracy(tokenizer, max_length)
+        found.append(Task(task.name, train, task.split(split), collate, measure))
+    return found
+
+
+def answer_task(
+    name: str,
+    train: Sequence[Passage],
+    held_out: Sequence[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 128,
+) -> Task:
+    """Questions with answers as a task of a causal language model, scored by how often greedy decoding would give
+    exactly the answer.
+
+    Raises:
+        DataError: a passage without an answer.
+    """
+    if any(passage.answer is None for passage in (*train, *held_out)):
+        raise DataError("a question has no answer", expected="an answer for each", got="none", where=f"task {name!r}")
+    learned, scored = (LanguageDataset(p, tokenizer, max_length) if p else () for p in (train, held_out))
+    return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
+
+
+def _check_data(task: Task) -> None:
+    for part, data in (("training", task.train), ("evaluation", task.held_out)):
+        if data is None or not len(data):
+            raise _no_data(task, part)
+    if not task.classes:
+        return
+    labels = [int(task.train[i]["labels"]) for i in range(len(task.train))]
+    if len(task.classes) < 2 or len(set(labels)) < 2:
+        raise TaskError(
+            "a task has one class", expected="examples of two classes or more",
+            got=f"{len(set(labels))} of {len(task.classes)}", where=f"task {task.name!r}",
+            fix="leave it out, or give it examples of another class",
+        )  # fmt: skip
+    outside = [label for label in labels if not 0 <= label < len(task.classes)]
+    if outside:
+        raise DataError(
+            "a label lies outside the task's classes", expected=f"0..{len(task.classes) - 1}", got=outside[0],
+            where=f"task {task.name!r}", fix="check the label column",
+        )  # fmt: skip
+
+
+def _no_data(task: Task, part: str) -> DataError:
+    return DataError(
+        f"a task has no {part} data", expected="at least one example", got="none", where=f"task {task.name!r}",
+        fix="give it a table or a split",
+    )  # fmt: skip

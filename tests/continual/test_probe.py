@@ -1,0 +1,131 @@
+"""A probe leaves no trace, goes on where it stopped, and measures what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streams import PROBE, classifier, moved, state, tasks
+from torch.nn import functional as F
+
+import gatedadapters as ga
+from gatedadapters.config import ProbeConfig
+from gatedadapters.continual import fitting
+from gatedadapters.continual.fitting import Recipe
+from gatedadapters.continual.probing import BatchFisher
+from gatedadapters.errors import ArtifactError
+from gatedadapters.masking import score
+
+CONFIG = ProbeConfig(**{**PROBE, "steps": 4, "dtype": "float32"})
+HEADS = frozenset(f"heads.{name}.{part}" for name in "abc" for part in ("weight", "bias"))
+OWN = frozenset(name for name in HEADS if name.startswith("heads.a."))
+RECIPE = Recipe(1, 1, 1.0, use_cpu=True, checkpoint_steps=1)
+
+
+def probed(model: Any, folder: Path, **changes: Any) -> ga.continual.Probe:
+    given: dict[str, Any] = {"heads": HEADS, "own_head": OWN, "recipe": RECIPE}
+    return ga.probe(model, tasks()[0], folder, CONFIG, **(given | changes))
+
+
+def test_every_bit_and_flag_of_the_model_is_as_before(tmp_path: Path) -> None:
+    model = classifier()
+    model.backbone.embeddings.requires_grad_(False)
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    found = probed(model, tmp_path / "probe")
+    assert not moved(before, state(model))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not (tmp_path / "probe.running").exists()
+    assert not any(name.startswith("heads.") for name in found.names)
+    assert sum(found.record.norms.values()) > 0
+    assert {f.name for f in (tmp_path / "probe").iterdir()} == {"probe.json", "deltas.safetensors"}
+
+
+def test_deltas_are_what_the_run_moved_and_their_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm: dict[str, Any] = {}
+    original = fitting.StageTrainer.train
+
+    def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(trainer, *args, **kwargs)
+        warm.update(state(trainer.model))
+        return result
+
+    monkeypatch.setattr(fitting.StageTrainer, "train", train)
+    model = classifier()
+    before = state(model)
+    found = probed(model, tmp_path / "probe")
+    for name in found.names:
+        change = warm[name] - before[name]
+        assert torch.equal(found.delta(name), change)
+        assert found.record.norms[name] == pytest.approx(float(torch.linalg.vector_norm(change.double())))
+    assert float((warm["heads.a.weight"] - before["heads.a.weight"]).abs().max()) > 0
+    assert torch.equal(warm["heads.b.weight"], before["heads.b.weight"])
+
+
+def test_a_stopped_probe_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = probed(classifier(), tmp_path / "whole")
+    original, calls = fitting.StageTrainer.training_step, []
+
+    def step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.StageTrainer, "training_step", step)
+    model = classifier()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        probed(model, tmp_path / "stopped")
+    assert not moved(before, state(model))
+    found = probed(model, tmp_path / "stopped")
+    assert len(calls) == 3 + 2  # the first two steps are not made again
+    assert found.record.norms == whole.record.norms
+    assert found.record.fisher == whole.record.fisher
+    again = probed(model, tmp_path / "stopped")  # a finished one is read
+    assert len(calls) == 5
+    assert again.record == found.record
+    with pytest.raises(ArtifactError, match="another probe"):
+        probed(classifier(seed=1), tmp_path / "stopped")
+
+
+def test_squared_gradients_are_those_of_batches_in_double_precision() -> None:
+    model = classifier(dropout=0.0).double()
+    task = tasks()[0]
+    batches = [task.collate(task.train[i : i + 2]) for i in (0, 2, 4)]
+    found = score(model, batches, kind=BatchFisher(), heads=sorted(HEADS))
+    name = "backbone.encoder.layer.1.output.dense.weight"
+    weight = model.get_parameter(name)
+    expected = torch.zeros_like(weight)
+    for batch in batches:
+        loss = F.cross_entropy(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+        expected += torch.autograd.grad(loss, weight)[0] ** 2 / len(batches)
+    torch.testing.assert_close(found[name], expected)
+
+
+def test_few_batches_are_averaged_over_those_that_ran(tmp_path: Path) -> None:
+    model, task = classifier(dropout=0.0), tasks()[0]  # 12 examples: 6 batches of 2
+    few, many = (
+        ga.probe(
+            model, task, tmp_path / str(count), CONFIG.model_copy(update={"fisher_batches": count}), heads=HEADS,
+            own_head=OWN, recipe=RECIPE,
+        )
+        for count in (6, 150)
+    )  # fmt: skip
+    assert few.record.fisher == many.record.fisher
+
+
+def test_updates_are_stored_in_two_bytes_an_element(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"dtype": "bfloat16", "fraction": 0.5})
+    found = ga.probe(classifier(), tasks()[0], tmp_path / "probe", config, heads=HEADS, own_head=OWN, recipe=RECIPE)
+    elements = sum(found.delta(name).numel() for name in found.names)
+    assert (tmp_path / "probe" / "deltas.safetensors").stat().st_size < 2 * elements + 8192
+    assert found.record.examples == 6
+    exact = json.loads((tmp_path / "probe" / "probe.json").read_text())["norms"]
+    stored = {name: float(found.delta(name).double().norm()) for name in found.names}
+    assert stored == pytest.approx(exact, rel=4e-3)
+    with pytest.raises(ArtifactError, match="no squared gradients"):
+        found.squared_gradients()

@@ -1,0 +1,430 @@
+"""Streams: what moves and what does not, restoring, stopping and going on, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streams import CLASSES, KINDS, OPTIONS, TRAINING, classifier, moved, options, rows, state, tasks
+
+import gatedadapters as ga
+from gatedadapters.config import SearchSpace
+from gatedadapters.continual import Strategy, fitting, strategy_kinds
+from gatedadapters.continual.result import MEMORY, StreamResult, stage_folder
+from gatedadapters.continual.states import Change, digest
+from gatedadapters.continual.strategies import resolve
+from gatedadapters.errors import ArtifactError, AttachError, ConfigError, DataError, GatedAdaptersError, TaskError
+
+RESUMED = TRAINING.model_copy(update={"checkpoint_steps": 2})
+
+
+def run(model: Any, kind: str, folder: Path | None = None, **changes: Any) -> StreamResult:
+    return ga.run_stream(model, tasks(), options(kind, **changes), training=TRAINING, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, StreamResult]]:
+    """Streams that were never stopped, one per strategy: the model afterwards, and the result."""
+    found: dict[str, tuple[Any, StreamResult]] = {}
+
+    def get(kind: str) -> tuple[Any, StreamResult]:
+        if kind not in found:
+            model = classifier()
+            folder = tmp_path_factory.mktemp(kind) / "stream"
+            found[kind] = model, ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=folder)
+        return found[kind]
+
+    return get
+
+
+# -- what a stream is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_every_task_after_every_task(kind: str, finished: Any) -> None:
+    model, result = finished(kind)
+    assert result.tasks == tuple(CLASSES)
+    assert len(result.matrix) == (1 if kind == "joint" else 3)
+    assert all(len(row) == 3 and all(0 <= score <= 1 for score in row) for row in result.matrix)
+    assert result.stages[-1].state == digest(model)
+    assert not model.training
+    if kind != "per_task":  # which is served with an adapter each
+        assert [task.score(model) for task in tasks()] == result.matrix[-1]
+    assert result.baseline.scores == [task.score(classifier()) for task in tasks()]
+    assert result.metrics.op == pytest.approx(sum(result.matrix[-1]) / 3)
+    assert str(result).splitlines()[0] == kind
+    assert StreamResult.load(result.folder).to_data() == result.to_data()
+    assert StreamResult.of(result.to_data()).metrics == result.metrics
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "element"])
+@pytest.mark.parametrize("kind", ["l2_fisher", "random"])
+def test_only_the_active_tasks_core_and_head_move(kind: str, granularity: str) -> None:
+    """Under weight decay, bit by bit, after every task."""
+    model = classifier()
+    before = state(model)
+    seen = []
+
+    def watched(task: ga.Task) -> ga.Task:
+        def measure(model: Any, own: ga.Task) -> float:
+            if own.name == "a":  # scored first, once after every task
+                seen.append(state(model))
+            return ga.Task.__dataclass_fields__["measure"].default(model, own)
+
+        return ga.Task(**{**{f: getattr(task, f) for f in task.__dataclass_fields__}, "measure": measure})
+
+    strategy = options(kind, core={"granularity": granularity, "share": 0.1})
+    result = ga.run_stream(model, [watched(task) for task in tasks()], strategy, training=TRAINING)
+    states = [before, *seen[1:]]
+    assert len(states) == 4
+    for index, name in enumerate(CLASSES):
+        changed = moved(states[index], states[index + 1])
+        assert {f"heads.{name}.weight", f"heads.{name}.bias"} <= changed
+        assert not any(part.startswith("heads.") and not part.startswith(f"heads.{name}.") for part in changed)
+        backbone = [part for part in changed if not part.startswith("heads.")]
+        count = sum(int((states[index][part] != states[index + 1][part]).sum()) for part in backbone)
+        assert 0 < count <= result.stages[index].elements
+        if granularity == "tensor" and kind == "l2_fisher":
+            assert len(backbone) <= 6  # a tenth of 53 tensors
+
+
+@pytest.mark.parametrize("kind", ["l2_fisher", "lota", "random", "cosine"])
+def test_what_moved_lies_within_the_stored_core(kind: str, finished: Any) -> None:
+    _, result = finished(kind)
+    cores = result.cores()
+    assert [name for name, _ in cores] == list(CLASSES)
+    for index, (_, core) in enumerate(cores):
+        assert core.elements == result.stages[index].elements
+        change = Change.load(stage_folder(result.folder, index) / "change")
+        for name in change.record.tensors:
+            if not name.startswith("heads."):
+                assert set(change.positions(name).tolist()) <= set(core.indices[name].tolist())
+
+
+def test_exclusive_cores_do_not_meet() -> None:
+    result = run(classifier(), "lota", core={"share": 0.2, "granularity": "element", "overlap": "exclude_previous"})
+    assert result.stages[0].elements == result.stages[2].elements
+
+
+def test_elements_for_random_cores_are_exact(finished: Any) -> None:
+    _, result = finished("l2_fisher")
+    counts = [stage.elements for stage in result.stages]
+    control = run(classifier(), "random", elements=counts)
+    assert [stage.elements for stage in control.stages] == counts
+
+
+def test_per_task_structures_forget_nothing_and_leave_the_backbone_alone(finished: Any) -> None:
+    model, result = finished("per_task")
+    before = state(classifier())
+    assert all(name.startswith("heads.") for name in moved(before, state(model)))
+    columns = list(zip(*result.matrix, strict=True))
+    assert all(len(set(column[index:])) == 1 for index, column in enumerate(columns))
+    assert result.metrics.forgetting == 0
+
+
+def test_merged_structures_leave_no_adapter_behind(finished: Any) -> None:
+    for kind in ("gated", "o_lora"):
+        model, _ = finished(kind)
+        assert not hasattr(model, "gated_adapters")
+        assert state(model).keys() == state(classifier()).keys()
+
+
+def test_o_lora_keeps_directions_apart(finished: Any) -> None:
+    from safetensors.torch import load_file
+
+    def overlap(orthogonality: float, folder: Path | None) -> float:
+        assert folder is not None
+        taken = load_file(stage_folder(folder, 2) / MEMORY / "directions.safetensors")
+        total = 0.0
+        for value in taken.values():
+            new, old = value[-8:], value[:-8]
+            total += float((new @ old.T).abs().sum())
+        return total
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        free = run(classifier(), "o_lora", Path(folder) / "stream", orthogonality=0.0)
+        assert overlap(0.5, finished("o_lora")[1].folder) < 0.9 * overlap(0.0, free.folder)
+
+
+def test_ewc_pulls_towards_what_earlier_tasks_needed(finished: Any) -> None:
+    free, _ = finished("sequential")
+    loose, tight = classifier(), classifier()
+    run(loose, "ewc", weight=1e-12)
+    run(tight, "ewc", weight=1e9)
+    name = "backbone.encoder.layer.1.output.dense.weight"
+    assert torch.allclose(loose.get_parameter(name), free.get_parameter(name), atol=1e-5)
+    assert not torch.allclose(tight.get_parameter(name), free.get_parameter(name), atol=1e-3)
+
+
+def test_streams_of_equal_seeds_are_equal_and_others_are_not() -> None:
+    digests = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed + 5)
+        model = classifier()
+        ga.run_stream(model, tasks()[:2], "sequential", training=TRAINING.model_copy(update={"seed": seed}))
+        digests.append(digest(model))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_generation_and_multiple_choice_share_the_models_head(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+    from words import save_tokenizer
+
+    from gatedadapters.continual import answer_task, choice_tasks
+    from gatedadapters.data import ChoiceExample, ChoiceTask
+    from gatedadapters.data.language import Passage
+    from gatedadapters.testing import tiny
+
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    questions = tuple(ChoiceExample("the film was", ("good", "bad", "long"), i % 3) for i in range(9))
+    passages = [Passage("the dog", "runs"), Passage("the cat", "sleeps today")] * 4
+    stream = [
+        *choice_tasks([ChoiceTask("choice", questions, (), questions[:4])], tokenizer, max_length=16),
+        answer_task("answer", passages, passages[:2], tokenizer, max_length=16),
+    ]
+    model, _ = tiny("llama", head="lm")
+    training = TRAINING.model_copy(update={"steps": 12, "learning_rate": 3e-2})
+    result = ga.run_stream(model, stream, "sequential", training=training)
+    assert result.matrix[0][0] in (0.25, 0.5, 0.75, 1.0)
+    assert result.baseline.scores[1] == 0
+    assert result.matrix[1][1] == 1  # both answers are learned word for word
+    with pytest.raises(DataError, match="no answer"):
+        answer_task("answer", [Passage("the dog")], passages, tokenizer)
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sequential", "l2_fisher", "lora", "joint"])
+def test_every_earlier_state_is_restored_bit_for_bit(kind: str, finished: Any) -> None:
+    model, result = finished(kind)
+    last = len(result.stages)
+    digests = [None, *(stage.state for stage in result.stages)]
+    for start, to in ((last, 1), (1, last), (last, 0), (0, last)):
+        result.restore(model, to, start=start)
+        if to:
+            assert digest(model) == digests[to]
+        elif kind != "lora":
+            assert not moved(state(classifier()), state(model))
+    with pytest.raises(ArtifactError, match="no such state"):
+        result.restore(model, last + 1)
+
+
+def test_a_stream_that_keeps_the_last_state_alone_still_goes_on(tmp_path: Path) -> None:
+    whole, stopped = classifier(), classifier()
+    ga.run_stream(whole, tasks(), "sequential", training=TRAINING)
+    with interrupted(at=10), pytest.raises(KeyboardInterrupt):
+        ga.run_stream(stopped, tasks(), "sequential", training=TRAINING, folder=tmp_path / "s", keep=False)
+    result = ga.run_stream(stopped, tasks(), "sequential", training=TRAINING, folder=tmp_path / "s", keep=False)
+    assert digest(stopped) == digest(whole)
+    assert [p.parent.name for p in sorted((tmp_path / "s").glob("stages/*/change"))] == ["002"]
+    with pytest.raises(ArtifactError, match="no such state"):
+        result.restore(stopped, 1)
+
+
+class interrupted:  # noqa: N801
+    """Within this context the step of that number raises."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+
+    def __enter__(self) -> None:
+        self.original = fitting._Staged.training_step
+
+        def step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                raise KeyboardInterrupt
+            return self.original(trainer, *args, **kwargs)
+
+        fitting._Staged.training_step = step  # type: ignore[method-assign]
+
+    def __exit__(self, *args: object) -> None:
+        del fitting._Staged.training_step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_stream_ends_with_the_bits_of_one_that_was_not(kind: str, finished: Any, tmp_path: Path) -> None:
+    """Stopped in the middle of the second task; a failing call leaves the model as it was."""
+    whole, wanted = finished(kind)
+    model = classifier()
+    before, required = state(model), [p.requires_grad for p in model.parameters()]
+    probes = 6 if "probe" in OPTIONS.get(kind, {}) else 0
+    at = {"joint": 7, "gated": 4 + 4 + 4 + 3}.get(kind, probes + 4 + 4)
+    with interrupted(at), pytest.raises(KeyboardInterrupt):
+        ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=tmp_path / "stream")
+    assert not moved(before, state(model))
+    assert required == [p.requires_grad for p in model.parameters()]
+    model = classifier()
+    torch.manual_seed(99)
+    found = ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=tmp_path / "stream")
+    assert found.matrix == wanted.matrix
+    assert [stage.state for stage in found.stages] == [stage.state for stage in wanted.stages]
+    assert not moved(state(whole), state(model))
+    assert sorted(p.name for p in (tmp_path / "stream").iterdir() if p.name != "probes") == [
+        "baseline.json", "stages", "stream.json"
+    ]  # fmt: skip
+
+
+def test_a_finished_stream_is_read_and_its_last_state_put_into_the_model(finished: Any) -> None:
+    done, result = finished("l2_fisher")
+    model = classifier()
+    again = ga.run_stream(model, tasks(), options("l2_fisher"), training=RESUMED, folder=result.folder)
+    assert again.to_data() == result.to_data()
+    assert not moved(state(done), state(model))
+
+
+# -- what is refused, before any compute -------------------------------------------------------------------------------
+
+
+def other_order() -> list[ga.Task]:
+    return tasks()[::-1]
+
+
+def other_data() -> list[ga.Task]:
+    return tasks(train=rows(1, 2, 12, seed=7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"given": other_order()}, "other tasks, or in another order"),
+        ({"given": other_data()}, "other tasks, or in another order"),
+        ({"training": TRAINING.model_copy(update={"steps": 5})}, "other training"),
+        ({"strategy": "ewc"}, "other strategy"),
+        ({"model": classifier(seed=1)}, "other weights"),
+    ],
+    ids=["order", "data", "training", "strategy", "base"],
+)
+def test_a_folder_of_another_stream_is_refused(change: dict[str, Any], message: str, finished: Any) -> None:
+    _, result = finished("sequential")
+    given = {"model": classifier(), "given": tasks(), "strategy": "sequential", "training": RESUMED} | change
+    before = state(given["model"])
+    with interrupted(at=1), pytest.raises(ArtifactError, match=message):
+        ga.run_stream(
+            given["model"], given["given"], given["strategy"], training=given["training"], folder=result.folder
+        )
+    assert not moved(before, state(given["model"]))
+
+
+def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="files of others"):
+        run(classifier(), "sequential", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
+    "no task": (list, TaskError, "a stream needs tasks"),
+    "duplicate names": (lambda: tasks(name="a"), TaskError, "two tasks have one name"),
+    "one class": (lambda: tasks(classes=("x",)), TaskError, "a task has one class"),
+    "one class in the data": (
+        lambda: tasks(train=[row | {"labels": 0} for row in rows(1, 2, 12, seed=0)]), TaskError, "has one class"
+    ),
+    "a label outside": (lambda: tasks(train=rows(1, 4, 12, seed=0)), DataError, "outside the task's classes"),
+    "no training data": (lambda: tasks(train=[]), DataError, "no training data"),
+    "no evaluation data": (lambda: tasks(held_out=[]), DataError, "no evaluation data"),
+    "colliding label spaces": (lambda: tasks(heads=("heads.a",)), TaskError, "do not fit|collide"),
+    "colliding label spaces of one size": (
+        lambda: tasks(heads=("heads.a",), classes=("u", "v", "w")), TaskError, "label spaces collide"
+    ),
+    "the model's one head": (
+        lambda: [ga.Task(**{**vars(task), "heads": ()}) for task in tasks()], TaskError, "label spaces collide|fit"
+    ),
+    "no such head": (lambda: tasks(heads=("heads.z",)), AttachError, "heads.z"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
+    build, error, message = BAD[name]
+    model = classifier()
+    before = state(model)
+    with interrupted(at=1), pytest.raises(error, match=message):
+        ga.run_stream(model, build(), "sequential", training=TRAINING)
+    assert not moved(before, state(model))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "message"),
+    [
+        ({"kind": "cosine", "probe": {"start": "current"}}, ConfigError, "different models"),
+        ({"kind": "l2_fisher", "core": {"share": 0.5, "overlap": "exclude_previous"}}, ConfigError, "do not fit into"),
+        ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
+        ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "part of the weights"),
+        ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),
+        ("none such", ConfigError, "no such strategy"),
+        ({"kind": "ewc", "wieght": 3}, ConfigError, "wieght"),
+        ({"kind": "per_task", "space": "none-such"}, ConfigError, "none-such"),
+    ],
+)
+def test_bad_strategies_are_refused_before_any_compute(strategy: Any, error: Any, message: str) -> None:
+    with interrupted(at=1), pytest.raises(error, match=message):
+        ga.run_stream(classifier(), tasks(), strategy, training=TRAINING)
+
+
+def test_cosine_with_one_task_is_refused() -> None:
+    with interrupted(at=1), pytest.raises(TaskError, match="two tasks or more"):
+        ga.run_stream(classifier(), tasks()[:1], "cosine", training=TRAINING)
+
+
+def test_a_model_with_adapters_or_a_delta_is_refused() -> None:
+    model = classifier()
+    ga.attach(model, SearchSpace.load("lora-all-linear"), tasks=model.tasks)
+    with pytest.raises(AttachError, match="already has adapters"):
+        run(model, "sequential")
+    ga.detach(model)
+    ga.apply_mask(
+        model, ga.Mask.build(model, {"backbone.encoder.layer.0.output.dense.bias": torch.arange(3)}), heads=()
+    )
+    with pytest.raises(AttachError, match="sparse delta"):
+        run(model, "sequential")
+
+
+# -- seams -------------------------------------------------------------------------------------------------------------
+
+
+def test_cores_of_a_small_model_are_carried_to_a_larger_one(finished: Any, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    _, small = finished("l2_fisher")
+    backbone = BertModel(
+        BertConfig(
+            vocab_size=99, hidden_size=40, num_hidden_layers=6, num_attention_heads=4, intermediate_size=56,
+            max_position_embeddings=64,
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+    model = ga.MultiTaskClassifier(backbone, CLASSES)
+    copy = tmp_path / "small"
+    shutil.copytree(small.folder, copy)
+    result = ga.run_stream(
+        model, tasks(), {"kind": "carried", "source": str(copy)}, training=TRAINING, folder=tmp_path / "large"
+    )
+    for (_, mine), (_, theirs) in zip(result.cores(), small.cores(), strict=True):
+        blocks = {theirs.infos[name].block for name in theirs.indices} - {None}
+        assert {mine.infos[name].block for name in mine.indices} - {None} == {2 * b + i for b in blocks for i in (0, 1)}
+        assert {mine.infos[n].place for n in mine.indices} == {theirs.infos[n].place for n in theirs.indices}
+
+
+def test_a_new_strategy_is_one_class() -> None:
+    class Nothing(Strategy):
+        kind = "nothing"
+
+        def tune(self, run: Any, index: int) -> Any:
+            from gatedadapters.continual.strategies import Tuned
+
+            return Tuned(0, 0.0)
+
+    model = classifier()
+    result = ga.run_stream(model, tasks(), Nothing())
+    assert result.matrix == [result.baseline.scores] * 3
+    assert "nothing" not in strategy_kinds()
+    assert resolve("sequential") == resolve({"kind": "sequential"})
