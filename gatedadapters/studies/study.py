@@ -21,7 +21,7 @@ from gatedadapters.selection import versions
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import parameters, trainings
 from gatedadapters.studies.measured import Measure, Report
-from gatedadapters.studies.storage import open_storage
+from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
@@ -92,13 +92,7 @@ class Study:
         Raises:
             StudyError: SQLite or a storage in memory with several workers; workers that die.
         """
-        if workers > 1:
-            if isinstance(self.storage, BaseStorage):
-                raise StudyError(
-                    "several workers need a storage that they can all open", expected="a file name or a URL",
-                    got=type(self.storage).__name__, where="storage", fix="give the name of a journal file",
-                )  # fmt: skip
-            open_storage(self.storage, workers=workers)
+        check_workers(self.storage, workers)
         queue.Watch().collect(self.optuna, self.config.retries)
         for job in queue.missing(self.optuna, self._jobs(), self.config.retries)[:n_trials]:
             queue.enqueue(self.optuna, job)
