@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -63,5 +64,5 @@ def running_server() -> Iterator[str]:
                     time.sleep(0.2)
             yield f"postgresql://tester@127.0.0.1:{port}/postgres"
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # at once: SIGTERM would wait until every client is gone
             server.wait()

@@ -83,16 +83,20 @@ def together(storage: str | Path, workers: int) -> dict[str, Any]:
     }
 
 
-def overhead(storages: dict[str, Any], rounds: int = 4) -> dict[str, float]:
-    """Milliseconds a trial by storage: the median over rounds of 50 trials, the storages taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in storages}
+def overhead(storages: dict[str, Any], rounds: int = 4) -> dict[str, tuple[float, float]]:
+    """(ms of wall time, ms of this process's CPU time) a trial, by storage: medians over rounds of 50 trials."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in storages}
     for index in range(rounds):
         for name, storage in storages.items():
             study = Study(config(f"overhead {index} {time.time_ns()}", 5), storage=storage, measure=short)
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             study.run()
-            found[name].append(1000 * (time.perf_counter() - began) / len(study.trials))
-    return {name: round(statistics.median(times), 2) for name, times in found.items()}
+            each = 1000 / len(study.trials)
+            found[name].append(((time.perf_counter() - wall) * each, (time.process_time() - cpu) * each))
+    return {
+        name: (round(statistics.median(w for w, _ in times), 1), round(statistics.median(c for _, c in times), 1))
+        for name, times in found.items()
+    }
 
 
 @contextlib.contextmanager
@@ -124,11 +128,11 @@ def main() -> None:
     names = list(next(iter(workers.values())))
     print(format_table(["storage", *names], [[k, *(str(v[n]) for n in names)] for k, v in workers.items()]))
     print()
-    print(format_table(["storage", "ms a trial"], [[name, f"{value:.1f}"] for name, value in cost.items()]))
+    print(format_table(["storage", "ms a trial", "CPU ms"], [[name, *map(str, value)] for name, value in cost.items()]))
     whole = all(v["complete"] == v["planned"] and not v["lost"] and not v["duplicated"] for v in workers.values())
     whole &= all(v["killed"] == v["killed and run again"] == 1 for v in workers.values())
     print(f"nothing lost, nothing twice, the killed trial run again: {'holds' if whole else 'DOES NOT HOLD'}")
-    result = {"versions": versions(), "workers": options.workers, "together": workers, "ms a trial": cost}
+    result = {"versions": versions(), "workers": options.workers, "together": workers, "ms and CPU ms a trial": cost}
     STORE.write_text(json.dumps(result, indent=1) + "\n")
 
 

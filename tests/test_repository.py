@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import gatedadapters
+from gatedadapters.config.study import study_presets
 from gatedadapters.data.bundled import PACKAGES
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,7 @@ def test_the_wheel_carries_presets_and_types_and_works_on_its_own(tmp_path: Path
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"gatedadapters/search_spaces/{preset}.yaml" for preset in PRESETS} <= names
+    assert {f"gatedadapters/search_spaces/studies/{name}.yaml" for name in study_presets()} <= names
     assert "gatedadapters/py.typed" in names
     assert {name.split("/")[0] for name in names} == {
         "gatedadapters",

@@ -10,6 +10,7 @@ from typing import Any
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.pool import NullPool
 
 from gatedadapters.errors import StudyError
 
@@ -17,28 +18,40 @@ GRPC, SQLITE, POSTGRES = "grpc://", "sqlite", "postgresql://"
 _WAIT = 10  # seconds for a proxy to answer
 
 
-def open_storage(where: str | Path, *, workers: int = 1) -> BaseStorage:
+def check_workers(where: object, workers: int) -> None:
+    """See that a storage bears so many processes.
+
+    Raises:
+        StudyError: it does not.
+    """
+    if workers > 1 and isinstance(where, BaseStorage):
+        raise StudyError(
+            "several workers need a storage that they can all open", expected="a file name or a URL",
+            got=type(where).__name__, where="storage", fix="give the name of a journal file",
+        )  # fmt: skip
+    if workers > 1 and str(where).startswith(SQLITE):
+        raise StudyError(
+            "SQLite locks up under several workers", expected="a journal file, or the URL of a database server",
+            got=f"{where} with {workers} workers", where="storage", fix="give a file name ending in .journal",
+        )  # fmt: skip
+
+
+def open_storage(where: str | Path) -> BaseStorage:
     """A storage by its file name or URL.
 
     Args:
         where: a file (a journal, made where there is none), `grpc://HOST:PORT` (a proxy, started with
             `optuna.storages.run_grpc_proxy_server`), or any URL that Optuna takes: `postgresql://...`, `mysql://...`.
-        workers: how many processes are to use it.
 
     Raises:
         StudyError: it cannot be reached or used.
     """
     text = str(where)
-    if text.startswith(SQLITE) and workers > 1:
-        raise StudyError(
-            "SQLite locks up under several workers", expected="a journal file, or the URL of a database server",
-            got=f"{text} with {workers} workers", where="storage", fix="give a file name ending in .journal",
-        )  # fmt: skip
     try:
         if text.startswith(GRPC):
             return _proxy(text)
         if "://" in text:
-            return RDBStorage(_with_driver(text), engine_kwargs={"pool_pre_ping": "sqlite" not in text})
+            return _database(text)
         return _journal(Path(text))
     except StudyError:
         raise
@@ -65,6 +78,13 @@ def _journal(path: Path) -> BaseStorage:
                 where=f"storage {path}", fix="give another file; a database is named by a URL",
             )  # fmt: skip
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _database(url: str) -> BaseStorage:
+    if url.startswith(SQLITE):
+        return RDBStorage(url)
+    # trials take minutes: a connection kept open between two writes only blocks a place, and is cut by many a server
+    return RDBStorage(_with_driver(url), engine_kwargs={"poolclass": NullPool})
 
 
 def _proxy(text: str) -> BaseStorage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -19,9 +20,9 @@ from gatedadapters.errors import StudyError
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.selection import versions
 from gatedadapters.studies import queue, results
-from gatedadapters.studies.cells import parameters, trainings
+from gatedadapters.studies.cells import Training, parameters, trainings
 from gatedadapters.studies.measured import Measure, Report
-from gatedadapters.studies.storage import open_storage
+from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
@@ -92,13 +93,7 @@ class Study:
         Raises:
             StudyError: SQLite or a storage in memory with several workers; workers that die.
         """
-        if workers > 1:
-            if isinstance(self.storage, BaseStorage):
-                raise StudyError(
-                    "several workers need a storage that they can all open", expected="a file name or a URL",
-                    got=type(self.storage).__name__, where="storage", fix="give the name of a journal file",
-                )  # fmt: skip
-            open_storage(self.storage, workers=workers)
+        check_workers(self.storage, workers)
         queue.Watch().collect(self.optuna, self.config.retries)
         for job in queue.missing(self.optuna, self._jobs(), self.config.retries)[:n_trials]:
             queue.enqueue(self.optuna, job)
@@ -117,17 +112,20 @@ class Study:
             self._measure = measure
         return self._measure
 
+    @cached_property
+    def _trainings(self) -> dict[str, Training]:
+        return {training.key: training for training in trainings(self.config)}
+
     def _jobs(self) -> list[queue.Job]:
         if self.config.mode == "optimise":
             return [queue.Job(f"trial-{index}", {}) for index in range(self.config.trials)]
-        return [queue.Job(training.key, parameters(self.config, training.cell)) for training in trainings(self.config)]
+        return [queue.Job(key, parameters(self.config, t.cell)) for key, t in self._trainings.items()]
 
     def _run_trial(self, study: optuna.Study, trial: Trial) -> list[float]:
         return self._optimise(trial) if self.config.mode == "optimise" else self._score(study, trial)
 
     def _score(self, study: optuna.Study, trial: Trial) -> list[float]:
-        key = trial.user_attrs[queue.KEY]
-        training = {training.key: training for training in trainings(self.config)}[key]
+        training = self._trainings[trial.user_attrs[queue.KEY]]
         for name, value in parameters(self.config, training.cell).items():
             _suggest(trial, name, value, self.config)
         measured = self.measure(training.cell.search, training.cell.side, training.perturbations)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from made_up import FACTORS, SEARCH, config
 
-from gatedadapters.config import SearchConfig, StudyConfig
+from gatedadapters.config import SearchConfig, StudyConfig, TransferConfig
 from gatedadapters.config.space import presets
 from gatedadapters.config.study import Factor, changed, field_paths, study_presets, value_of
 from gatedadapters.errors import ConfigError
@@ -132,3 +132,16 @@ def test_a_study_may_point_to_a_search_beside_it(tmp_path: Path) -> None:
     assert StudyConfig.load(tmp_path / "study.yaml", search=other).search.model == "other"
     with pytest.raises(ConfigError, match="sensitivity"):
         StudyConfig.load("no-such")
+
+
+def test_a_search_is_held_down_by_a_budget_or_a_penalty() -> None:
+    assert SearchConfig.parse(SEARCH, where="test").limit is not None
+    with pytest.raises(ConfigError, match="either a budget or a penalty"):
+        SearchConfig.parse({**SEARCH, "penalty": {"weight": 1.0}}, where="test")
+
+
+@pytest.mark.parametrize("field", ["noise", "perturbation"])
+def test_a_transfer_refuses_what_it_would_ignore(field: str) -> None:
+    data = {"model": "a", "update": "b", "tasks": [{"train": "a.csv"}], field: {"kind": "typos", "ratio": 0.1}}
+    with pytest.raises(ConfigError, match="not to a transfer"):
+        TransferConfig.parse(data, where="test")
