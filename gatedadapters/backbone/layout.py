@@ -302,9 +302,10 @@ class _Assembly:
         """Experts that got no token: twins, but for a number in the name, of maps that were called."""
         twins = {(_numberless(m.name), m.parameter): m for m in maps}
         for key in self.weights:
-            twin = twins.get((_numberless(key.name), key.parameter))
-            if twin is not None and key not in self.uses and key.name.startswith(f"{name}."):
-                yield replace(twin, name=key.name, traffic=0.0)
+            if key not in self.uses and key.name.startswith(f"{name}."):
+                twin = twins.get((_numberless(key.name), key.parameter))
+                if twin is not None:
+                    yield replace(twin, name=key.name, traffic=0.0)
 
     def _home(self, key: Map) -> str | None:
         return next((use.block for use in self.uses[key] if use.block in self.calls), None)
