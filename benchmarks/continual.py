@@ -48,7 +48,7 @@ STORE = Path(__file__).parent / "results" / "continual"
 TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity"), "medical_specialty"
 CHOICES = ("openbookqa", "piqa", "medmcqa")
 STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
-TRAIN, HELD_OUT, LENGTH = 800, 200, 24
+TRAIN, HELD_OUT, LENGTH = 800, 120, 20
 BATCH, STEPS = 16, 50
 HEAD_RATE = 5e-3
 STREAMS = (0, 1, 2, 3, 4)
@@ -110,7 +110,7 @@ def encoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
     torch.manual_seed(cell.stream)
     model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes for task in texts})
     tasks = classification_tasks(model, texts, tokenizer, max_length=LENGTH, split=cell.split)
-    other = load_task(GENERAL, train=300, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
+    other = load_task(GENERAL, train=200, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
     parts = [list(MixedTaskDataset([other], tokenizer, part, LENGTH)) for part in ("train", cell.split)]
     general = Task(GENERAL, *parts, MixedTaskCollator(tokenizer), nearest_class)
     keep_words(backbone, [item for task in (*tasks, general) for part in (task.train, task.held_out) for item in part])
