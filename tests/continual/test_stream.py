@@ -233,6 +233,14 @@ def test_generation_and_multiple_choice_share_the_models_head(tmp_path: Path) ->
         answer_task("answer", [Passage("the dog")], passages, tokenizer)
 
 
+def test_heads_of_no_task_in_the_stream_are_neither_counted_nor_moved() -> None:
+    model = classifier()
+    before = state(model)
+    result = ga.run_stream(model, tasks()[:1], "sequential", training=TRAINING)
+    assert result.stages[0].elements == sum(v.numel() for n, v in before.items() if n.startswith("backbone."))
+    assert {name.split(".")[1] for name in moved(before, state(model)) if name.startswith("heads.")} == {"a"}
+
+
 # -- states ------------------------------------------------------------------------------------------------------------
 
 
