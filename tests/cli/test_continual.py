@@ -42,16 +42,16 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
     continual: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], width: Callable[[Path], int],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    config = continual(compare=["random", "sequential"], general={**ANIMAL, "name": "general"})
+    config = continual(compare=["random"], general={**ANIMAL, "name": "general"})
     assert main(["continual", str(config), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert (out / "table.txt").read_text().strip() in printed
     assert all(word in printed for word in ("OP", "forgetting", "general delta", "core of mood", "heads not counted"))
     data = json.loads((out / "metrics.json").read_text())["streams"]
-    assert list(data) == ["l2_fisher", "random", "sequential"]
+    assert list(data) == ["l2_fisher", "random"]
     elements = {name: [s["elements"] for s in streams[0]["stages"]] for name, streams in data.items()}
     assert elements["random"] == elements["l2_fisher"]
-    for name in ("l2_fisher", "random", "sequential", "l2_fisher-cores", "random-cores"):
+    for name in ("l2_fisher", "random", "l2_fisher-cores", "random-cores"):
         assert width(out / "pictures" / f"{name}.png") > 300
     model, stream = streaming.build(ContinualConfig.load(config), 0)
     result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")

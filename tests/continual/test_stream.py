@@ -292,7 +292,7 @@ class interrupted:  # noqa: N801
         del fitting._Staged.training_step
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["l2_fisher", "gated", "lora", "ewc", "o_lora", "replay", "per_task", "joint"])
 def test_a_stopped_stream_ends_with_the_bits_of_one_that_was_not(kind: str, finished: Any, tmp_path: Path) -> None:
     """Stopped in the middle of the second task; a failing call leaves the model as it was."""
     whole, wanted = finished(kind)
