@@ -337,6 +337,28 @@ def test_a_stream_killed_at_a_random_moment_ends_with_the_same_bits(finished: An
     assert found.matrix == wanted.matrix, said
 
 
+def test_a_stopped_stream_remembers_what_earlier_tasks_chose(tmp_path: Path) -> None:
+    core = {"share": 0.3, "overlap": "exclude_previous"}
+    given = {"kind": "random", "core": {**core, "granularity": "element"}}
+    with interrupted(at=6), pytest.raises(KeyboardInterrupt):
+        ga.run_stream(classifier(), tasks()[:2], given, training=TRAINING, folder=tmp_path / "stream")
+    result = ga.run_stream(classifier(), tasks()[:2], given, training=TRAINING, folder=tmp_path / "stream")
+    (_, first), (_, second) = result.cores()
+    assert first.elements == second.elements
+    assert first.overlap(second) == 0
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_does_not_count(tmp_path: Path) -> None:
+    for step, whole in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / fitting.COMPLETE).touch()
+    assert fitting._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-11").exists()
+    assert fitting._last_checkpoint(tmp_path / "none") is None
+
+
 def test_a_finished_stream_is_read_and_its_last_state_put_into_the_model(finished: Any) -> None:
     done, result = finished("l2_fisher")
     model = classifier()
