@@ -7,7 +7,7 @@ its score over all tasks (OP) is above both and above random tensors of exactly 
     python benchmarks/continual.py run [--study minilm-l3] [--arms l2_fisher ...] [--streams 0 1]
     python benchmarks/continual.py table [--study minilm-l3]
     python benchmarks/continual.py picture DIR [--study minilm-l3]
-    python benchmarks/continual.py carry                 # 3-layer cores on the 6-layer encoder
+    python benchmarks/continual.py carry [--streams 0]   # 3-layer cores on the 6-layer encoder, beside its own
     python benchmarks/continual.py memory                # probe and selection beside full fine-tuning, SmolLM2-135M
 
 Studies: `minilm-l3` and `minilm-l6` learn five text-classification tasks, each with a head of its own that is trained
@@ -37,7 +37,18 @@ from scipy import stats
 
 import gatedadapters as ga
 from gatedadapters.config import ProbeConfig, StreamTrainingConfig
-from gatedadapters.continual import Metrics, StreamResult, Task, TaskStream, choice_tasks, classification_tasks, probe
+from gatedadapters.continual import (
+    Metrics,
+    StreamResult,
+    Task,
+    TaskStream,
+    choice_tasks,
+    classification_tasks,
+    probe,
+    select_core,
+    tensors_of,
+)
+from gatedadapters.continual.fitting import Recipe, fit
 from gatedadapters.continual.measures import nearest_class
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_choices, load_encoder, load_smollm2, load_task
@@ -48,7 +59,7 @@ STORE = Path(__file__).parent / "results" / "continual"
 TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity"), "medical_specialty"
 CHOICES = ("openbookqa", "piqa", "medmcqa")
 STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
-TRAIN, HELD_OUT, LENGTH = 800, 200, 24
+TRAIN, HELD_OUT, LENGTH = 800, 120, 20
 BATCH, STEPS = 16, 50
 HEAD_RATE = 5e-3
 STREAMS = (0, 1, 2, 3, 4)
@@ -68,8 +79,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "joint": ({"rate": 1e-4}, {"rate": 4e-4}),
     "replay": ({"rate": 1e-4}, {"rate": 4e-4}),
     "o_lora": ({"rate": 1e-3}, {"rate": 5e-3}),
+    "carried": ({"rate": 1e-3}, {"rate": 5e-3}),  # cores of the 3-layer encoder; the study of the 6-layer one alone
 }
-TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "o_lora": "lora"}  # the same rates, not tuned again
+TUNED_LIKE = {  # the same rates, not tuned again
+    "joint": "sequential", "replay": "sequential", "o_lora": "lora", "carried": "l2_fisher",
+}  # fmt: skip
 ARMS = tuple(SETTINGS)
 COUNTED_LIKE = {"random": "l2_fisher", "random-cosine": "cosine"}
 
@@ -110,7 +124,7 @@ def encoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
     torch.manual_seed(cell.stream)
     model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes for task in texts})
     tasks = classification_tasks(model, texts, tokenizer, max_length=LENGTH, split=cell.split)
-    other = load_task(GENERAL, train=300, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
+    other = load_task(GENERAL, train=200, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
     parts = [list(MixedTaskDataset([other], tokenizer, part, LENGTH)) for part in ("train", cell.split)]
     general = Task(GENERAL, *parts, MixedTaskCollator(tokenizer), nearest_class)
     keep_words(backbone, [item for task in (*tasks, general) for part in (task.train, task.held_out) for item in part])
@@ -160,10 +174,29 @@ def strategy_of(cell: Cell) -> dict[str, Any]:
         counts = next((counts for counts in map(counted, variants(like)) if counts), None)
         assert counts, f"run {COUNTED_LIKE[cell.arm]} before {cell.arm}"
         return {"kind": "random", "elements": counts}
+    if cell.arm == "carried":
+        return {"kind": "carried", "source": str(small_stream(cell))}
     if cell.arm == "heads":
         return {"kind": "random", "elements": [1] * cell.tasks}
     options = {name: value for name, value in cell.setting if name != "rate"}
     return {"kind": cell.arm, **options}
+
+
+def small_stream(cell: Cell) -> Path:
+    """Folder of the same stream on the 3-layer encoder under `l2_fisher`, run now if nobody has."""
+    folder = STORE.parent / "tmp" / f"continual-l3-{cell.stream}-{cell.steps}-{cell.tasks}-{cell.split}"
+    small = Cell(**{**vars(cell), "study": "minilm-l3", "arm": "l2_fisher"})
+    model, stream = encoder_stream(small)
+    ga.run_stream(model, stream, strategy_of(small), training=training_of(small), folder=folder)
+    return folder
+
+
+def training_of(cell: Cell) -> StreamTrainingConfig:
+    """How each task is tuned."""
+    return StreamTrainingConfig(
+        steps=cell.steps, batch_size=4 if cell.study == "smollm2" else BATCH, learning_rate=dict(cell.setting)["rate"],
+        head_learning_rate=HEAD_RATE, seed=cell.stream, device="cpu", checkpoint_steps=None,
+    )  # fmt: skip
 
 
 def variants(cell: Cell) -> list[Cell]:
@@ -178,16 +211,15 @@ def counted(cell: Cell) -> list[int] | None:
 
 def compute(cell: Cell) -> dict[str, Any]:
     """One cell, from the pretrained model to its matrix."""
-    small = cell.study == "smollm2"
-    model, stream = decoder_stream(cell) if small else encoder_stream(cell)
-    training = StreamTrainingConfig(
-        steps=cell.steps, batch_size=4 if small else BATCH, learning_rate=dict(cell.setting)["rate"],
-        head_learning_rate=HEAD_RATE, seed=cell.stream, device="cpu", checkpoint_steps=None,
-    )  # fmt: skip
+    model, stream = decoder_stream(cell) if cell.study == "smollm2" else encoder_stream(cell)
+    strategy = strategy_of(cell)
     began, cpu = time.perf_counter(), time.process_time()
-    result = ga.run_stream(model, stream, strategy_of(cell), training=training)
+    with tempfile.TemporaryDirectory(prefix="gatedadapters-") as folder:
+        result = ga.run_stream(model, stream, strategy, training=training_of(cell), folder=Path(folder) / "stream")
+        cores = [{name: len(found) for name, found in core.indices.items()} for _, core in result.cores()]
     return {
         "cell": asdict(cell), **result.to_data(), "reports": [stage.report for stage in result.stages],
+        "cores": cores if cell.arm not in ("lota", "heads") else [],
         "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
         "versions": versions(),
     }  # fmt: skip
@@ -242,6 +274,8 @@ def cells_of(study: str, arm: str, setting: tuple[tuple[str, float], ...]) -> li
 def run_all(study: str, arms: Sequence[str], streams: Sequence[int]) -> None:
     """Compute what is missing."""
     for arm in arms:
+        if arm == "carried" and study != "minilm-l6":
+            continue
         setting = tuned(study, arm, compute_missing=True)
         assert setting is not None
         for cell in cells_of(study, arm, setting):
@@ -308,6 +342,28 @@ def picture(study: str, folder: Path) -> None:
             save_stream_png(StreamResult.of(stored(cell)), folder / f"{study}-{arm}.png", title=arm)
 
 
+# -- small to large ----------------------------------------------------------------------------------------------------
+
+
+def carry(streams: Sequence[int]) -> str:
+    """The 6-layer encoder with its own cores, with those of the 3-layer one, and with random ones."""
+    run_all("minilm-l6", ("l2_fisher", "carried", "random"), streams)
+    setting = tuned("minilm-l6", "l2_fisher", compute_missing=True)
+    assert setting is not None
+    rows = []
+    for stream in streams:
+        own, carried = (stored(Cell("minilm-l6", arm, setting, stream)) for arm in ("l2_fisher", "carried"))
+        for stage, mine, theirs in zip(own["stages"], own["cores"], carried["cores"], strict=True):
+            both = sum(count for name, count in mine.items() if name in theirs)
+            either = sum(mine.values()) + sum(theirs.values()) - both
+            common = len(mine.keys() & theirs.keys())
+            rows.append([
+                str(stream), stage["task"], f"{len(mine)}", f"{len(theirs)}", f"{common}", f"{both / either:.2f}"
+            ])  # fmt: skip
+    overlap = format_table(["stream", "task", "own tensors", "carried", "common", "Jaccard of elements"], rows)
+    return f"{overlap}\n\n{table('minilm-l6')}"
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -324,28 +380,16 @@ def memory() -> str:
 
 def memory_of(what: str) -> None:
     """A few steps of one of them; prints the peak."""
-    cell = Cell("smollm2", "sequential", (), 0)
-    model, stream = decoder_stream(cell)
-    heads: frozenset[str] = frozenset()
-    if what == "full":
-        stream = TaskStream([stream[0]])
-        training = StreamTrainingConfig(steps=3, batch_size=4, learning_rate=1e-5, device="cpu", checkpoint_steps=None)
-        with tempfile.TemporaryDirectory() as folder:
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
-            from gatedadapters.continual.fitting import Recipe, fit
-
-            recipe = Recipe(training.steps, training.batch_size, training.learning_rate, use_cpu=True)
+    model, stream = decoder_stream(Cell("smollm2", "sequential", (), 0))
+    with tempfile.TemporaryDirectory() as folder:
+        if what == "full":
+            recipe = Recipe(steps=3, batch_size=4, learning_rate=1e-5, use_cpu=True)
             fit(model, stream[0].train, stream[0].collate, recipe, folder=Path(folder), seed=0)
-    elif what == "probe":
-        from gatedadapters.continual import select_core, tensors_of
-
-        with tempfile.TemporaryDirectory() as folder:
+        elif what == "probe":
             config = ProbeConfig(steps=3, batch_size=4, fisher_batches=3)
-            found = probe(model, stream[0], Path(folder) / "probe", config, heads=heads, elements=True)
-            infos = tensors_of(model)
+            found = probe(model, stream[0], Path(folder) / "probe", config, elements=True)
             for granularity in ("tensor", "element"):
-                select_core(infos, [found], 0, granularity=granularity)
+                select_core(tensors_of(model), [found], 0, granularity=granularity)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -353,7 +397,7 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "table", "picture", "carry", "memory", "memory-of"))
-    parser.add_argument("target", nargs="?")
+    parser.add_argument("target", nargs="?", help="folder of pictures")
     parser.add_argument("--study", choices=STUDIES, default="minilm-l3")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--streams", nargs="*", type=int, default=STREAMS)
@@ -364,6 +408,8 @@ def main() -> None:
         print(table(options.study))
     elif options.command == "picture":
         picture(options.study, Path(options.target or "."))
+    elif options.command == "carry":
+        print(carry(options.streams))
     elif options.command == "memory":
         print(memory())
     elif options.command == "memory-of":

@@ -42,8 +42,8 @@ from gatedadapters.inspection import save_core_png, save_stream_png
 from gatedadapters.selection import versions
 from gatedadapters.training import MultiTaskClassifier
 
-STREAMS, METRICS, TABLE, CONFIG = "streams", "metrics.json", "table.txt", "continual.yaml"
-OUTPUTS = frozenset({STREAMS, METRICS, TABLE, CONFIG})
+STREAMS, PICTURES, METRICS, TABLE, CONFIG = "streams", "pictures", "metrics.json", "table.txt", "continual.yaml"
+OUTPUTS = frozenset({STREAMS, PICTURES, METRICS, TABLE, CONFIG})
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
     transformers.logging.set_verbosity_error()
     text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     strategies = _named([resolve(part) for part in (config.strategy, *config.compare)])
-    pictures = frozenset(f"{name}{end}.png" for name in strategies for end in ("", "-cores"))
     earlier = folder / CONFIG
     goes_on = earlier.is_file() and earlier.read_text(encoding="utf-8") == text and not overwrite
-    check_free(folder, OUTPUTS | pictures, overwrite=overwrite or goes_on)
+    check_free(folder, OUTPUTS, overwrite=overwrite or goes_on)
     model, stream = build(config, config.seeds[0])
     for strategy in strategies.values():  # whatever is wrong with any of them is said before the first is trained
         Run(model, stream, strategy, config.training, folder / STREAMS, keep=config.keep)
     if overwrite:
-        shutil.rmtree(folder / STREAMS, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+        for name in (STREAMS, PICTURES):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     earlier.write_text(text, encoding="utf-8")
     results: dict[str, list[StreamResult]] = {name: [] for name in strategies}
     for place, seed, order in _streams(config):
@@ -101,9 +101,9 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
             )  # fmt: skip
     streams = Streams(results)
     for name, found in results.items():
-        save_stream_png(found[0], folder / f"{name}.png", title=name)
+        save_stream_png(found[0], folder / PICTURES / f"{name}.png", title=name)
         if cores := found[0].cores():
-            save_core_png(cores, folder / f"{name}-cores.png")
+            save_core_png(cores, folder / PICTURES / f"{name}-cores.png")
     data = {
         "versions": versions(), "config": config.model_dump(mode="json"),
         "streams": {name: [result.to_data() for result in found] for name, found in results.items()},
@@ -117,10 +117,13 @@ def report(folder: Path, streams: Streams) -> None:
     """Print what a run came to and where it lies."""
     print(streams.table())
     print(f"\nIn {folder}:")
-    for name in streams.results:
-        print(f"  {name}.png  scores after every task")
-    print(f"  {STREAMS}/   what every task changed; gatedadapters.StreamResult.load(...).restore(model, to=k)")
-    print(f"  {METRICS}  every number")
+    for name, what in {
+        f"{PICTURES}/": "scores after every task, and where the cores lie",
+        f"{STREAMS}/": "what every task changed; gatedadapters.StreamResult.load(...).restore(model, to=k)",
+        METRICS: "every number",
+        CONFIG: "the configuration",
+    }.items():
+        print(f"  {name:<15} {what}")
 
 
 def build(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:

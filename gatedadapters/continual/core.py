@@ -155,11 +155,9 @@ def select_core(
         total = sum(info.numel for info in infos.values())
         taken = 0
         for name in infos:
-            used_here = [core.indices[name] for core in exclude if name in core.indices]
-            if used_here:
-                positions = torch.cat(used_here).unique()
-                keys[name][positions] = math.inf
-                taken += len(positions)
+            used_here = _used(name, exclude)
+            keys[name][used_here] = math.inf
+            taken += len(used_here)
         indices = lowest(keys, min(round(share * total), total - taken))
         indices = {name: found for name, found in indices.items() if len(found)}
     if not indices:
@@ -187,15 +185,19 @@ def random_core(
         MaskError: fewer elements are left than are asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    used = {name for core in exclude for name in core.indices}
-    left = {name: info for name, info in infos.items() if name not in used}
-    if not 0 < elements <= sum(info.numel for info in left.values()):
+    used = {name: _used(name, exclude) for name in infos}
+    whole = granularity == "tensor"
+    left = {name: info for name, info in infos.items() if not (whole and len(used[name]))}
+    available = sum(info.numel - len(used[name]) for name, info in left.items())
+    if not 0 < elements <= available:
         raise MaskError(
-            "so many elements are not there to choose", expected=f"1..{sum(i.numel for i in left.values()):,}",
-            got=f"{elements:,}", where="random_core", fix="lower the number",
+            "so many elements are not there to choose", expected=f"1..{available:,}", got=f"{elements:,}",
+            where="random_core", fix="lower the number",
         )  # fmt: skip
-    if granularity == "element":
+    if not whole:
         keys = {name: torch.rand(info.numel, generator=generator) for name, info in left.items()}
+        for name, key in keys.items():
+            key[used[name]] = math.inf
         return Core({n: found for n, found in lowest(keys, elements).items() if len(found)}, infos, "random")
     names, indices, missing = list(left), dict[str, Tensor](), elements
     order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
@@ -255,6 +257,12 @@ def cosines(probes: Sequence[Probe], index: int, name: str) -> list[float]:
             norms = float(own.norm() * update.norm())
             found.append(float(own @ update) / norms if norms else 0.0)
     return found
+
+
+def _used(name: str, earlier: Sequence[Core]) -> Tensor:
+    """Positions of a tensor that some earlier core holds, (used,)."""
+    found = [core.indices[name] for core in earlier if name in core.indices]
+    return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64)
 
 
 def _tensor_scores(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gatedadapters.adapters import NAME as ADAPTERS
 from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.attachment import attach, check_free, detach
+from gatedadapters.attachment import attach, check_free, detach, find_heads
 from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
 from gatedadapters.continual.fitting import Fitted, Penalty, Recipe, fit, phase_seed
 from gatedadapters.continual.probing import Probe, probe
@@ -97,7 +97,7 @@ class Run:
     Attributes:
         model, stream, strategy, training, seed: what was asked for.
         heads: names of the parameters of each task's head.
-        all_heads: of all of them.
+        all_heads: of all of them, and of heads that no task of the stream uses.
         infos: every tensor of the backbone.
         identity: fingerprint of the untrained model.
         sample: one example as a batch, without its label.
@@ -125,7 +125,8 @@ class Run:
             )  # fmt: skip
         check_free(model)
         self.heads = stream.check(model)
-        self.all_heads = frozenset(name for names in self.heads for name in names)
+        own = find_heads(model, None) if any(task.classes for task in stream) else ()
+        self.all_heads = frozenset(name for names in (*self.heads, own) for name in names)
         device = next(model.parameters()).device
         batch = stream[0].collate([stream[0].train[0]])
         self.sample = {key: value.to(device) for key, value in batch.items() if key != "labels"}

@@ -34,8 +34,9 @@ class Task:
         measure: `(model, task)` to a score; higher is better.
         classes: names of the classes of a classification task; none where the model's own output head is used, as by
             generation and multiple choice.
-        heads: parameters (names or prefixes) that belong to this task alone. They are trained whenever the task is,
-            under every strategy, and are counted neither as its core nor as trained elements.
+        heads: parameters (names or prefixes) that belong to this task. They are trained whenever the task is, under
+            every strategy, and are counted neither as its core nor as trained elements. Default: everything outside
+            the backbone of a classifier, which tasks then share; nothing of other models.
     """
 
     name: str
@@ -125,7 +126,7 @@ class TaskStream(Sequence[Task]):
             AttachError: a head that the model lacks.
             TaskError: a head with another number of classes, or one that tasks with different classes share.
         """
-        heads = tuple(find_heads(model, task.heads) for task in self.tasks)
+        heads = tuple(find_heads(model, task.heads or (None if task.classes else ())) for task in self.tasks)
         for index, task in enumerate(self.tasks):
             width = model.get_parameter(heads[index][-1]).shape[0] if heads[index] else len(task.classes)
             if task.classes and width != len(task.classes):
@@ -144,13 +145,6 @@ class TaskStream(Sequence[Task]):
                         where=f"{shared[0]}: tasks {self.tasks[other].name!r} and {task.name!r}",
                         fix="use MultiTaskClassifier, which has one head per task",
                     )  # fmt: skip
-        headless = [task.name for task, own in zip(self.tasks, heads, strict=True) if task.classes and not own]
-        if len(headless) > 1 and len({task.classes for task in self.tasks if task.name in headless}) > 1:
-            raise TaskError(
-                "label spaces collide: tasks with different classes share the model's head",
-                expected="heads= of each task", got="none", where=", ".join(headless),
-                fix="use MultiTaskClassifier, which has one head per task",
-            )  # fmt: skip
         return heads
 
 

@@ -1,0 +1,119 @@
+"""`gatedadapters continual`: one command from a configuration to matrix, pictures, table and states."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import gatedadapters as ga
+from gatedadapters.cli import streaming
+from gatedadapters.cli.main import main
+from gatedadapters.config import ContinualConfig
+from gatedadapters.errors import ConfigError
+
+TRAINING = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 0.01, "device": "cpu"}
+ANIMAL = {"name": "animal", "train": "animal.jsonl", "text": "line", "label": "kind"}
+PROBE = {"steps": 2, "batch_size": 4, "fisher_batches": 2}
+
+
+@pytest.fixture
+def continual(tables: Path, encoder: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        data = {
+            "model": str(encoder),
+            "tasks": [{"train": "mood.csv"}, ANIMAL],
+            "strategy": {"kind": "l2_fisher", "probe": PROBE},
+            "training": TRAINING,
+        }
+        path = tables / "continual.yaml"
+        path.write_text(yaml.safe_dump(data | changes))
+        return path
+
+    return write
+
+
+def test_one_command_ends_with_matrix_pictures_table_and_states(
+    continual: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], width: Callable[[Path], int],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    config = continual(compare=["random"], general={**ANIMAL, "name": "general"})
+    assert main(["continual", str(config), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert (out / "table.txt").read_text().strip() in printed
+    assert all(word in printed for word in ("OP", "forgetting", "general delta", "core of mood", "heads not counted"))
+    data = json.loads((out / "metrics.json").read_text())["streams"]
+    assert list(data) == ["l2_fisher", "random"]
+    elements = {name: [s["elements"] for s in streams[0]["stages"]] for name, streams in data.items()}
+    assert elements["random"] == elements["l2_fisher"]
+    for name in ("l2_fisher", "random", "l2_fisher-cores", "random-cores"):
+        assert width(out / "pictures" / f"{name}.png") > 300
+    model, stream = streaming.build(ContinualConfig.load(config), 0)
+    result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")
+    result.restore(model, 2, start=0)
+    assert [task.score(model) for task in stream] == result.matrix[-1]
+    before = {p: p.stat().st_mtime_ns for p in (out / "streams").rglob("*") if p.is_file()}
+    assert main(["continual", str(config), "--out", str(out)]) == 0  # finished: only read
+    assert {p: p.stat().st_mtime_ns for p in before if p.name != "stream.json"}.items() <= before.items()
+    capsys.readouterr()
+    assert main(["continual", str(continual(strategy="ewc")), "--out", str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["continual", str(continual(strategy="sequential")), "--out", str(out), "--overwrite"]) == 0
+    assert [p.name for p in (out / "streams").iterdir()] == ["sequential"]
+
+
+def test_several_seeds_and_orders_give_intervals(
+    continual: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = continual(strategy="sequential", orders=2, seeds=[3], keep=False)
+    assert main(["continual", str(config), "--out", str(tmp_path / "out")]) == 0
+    assert "mean and 95 % interval over 2 streams" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["streams"]["sequential"]
+    assert [stage["task"] for stage in found[0]["stages"]] == ["mood", "animal"]
+
+
+def test_questions_for_a_causal_language_model(decoder: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "answer"])
+            writer.writerows([[f"the {name} dog {i}", "runs"] for i in range(12)])
+    questions = [{"train": f"{name}.csv", "answer": "answer"} for name in ("first", "second")]
+    data = {"model": str(decoder), "tasks": questions, "strategy": "sequential", "training": TRAINING}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    assert main(["continual", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "first" in (tmp_path / "out" / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": [{"train": "mood.csv"}, {"train": "mood.csv"}]}, "distinct names"),
+        ({"strategy": "unknown"}, "no such strategy"),
+        ({"compare": [{"kind": "random", "elements": [1]}]}, "2 numbers"),
+        ({"tasks": [{"train": "mood.csv"}], "strategy": "cosine"}, "two tasks or more"),
+        ({"tasks": [{"train": "mood.csv", "answer": "label"}, ANIMAL]}, "answer column"),
+        ({"tasks": [{"train": "mood.csv", "answer": "label"}]}, "causal language model"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+    ],
+)
+def test_bad_configurations_are_refused_before_any_compute(
+    change: dict[str, Any], message: str, continual: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["continual", str(continual(**change)), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_example_configuration_validates() -> None:
+    example = ContinualConfig.load(Path(__file__).parents[2] / "examples" / "continual.yaml")
+    assert [task.title for task in example.tasks] == ["r8", "tweets", "rotten_tomatoes"]
+    with pytest.raises(ConfigError, match="share"):
+        ContinualConfig.parse(example.model_dump() | {"training": {"steps": 0}, "share": 3}, where="here")
