@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from streams import RESUMED, classifier, options, tasks
+
+import gatedadapters as ga
+from gatedadapters.continual.result import StreamResult
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,3 +25,18 @@ def _quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, StreamResult]]:
+    """Streams that were never stopped, one per strategy: the model afterwards, and the result."""
+    found: dict[str, tuple[Any, StreamResult]] = {}
+
+    def get(kind: str) -> tuple[Any, StreamResult]:
+        if kind not in found:
+            model = classifier()
+            folder = tmp_path_factory.mktemp(kind) / "stream"
+            found[kind] = model, ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=folder)
+        return found[kind]
+
+    return get

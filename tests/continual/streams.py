@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gatedadapters as ga
 from gatedadapters.config import StreamTrainingConfig
-from gatedadapters.continual import strategy_kinds
+from gatedadapters.continual import StreamResult, fitting, strategy_kinds
 from gatedadapters.continual.states import state_of
 from gatedadapters.testing.backbones import VOCABULARY, tiny
 
@@ -21,6 +21,7 @@ TRAINING = StreamTrainingConfig(
     steps=4, batch_size=4, learning_rate=1e-2, head_learning_rate=2e-2, weight_decay=0.1, device="cpu",
     checkpoint_steps=None,
 )  # fmt: skip
+RESUMED = TRAINING.model_copy(update={"checkpoint_steps": 2})
 PROBE = {"steps": 2, "batch_size": 4, "fisher_batches": 2, "learning_rate": 1e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2_fisher": {"probe": PROBE},
@@ -102,3 +103,28 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def run(model: Any, kind: str, folder: Path | None = None, **changes: Any) -> StreamResult:
+    return ga.run_stream(model, tasks(), options(kind, **changes), training=TRAINING, folder=folder)
+
+
+class interrupted:  # noqa: N801
+    """Within this context the step of that number raises."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+
+    def __enter__(self) -> None:
+        self.original = fitting._Staged.training_step
+
+        def step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                raise KeyboardInterrupt
+            return self.original(trainer, *args, **kwargs)
+
+        fitting._Staged.training_step = step  # type: ignore[method-assign]
+
+    def __exit__(self, *args: object) -> None:
+        del fitting._Staged.training_step

@@ -1,0 +1,119 @@
+"""Streams that are refused before any compute: folders of others, bad tasks, strategies and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streams import RESUMED, TRAINING, classifier, interrupted, moved, rows, run, state, tasks
+
+import gatedadapters as ga
+from gatedadapters.config import SearchSpace
+from gatedadapters.errors import ArtifactError, AttachError, ConfigError, DataError, GatedAdaptersError, TaskError
+
+
+def other_order() -> list[ga.Task]:
+    return tasks()[::-1]
+
+
+def other_data() -> list[ga.Task]:
+    return tasks(train=rows(1, 2, 12, seed=7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"given": other_order()}, "other tasks, or in another order"),
+        ({"given": other_data()}, "other tasks, or in another order"),
+        ({"training": TRAINING.model_copy(update={"steps": 5})}, "other training"),
+        ({"strategy": "ewc"}, "other strategy"),
+        ({"model": classifier(seed=1)}, "other weights"),
+    ],
+    ids=["order", "data", "training", "strategy", "base"],
+)
+def test_a_folder_of_another_stream_is_refused(change: dict[str, Any], message: str, finished: Any) -> None:
+    _, result = finished("sequential")
+    given = {"model": classifier(), "given": tasks(), "strategy": "sequential", "training": RESUMED} | change
+    before = state(given["model"])
+    with interrupted(at=1), pytest.raises(ArtifactError, match=message):
+        ga.run_stream(
+            given["model"], given["given"], given["strategy"], training=given["training"], folder=result.folder
+        )
+    assert not moved(before, state(given["model"]))
+
+
+def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="files of others"):
+        run(classifier(), "sequential", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
+    "no task": (list, TaskError, "a stream needs tasks"),
+    "duplicate names": (lambda: tasks(name="a"), TaskError, "two tasks have one name"),
+    "one class": (lambda: tasks(classes=("x",)), TaskError, "a task has one class"),
+    "one class in the data": (
+        lambda: tasks(train=[row | {"labels": 0} for row in rows(1, 2, 12, seed=0)]), TaskError, "has one class"
+    ),
+    "a label outside": (lambda: tasks(train=rows(1, 4, 12, seed=0)), DataError, "outside the task's classes"),
+    "no training data": (lambda: tasks(train=[]), DataError, "no training data"),
+    "no evaluation data": (lambda: tasks(held_out=[]), DataError, "no evaluation data"),
+    "colliding label spaces": (lambda: tasks(heads=("heads.a",)), TaskError, "do not fit|collide"),
+    "colliding label spaces of one size": (
+        lambda: tasks(heads=("heads.a",), classes=("u", "v", "w")), TaskError, "label spaces collide"
+    ),
+    "the model's one head": (
+        lambda: [ga.Task(**{**vars(task), "heads": ()}) for task in tasks()], TaskError, "label spaces collide|fit"
+    ),
+    "no such head": (lambda: tasks(heads=("heads.z",)), AttachError, "heads.z"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
+    build, error, message = BAD[name]
+    model = classifier()
+    before = state(model)
+    with interrupted(at=1), pytest.raises(error, match=message):
+        ga.run_stream(model, build(), "sequential", training=TRAINING)
+    assert not moved(before, state(model))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "message"),
+    [
+        ({"kind": "cosine", "probe": {"start": "current"}}, ConfigError, "different models"),
+        ({"kind": "l2_fisher", "core": {"share": 0.5, "overlap": "exclude_previous"}}, ConfigError, "do not fit into"),
+        ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
+        ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "part of the weights"),
+        ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),
+        ("none such", ConfigError, "no such strategy"),
+        ({"kind": "ewc", "wieght": 3}, ConfigError, "wieght"),
+        ({"kind": "per_task", "space": "none-such"}, ConfigError, "none-such"),
+    ],
+)
+def test_bad_strategies_are_refused_before_any_compute(strategy: Any, error: Any, message: str) -> None:
+    with interrupted(at=1), pytest.raises(error, match=message):
+        ga.run_stream(classifier(), tasks(), strategy, training=TRAINING)
+
+
+def test_cosine_with_one_task_is_refused() -> None:
+    with interrupted(at=1), pytest.raises(TaskError, match="two tasks or more"):
+        ga.run_stream(classifier(), tasks()[:1], "cosine", training=TRAINING)
+
+
+def test_a_model_with_adapters_or_a_delta_is_refused() -> None:
+    model = classifier()
+    ga.attach(model, SearchSpace.load("lora-all-linear"), tasks=model.tasks)
+    with pytest.raises(AttachError, match="already has adapters"):
+        run(model, "sequential")
+    ga.detach(model)
+    ga.apply_mask(
+        model, ga.Mask.build(model, {"backbone.encoder.layer.0.output.dense.bias": torch.arange(3)}), heads=()
+    )
+    with pytest.raises(AttachError, match="sparse delta"):
+        run(model, "sequential")
