@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument(
         "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="bf16 is slow on some processors"
     )
-    parser.add_argument("--parts", nargs="+", choices=("steps", "bank"), default=["steps", "bank"])
+    parser.add_argument(
+        "--parts", nargs="*", choices=("steps", "bank"), default=["steps", "bank"], help="none: print what is stored"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = json.loads(STORE.read_text()) if STORE.exists() else {}
