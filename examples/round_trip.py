@@ -74,7 +74,7 @@ def search(model: nn.Module, case: Case, steps: int) -> ga.Adapters:
             dataloader_pin_memory=False,
         )
         trainer = ga.GatedTrainer(
-            model, args, train_dataset=case.data, data_collator=case.collate, budget=ga.Budget(fraction=1 / 8)
+            model, args, train_dataset=case.data, data_collator=case.collate, budget=ga.Budget(fraction=0.2)
         )
         trainer.train()
     adapters.compact()

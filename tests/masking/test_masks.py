@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking.encoding import decode, encode
-from gatedadapters.masking.selection import _lowest, normalised_ranks
+from gatedadapters.masking.selection import lowest, normalised_ranks
 from gatedadapters.testing import tiny
 
 
@@ -39,7 +39,7 @@ def test_streamed_selection_equals_a_sort_of_everything(count: int, ties: bool) 
     keys = {name: torch.randn(500, generator=generator) * 10 ** (3 * i - 4) for i, name in enumerate("abc")}
     if ties:
         keys = {name: (value * 0.5).round().clamp(-2, 2) for name, value in keys.items()}
-    found = _lowest(keys, count)
+    found = lowest(keys, count)
     everything = np.concatenate([key.numpy() for key in keys.values()]) + 0.0
     wanted = np.sort(np.argsort(everything, kind="stable")[:count])
     got = np.concatenate([found[name].numpy() + 500 * i for i, name in enumerate("abc")])
