@@ -12,6 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", type=Path, help="the search that was studied, where it was given apart")
     parser.add_argument("--storage", help="where the study is kept (NAME.journal)")
     parser.add_argument("--out", type=Path, help="folder for the report (default: NAME-report)")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write every trial as a TensorBoard run, too")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,4 +21,6 @@ def run(options: argparse.Namespace) -> None:
 
     study = Study.load(options.config, search=options.search, storage=options.storage)
     folder = options.out or Path(f"{study.config.name}-report")
+    if options.tensorboard is not None:
+        study.tensorboard(options.tensorboard)
     print(f"{study}\n\nReport: {study.report(folder, overwrite=True)}")

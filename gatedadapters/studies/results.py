@@ -240,6 +240,14 @@ def gap(trial: FrozenTrial) -> float:
     return mean(trial.user_attrs["scores"]) - mean(first)
 
 
+def metrics(trial: FrozenTrial) -> dict[str, float]:
+    """What a complete trial came to, by tag."""
+    attrs = trial.user_attrs
+    found = {"score": mean(attrs["scores"]), **{f"score/{task}": value for task, value in attrs["scores"].items()}}
+    perturbed = {f"perturbed/{key}": mean(scores) for key, scores in attrs["perturbed"].items()}
+    return {**found, **perturbed, "params": float(attrs["params"]), "seconds": float(attrs["seconds"])}
+
+
 def front(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
     """See `Study.front`; of a sensitivity study the best setting of each side, by its mean over seeds."""
     trials = complete(study)

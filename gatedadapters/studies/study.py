@@ -195,6 +195,29 @@ class Study:
 
         return write(self, Path(folder), overwrite=overwrite)
 
+    def tensorboard(self, folder: str | Path) -> None:
+        """Write every complete trial as a run of its own, for the page of TensorBoard that compares runs.
+
+        Each run names every value of its search and every metric, so that the columns are complete from the first.
+
+        Args:
+            folder: of the runs, `trial-0`, `trial-1`, ...; a trial that has its run already is left alone.
+        """
+        from gatedadapters.inspection import TensorBoardWriter  # TensorBoard takes a moment to import
+        from gatedadapters.inspection.tensorboard import flat
+
+        done = results.complete(self.optuna)
+        made_with = [
+            flat({"side": trial.user_attrs["side"], **results.search_of(trial).model_dump(mode="json")})
+            for trial in done
+        ]
+        columns = dict.fromkeys((name for values in made_with for name in values), "none")
+        for trial, values in zip(done, made_with, strict=True):
+            run = Path(folder) / f"trial-{trial.number}"
+            if not run.exists():
+                with TensorBoardWriter(run) as writer:
+                    writer.hparams({**columns, **values}, results.metrics(trial))
+
     def __repr__(self) -> str:
         return f"Study({self.config.name!r}: {results.progress(self)})"
 

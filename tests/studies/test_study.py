@@ -250,3 +250,27 @@ def test_optimising_several_objectives_finds_the_feasible_front(tmp_path: Path) 
 
 def test_the_public_name_is_the_class() -> None:
     assert ga.Study is Study
+
+
+def test_every_complete_trial_is_a_tensorboard_run_that_names_every_value(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = study(tmp_path, seeds=[0]).run()
+    for _ in range(2):  # the second time there is nothing to write
+        found.tensorboard(tmp_path / "runs")
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == len([trial for trial in found.trials if trial.state == TrialState.COMPLETE])
+    columns = set()
+    for run in runs:
+        (file,) = run.iterdir()
+        events = EventAccumulator(str(run)).Reload()
+        trial = found.trials[int(run.name.removeprefix("trial-"))]
+        (score,) = events.Scalars("score")
+        assert score.value == pytest.approx(trial.values[0])
+        start = HParamsPluginData.FromString(
+            events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        ).session_start_info
+        columns.add(tuple(sorted(start.hparams)))
+        assert {"side", "noise.ratio", "training.seed", "training.learning_rate"} <= set(start.hparams), file
+    assert len(columns) == 1
