@@ -14,7 +14,7 @@ from gatedadapters.errors import ArtifactError
 
 
 class Mixed(nn.Module):
-    """Parameters of several types, a tied one, a scalar, and buffers."""
+    """Parameters of several types, a tied one, one that is not contiguous, a scalar, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,6 +22,7 @@ class Mixed(nn.Module):
         self.tied = self.wide
         self.narrow = nn.Parameter(torch.randn(17).to(torch.bfloat16))
         self.exact = nn.Parameter(torch.randn(5, dtype=torch.float64))
+        self.turned = nn.Parameter(torch.randn(6, 4).T)  # its bits are changed in a copy, as those of other devices are
         self.scalar = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("steps", torch.tensor([3]))
         self.register_buffer("flags", torch.tensor([True, False]))
@@ -33,6 +34,7 @@ def changed(model: Mixed) -> None:
         model.wide[3, 4:9] = torch.tensor([float("nan"), -0.0, 0.0, 1e-45, float("inf")])
         model.narrow[::2] *= -1
         model.exact.add_(1)
+        model.turned[1, 2:5] += 1
         model.scalar.zero_()
         model.steps.add_(1)
         model.flags.logical_not_()
@@ -46,7 +48,7 @@ def test_a_change_leads_forward_and_back_to_the_same_bits(tmp_path: Path) -> Non
     after = digest(model)
     Change.between(first, before, model).write(tmp_path / "change")
     change = Change.load(tmp_path / "change")
-    assert change.count == 5 + 9 + 5 + 1 + 1 + 2
+    assert change.count == 5 + 9 + 5 + 3 + 1 + 1 + 2
     change.apply(model)
     assert digest(model) == before
     change.apply(model)
