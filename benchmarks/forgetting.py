@@ -2,7 +2,7 @@
 
 Claims under test, at equal optimiser steps and with each arm's learning rate tuned on validation data: tuning the
 elements that matter least in general loses less general ability than a random mask of equal size, and its domain score
-is no worse than LoRA's of equal size.
+is no worse than LoRA's of equal size; and gates with a mask under one budget do better than either alone.
 
     python benchmarks/forgetting.py run [--studies grimm ...] [--arms zero full ...] [--seeds 0 1] [--core 0.95]
     python benchmarks/forgetting.py table
@@ -24,7 +24,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ from gatedadapters.structure import format_table
 
 STORE = Path(__file__).parent / "results" / "forgetting"
 BATCH, LENGTH = 8, 96
+DECODER_BATCH = 4
 RATES = {
-    "full": (1e-5, 1e-4), "ewc": (1e-5, 1e-4), "lora": (2e-4, 2e-3), "shira": (2e-4, 2e-3), "masked": (2e-4, 2e-3),
+    "full": (1e-5, 1e-4), "ewc": (1e-5, 1e-4), "last": (1e-5, 1e-4), "others": (2e-4, 2e-3),
 }  # fmt: skip
 TUNING_SEED = 100
-ARMS = ("zero", "full", "lora", "shira", "ewc", "random", "inverse", "taylor", "fisher", "contrast")
+ARMS = (
+    "zero", "full", "last", "lora", "shira", "supertuning", "ewc", "random", "inverse", "taylor", "fisher", "contrast",
+    "gated", "joint",
+)  # fmt: skip
 DECIDING = ("zero", "full", "lora", "random", "contrast")
 STUDIES = ("grimm", "friends", "openbookqa", "medmcqa", "piqa", "encoder")
 Batch = dict[str, Tensor]
@@ -130,7 +134,7 @@ def decoder_problem(cell: Cell) -> Problem:
             "general task": choice_accuracy(model, tokenizer, keep.split(split)),
         }
 
-    return Problem(model, stream(domain, collate), stream(news, collate), scores)
+    return Problem(model, stream(domain, collate, DECODER_BATCH), stream(news, collate, DECODER_BATCH), scores)
 
 
 def prompt(example: ChoiceExample) -> str:
@@ -216,25 +220,25 @@ FIRST_STEPS = 300
 # -- arms --------------------------------------------------------------------------------------------------------------
 
 
-def stream(data: Any, collate: Any) -> Callable[[int], Iterator[Batch]]:
+def stream(data: Any, collate: Any, size: int = BATCH) -> Callable[[int], Iterator[Batch]]:
     """Endless shuffled batches by seed."""
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(data), generator=generator).tolist()
-            for start in range(0, len(order) - BATCH + 1, BATCH):
-                yield collate([data[i] for i in order[start : start + BATCH]])
+            for start in range(0, len(order) - size + 1, size):
+                yield collate([data[i] for i in order[start : start + size]])
 
     return batches
 
 
 def fit(
     model: nn.Module, trained: list[nn.Parameter], batches: Iterator[Batch], rate: float, steps: int,
-    penalty: Callable[[], Tensor] | None = None,
+    penalty: Callable[[], Tensor] | None = None, more: Sequence[dict[str, Any]] = (),
 ) -> None:  # fmt: skip
     """AdamW, linear decay after a warm-up of 6 %, clipped."""
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": trained}, *more], lr=rate, weight_decay=0.0)
     warmup = max(1, round(0.06 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1.0, (t + 1) / warmup) * max(0.0, 1 - t / steps)
@@ -255,8 +259,12 @@ def tuned(problem: Problem, cell: Cell) -> tuple[nn.Module, int]:
     penalty = None
     if arm == "zero":
         return model, 0
-    if arm in ("lora", "shira"):
+    if arm in ("lora", "shira", "supertuning"):
         model = with_peft(arm, problem, cell)
+    elif arm in ("gated", "joint"):
+        return searched(problem, cell)
+    elif arm == "last":
+        ga.train_last_blocks(model, 1, heads=problem.heads)
     elif arm == "ewc":
         fisher = ga.score(model, taken(problem.general, 16), kind="fisher", heads=problem.heads)
         penalty = ga.ElasticPenalty(model, fisher, weight=1e4)
@@ -294,19 +302,49 @@ def mask_of(problem: Problem, cell: Cell) -> ga.Mask:
 
 
 def with_peft(arm: str, problem: Problem, cell: Cell) -> nn.Module:
-    """LoRA or SHiRA of peft at every linear map of the blocks, as large as the masks."""
-    from peft import LoraConfig, ShiraConfig, get_peft_model
+    """LoRA, SHiRA or Super-Tuning of peft at every linear map of the blocks, as large as the masks."""
+    from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 
-    maps = [linear.name for _, _, linear in ga.discover(problem.model).maps()]
-    shapes = [problem.model.get_submodule(name).weight.shape for name in maps]
-    rank = max(1, round((1 - cell.core) * sum(a * b for a, b in shapes) / sum(a + b for a, b in shapes)))
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps) if arm == "lora" else ShiraConfig(
-        r=rank, target_modules=maps, random_seed=cell.seed
-    )  # fmt: skip
+    maps, rank = maps_of(problem.model), rank_of(problem.model, cell)
+    config = {
+        "lora": lambda: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps),
+        "shira": lambda: ShiraConfig(r=rank, target_modules=maps, random_seed=cell.seed),
+        "supertuning": lambda: SupertuningConfig(sparsity=cell.core, target_modules=maps),
+    }[arm]()
     model = get_peft_model(problem.model, config)
     for name in problem.heads:
         problem.model.get_parameter(name).requires_grad_(True)
     return model
+
+
+def maps_of(model: nn.Module) -> list[str]:
+    """The linear maps of the blocks."""
+    return [linear.name for _, _, linear in ga.discover(model).maps()]
+
+
+def rank_of(model: nn.Module, cell: Cell) -> int:
+    """Rank of LoRA at all of them with as many parameters as a mask has free elements."""
+    shapes = [model.get_submodule(name).weight.shape for name in maps_of(model)]
+    return max(1, round((1 - cell.core) * sum(a * b for a, b in shapes) / sum(a + b for a, b in shapes)))
+
+
+def searched(problem: Problem, cell: Cell) -> tuple[nn.Module, int]:
+    """A searched structure as large as the masks, or one of half the size beside a mask of half the density."""
+    model = problem.model
+    whole = round((1 - cell.core) * sum(model.get_submodule(name).weight.numel() for name in maps_of(model)))
+    mask = mask_of(problem, replace(cell, arm="contrast", core=(1 + cell.core) / 2)) if cell.arm == "joint" else None
+    space = {"paths": [{"kind": "lora", "rank": 4 * rank_of(model, cell)}]}
+    inner = getattr(model, "backbone", model)  # one structure, whatever task an example is of
+    adapters = ga.attach(inner, ga.SearchSpace.parse(space, where="forgetting"))
+    free = [model.get_parameter(name).requires_grad_(True) for name in problem.heads]
+    if mask is not None:
+        delta = ga.apply_mask(model, mask, heads=problem.heads)
+        free, whole = [*free, *delta.parameters()], whole - delta.params
+    adapters.set_penalty(ga.Budget(params=whole), total_steps=cell.steps)
+    gates = {"params": adapters.gate_parameters(), "lr": 0.1}
+    trained = [*adapters.weight_parameters(), *free]
+    fit(model, trained, problem.domain(cell.seed), cell.rate, cell.steps, adapters.penalty, [gates])
+    return model, adapters.compact().params + sum(p.numel() for p in free)
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
@@ -338,7 +376,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
 def rates_of(arm: str) -> tuple[float, ...]:
     """What is tried for an arm."""
-    return (0.0,) if arm == "zero" else RATES.get(arm, RATES["masked"])
+    return (0.0,) if arm == "zero" else RATES.get(arm, RATES["others"])
 
 
 def tuned_rate(study: str, arm: str, options: dict[str, Any], *, compute_missing: bool) -> float | None:

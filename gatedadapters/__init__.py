@@ -28,6 +28,7 @@ from gatedadapters.masking import (
     load_delta,
     score,
     select,
+    train_last_blocks,
 )
 from gatedadapters.structure import Structure
 from gatedadapters.transfer import weaken_knowledge
@@ -79,6 +80,7 @@ __all__ = [
     "score",
     "select",
     "select_core",
+    "train_last_blocks",
     "weaken_knowledge",
 ]
 

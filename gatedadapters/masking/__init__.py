@@ -2,6 +2,7 @@
 
 from gatedadapters.masking.delta import SparseDelta, apply_mask, get_delta, load_delta
 from gatedadapters.masking.elastic import ElasticPenalty
+from gatedadapters.masking.last_blocks import train_last_blocks
 from gatedadapters.masking.mask import Mask, Overlap
 from gatedadapters.masking.scores import Score, Scores
 from gatedadapters.masking.scoring import score
@@ -19,4 +20,5 @@ __all__ = [
     "load_delta",
     "score",
     "select",
+    "train_last_blocks",
 ]
