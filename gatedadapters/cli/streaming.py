@@ -38,12 +38,13 @@ from gatedadapters.data.language import Passage, read_passages, split_passages
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.experiment.setup import build_model, load_tasks
-from gatedadapters.inspection import save_core_png, save_stream_png
+from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
 from gatedadapters.selection import versions
 from gatedadapters.training import MultiTaskClassifier
 
 STREAMS, PICTURES, METRICS, TABLE, CONFIG = "streams", "pictures", "metrics.json", "table.txt", "continual.yaml"
-OUTPUTS = frozenset({STREAMS, PICTURES, METRICS, TABLE, CONFIG})
+LOGS = "tensorboard"
+OUTPUTS = frozenset({STREAMS, PICTURES, METRICS, TABLE, CONFIG, LOGS})
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
     for strategy in strategies.values():  # whatever is wrong with any of them is said before the first is trained
         Run(model, stream, strategy, config.training, folder / STREAMS, keep=config.keep)
     if overwrite:
-        for name in (STREAMS, PICTURES):
+        for name in (STREAMS, PICTURES, LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     earlier.write_text(text, encoding="utf-8")
@@ -92,13 +93,15 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
             model, stream = build(config, seed)
             if name == "random" and results:  # the control has as many elements as what it controls for
                 strategy = _of_equal_size(strategy, next(iter(results.values())), name, results)
-            results[name].append(
-                run_stream(
+            logs = folder / LOGS / name / place
+            shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on tells all of it again
+            with TensorBoardWriter(logs) as writer:
+                result = run_stream(
                     model, stream.ordered(order), strategy,
                     training=config.training.model_copy(update={"seed": seed}), folder=folder / STREAMS / name / place,
-                    keep=config.keep, watch=lambda line: _say(f"  {line}"),
-                )
-            )  # fmt: skip
+                    keep=config.keep, watch=lambda line: _say(f"  {line}"), on_stage=writer.stream,
+                )  # fmt: skip
+            results[name].append(result)
     streams = Streams(results)
     for name, found in results.items():
         save_stream_png(found[0], folder / PICTURES / f"{name}.png", title=name)
@@ -119,6 +122,7 @@ def report(folder: Path, streams: Streams) -> None:
     print(f"\nIn {folder}:")
     for name, what in {
         f"{PICTURES}/": "scores after every task, and where the cores lie",
+        f"{LOGS}/": "the same while it runs: tensorboard --logdir",
         f"{STREAMS}/": "what every task changed; gatedadapters.StreamResult.load(...).restore(model, to=k)",
         METRICS: "every number",
         CONFIG: "the configuration",

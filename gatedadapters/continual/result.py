@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -83,26 +84,30 @@ class StreamResult:
         self.record, self.baseline, self.stages, self.folder = record, baseline, stages, folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """From the folder of a finished stream.
+    def load(cls, folder: str | Path, *, stages: int | None = None) -> Self:
+        """From the folder of a stream.
+
+        Args:
+            folder: of `run_stream`.
+            stages: how many of them, of a stream that may not be finished; default: all there are to be.
 
         Raises:
-            ArtifactError: there is none, or it is not finished.
+            ArtifactError: there is none, or not so much of it is finished.
         """
         path = Path(folder)
         try:
             record = StreamRecord.model_validate_json((path / STREAM).read_bytes())
             baseline = BaselineRecord.model_validate_json((path / "baseline.json").read_bytes())
-            stages = [
+            found = [
                 StageRecord.model_validate_json((stage_folder(path, i) / STAGE).read_bytes())
-                for i in range(record.stages)
+                for i in range(record.stages if stages is None else stages)
             ]
         except (OSError, ValidationError) as error:
             raise ArtifactError(
                 "this is no finished stream", expected=f"{STREAM} and every stage", got=str(error).splitlines()[0],
                 where=path, fix="run it again: it goes on where it stopped",
             ) from error  # fmt: skip
-        return cls(record, baseline, stages, path)
+        return cls(record, baseline, found, path)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
@@ -209,7 +214,7 @@ class StreamResult:
             "record": self.record.model_dump(mode="json"),
             "baseline": self.baseline.model_dump(mode="json"),
             "stages": [stage.model_dump(mode="json", exclude={"report"}) for stage in self.stages],
-            "metrics": {name: getattr(self.metrics, name) for name in Metrics.__dataclass_fields__},
+            "metrics": asdict(self.metrics),
         }
 
     def to_json(self) -> str:

@@ -44,6 +44,7 @@ from gatedadapters.selection import versions
 from gatedadapters.structure import Structure
 
 Watch = Callable[[str], None]
+OnStage = Callable[[StreamResult], None]
 
 
 def run_stream(
@@ -55,6 +56,7 @@ def run_stream(
     folder: str | Path | None = None,
     keep: bool = True,
     watch: Watch | None = None,
+    on_stage: OnStage | None = None,
 ) -> StreamResult:
     """Tune `model` on task after task, in place, and measure what each did to all of them.
 
@@ -74,6 +76,8 @@ def run_stream(
         folder: for a stream that can go on and whose states can be restored.
         keep: store what each task changed; False stores the last state alone.
         watch: called with a line about what comes next.
+        on_stage: called with the stream so far after each stage, those included that a resumed stream finds finished;
+            for example `TensorBoardWriter(...).stream`.
 
     Raises:
         TaskError, DataError, ConfigError: tasks or options that do not go together, before any compute.
@@ -84,7 +88,9 @@ def run_stream(
     chosen = resolve(dict(strategy) if isinstance(strategy, Mapping) else strategy)
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
         place = Path(folder) if folder is not None else Path(scratch) / "stream"
-        run = Run(model, stream, chosen, training or StreamTrainingConfig(), place, keep=keep, watch=watch)
+        run = Run(
+            model, stream, chosen, training or StreamTrainingConfig(), place, keep=keep, watch=watch, on_stage=on_stage
+        )  # fmt: skip
         result = run.run()
     if folder is None:
         result.folder = None
@@ -114,10 +120,11 @@ class Run:
         *,
         keep: bool,
         watch: Watch | None = None,
+        on_stage: OnStage | None = None,
     ) -> None:
         self.model, self.stream, self.strategy, self.training = model, stream, strategy, training
         self.folder, self.keep, self.seed, self.now = folder, keep, training.seed, 0
-        self._watch = watch or (lambda _: None)
+        self._watch, self._on_stage = watch or (lambda _: None), on_stage
         if find_delta(model) is not None:
             raise AttachError(
                 "a stream starts from a plain model", expected="no sparse delta", got="model.sparse_delta",
@@ -292,6 +299,7 @@ class Run:
             for index in range(done):
                 if self.memory(index).is_dir():
                     self.strategy.recall(self, index, self.memory(index))
+                self._tell(index)
             if self.keep:
                 reference, current = self._reference(), digest(self.model)
         for index in range(done, record.stages):
@@ -299,6 +307,7 @@ class Run:
             tuned = self.strategy.tune(self, index)
             change = Change.between(reference, current, self.model)
             self._finish_stage(index, tuned, change)
+            self._tell(index)
             if self.keep:
                 reference, current = self._reference(), change.record.after
             elif index:
@@ -326,6 +335,10 @@ class Run:
             )  # fmt: skip
             (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.running, ignore_errors=True)
+
+    def _tell(self, index: int) -> None:
+        if self._on_stage is not None:
+            self._on_stage(StreamResult.load(self.folder, stages=index + 1))
 
     def _measure_baseline(self) -> None:
         """Scores of the untrained model, computed once."""

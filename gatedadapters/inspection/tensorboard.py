@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,8 +21,10 @@ from torch.utils.tensorboard import summary as protos
 
 from gatedadapters.adapters import Adapters
 from gatedadapters.config.base import Config
+from gatedadapters.continual import StreamResult
 from gatedadapters.gates import GateBank
 from gatedadapters.html import NOTHING
+from gatedadapters.inspection.continual import core_picture, stream_picture
 from gatedadapters.inspection.gates import GateView
 from gatedadapters.inspection.heat_map import HeatMap
 from gatedadapters.inspection.matrix import matrix_picture
@@ -129,6 +132,26 @@ class TensorBoardWriter:
             DataError: not one row and one column per name.
         """
         self._image(tag, pixels(matrix_picture(names, values, title=tag)), step)
+
+    def stream(self, result: StreamResult) -> None:
+        """What a stream of tasks has come to, at the step that counts its finished stages; step 0 is the untrained
+        model. `run_stream(on_stage=writer.stream)` calls it after each.
+
+        Scalars: `score/<task>`, `score/general`, `trained/elements`, `trained/bytes`; once all stages are there also
+        `metrics/...` (OP, BWT, FWT, forgetting, general delta). Images: `R`, and `cores` where tasks have them.
+        """
+        step, last = len(result.stages), result.stages[-1]
+        for at, record in ([(0, result.baseline)] if step == 1 else []) + [(step, last)]:
+            scores = {f"score/{name}": score for name, score in zip(result.tasks, record.scores, strict=True)}
+            self.scalars(scores | ({} if record.general is None else {"score/general": record.general}), at)
+        self.scalars({"trained/elements": last.elements, "trained/bytes": last.bytes}, step)
+        self._image("R", pixels(stream_picture(result)), step)
+        if cores := result.cores():
+            self._image("cores", pixels(core_picture(cores)), step)
+        if step == result.record.stages:
+            found = asdict(result.metrics)
+            self.scalars({f"metrics/{name}": value for name, value in found.items() if value is not None}, step)
+        self.flush()
 
     def hparams(
         self, config: Config | Mapping[str, Any], metrics: Mapping[str, float | None] | None = None, *, step: int = 0

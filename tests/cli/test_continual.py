@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gatedadapters as ga
 from gatedadapters.cli import streaming
@@ -57,14 +58,32 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
     result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")
     result.restore(model, 2, start=0)
     assert [task.score(model) for task in stream] == result.matrix[-1]
+    shown = scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0")
+    assert shown == [
+        [(0, first), *enumerate(later, 1)]
+        for first, *later in zip(result.baseline.scores, *result.matrix, strict=True)
+    ]  # fmt: skip
     before = {p: p.stat().st_mtime_ns for p in (out / "streams").rglob("*") if p.is_file()}
     assert main(["continual", str(config), "--out", str(out)]) == 0  # finished: only read
     assert {p: p.stat().st_mtime_ns for p in before if p.name != "stream.json"}.items() <= before.items()
+    assert scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0") == shown  # told anew, not twice
     capsys.readouterr()
     assert main(["continual", str(continual(strategy="ewc")), "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["continual", str(continual(strategy="sequential")), "--out", str(out), "--overwrite"]) == 0
     assert [p.name for p in (out / "streams").iterdir()] == ["sequential"]
+
+
+def scores_shown(run: Path) -> list[list[tuple[int, float]]]:
+    """By task, what TensorBoard shows of a finished stream of two tasks, at which step."""
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    for tag in ("R", "cores"):
+        assert [event.step for event in events.Images(tag)] == [1, 2]
+    assert [event.step for event in events.Scalars("metrics/op")] == [2]
+    return [
+        [(event.step, pytest.approx(event.value, abs=1e-6)) for event in events.Scalars(f"score/{task}")]
+        for task in ("mood", "animal")
+    ]
 
 
 def test_several_seeds_and_orders_give_intervals(
