@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -329,12 +330,14 @@ def _ones_and_zeros(like: Tensor, share: float) -> Tensor:
 
     On the CPU a Bernoulli draw per element costs as much as the map that reads it. There each element compares 16
     random bits with a threshold that is rounded to 16 bits at random, once a call: the probability is exactly `share`.
+    torch's generator draws the key of a faster one, which draws the bits.
     """
     drawn = torch.empty_like(like, requires_grad=False)
     if like.device.type != "cpu" or not like.numel():
         return drawn.bernoulli_(1 - share)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: like.numel()].view(like.shape)
+    key = torch.empty((), dtype=torch.int64, device="cpu").random_()
+    words = np.random.SFC64(int(key)).random_raw(-(-like.numel() // 4))
+    bits = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
     threshold = (2**16 * share + torch.rand((), dtype=torch.float64)).floor().clamp(max=2**16 - 1) - 2**15
     return torch.ge(bits, threshold.to(torch.int16), out=drawn)
 
