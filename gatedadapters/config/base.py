@@ -30,6 +30,29 @@ class Config(BaseModel):
             raise config_error(error, where=where, known=tuple(cls.model_fields)) from None
 
 
+class FileConfig(Config):
+    """A configuration that a command reads from a YAML file."""
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read a YAML file; relative paths in it count from its folder.
+
+        Raises:
+            ConfigError: unreadable file, unknown or invalid keys.
+        """
+        path = Path(file)
+        return cls.parse(read_yaml(path), where=str(path)).from_folder(path.absolute().parent)
+
+    def from_folder(self, folder: Path) -> Self:
+        """The same with relative paths counted from `folder`."""
+        raise NotImplementedError
+
+
+def found_in(folder: Path, name: str) -> str:
+    """A file or folder that lies in `folder`, by its path; else the name, which a registry may know."""
+    return str(folder / name) if (folder / name).exists() else name
+
+
 Record = TypeVar("Record", bound=Config)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, read_yaml
+from gatedadapters.config.base import Config, FileConfig, found_in
 from gatedadapters.config.search import TaskConfig
 from gatedadapters.config.select import TuningConfig
 
@@ -77,7 +77,7 @@ class StreamTaskConfig(TaskConfig):
     answer: str | None = None
 
 
-class ContinualConfig(Config):
+class ContinualConfig(FileConfig):
     """What `gatedadapters continual` does.
 
     Attributes:
@@ -121,24 +121,10 @@ class ContinualConfig(Config):
             raise ValueError("either all tables have an answer column or none has")
         return self
 
-    @classmethod
-    def load(cls, file: str | FilePath) -> Self:
-        """Read a YAML file; relative paths in it count from its folder.
-
-        Raises:
-            ConfigError: unreadable file, unknown or invalid keys.
-        """
-        path = FilePath(file)
-        config = cls.parse(read_yaml(path), where=str(path))
-        folder = path.absolute().parent
-
-        def placed(task: StreamTaskConfig) -> StreamTaskConfig:
-            tables = {k: getattr(task, k) for k in ("train", "validation", "test")}
-            return task.model_copy(update={k: v and str(folder / v) for k, v in tables.items()})
-
-        changes: dict[str, object] = {"tasks": tuple(map(placed, config.tasks))}
-        if config.general is not None:
-            changes["general"] = placed(config.general)
-        if (folder / config.model).exists():
-            changes["model"] = str(folder / config.model)
-        return config.model_copy(update=changes)
+    def from_folder(self, folder: FilePath) -> Self:
+        """The same with relative paths counted from `folder`."""
+        changes: dict[str, object] = {
+            "tasks": tuple(task.from_folder(folder) for task in self.tasks), "model": found_in(folder, self.model),
+            "general": self.general and self.general.from_folder(folder),
+        }  # fmt: skip
+        return self.model_copy(update=changes)

@@ -8,11 +8,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, FileConfig, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.space import SearchSpace
-from gatedadapters.errors import ConfigError
 
 Rival = Literal["uniform", "random"]
 BUNDLED = "bundled:"
@@ -51,6 +50,11 @@ class TaskConfig(Config):
         """The name, or what stands for it."""
         return self.name or self.bundled or FilePath(self.train or "").stem
 
+    def from_folder(self, folder: FilePath) -> Self:
+        """The same with relative paths of tables counted from `folder`."""
+        tables = {part: getattr(self, part) for part in ("train", "validation", "test")}
+        return self.model_copy(update={part: file and str(folder / file) for part, file in tables.items()})
+
 
 class TrainingConfig(Config):
     """How long and how fast.
@@ -80,7 +84,7 @@ class TrainingConfig(Config):
     seed: int = 0
 
 
-class SearchConfig(Config):
+class SearchConfig(FileConfig):
     """What `gatedadapters search` does.
 
     Attributes:
@@ -125,24 +129,6 @@ class SearchConfig(Config):
         """The budget, unless a penalty stands in its place."""
         return self.budget if self.penalty is None else None
 
-    @classmethod
-    def load(cls, file: str | FilePath) -> Self:
-        """Read a YAML file; relative paths in it count from its folder.
-
-        Raises:
-            ConfigError: unreadable file, unknown or invalid keys.
-        """
-        path = FilePath(file)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                expected="a readable YAML file", got=f"{type(error).__name__}: {error}", where=str(path),
-                fix="check the path and the syntax",
-            ) from error  # fmt: skip
-        config = cls.parse(data, where=str(path))
-        return config.from_folder(path.absolute().parent)
-
     def resolved_space(self) -> SearchSpace:
         """The search space itself.
 
@@ -160,18 +146,9 @@ class SearchConfig(Config):
 
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""
-
-        def absolute(value: str | None) -> str | None:
-            return None if value is None else str(folder / value)
-
         changes: dict[str, Any] = {
-            "tasks": tuple(
-                task.model_copy(update={k: absolute(getattr(task, k)) for k in ("train", "validation", "test")})
-                for task in self.tasks
-            )
-        }
-        if (folder / self.model).exists():
-            changes["model"] = str(folder / self.model)
+            "tasks": tuple(task.from_folder(folder) for task in self.tasks), "model": found_in(folder, self.model)
+        }  # fmt: skip
         if isinstance(self.space, str) and self.space.endswith((".yaml", ".yml")):
-            changes["space"] = absolute(self.space)
+            changes["space"] = str(folder / self.space)
         return self.model_copy(update=changes)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config, read_yaml
+from gatedadapters.config.base import Config, FileConfig, found_in
 
 
 class SelectionConfig(Config):
@@ -83,7 +83,7 @@ class TuningConfig(Config):
     seed: int = 0
 
 
-class SelectConfig(Config):
+class SelectConfig(FileConfig):
     """What `gatedadapters select` does.
 
     Attributes:
@@ -99,21 +99,11 @@ class SelectConfig(Config):
     selection: SelectionConfig = SelectionConfig()
     training: TuningConfig = TuningConfig()
 
-    @classmethod
-    def load(cls, file: str | FilePath) -> Self:
-        """Read a YAML file; relative paths in it count from its folder.
-
-        Raises:
-            ConfigError: unreadable file, unknown or invalid keys.
-        """
-        path = FilePath(file)
-        config = cls.parse(read_yaml(path), where=str(path))
-        folder = path.absolute().parent
+    def from_folder(self, folder: FilePath) -> Self:
+        """The same with relative paths counted from `folder`."""
         changes: dict[str, object] = {
             part: corpus.model_copy(update={"file": str(folder / corpus.file)})
-            for part, corpus in (("general", config.general), ("domain", config.domain))
+            for part, corpus in (("general", self.general), ("domain", self.domain))
             if corpus.file is not None
         }
-        if (folder / config.model).exists():
-            changes["model"] = str(folder / config.model)
-        return config.model_copy(update=changes)
+        return self.model_copy(update={**changes, "model": found_in(folder, self.model)})

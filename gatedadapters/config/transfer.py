@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, found_in
 from gatedadapters.config.search import SearchConfig
 from gatedadapters.config.space import SearchSpace
 
@@ -107,9 +107,5 @@ class TransferConfig(SearchConfig):
 
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""
-        changes = {}
-        for name in ("update", "adapter"):
-            value = getattr(self, name)
-            if value is not None and (folder / value).exists():
-                changes[name] = str(folder / value)
+        changes = {"update": found_in(folder, self.update), "adapter": self.adapter and found_in(folder, self.adapter)}
         return super().from_folder(folder).model_copy(update=changes)
