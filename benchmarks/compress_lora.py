@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import computed, interval
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -202,13 +202,7 @@ def compute(cell: Cell) -> dict[str, Any]:
 
 def run(cell: Cell) -> dict[str, Any]:
     """The stored result of a cell, computed now if nobody has; written whole or not at all."""
-    if not cell.file.exists():
-        result = compute(cell)
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, cell.file)
-    return json.loads(cell.file.read_text())
+    return computed(cell.file, lambda: compute(cell))
 
 
 def tuned_rate(task: str, arm: str, *, compute_missing: bool) -> float | None:
@@ -240,13 +234,6 @@ def run_all() -> None:
         for cell in study(task, compute_missing=True):
             result = run(cell)
             print(f"{cell.task} 1/{1 / cell.share:g} {cell.arm} seed {cell.seed}: {result['score']:.3f}", flush=True)
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences and the half-width of its 95 % t interval."""
-    n = len(differences)
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
-    return float(differences.mean()), float(half)
 
 
 def table() -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from cells import computed, shown
 
 import gatedadapters as ga
 from gatedadapters.config import ProbeConfig, StreamTrainingConfig
@@ -235,13 +234,7 @@ def compute(cell: Cell) -> dict[str, Any]:
 
 def run(cell: Cell) -> dict[str, Any]:
     """The stored result of a cell, computed now if nobody has; written whole or not at all."""
-    if not cell.file.exists():
-        result = compute(cell)
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, cell.file)
-    return stored(cell)
+    return computed(cell.file, lambda: compute(cell))
 
 
 def stored(cell: Cell) -> dict[str, Any]:
@@ -299,14 +292,6 @@ def run_all(study: str, arms: Sequence[str], streams: Sequence[int]) -> None:
                 )
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and the half-width of its 95 % t interval, in per cent."""
-    if len(values) == 0:
-        return ""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{100 * values.mean():.1f} ± {100 * half:.1f}"
-
-
 def table(study: str) -> str:
     """Every arm from the stored cells, and l2_fisher minus each, paired by stream."""
     found = {}
@@ -320,15 +305,15 @@ def table(study: str) -> str:
     ours = found.get("l2_fisher", ({}, {}))[1]
     for arm, (setting, results) in found.items():
         metrics = {n: [r["metrics"][n] for r in results.values()] for n in Metrics.__dataclass_fields__}
-        shown = [interval(np.array([v for v in metrics[n] if v is not None])) for n in metrics]
+        means = [shown(v for v in metrics[n] if v is not None) for n in metrics]
         pairs = [
-            interval(np.array([ours[s]["metrics"][n] - results[s]["metrics"][n] for s in sorted(ours.keys() & results)
-                               if results[s]["metrics"][n] is not None and arm != "l2_fisher"]))
+            shown((ours[s]["metrics"][n] - results[s]["metrics"][n] for s in sorted(ours.keys() & results)
+                   if results[s]["metrics"][n] is not None and arm != "l2_fisher"), signed=True)
             for n in ("op", "forgetting")
         ]  # fmt: skip
         stages = [stage for r in results.values() for stage in r["stages"]]
         rows.append([
-            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *shown, *pairs,
+            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *means, *pairs,
             f"{np.mean([s['elements'] for s in stages]):,.0f}", f"{np.mean([s['bytes'] for s in stages]):,.0f}",
             f"{np.mean([sum(s['seconds'] for s in r['stages']) for r in results.values()]):.0f}",
             f"{np.mean([sum(s['probe_seconds'] for s in r['stages']) for r in results.values()]):.0f}",

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +27,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from cells import computed, interval, shown
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import Tensor, nn
 
 import gatedadapters as ga
@@ -365,13 +363,7 @@ def compute(cell: Cell) -> dict[str, Any]:
 
 def run(cell: Cell) -> dict[str, Any]:
     """The stored result of a cell, computed now if nobody has; written whole or not at all."""
-    if not cell.file.exists():
-        result = compute(cell)
-        STORE.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, cell.file)
-    return dict(json.loads(cell.file.read_text()))
+    return computed(cell.file, lambda: compute(cell))
 
 
 def rates_of(arm: str) -> tuple[float, ...]:
@@ -404,42 +396,65 @@ def stored() -> dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]]:
     return found
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of the 95 % t interval."""
-    data = np.asarray(values)
-    if len(data) < 2:
-        return f"{data.mean():.3f}"
-    half = stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data))
-    return f"{data.mean():.3f} ± {half:.3f}"
+SCORES = ("domain", "general", "general task")
 
 
 def table() -> str:
-    """Every study from the stored cells. Losses are shown negated: higher is better everywhere."""
+    """Every study from the stored cells, and contrast minus each arm, paired by seed. Accuracies in points, losses per
+    token negated: higher is better everywhere.
+    """
     rows = []
     for (study, core), arms in stored().items():
+        ours = arms.get("contrast", {})
         for arm in [arm for arm in ARMS if arm in arms]:
-            cells = list(arms[arm].values())
-            columns = [
-                interval([c["scores"][key] for c in cells]) if key in cells[0]["scores"] else ""
-                for key in ("domain", "general", "general task")
-            ]
-            rows.append([study, f"{core:g}", arm, f"{cells[0]['cell']['rate']:g}", str(len(cells)), *columns])
-    return format_table(["study", "core", "arm", "rate", "seeds", "domain", "general", "general task"], rows)
+            cells = arms[arm]
+            columns, differences = [], []
+            for key in SCORES:
+                times = 100 if study == "encoder" or key == "general task" else 1
+                values = {seed: cell["scores"][key] for seed, cell in cells.items() if key in cell["scores"]}
+                columns.append(shown(values.values(), times=times))
+                seeds = sorted(values.keys() & ours) if arm != "contrast" else []
+                pairs = [ours[seed]["scores"][key] - values[seed] for seed in seeds]
+                differences.append(shown(pairs, times=times, signed=True))
+            first = next(iter(cells.values()))
+            count, rate = f"{first['trained']:,}", f"{first['cell']['rate']:g}"
+            rows.append([study, f"{core:g}", arm, rate, str(len(cells)), *columns, *differences[:2], count])
+    header = ["study", "core", "arm", "rate", "seeds", *SCORES, "contrast - arm: domain", "general", "trained"]
+    return format_table(header, rows)
+
+
+OURS = ("taylor", "fisher", "contrast", "joint", "gated")
 
 
 def picture(file: Path) -> None:
-    """Domain against general score, one panel a study: better is up and right."""
-    import matplotlib.pyplot as plt
+    """Domain against general score with 95 % intervals, one panel a study: better is up and right. Where several cores
+    were tried, their arms are joined by a line.
+    """
+    from matplotlib.figure import Figure
 
     found = stored()
-    figure, axes = plt.subplots(1, max(1, len(found)), figsize=(4.5 * max(1, len(found)), 4), squeeze=False)
-    for axis, ((study, core), arms) in zip(axes[0], found.items(), strict=False):
-        for arm, cells in arms.items():
-            x, y = ([c["scores"][key] for c in cells.values()] for key in ("domain", "general"))
-            axis.errorbar(np.mean(x), np.mean(y), xerr=np.std(x), yerr=np.std(y), marker="o", label=arm)
-        axis.set(xlabel="domain", ylabel="general", title=f"{study}, core {core:g}")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+    studies = list(dict.fromkeys(study for study, _ in found))
+    figure = Figure(figsize=(6.2 * max(1, len(studies)), 4.6), layout="constrained")
+    axes = figure.subplots(1, max(1, len(studies)), squeeze=False)
+    for axis, study in zip(axes[0], studies, strict=True):
+        cores = sorted(core for name, core in found if name == study)
+        for number, arm in enumerate(ARMS):
+            points = []
+            for core in cores:
+                cells = found[study, core].get(arm, {}).values()
+                if cells:
+                    points.append([interval(c["scores"][key] for c in cells) for key in ("domain", "general")])
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.errorbar(
+                    [p[0] for p in x], [p[0] for p in y], xerr=[p[1] for p in x], yerr=[p[1] for p in y], label=arm,
+                    marker="*" if arm == "zero" else "o" if arm in OURS else "s", ms=9 if arm in OURS else 6,
+                    mfc=f"C{number % 10}" if arm in OURS else "white", color=f"C{number % 10}", elinewidth=0.7, lw=0.7,
+                )  # fmt: skip
+        loss = "accuracy" if study == "encoder" else "minus loss per token"
+        axis.set(xlabel=f"domain ({loss})", ylabel=f"general ({loss})", title=study)
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(file, dpi=120)
 
 

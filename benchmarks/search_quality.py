@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import computed, interval
 from peft_rivals import BATCH, PEFT_ARMS, peft_ranks
-from scipy import stats
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -320,13 +320,7 @@ STUDIES = (
 
 def run(cell: Cell) -> dict[str, Any]:
     """The stored result of a cell, computed now if nobody has; written whole or not at all."""
-    if not cell.file.exists():
-        result = compute(cell, {**ARMS, **PEFT_ARMS}[cell.arm])
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, cell.file)
-    return json.loads(cell.file.read_text())
+    return computed(cell.file, lambda: compute(cell, {**ARMS, **PEFT_ARMS}[cell.arm]))
 
 
 def tuned_rate(task: str, budget: float, arm: str, *, compute_missing: bool) -> float | None:
@@ -352,13 +346,6 @@ def run_all(only: list[str]) -> None:
                 assert rate is not None
                 result = run(Cell(study.task, study.budget, arm, rate, seed))
                 print(f"{name} {arm} seed {seed} rate {rate:g}: {result['score']:.3f}", flush=True)
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences and the half-width of its 95 % t interval."""
-    n = len(differences)
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
-    return float(differences.mean()), float(half)
 
 
 Found = dict[str, dict[int, dict[str, Any]]]  # results by arm and seed

@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
+from cells import read, shown, store
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -47,7 +48,6 @@ from gatedadapters.data.bundled.models import cache_folder
 from gatedadapters.selection import versions
 from gatedadapters.structure import format_table
 from gatedadapters.transfer import activation_shift, prefer_transferable, recovery, simulate_update
-from gatedadapters.transfer.evaluate import t_quantile
 
 STORE = Path(__file__).parent / "results" / "transfer"
 CANDIDATE_RANK, SHARE = 16, 0.25  # every arm: the parameters of LoRA rank 4 at every linear map
@@ -188,14 +188,14 @@ def folder_of(name: str) -> Path:
     """A base as `from_pretrained` reads it; the update of SmolLM2 is made once, its report beside it."""
     if name != "smollm2-friends":
         return model_folder(name)
-    target = cache_folder() / "smollm2-friends-120"
+    target = cache_folder() / "smollm2-friends-80"
     if not target.is_dir():
         source = model_folder("smollm2")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
         report = simulate_update(
-            model, tokenizer, load_corpus("friends"), steps=120, learning_rate=5e-4, batch_size=8, length=128,
-            other_texts=load_corpus("xsum")[:40], bf16=True,
+            model, tokenizer, load_corpus("friends"), steps=80, learning_rate=5e-4, batch_size=4, length=128,
+            other_texts=load_corpus("xsum")[:40],
         )  # fmt: skip
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / "model"
@@ -361,14 +361,6 @@ def cells() -> Iterator[Cell]:
                 yield cell_of(ENCODER, task, variant, seed, "new")
 
 
-def store(path: Path, data: dict[str, Any]) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def run_all(only: list[str], limit: int | None) -> None:
     """Compute what is missing."""
     for cell in cells():
@@ -382,25 +374,11 @@ def run_all(only: list[str], limit: int | None) -> None:
             store(shift, premise(SETTINGS[cell.setting], cell.task))
         result = compute(cell)
         store(cell.file, result)
-        shown = {name: round(result[name]["accuracy"], 3) for name in ("old", "direct", "new") if name in result}
-        print(f"{cell.file.stem}: {shown}, {result['total_seconds']} s", flush=True)
+        scores = {name: round(result[name]["accuracy"], 3) for name in ("old", "direct", "new") if name in result}
+        print(f"{cell.file.stem}: {scores}, {result['total_seconds']} s", flush=True)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def read(cell: Cell) -> dict[str, Any] | None:
-    """A stored cell."""
-    return json.loads(cell.file.read_text()) if cell.file.exists() else None
-
-
-def interval(values: list[float], *, signed: bool = True) -> str:
-    """Mean and half-width of the 95 % t interval, in points."""
-    if not values:
-        return ""
-    shown = f"{100 * mean(values):+.1f}" if signed else f"{100 * mean(values):.1f}"
-    half = t_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{shown} ± {100 * half:.1f}"
 
 
 def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...]) -> str:
@@ -412,26 +390,25 @@ def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...])
             found = []
             for name in tasks if task == "all" else (task,):
                 for seed in seeds:
-                    own = read(cell_of(setting, name, variant, seed))
-                    vanilla = read(cell_of(setting, name, "vanilla", seed))
-                    retuned = read(cell_of(setting, name, variant, seed, "new"))
-                    reference = read(cell_of(setting, name, "vanilla", seed, "new"))
+                    own = read(cell_of(setting, name, variant, seed).file)
+                    vanilla = read(cell_of(setting, name, "vanilla", seed).file)
+                    retuned = read(cell_of(setting, name, variant, seed, "new").file)
+                    reference = read(cell_of(setting, name, "vanilla", seed, "new").file)
                     if own and vanilla:
                         found.append((own, vanilla, retuned, reference))
             if not found:
                 continue
-            direct = [_won(own, van, "direct") for own, van, _, _ in found]
-            old = [_won(own, van, "old") for own, van, _, _ in found]
+            won = [[_won(own, van, base) for own, van, _, _ in found] for base in ("direct", "old")]
             closed = [(own, van, ref) for own, van, _, ref in found if ref]
             gaps = [ref["new"]["accuracy"] - van["direct"]["accuracy"] for _, van, ref in closed]
-            won = recovery([_won(own, van, "direct") for own, van, _ in closed], gaps)
-            share = "undefined" if won.value is None else f"{won.value:.0%}"
+            recovered = recovery([_won(own, van, "direct") for own, van, _ in closed], gaps)
+            share = "undefined" if recovered.value is None else f"{recovered.value:.0%}"
             rows.append([
                 task, variant, str(len(found)),
-                interval([own["old"]["accuracy"] for own, *_ in found], signed=False),
-                interval([own["direct"]["accuracy"] for own, *_ in found], signed=False),
-                interval([r["new"]["accuracy"] for _, _, r, _ in found if r], signed=False),
-                *(["", "", ""] if variant == "vanilla" else [interval(direct), interval(old), share]),
+                shown(own["old"]["accuracy"] for own, *_ in found),
+                shown(own["direct"]["accuracy"] for own, *_ in found),
+                shown(r["new"]["accuracy"] for _, _, r, _ in found if r),
+                *(["", "", ""] if variant == "vanilla" else [*(shown(part, signed=True) for part in won), share]),
                 f"{max(own['params'] for own, *_ in found):,}",
             ])  # fmt: skip
     return format_table([*header, "params"], rows)
@@ -448,7 +425,7 @@ def sweep_table() -> str:
         row = [f"p_i {mask:g}"]
         for drop in DROPS:
             made = [Cell(ENCODER.name, SWEEP_TASK, "uniform", seed, "old", mask, drop) for seed in SWEEP_SEEDS]
-            found = [result for result in map(read, made) if result]
+            found = [result for result in (read(cell.file) for cell in made) if result]
             values = [mean(r[name]["accuracy"] for r in found) for name in ("old", "direct")] if found else []
             row.append(" / ".join(f"{100 * value:.1f}" for value in values))
         rows.append(row)
