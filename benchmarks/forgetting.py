@@ -41,8 +41,8 @@ from gatedadapters.selection import versions
 from gatedadapters.structure import format_table
 
 STORE = Path(__file__).parent / "results" / "forgetting"
-BATCH, LENGTH = 8, 96
-DECODER_BATCH = 4
+BATCH, LENGTH = 8, 40
+DECODER_BATCH, DECODER_LENGTH = 4, 64
 RATES = {
     "full": (1e-5, 1e-4), "ewc": (1e-5, 1e-4), "last": (1e-5, 1e-4), "others": (2e-4, 2e-3),
 }  # fmt: skip
@@ -105,7 +105,7 @@ def decoder_problem(cell: Cell) -> Problem:
     def corpus(name: str) -> tuple[LanguageDataset, LanguageDataset]:
         texts = [Passage(text[:4000]) for text in load_corpus(name)]
         sides = split_passages(texts[:800], 0.3, seed=seed)
-        return LanguageDataset(sides[0], tokenizer, LENGTH), LanguageDataset(sides[1], tokenizer, LENGTH)
+        return tuple(LanguageDataset(side, tokenizer, DECODER_LENGTH) for side in sides)
 
     news, held_out_news = corpus("xsum")
     keep = load_choices("commonsenseqa", train=0, validation=count // 2, test=count, seed=seed)
@@ -120,7 +120,7 @@ def decoder_problem(cell: Cell) -> Problem:
     else:
         task = load_choices(cell.study, train=1000, validation=count // 2, test=count, seed=seed)
         passages = [Passage(prompt(e), e.choices[e.answer]) for e in task.train]
-        domain = LanguageDataset(passages, tokenizer, LENGTH)
+        domain = LanguageDataset(passages, tokenizer, 2 * DECODER_LENGTH)
 
         def domain_score(model: nn.Module, split: str) -> float:
             return choice_accuracy(model, tokenizer, task.split(split))
@@ -147,7 +147,7 @@ def choice_accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[ChoiceE
     collate, right = LanguageCollator(tokenizer), 0
     for example in examples:
         passages = [Passage(prompt(example), choice) for choice in example.choices]
-        items = LanguageDataset(passages, tokenizer, 2 * LENGTH)
+        items = LanguageDataset(passages, tokenizer, 2 * DECODER_LENGTH)
         losses = losses_of(model, collate([items[i] for i in range(len(items))]))
         right += int(losses.argmin()) == example.answer
     return right / len(examples)
@@ -178,7 +178,7 @@ def encoder_problem(cell: Cell) -> Problem:
     model = ga.MultiTaskClassifier(backbone, {old.name: old.n_classes, new.name: new.n_classes})
     collate = MixedTaskCollator(tokenizer)
     sets = {
-        split: [MixedTaskDataset([old, new], tokenizer, split, 40)] for split in ("train", "validation", "test")
+        split: [MixedTaskDataset([old, new], tokenizer, split, LENGTH)] for split in ("train", "validation", "test")
     }  # ids count both tasks
 
     def items(split: str, task: int) -> list[Any]:
@@ -463,12 +463,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("file", nargs="?", type=Path, default=Path("forgetting.png"))
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["encoder", "grimm"])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["encoder", "grimm", "medmcqa"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, help="default: all on the encoder, else five")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: five on the encoder, else two")
     parser.add_argument("--core", nargs="+", type=float, default=[0.95], help="several: the sweep over the core")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--test", type=int, default=200, help="test examples of each kind")
+    parser.add_argument("--steps", type=int, help="default: 120 on the encoder, else 30")
+    parser.add_argument("--test", type=int, help="test examples of each kind; default: 600 on the encoder, else 60")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -478,7 +478,8 @@ def main() -> None:
     for study in options.studies if options.command == "run" else ():
         arms = options.arms or (ARMS if study == "encoder" else DECIDING)
         for core in options.core:
-            shared = {"core": core, "steps": options.steps, "test": options.test}
+            steps, test = (120, 600) if study == "encoder" else (30, 60)
+            shared = {"core": core, "steps": options.steps or steps, "test": options.test or test}
             rates = {arm: tuned_rate(study, arm, shared, compute_missing=True) for arm in arms}
             for seed in options.seeds or (range(5) if study == "encoder" else range(2)):
                 for arm, rate in rates.items():
