@@ -22,9 +22,9 @@ from gatedadapters.continual.states import Snapshot, digest, state_of
 from gatedadapters.continual.tasks import Task
 from gatedadapters.continual.tensors import tensors_of
 from gatedadapters.errors import ArtifactError
-from gatedadapters.masking import Score, Scores, score
-from gatedadapters.masking.scores import Batch, Run
-from gatedadapters.masking.scores.base import gradients
+from gatedadapters.masking import Scores, score
+from gatedadapters.masking.scores import Batch
+from gatedadapters.masking.scores.base import BatchScore
 from gatedadapters.safe_files import opened, whole_folder, write_tensors
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
@@ -52,7 +52,7 @@ class ProbeRecord(Config):
     fisher: dict[str, float]
 
 
-class BatchFisher(Score):
+class BatchFisher(BatchScore):
     """`mean_b g_b²`, g_b the gradient of a batch's mean loss.
 
     Quantity: the squared gradient as the authors of TRACE take it, over batches of 2; it shrinks with the batch size
@@ -64,20 +64,9 @@ class BatchFisher(Score):
 
     kind = "batch_fisher"
 
-    def batch(self, run: Run, batch: Batch) -> None:
-        """One backward pass."""
-        losses = run.losses(batch)
-        with gradients(run, lambda name, grad: self._add(run, name, grad)):
-            losses.mean().backward()
-
-    @staticmethod
-    def _add(run: Run, name: str, grad: Tensor) -> None:
-        run.totals[name].add_(grad.to(run.totals[name]).square_())
-
-    def finish(self, run: Run) -> None:
-        """Mean over batches."""
-        for total in run.totals.values():
-            total /= run.batches
+    def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
+        """g²."""
+        return grad.to(torch.promote_types(grad.dtype, torch.float32)).square_()
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,29 @@ class Score(ABC):
         return None
 
 
+class BatchScore(Score):
+    """A mean over batches of some function of the gradient of a batch's mean loss."""
+
+    def batch(self, run: Run, batch: Batch) -> None:
+        """One backward pass."""
+        losses = run.losses(batch)
+        with gradients(run, lambda name, grad: self._add(run, name, grad)):
+            losses.mean().backward()
+
+    def _add(self, run: Run, name: str, grad: Tensor) -> None:
+        total = run.totals[name]
+        total += self.value(grad, run.parameters[name].detach()).to(total)
+
+    @abstractmethod
+    def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
+        """What is averaged; may be computed in `grad`."""
+
+    def finish(self, run: Run) -> None:
+        """Mean over batches."""
+        for total in run.totals.values():
+            total /= run.batches
+
+
 @contextmanager
 def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Within this context a backward pass hands each parameter's gradient to `use`, and frees it.

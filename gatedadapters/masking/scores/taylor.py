@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gatedadapters.masking.scores.base import Batch, Run, Score, gradients
+from gatedadapters.masking.scores.base import BatchScore
 
 
-class Taylor(Score):
+class Taylor(BatchScore):
     """`mean_b |θ g_b|`, g_b the gradient of a batch's mean loss.
 
     Quantity: the change of the loss, to first order, if the element were set to 0. Reduction: mean over batches of
@@ -21,18 +21,6 @@ class Taylor(Score):
 
     kind = "taylor"
 
-    def batch(self, run: Run, batch: Batch) -> None:
-        """One backward pass."""
-        losses = run.losses(batch)
-        with gradients(run, lambda name, grad: self._add(run, name, grad)):
-            losses.mean().backward()
-
-    @staticmethod
-    def _add(run: Run, name: str, grad: Tensor) -> None:
-        total = run.totals[name]
-        total += grad.mul_(run.parameters[name].detach()).abs_().to(total)
-
-    def finish(self, run: Run) -> None:
-        """Mean over batches."""
-        for total in run.totals.values():
-            total /= run.batches
+    def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
+        """|θ g|."""
+        return grad.mul_(parameter).abs_()
