@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from gatedadapters.continual import Core, StreamResult
 from gatedadapters.html import INK
 from gatedadapters.inspection.matrix import matrix_picture
-from gatedadapters.inspection.picture import save_figure
+from gatedadapters.inspection.picture import quiet, save_figure
 
 
 def stream_picture(result: StreamResult, *, title: str | None = None) -> Figure:
@@ -58,10 +58,7 @@ def core_picture(cores: Sequence[tuple[str, Core]], *, title: str = "what each t
         axis.set_title(f"{name}: {core.tensor_share:.0%} of tensors, {core.element_share:.2%} of elements", fontsize=8)
         for side in axis.spines.values():
             side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("elements selected, %", fontsize=7, color=INK)
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)
+    quiet(figure.colorbar(image, ax=axes, shrink=0.8), "elements selected, %")
     figure.suptitle(title, fontsize=10, fontweight="bold", color=INK)
     return figure
 

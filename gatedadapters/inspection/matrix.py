@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from gatedadapters.errors import DataError
 from gatedadapters.html import INK
-from gatedadapters.inspection.picture import COLOURS
+from gatedadapters.inspection.picture import COLOURS, quiet
 
 
 def matrix_picture(
@@ -48,9 +48,7 @@ def matrix_picture(
         axes.text(column, row, f"{found[row, column]:.3g}", ha="center", va="center", fontsize=7, color=ink)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
-    bar.outline.set_visible(False)
+    quiet(figure.colorbar(image, ax=axes, shrink=0.8))
     if title:
         figure.suptitle(title, fontsize=10, fontweight="bold", color=INK)
     return figure

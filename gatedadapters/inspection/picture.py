@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -61,9 +62,7 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
         ScalarMappable(norm, COLOURS), ax=axes, fraction=0.3 / size[0], aspect=20, shrink=min(1.0, 2.6 / size[1]),
         pad=0.1 / size[0],
     )  # fmt: skip
-    bar.set_label("share of the offered\nunits kept (grey: none)", color=INK, fontsize=7)
-    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
-    bar.outline.set_visible(False)
+    quiet(bar, "share of the offered\nunits kept (grey: none)")
     figure.suptitle(title or _size(structure), color=INK, fontsize=11, fontweight="bold")
     return figure
 
@@ -71,6 +70,13 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
 def save_png(structure: Structure, path: str | Path, *, title: str | None = None, dpi: int = 150) -> None:
     """Write `picture(structure)` as a PNG file."""
     save_figure(picture(structure, title=title), path, dpi=dpi)
+
+
+def quiet(bar: Colorbar, label: str = "") -> None:
+    """Let a colour bar be small and without a frame, as all of ours are."""
+    bar.set_label(label, color=INK, fontsize=7)
+    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
+    bar.outline.set_visible(False)
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:

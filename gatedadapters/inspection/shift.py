@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gatedadapters.html import INK
-from gatedadapters.inspection.picture import save_figure
+from gatedadapters.inspection.picture import quiet, save_figure
 from gatedadapters.transfer import ActivationShift
 
 
@@ -38,10 +38,7 @@ def shift_picture(shift: ActivationShift, *, title: str | None = None) -> Figure
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
     for side in axes.spines.values():
         side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("relative shift, %", fontsize=7, color=INK)
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)
+    quiet(figure.colorbar(image, ax=axes, shrink=0.8), "relative shift, %")
     attention, feed_forward = shift.mean("attention"), shift.mean("feed_forward")
     axes.set_title(f"mean: attention {attention:.1%}, feed-forward {feed_forward:.1%}", fontsize=8, color=INK)
     figure.suptitle(title or "what the update moved", fontsize=10, fontweight="bold", color=INK)
