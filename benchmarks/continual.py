@@ -66,22 +66,22 @@ STREAMS = (0, 1, 2, 3, 4)
 TUNING_STREAM = 100
 ELEMENTS = {"granularity": "element", "share": 0.05}
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sequential": ({"rate": 1e-4}, {"rate": 4e-4}),
+    "sequential": ({"rate": 3e-5}, {"rate": 1e-4}, {"rate": 4e-4}),
     "lora": ({"rate": 1e-3}, {"rate": 4e-3}),
-    "l2_fisher": ({"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random": ({"rate": 4e-4}, {"rate": 1.6e-3}),
-    "l2_fisher-elements": ({"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random-elements": ({"rate": 4e-4}, {"rate": 1.6e-3}),
+    "l2_fisher": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
+    "random": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
+    "l2_fisher-elements": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
+    "random-elements": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
     "heads": ({"rate": 4e-4},),
-    "cosine": ({"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random-cosine": ({"rate": 4e-4}, {"rate": 1.6e-3}),
+    "cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
+    "random-cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
     "lota": ({"rate": 1e-4}, {"rate": 4e-4}),
     "ewc": ({"rate": 1e-4, "weight": 1e2}, {"rate": 1e-4, "weight": 1e4}),
     "per_task": ({"rate": 4e-3},),
     "joint": ({"rate": 1e-4}, {"rate": 4e-4}),
     "replay": ({"rate": 1e-4}, {"rate": 4e-4}),
     "o_lora": ({"rate": 1e-3}, {"rate": 4e-3}),
-    "carried": ({"rate": 4e-4}, {"rate": 1.6e-3}),  # cores of the 3-layer encoder; the study of the 6-layer one alone
+    "carried": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),  # cores of the 3-layer encoder; the study of the 6-layer one alone
 }
 TUNED_LIKE = {  # the same rates, not tuned again
     "joint": "sequential", "replay": "sequential", "o_lora": "lora", "carried": "l2_fisher",
