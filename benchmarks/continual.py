@@ -76,16 +76,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
     "random-cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
     "lota": ({"rate": 1e-4}, {"rate": 4e-4}),
-    "ewc": ({"rate": 1e-4, "weight": 1e2}, {"rate": 1e-4, "weight": 1e4}),
+    "ewc": tuple({"rate": rate, "weight": weight} for rate in (3e-5, 1e-4) for weight in (1e2, 1e4)),
     "per_task": ({"rate": 4e-3},),
     "joint": ({"rate": 1e-4}, {"rate": 4e-4}),
     "replay": ({"rate": 1e-4}, {"rate": 4e-4}),
     "o_lora": ({"rate": 1e-3}, {"rate": 4e-3}),
-    "carried": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),  # cores of the 3-layer encoder; the study of the 6-layer one alone
+    "carried": (
+        {"rate": 1e-4},
+        {"rate": 4e-4},
+        {"rate": 1.6e-3},
+    ),  # cores of the 3-layer encoder; the study of the 6-layer one alone
 }
 TUNED_LIKE = {  # the same rates, not tuned again
-    "joint": "sequential", "replay": "sequential", "o_lora": "lora", "carried": "l2_fisher",
-    "random-cosine": "random", "random-elements": "l2_fisher-elements",
+    "joint": "sequential", "replay": "sequential", "carried": "l2_fisher",
 }  # fmt: skip
 ARMS = tuple(SETTINGS)
 COUNTED_LIKE = {"random": "l2_fisher", "random-cosine": "cosine"}

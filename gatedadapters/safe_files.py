@@ -45,7 +45,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
     scratch.mkdir()
     try:
         yield scratch
-        for path in [*scratch.iterdir(), scratch]:
+        for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
         _check_free(target, files, overwrite)  # somebody else may have been faster
         if target.exists() and any(target.iterdir()):

@@ -213,11 +213,14 @@ def _is_generative(task: StreamTaskConfig) -> bool:
 
 def _streams(config: ContinualConfig) -> Iterator[tuple[str, int, list[int]]]:
     """(name, seed, order) of each stream; the first order is the one given."""
-    count = len(config.tasks)
+    draw, orders = np.random.default_rng(0), [list(range(len(config.tasks)))]
+    while len(orders) < config.orders:
+        drawn = draw.permutation(len(config.tasks)).tolist()
+        if drawn not in orders:
+            orders.append(drawn)
     for seed in config.seeds:
         for order in range(config.orders):
-            drawn = np.random.default_rng(order).permutation(count).tolist() if order else list(range(count))
-            yield f"seed-{seed}-order-{order}", seed, drawn
+            yield f"seed-{seed}-order-{order}", seed, orders[order]
 
 
 def _named(strategies: list[Strategy]) -> dict[str, Strategy]:

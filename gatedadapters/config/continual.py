@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
@@ -119,12 +120,25 @@ class ContinualConfig(FileConfig):
             raise ValueError("seeds must differ")
         if len({task.answer is None for task in self.tasks if task.bundled is None}) > 1:
             raise ValueError("either all tables have an answer column or none has")
+        if self.orders > math.factorial(len(self.tasks)):
+            raise ValueError(
+                f"{len(self.tasks)} tasks have {math.factorial(len(self.tasks))} orders, not {self.orders}"
+            )
         return self
 
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""
         changes: dict[str, object] = {
             "tasks": tuple(task.from_folder(folder) for task in self.tasks), "model": found_in(folder, self.model),
-            "general": self.general and self.general.from_folder(folder),
+            "general": self.general and self.general.from_folder(folder), "strategy": _placed(self.strategy, folder),
+            "compare": tuple(_placed(strategy, folder) for strategy in self.compare),
         }  # fmt: skip
         return self.model_copy(update=changes)
+
+
+def _placed(strategy: str | dict[str, Any], folder: FilePath) -> str | dict[str, Any]:
+    """A strategy whose files are found from `folder`."""
+    if isinstance(strategy, str):
+        return strategy
+    files = {key: value for key in ("source", "space") if isinstance(value := strategy.get(key), str)}
+    return strategy | {key: found_in(folder, value) for key, value in files.items()}

@@ -305,7 +305,8 @@ def _contributions(probes: Sequence[Probe], index: int, name: str) -> Tensor:
             update = probe.delta(name).double().flatten()
             norms = float(own.norm() * update.norm())
             total += own * update * (len(own) / norms) if norms else 0.0
-    return torch.where(own != 0, total / (len(probes) - 1), math.inf).float()
+    last = torch.finfo(torch.float32).max  # after all that moved; before what is not to be chosen, which has inf
+    return torch.where(own != 0, total / (len(probes) - 1), last).float()
 
 
 def _min_max_over(values: Callable[[str], Tensor], infos: Mapping[str, TensorInfo]) -> Callable[[Tensor], Tensor]:

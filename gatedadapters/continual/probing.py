@@ -28,6 +28,7 @@ from gatedadapters.masking.scores.base import BatchScore
 from gatedadapters.safe_files import opened, whole_folder, write_tensors
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
+REQUEST = "request.json"
 FILES = frozenset({RECORD, DELTAS, FISHER})
 
 
@@ -155,17 +156,21 @@ def probe(
         recipe: number format, device and checkpoints, where they are not the defaults.
 
     Raises:
-        ArtifactError: the folder holds a probe of another model, task or configuration.
+        ArtifactError: the folder holds a probe of another model, task or configuration, finished or not.
 
     References:
         arXiv 2605.31025 (TRACE), released code: one epoch of full fine-tuning at 2e-5, the warm model is only a probe.
     """
     config, path = config or ProbeConfig(), Path(folder)
-    if path.is_dir() and any(path.iterdir()):
-        return _found(path, model, task, config, seed)
     start = digest(model)
+    request = {"task": task.name, "start": start, "seed": seed, "config": config.model_dump(mode="json")}
+    if path.is_dir() and any(path.iterdir()):
+        earlier = Probe.load(path)
+        _check_same(earlier.record.model_dump(mode="json", include=set(request)), request, path)
+        return earlier
     infos = tensors_of(model, heads, _sample(model, task))
     running = path.with_name(f"{path.name}.running")
+    _claim(running, request)
     data = _part(task.train, config.fraction, seed)
     steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
     base = recipe or Recipe(steps, config.batch_size, config.learning_rate)
@@ -210,16 +215,24 @@ def probe(
     return Probe.load(path)
 
 
-def _found(path: Path, model: nn.Module, task: Task, config: ProbeConfig, seed: int) -> Probe:
-    earlier = Probe.load(path)
-    record = earlier.record
-    wanted = (task.name, digest(model), config, seed)
-    if (record.task, record.start, record.config, record.seed) != wanted:
+def _claim(running: Path, wanted: dict[str, Any]) -> None:
+    """Let the folder of a probe under way be that of this one."""
+    file = running / REQUEST
+    if file.exists():
+        _check_same(json.loads(file.read_text(encoding="utf-8")), wanted, running)
+        return
+    shutil.rmtree(running, ignore_errors=True)
+    with whole_folder(running, files=()) as new:
+        (new / REQUEST).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    if found != wanted:
+        differs = next(part for part in wanted if found.get(part) != wanted[part])
         raise ArtifactError(
-            "the folder holds another probe", expected=f"one of task {task.name!r} on this model, with this config",
-            got=f"one of task {record.task!r}", where=path, fix="give another folder, or remove this one",
+            "the folder holds another probe", expected=f"{differs} {wanted[differs]}", got=found.get(differs),
+            where=where, fix="give another folder, or remove this one",
         )  # fmt: skip
-    return earlier
 
 
 def _part(data: Any, fraction: float, seed: int) -> Any:

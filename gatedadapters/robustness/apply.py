@@ -117,7 +117,7 @@ def corrupt_batch(
     length = max(len(row["input_ids"]) for row in rows)
     result = dict(batch)
     for name, value in columns.items():
-        fill = pad if name == "input_ids" else 0
+        fill = {"input_ids": pad, "labels": -100}.get(name, 0)
         padded = [
             [fill] * (length - len(row[name])) + row[name] if left else row[name] + [fill] * (length - len(row[name]))
             for row in rows

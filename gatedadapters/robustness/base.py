@@ -189,10 +189,21 @@ class TokenPerturbation(Perturbation):
         if not (stays & attended).any():  # a model cannot read nothing
             first = int(np.flatnonzero(attended)[0])
             changed[first], stays[first] = ids[first], True
-        columns: dict[str, Any] = {
-            name: [entry for entry, stay in zip(value, stays, strict=True) if stay]
-            if isinstance(value, Sequence) and len(value) == len(ids)
-            else value
-            for name, value in feature.items()
-        }
-        return {**columns, "input_ids": changed[stays].tolist()}
+        columns = {name: _kept(value, stays) for name, value in feature.items()}
+        given, left = feature["input_ids"], changed[stays]
+        if isinstance(given, Tensor):
+            return {**columns, "input_ids": torch.from_numpy(left).to(given)}
+        return {**columns, "input_ids": left if isinstance(given, np.ndarray) else left.tolist()}
+
+
+def _kept(column: Any, stays: NDArray[np.bool_]) -> Any:
+    """The entries of a column that go by tokens; anything else as it is."""
+    if isinstance(column, str) or not hasattr(column, "__len__") or getattr(column, "ndim", 1) == 0:
+        return column
+    if len(column) != len(stays):
+        return column
+    if isinstance(column, Tensor):
+        return column[torch.from_numpy(stays)]
+    return (
+        column[stays] if isinstance(column, np.ndarray) else [e for e, stay in zip(column, stays, strict=True) if stay]
+    )

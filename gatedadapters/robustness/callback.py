@@ -30,18 +30,21 @@ class NoiseCallback(TrainerCallback):
             raise cannot(noise, "a Trainer's embeddings or gradients", "corrupt_tasks or CorruptedDataset")
         self.noise, self.special = noise, special
         self._handle: Any = None
-        self._forwards = 0
+        self._step = self._forwards = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Look at what the embeddings put out from now on."""
         if isinstance(self.noise, EmbeddingNoise):
-            self._forwards = (
-                state.global_step * args.gradient_accumulation_steps
-            )  # a resumed run goes on with its draws
             self.remove()
             self._handle = model.get_input_embeddings().register_forward_hook(self._embedded)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draws go by the step and the pass within it, so that a resumed run goes on with them."""
+        self._step, self._forwards = state.global_step, 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -67,4 +70,4 @@ class NoiseCallback(TrainerCallback):
             return None
         assert isinstance(self.noise, EmbeddingNoise)
         self._forwards += 1
-        return self.noise.embedded(args[0], output, self.special, self._forwards)
+        return self.noise.embedded(args[0], output, self.special, self._step, self._forwards)

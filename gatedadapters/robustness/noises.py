@@ -51,7 +51,7 @@ class EmbeddingNoise(TensorNoise):
 
     kind = "embedding"
 
-    def embedded(self, ids: Tensor, output: Tensor, special: Collection[int], key: int = 0) -> Tensor:
+    def embedded(self, ids: Tensor, output: Tensor, special: Collection[int], *key: int) -> Tensor:
         """What an embedding module put out for `ids` (batch, length), with noise: (batch, length, width)."""
         if not self.ratio:
             return output
@@ -59,7 +59,7 @@ class EmbeddingNoise(TensorNoise):
         if not bool(touched.any()):
             return output
         noisy = output.clone()
-        noisy[touched] = output[touched] + self.noise(output[touched], key)
+        noisy[touched] = output[touched] + self.noise(output[touched], *key)
         return noisy
 
 

@@ -203,8 +203,8 @@ def student(df: int) -> float:
 
 
 def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str, float]]:
-    """Share of each factor in reaching the best tenth of the trials, by target; none of a one-factor sensitivity study,
-    whose curves say it, nor of fewer than 8 trials.
+    """Share of each factor in reaching the best quarter of the trials, by target; none of a one-factor sensitivity
+    study, whose curves say it, nor of fewer than 8 trials.
 
     References:
         Watanabe, Bansal, Hutter 2023, PED-ANOVA, arXiv 2304.10255.

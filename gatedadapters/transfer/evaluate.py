@@ -66,7 +66,7 @@ class Recovery:
 
     def __str__(self) -> str:
         if self.value is None or self.interval is None:
-            return "undefined: re-tuning wins no more than seeds differ"
+            return "undefined: a single seed, or re-tuning wins no more than seeds differ"
         return f"{self.value:.0%} (95 %: {self.interval[0]:.0%} to {self.interval[1]:.0%})"
 
 

@@ -86,6 +86,26 @@ def scores_shown(run: Path) -> list[list[tuple[int, float]]]:
     ]
 
 
+def test_orders_are_distinct_and_no_more_than_there_are(continual: Callable[..., Path]) -> None:
+    config = ContinualConfig.load(continual(orders=2, seeds=[3, 4]))
+    assert [(seed, order) for _, seed, order in streaming._streams(config)] == [
+        (3, [0, 1]), (3, [1, 0]), (4, [0, 1]), (4, [1, 0])
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="2 tasks have 2 orders"):
+        ContinualConfig.load(continual(orders=3))
+
+
+def test_files_that_strategies_name_count_from_the_configuration(continual: Callable[..., Path]) -> None:
+    file = continual(strategy={"kind": "carried", "source": "small"}, compare=[{"kind": "gated", "space": "own.yaml"}])
+    (file.parent / "small").mkdir()
+    (file.parent / "own.yaml").write_text("version: 1\n")
+    config = ContinualConfig.load(file)
+    assert config.strategy == {"kind": "carried", "source": str(file.parent / "small")}
+    assert config.compare == ({"kind": "gated", "space": str(file.parent / "own.yaml")},)
+    preset = ContinualConfig.load(continual(strategy={"kind": "gated", "space": "attention-only"}))
+    assert preset.strategy == {"kind": "gated", "space": "attention-only"}
+
+
 def test_several_seeds_and_orders_give_intervals(
     continual: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

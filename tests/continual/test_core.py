@@ -35,10 +35,17 @@ def infos(blocks: int = 2) -> dict[str, TensorInfo]:
 @pytest.fixture
 def probes(tmp_path: Path) -> list[Probe]:
     """Three tasks' updates of a made-up model, and squared gradients; `dead` moves under none."""
+    return made(tmp_path)
+
+
+def made(tmp_path: Path, *, moved: float = 1.0) -> list[Probe]:
+    """The same, where only a share of the elements has moved."""
     found = []
     for task in range(3):
         generator = torch.Generator().manual_seed(task)
         deltas = {name: torch.randn(shape, generator=generator) / 10 for name, shape in SHAPES.items()}
+        for delta in deltas.values():
+            delta.view(-1)[round(moved * delta.numel()) :] = 0
         deltas["dead"].zero_()
         squares = {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
         folder = tmp_path / str(task)
@@ -138,6 +145,15 @@ def test_what_earlier_tasks_chose_is_excluded(granularity: str, probes: list[Pro
     everything = [Core({n: torch.arange(i.numel) for n, i in infos().items()}, infos(), "all")]
     with pytest.raises(MaskError, match="nothing is left"):
         select_core(infos(), probes, 0, granularity=granularity, exclude=everything)  # type: ignore[arg-type]
+
+
+def test_elements_that_never_moved_do_not_make_room_for_those_of_earlier_tasks(tmp_path: Path) -> None:
+    probes, earlier = made(tmp_path, moved=0.2), []
+    for task in range(3):
+        core = select_core(infos(), probes, task, kind="cosine", share=0.15, granularity="element", exclude=earlier)
+        assert all(core.overlap(other) == 0 for other in earlier)
+        assert core.elements == round(0.15 * sum(info.numel for info in infos().values()))
+        earlier.append(core)
 
 
 def test_cosine_of_one_task_is_refused(probes: list[Probe]) -> None:

@@ -81,6 +81,9 @@ def test_a_stopped_probe_goes_on_to_the_same_result(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         probed(model, tmp_path / "stopped")
     assert not moved(before, state(model))
+    with pytest.raises(ArtifactError, match="another probe"):  # nor one that has other settings
+        probed(model, tmp_path / "stopped", seed=1)
+    assert len(calls) == 3
     found = probed(model, tmp_path / "stopped")
     assert len(calls) == 3 + 2  # the first two steps are not made again
     assert found.record.norms == whole.record.norms

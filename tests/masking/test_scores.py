@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, MaskError
@@ -153,6 +154,19 @@ def test_answer_only_labels_score_the_answer_alone() -> None:
     changed = {**batch, "labels": batch["labels"].clone()}
     changed["labels"][:, :2] = 7  # the first of them is never predicted, the second is
     assert not torch.equal(task_losses(model, batch), task_losses(model, changed))
+
+
+def test_a_model_that_reads_pictures_predicts_the_next_token_too() -> None:
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = torch.randint(5, 45, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss
+        found = task_losses(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
+    torch.testing.assert_close(found, own[None])
 
 
 def test_a_parameter_used_by_its_parent_or_several_times_is_found_out() -> None:

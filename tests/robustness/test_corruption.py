@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters import robustness
@@ -25,6 +26,7 @@ from gatedadapters.robustness import (
     NoiseCallback,
     Perturbation,
     TextPerturbation,
+    TokenDeletion,
     TokenMasking,
     TokenReplacement,
     Typos,
@@ -121,6 +123,51 @@ def test_tasks_lose_texts_or_labels_of_one_split_only() -> None:
     assert sum(a != b for a, b in zip(noisy.train.labels, task().train.labels, strict=True)) == 10
     assert noisy.train.texts == task().train.texts
     assert noisy.test == task().test
+
+
+def test_padding_of_a_batch_stays_what_it_was() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    vocabulary = Vocabulary(30, frozenset({0}))
+    same = robustness.corrupt_batch(batch, TokenReplacement(0.0), vocabulary)
+    assert all(torch.equal(same[name], batch[name]) for name in batch)
+    fewer = robustness.corrupt_batch(batch, TokenDeletion(0.4), vocabulary)
+    rows = [fewer["labels"][row][fewer["attention_mask"][row] == 0].tolist() for row in range(2)]
+    assert fewer["input_ids"].shape[1] < 5
+    assert set(rows[0] + rows[1]) == {-100}
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor])
+def test_every_column_follows_its_tokens_whatever_holds_it(kind: Any) -> None:
+    feature = {
+        "input_ids": kind([5, 6, 7, 8, 9, 10]),
+        "labels": kind([0, 1, 2, 3, 4, 5]),
+        "weight": 0.5,
+        "text": "abcdef",
+    }
+    found = TokenDeletion(0.5).feature(feature, Vocabulary(30, frozenset({0})))
+    assert len(found["input_ids"]) == 3
+    assert [int(token) - 5 for token in found["input_ids"]] == [int(label) for label in found["labels"]]
+    assert type(found["input_ids"]) is type(found["labels"]) is type(feature["input_ids"])
+    assert (found["weight"], found["text"]) == (0.5, "abcdef")
+
+
+def test_a_resumed_run_meets_the_same_noise_although_its_epochs_end_within_a_step(tmp_path: Path) -> None:
+    rows = [{name: torch.tensor(value) for name, value in feature.items()} for feature in features(10)]
+
+    def run(checkpoint: Path | None) -> torch.Tensor:
+        model, _ = tiny("bert", head="classification")
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            save_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=0.01, seed=1,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=rows, callbacks=[NoiseCallback(EmbeddingNoise(0.5))]).train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = run(None)
+    assert torch.equal(run(tmp_path / "checkpoint-3"), whole)
 
 
 def trained(tmp_path: Path, noise: NoiseCallback | None) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch
 
 _IGNORED = -100
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last also of models that read pictures
 
 
 def task_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -26,7 +27,8 @@ def task_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor | None = batch.get("labels")
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    causal = type(model).__name__.endswith(_CAUSAL) and not needs_labels
     if labels is None and causal:
         ids: Tensor = inputs["input_ids"]
         mask: Tensor | None = inputs.get("attention_mask")
@@ -36,7 +38,6 @@ def task_losses(model: nn.Module, batch: Batch) -> Tensor:
             "there is nothing to compute a loss from", expected="labels in the batch", got=", ".join(batch),
             where="score", fix='add labels, pass loss=, or use a label-free kind such as "mas"',
         )  # fmt: skip
-    needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     output = model(**inputs, labels=labels) if needs_labels and "decoder_input_ids" not in inputs else model(**inputs)
     logits = first_tensor(output, "logits").float() if not _is_double(model) else first_tensor(output, "logits")
     if labels.is_floating_point():
