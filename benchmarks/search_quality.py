@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import computed, interval
+from cells import computed, shown
 from peft_rivals import BATCH, PEFT_ARMS, peft_ranks
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -367,30 +367,30 @@ def table() -> str:
         "| task | budget | arm | rate | seeds | accuracy | searched - arm (95 %) | parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    pooled: dict[str, list[float]] = {arm: [] for arm in (*ARMS, *PEFT_ARMS)}
+    pooled: dict[str, dict[tuple[str, int], list[float]]] = {arm: {} for arm in (*ARMS, *PEFT_ARMS)}
     for study in STUDIES:
         rates, found = stored(study)
         for arm, results in found.items():
             if not results:
                 continue
             differences = paired(found, arm)
-            mean, half = interval(differences) if len(differences) else (float("nan"), float("nan"))
-            pooled[arm] += differences.tolist()
-            versus = "" if arm == "searched" or not len(differences) else f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            for seed, difference in differences.items():
+                pooled[arm].setdefault((study.task, seed), []).append(difference)
+            versus = "" if arm == "searched" else shown(differences.values(), signed=True)
             size = max((r["params"] for r in results.values()), default=0)
             place = f"| {study.task} | 1/{1 / study.budget:g} | {arm} | {rates[arm]:g} | {len(results)} "
             lines.append(f"{place}| {mean_score(results):.1f} | {versus} | {size:,} |")
-    for arm, differences in pooled.items():
-        if arm != "searched" and len(differences) > 1:
-            mean, half = interval(np.array(differences))
-            lines.append(f"| all | | {arm} | | {len(differences)} pairs | | {100 * mean:+.1f} ± {100 * half:.1f} | |")
+    for arm, pairs in pooled.items():
+        if arm != "searched" and len(pairs) > 1:
+            means = [float(np.mean(found)) for found in pairs.values()]  # budgets of one seed share data and heads
+            lines.append(f"| all | | {arm} | | {len(pairs)} pairs | | {shown(means, signed=True)} | |")
     return "\n".join(lines)
 
 
-def paired(found: Found, arm: str) -> np.ndarray:
-    """Searched minus `arm` in test accuracy, seed by seed, for the seeds that both have."""
+def paired(found: Found, arm: str) -> dict[int, float]:
+    """Searched minus `arm` in test accuracy, by seed, for the seeds that both have."""
     ours = found.get("searched", {})
-    return np.array([ours[seed]["score"] - found[arm][seed]["score"] for seed in sorted(ours.keys() & found[arm])])
+    return {seed: ours[seed]["score"] - found[arm][seed]["score"] for seed in sorted(ours.keys() & found[arm])}
 
 
 def mean_score(results: dict[int, dict[str, Any]]) -> float:

@@ -382,40 +382,38 @@ def run_all(only: list[str], limit: int | None) -> None:
 
 
 def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    """By task and variant: accuracy on both bases, differences to vanilla paired by seed, recovery."""
+    """By task and variant: accuracy on both bases, differences to vanilla paired by seed, recovery. Over all tasks, a
+    seed's value is the mean over its tasks, so that the interval counts seeds.
+    """
     header = ["task", "arm", "seeds", "old", "direct", "re-tuned", "direct - vanilla", "old - vanilla", "recovery"]
     rows = []
-    for task in (*tasks, "all"):
+    for names in (*((task,) for task in tasks), *([tasks] if len(tasks) > 1 else [])):
         for variant in VARIANTS:
-            found = []
-            for name in tasks if task == "all" else (task,):
-                for seed in seeds:
-                    own = read(cell_of(setting, name, variant, seed).file)
-                    vanilla = read(cell_of(setting, name, "vanilla", seed).file)
-                    retuned = read(cell_of(setting, name, variant, seed, "new").file)
-                    reference = read(cell_of(setting, name, "vanilla", seed, "new").file)
-                    if own and vanilla:
-                        found.append((own, vanilla, retuned, reference))
-            if not found:
+
+            def scores(name: str, base: str, where: str) -> dict[int, float]:
+                """By seed, where every task has been run."""
+                cells = {s: [read(cell_of(setting, t, name, s, base).file) for t in names] for s in seeds}  # noqa: B023
+                return {s: mean(c[where]["accuracy"] for c in found) for s, found in cells.items() if all(found)}
+
+            old, direct = scores(variant, "old", "old"), scores(variant, "old", "direct")
+            if not old:
                 continue
-            won = [[_won(own, van, base) for own, van, _, _ in found] for base in ("direct", "old")]
-            closed = [(own, van, ref) for own, van, _, ref in found if ref]
-            gaps = [ref["new"]["accuracy"] - van["direct"]["accuracy"] for _, van, ref in closed]
-            recovered = recovery([_won(own, van, "direct") for own, van, _ in closed], gaps)
+            vanilla_old, vanilla = scores("vanilla", "old", "old"), scores("vanilla", "old", "direct")
+            retuned = scores("vanilla", "new", "new")
+            closed = sorted(direct.keys() & vanilla.keys() & retuned.keys())
+            recovered = recovery([direct[s] - vanilla[s] for s in closed], [retuned[s] - vanilla[s] for s in closed])
+            differences = [
+                shown([ours[s] - theirs[s] for s in sorted(ours.keys() & theirs)], signed=True)
+                for ours, theirs in ((direct, vanilla), (old, vanilla_old))
+            ]
             share = "undefined" if recovered.value is None else f"{recovered.value:.0%}"
+            sizes = [c["params"] for t in names for s in old if (c := read(cell_of(setting, t, variant, s).file))]
             rows.append([
-                task, variant, str(len(found)),
-                shown(own["old"]["accuracy"] for own, *_ in found),
-                shown(own["direct"]["accuracy"] for own, *_ in found),
-                shown(r["new"]["accuracy"] for _, _, r, _ in found if r),
-                *(["", "", ""] if variant == "vanilla" else [*(shown(part, signed=True) for part in won), share]),
-                f"{max(own['params'] for own, *_ in found):,}",
+                names[0] if len(names) == 1 else "all", variant, str(len(old)), shown(old.values()),
+                shown(direct.values()), shown(scores(variant, "new", "new").values()),
+                *(["", "", ""] if variant == "vanilla" else [*differences, share]), f"{max(sizes):,}",
             ])  # fmt: skip
     return format_table([*header, "params"], rows)
-
-
-def _won(own: dict[str, Any], vanilla: dict[str, Any], where: str) -> float:
-    return float(own[where]["accuracy"] - vanilla[where]["accuracy"])
 
 
 def sweep_table() -> str:

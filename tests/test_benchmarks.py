@@ -38,9 +38,10 @@ def store(quality: ModuleType, cell: Any, score: float) -> None:
     cell.file.write_text(json.dumps({"score": score, "params": 10}))
 
 
-def test_interval_is_that_of_a_paired_t_test(quality: ModuleType) -> None:
+def test_interval_is_that_of_a_paired_t_test() -> None:
+    cells = script("cells")
     differences = np.array([0.01, -0.02, 0.03, 0.005, 0.015])
-    mean, half = quality.interval(differences)
+    mean, half = cells.interval(differences)
     oracle = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((oracle.low, oracle.high))
 
