@@ -26,6 +26,7 @@ from gatedadapters.hooks import (
     point_hooks,
 )
 from gatedadapters.paths import Misfit, Path
+from gatedadapters.routing import checked_ids
 from gatedadapters.selection import build_structure, choose_units, kept_mask
 from gatedadapters.structure import Fingerprint, Structure
 from gatedadapters.weight_hooks import hook_weights, restore
@@ -83,7 +84,7 @@ class Adapters(nn.Module):
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
         given = task_ids if self.follows_ids else None
-        self._routed = self._task if given is None else self._checked_ids(given, batch)
+        self._routed = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
         if self.merged is not None:
             merging.check_call(self, self.merged.task, self._routed)
         bank = self.bank
@@ -142,23 +143,6 @@ class Adapters(nn.Module):
         """Whether the model checkpoints activations while training."""
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
-    def _checked_ids(self, task_ids: Tensor, batch: int | None = None) -> Tensor:
-        is_tensor = isinstance(task_ids, Tensor)
-        fits = is_tensor and task_ids.dim() == 1 and not task_ids.is_floating_point() and len(task_ids) > 0
-        if not fits or batch not in (None, len(task_ids)):
-            raise TaskError(
-                expected=f"integer task ids of shape ({'batch' if batch is None else batch},)",
-                got=f"{task_ids.dtype} {tuple(task_ids.shape)}" if is_tensor else repr(task_ids),
-                where="task_ids", fix="pass one id per example",
-            )  # fmt: skip
-        low, high = (int(v) for v in torch.aminmax(task_ids))
-        if low < 0 or high >= len(self.tasks):
-            raise TaskError(
-                expected=f"task ids in 0..{len(self.tasks) - 1} ({', '.join(self.tasks)})", got=f"{low}..{high}",
-                where="task_ids", fix="attach with all tasks, in the order the ids count them",
-            )  # fmt: skip
-        return task_ids
-
     # -- training ------------------------------------------------------------------------------------------------------
 
     @property
@@ -174,13 +158,13 @@ class Adapters(nn.Module):
         Raises:
             TaskError: unknown task.
         """
-        if isinstance(task, str):
-            if task not in self.tasks:
-                raise TaskError(
-                    expected=f"one of {', '.join(self.tasks)}", got=repr(task), where="set_task", fix="name a task"
-                )
-            task = self.tasks.index(task)
-        self._task = None if task is None else int(self._checked_ids(torch.tensor([task]))[0])
+        number = self.tasks.index(task) if task in self.tasks else task
+        if number is not None and number not in range(len(self.tasks)):
+            raise TaskError(
+                expected=f"one of {', '.join(self.tasks)}, or 0..{len(self.tasks) - 1}", got=repr(task),
+                where="set_task", fix="name a task",
+            )  # fmt: skip
+        self._task = cast("int | None", number)
         self._routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
 
     @property
@@ -274,17 +258,14 @@ class Adapters(nn.Module):
         bank = self._gates()
         if budget is None and self.pressure is not None and isinstance(self.pressure.penalty, Budget):
             budget = self.pressure.penalty
-        kept = choose_units(bank, budget, scores)
+        return self._structure(choose_units(bank, budget, scores), budget)
+
+    def _structure(self, kept: Tensor, budget: Budget | None) -> Structure:
+        paths = cast(Mapping[str, Path], self.paths)
         return build_structure(
-            bank,
-            kept,
-            cast(Mapping[str, Path], self.paths),
-            tasks=self.tasks,
-            space=self.space,
-            budget=budget,
-            identity=self.identity,
+            self._gates(), kept, paths, tasks=self.tasks, space=self.space, budget=budget, identity=self.identity,
             seed=self.seed,
-        )
+        )  # fmt: skip
 
     @torch.no_grad()
     def prune(self, structure: Structure) -> None:
@@ -491,6 +472,7 @@ def get_adapters(model: nn.Module) -> Adapters:
 
 def _follow_loaded_gates(adapters: Adapters, incompatible: Any) -> None:
     """After a state dict was loaded: fixed gates have a Structure, gates that still learn have none."""
-    bank = adapters.bank
+    bank, penalty = adapters.bank, adapters.pressure.penalty if adapters.pressure is not None else None
     if bank is not None:
-        adapters.structure = adapters.discretize() if bank.frozen else None
+        budget = penalty if isinstance(penalty, Budget) else None
+        adapters.structure = adapters._structure((bank.kept > 0).float(), budget) if bank.frozen else None

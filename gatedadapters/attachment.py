@@ -210,6 +210,12 @@ def _from_space(
     seed: int,
 ) -> Adapters:
     found, misfits = candidates(space, layout)
+    if len(tasks) > 1 and not layout.examples_first:
+        raise TaskError(
+            "this model's hidden state counts positions first, so that tasks cannot be told apart in it",
+            expected="examples in the first dimension", got=layout.model_class, where="attach(tasks=)",
+            fix="attach for one task at a time, or load the model with batch_first=True if it knows that",
+        )  # fmt: skip
     adapters = supernet(found, space, layout, tasks=tasks, identity=identity, seed=seed)
     adapters.misfits = misfits
     for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in misfits]:

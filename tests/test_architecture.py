@@ -16,7 +16,10 @@ LAYERS = (
     {"errors"},
     {"config", "html", "safe_files"},
     {"backbone", "gates", "paths"},
-    {"structure", "selection", "fingerprint", "hooks", "weight_hooks", "saving", "merging", "adapters", "attachment"},
+    {
+        *("structure", "selection", "fingerprint", "routing", "hooks", "weight_hooks", "saving", "merging", "adapters"),
+        "attachment",
+    },
     {"masking", "artifacts"},
     {"data", "training"},
     {"continual", "transfer", "robustness"},

@@ -26,6 +26,7 @@ from gatedadapters.hooks import (
     place,
     point_hooks,
 )
+from gatedadapters.paths.base import holds_examples
 from gatedadapters.saving import state
 
 Names = str | Sequence[str | None] | None
@@ -225,7 +226,7 @@ class Shelf(nn.Module):
                 "adapter names do not match the batch", expected=f"{batch or 'as many'} names, one per example",
                 got=repr(names), where="adapter_names", fix="name each example's adapters, None for the backbone",
             )  # fmt: skip
-        groups = self._groups(names)
+        groups = self._groups(names, batch=batch)
         if given and self._enabled and groups != ((self._seated, None),):
             self._check_headless([*(name for name, _ in groups), *([self._seated] if self._seated else [])])
         for name, rows in groups:
@@ -252,7 +253,9 @@ class Shelf(nn.Module):
         self._seat()
         self._announce(groups)
 
-    def _groups(self, names: Names, where: str = "adapter_names") -> tuple[tuple[str, Rows | None], ...]:
+    def _groups(
+        self, names: Names, where: str = "adapter_names", batch: int | None = None
+    ) -> tuple[tuple[str, Rows | None], ...]:
         """Who works on which examples; None for all."""
         distinct = dict.fromkeys([names] if names is None or isinstance(names, str) else names)
         for name in distinct:
@@ -261,7 +264,7 @@ class Shelf(nn.Module):
         if names is None or isinstance(names, str) or len(distinct) == 1:
             return tuple((name, None) for name in distinct if name is not None)
         return tuple(
-            (name, Rows(len(names), tuple(i for i, other in enumerate(names) if other == name)))
+            (name, Rows(len(names), tuple(i for i, other in enumerate(names) if other == name), batch))
             for name in distinct
             if name is not None
         )
@@ -335,20 +338,22 @@ def _fit(names: Sequence[Any], batch: int | None, *, exactly: bool) -> bool:
 class Rows:
     """Some of a batch's examples, where tensors hold an equal run of rows for each."""
 
-    def __init__(self, examples: int, picked: tuple[int, ...]) -> None:
-        self.examples, self.picked = examples, picked
+    def __init__(self, examples: int, picked: tuple[int, ...], batch: int | None) -> None:
+        self.examples, self.picked, self.batch = examples, picked, batch
         together = picked == tuple(range(picked[0], picked[0] + len(picked)))
         self.index: slice | list[int] = slice(picked[0], picked[-1] + 1) if together else list(picked)
         self._on: dict[torch.device, Tensor] = {}
 
     def view(self, tensor: Tensor) -> Tensor:
         """(examples, rows of each, width)."""
-        rows = tensor.numel() // tensor.shape[-1]
-        if rows % self.examples:
+        turned = tensor.dim() == 3 and tensor.shape[1] == self.batch != tensor.shape[0]  # positions first
+        if turned or not holds_examples(tensor, self.examples):
             raise PathError(
-                "adapter names do not match the batch", expected=f"a multiple of {self.examples} rows (one run each)",
-                got=f"{rows} rows", where="adapter_names",
-                fix="packed batches, and points that carry no examples (relative positions), need one name for all",
+                "adapter names do not match the batch",
+                expected=f"a multiple of {self.examples} rows (one run each), examples first",
+                got=f"shape {tuple(tensor.shape)}", where="adapter_names",
+                fix="packed batches, models with positions first, and points that carry no examples (relative "
+                "positions) need one name for all",
             )  # fmt: skip
         return tensor.reshape(self.examples, -1, tensor.shape[-1])
 

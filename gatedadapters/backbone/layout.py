@@ -127,6 +127,8 @@ class Layout:
         blocks: In call order.
         outside: Maps outside the blocks (heads, poolers, embedding projections), role ``other``.
         unknown: Weights with two or more dimensions that are no linear map, or that the sample did not reach.
+        examples_first: Whether the hidden state holds one example after the other; not where its first dimension counts
+            positions, as in XLNet.
     """
 
     model_class: str
@@ -134,6 +136,7 @@ class Layout:
     blocks: tuple[Block, ...]
     outside: tuple[LinearMap, ...]
     unknown: tuple[Unknown, ...]
+    examples_first: bool = True
 
     def maps(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
         """All maps of all blocks, in call order."""
@@ -214,7 +217,10 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
     calls = [call for call in trace.blocks if call.stack not in failed]
     if not calls:
         raise _no_blocks(model, "no container whose members take and return the same hidden state, plus something")
-    return _Assembly(model, weights, trace, calls).layout()
+    first = next((value for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
+    examples = 1 if first is None else len(first)
+    turned = any(len(c.shape) == 3 and c.shape[1] == examples != c.shape[0] for c in calls)
+    return replace(_Assembly(model, weights, trace, calls).layout(), examples_first=not turned)
 
 
 class _Assembly:

@@ -300,21 +300,31 @@ def check_width(path: Path, tensor: Tensor, width: int, side: str) -> None:
         )
 
 
-def per_token(gate: Tensor, tokens: int, where: str) -> Tensor:
-    """Gates (n, g) of n examples spread over `tokens` rows that hold n equal runs, as (tokens, g).
+def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
+    """Gates (n, g) of n examples spread over the rows of a tensor (..., width), an equal run for each: (rows, g).
 
     Raises:
-        PathError: if the rows cannot be shared out evenly.
+        PathError: the rows are not those of n examples.
     """
-    if tokens % gate.shape[0]:
+    n = gate.shape[0]
+    if not holds_examples(rows, n):
         raise PathError(
             "task ids do not match the batch",
-            expected=f"a multiple of {gate.shape[0]} rows (one run per example)",
-            got=f"{tokens} rows",
+            expected=f"a multiple of {n} rows (one run per example), examples first",
+            got=f"shape {tuple(rows.shape)}",
             where=where,
-            fix="pass one task id per example; packed batches need one task per batch",
+            fix="pass one task id per example; packed batches, and points that carry no examples (relative positions), "
+            "need one task per batch",
         )
-    return gate.repeat_interleave(tokens // gate.shape[0], dim=0)
+    return gate.repeat_interleave(rows.numel() // rows.shape[-1] // n, dim=0)
+
+
+def holds_examples(rows: Tensor, n: int) -> bool:
+    """Whether a tensor (..., width) can hold an equal run of rows for each of n examples: they come first, or as tokens
+    in a row.
+    """
+    leading = rows.shape[:-1] if rows.dim() < 3 else rows.shape[:1]
+    return leading.numel() % n == 0
 
 
 def resized(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

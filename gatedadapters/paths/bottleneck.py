@@ -91,7 +91,7 @@ class Bottleneck(Path):
             hidden = self.activation(F.linear(tapped.to(dtype), self.down.to(dtype), self.bias.to(dtype)))
             hidden = hidden.reshape(-1, hidden.shape[-1])
             if gate is not None:
-                gate = gate if gate.dim() == 1 else per_token(gate, hidden.shape[0], str(self.site.tap))
+                gate = gate if gate.dim() == 1 else per_token(gate, target, str(self.site.tap))
                 hidden = hidden * gate.to(dtype)
             return torch.addmm(rows, hidden, self.up.to(dtype).t()).view(target.shape)
 

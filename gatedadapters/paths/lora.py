@@ -77,8 +77,7 @@ class LoRA(Path):
         first = several[0]
         check_width(first, tapped, first.site.width_in, "input")
         check_width(first, target, first.site.width_out, "output")
-        tokens = target.numel() // target.shape[-1]
-        rows = [g if g is None or g.dim() == 1 else per_token(g, tokens, str(first.site.tap)) for g in gates]
+        rows = [g if g is None or g.dim() == 1 else per_token(g, target, str(first.site.tap)) for g in gates]
         if len(several) == 1:
             return low_rank(tapped, target, first.down, first.up, rows[0])
         down, up = torch.cat([p.down for p in several]), torch.cat([p.up for p in several], 1)

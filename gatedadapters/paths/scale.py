@@ -61,8 +61,7 @@ class Scale(Path):
             return target * (1 + shift).to(target.dtype)
         if gate.dim() == 1:
             return target * (1 + gate * shift).to(target.dtype)
-        rows = target.reshape(-1, target.shape[-1])
-        gate = per_token(gate, rows.shape[0], str(self.site.tap))
+        rows, gate = target.reshape(-1, target.shape[-1]), per_token(gate, target, str(self.site.tap))
         return (rows * (1 + gate * shift).to(target.dtype)).view(target.shape)
 
     @torch.no_grad()

@@ -74,6 +74,7 @@ class GatedTrainer(Trainer):
     ) -> None:
         self.adapters, self.delta = get_adapters(model), find_delta(model)
         check_launch(args)
+        _check_model(self.adapters, model, args)
         if budget is not None and budget.params is not None and self.delta is not None:
             budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
@@ -360,6 +361,21 @@ def check_launch(args: TrainingArguments) -> None:
                 where="TrainingArguments",
                 fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
             )
+
+
+def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> None:
+    """Raise where checkpoints would lose the adapters, or gates could not compare the penalty with the loss."""
+    if adapters.model not in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
+        raise TrainingError(
+            "the adapters are attached to a part of this model, and its checkpoints would lose them",
+            expected="the model that ga.attach was called on", got=type(model).__name__, where="GatedTrainer(model=)",
+            fix="attach to the whole model, or train the part",
+        )  # fmt: skip
+    if args.fp16:
+        raise TrainingError(
+            "gates cannot learn under loss scaling: the penalty follows the size of the loss's gradients",
+            expected="bf16 or fp32", got="fp16", where="TrainingArguments", fix="bf16=True",
+        )  # fmt: skip
 
 
 def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:

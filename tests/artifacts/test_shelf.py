@@ -360,5 +360,7 @@ def test_a_mixture_is_refused_where_a_point_carries_no_examples(tmp_path: Path) 
     model, shelf = case.shelf()
     with pytest.raises(PathError, match=r"one run each(.|\n)*relative positions"):
         output_of(model, case.batch, adapter_names=["a", "b", "a", "b", "c"])
+    with pytest.raises(PathError, match="examples first"):  # also where their number could be shared out
+        output_of(model, {name: value[:2] for name, value in case.batch.items()}, adapter_names=["a", "b"])
     shelf.activate("b")
     assert torch.equal(output_of(model, case.batch), case.alone["b"])

@@ -62,7 +62,7 @@ class GroupedShift(Path):
             numbers = torch.tanh(F.linear(tapped.to(target.dtype), self.reads.to(target.dtype)))
             numbers = numbers.reshape(-1, self.units)
             if gate is not None:
-                gate = gate if gate.dim() == 1 else per_token(gate, len(numbers), str(self.site.tap))
+                gate = gate if gate.dim() == 1 else per_token(gate, target, str(self.site.tap))
                 numbers = numbers * gate.to(target.dtype)
             return target + (numbers @ self.writes.to(target.dtype)).view(target.shape)
 
