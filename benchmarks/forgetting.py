@@ -44,9 +44,11 @@ from gatedadapters.structure import format_table
 STORE = Path(__file__).parent / "results" / "forgetting"
 BATCH, LENGTH = 8, 40
 DECODER_BATCH, DECODER_LENGTH = 4, 64
-RATES = {
-    "full": (1e-5, 3e-5, 1e-4), "ewc": (1e-5, 3e-5, 1e-4), "last": (1e-5, 3e-5, 1e-4), "others": (2e-4, 6e-4, 2e-3),
-}  # fmt: skip
+RATES = {  # of the encoder, of a decoder
+    "full": ((3e-5, 1e-4, 3e-4), (1e-5, 1e-4)),
+    "others": ((6e-4, 2e-3, 6e-3), (2e-4, 2e-3)),
+}
+WHOLE_TENSORS = ("full", "ewc", "last")
 TUNING_SEED = 100
 ARMS = (
     "zero", "full", "last", "lora", "shira", "supertuning", "ewc", "random", "inverse", "taylor", "fisher", "contrast",
@@ -368,9 +370,9 @@ def run(cell: Cell) -> dict[str, Any]:
 
 
 def rates_of(study: str, arm: str) -> tuple[float, ...]:
-    """What is tried for an arm; of decoders, whose cells take minutes, the ends alone."""
-    rates = (0.0,) if arm == "zero" else RATES.get(arm, RATES["others"])
-    return rates if study == "encoder" else rates[::2]
+    """What is tried for an arm; less of decoders, whose cells take minutes."""
+    rates = RATES["full" if arm in WHOLE_TENSORS else "others"]
+    return (0.0,) if arm == "zero" else rates[study != "encoder"]
 
 
 def tuned_rate(study: str, arm: str, options: dict[str, Any], *, compute_missing: bool) -> float | None:
