@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from masked_processes import arguments, examples
-from masked_recipes import assert_same_bits, random_mask, snapshot
+from masked_recipes import assert_same_bits, counted_mask, random_mask, snapshot
 from safetensors.torch import load_file
 
 import gatedadapters as ga
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.testing import tiny
 
 SPACE = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 4, "at": {"roles": ["q", "v"]}}]}, where="here")
@@ -59,3 +59,22 @@ def test_a_budget_that_the_mask_alone_takes_is_refused(tmp_path: Path) -> None:
     delta = ga.apply_mask(model, mask)
     with pytest.raises(BudgetError, match="mask alone"):
         ga.GatedTrainer(model, arguments(tmp_path), budget=ga.Budget(params=delta.params))
+
+
+def test_a_joint_checkpoint_of_another_mask_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    def trainer(folder: Path, seed: int) -> ga.GatedTrainer:
+        model, batch = tiny("llama", head="lm")
+        mask = counted_mask(model, seed=seed)
+        ga.attach(model, SPACE, batch)
+        ga.apply_mask(model, mask)
+        args = arguments(folder, max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+        return ga.GatedTrainer(model, args, train_dataset=examples(8))
+
+    trainer(tmp_path / "a", seed=0).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-1")
+    other = trainer(tmp_path / "b", seed=1)
+    before = snapshot(other.model)
+    with pytest.raises(TrainingError, match="values of another mask"):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert_same_bits(other.model, before)
+    trainer(tmp_path / "c", seed=0).train(resume_from_checkpoint=checkpoint)
