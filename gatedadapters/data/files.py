@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_order
+from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
 
 _Table = list[tuple[str, dict[str, Any]]]  # where each record was read, and its cells by column
@@ -189,9 +189,7 @@ def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | 
 
 def _head(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """At most ``count`` rows, stratified; all of them in their own order where there are no more."""
-    if count is None or len(rows) <= count:
-        return rows
-    return [rows[index] for index in stratified_order([row.label for row in rows], seed)[:count]]
+    return [rows[index] for index in stratified_sample([row.label for row in rows], count, seed)]
 
 
 def _read_delimited(path: Path, delimiter: str) -> _Table:
