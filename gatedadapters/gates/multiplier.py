@@ -180,16 +180,17 @@ def check_budget(bank: GateBank, budget: Budget) -> float:
     """The budget in units of cost.
 
     Raises:
-        BudgetError: if it does not pay for the smallest unit.
+        BudgetError: if it, or its cap per task, does not pay for the smallest unit.
     """
-    dense = bank.dense_cost(budget.unit)
-    resolved, smallest = budget.resolve(dense), float(bank.cost(budget.unit).min())
-    if resolved < smallest:
-        raise BudgetError(
-            "the budget is below the smallest candidate",
-            expected=f"at least {smallest:,.0f} {budget.unit}",
-            got=f"{resolved:,.0f} ({budget!r})",
-            where=f"budget over {bank.n_units:,} units, {dense:,.0f} {budget.unit} when dense",
-            fix="raise the budget, or offer smaller candidates (gate ranks, lower widths)",
-        )
+    dense, smallest = bank.dense_cost(budget.unit), float(bank.cost(budget.unit).min())
+    resolved = budget.resolve(dense)
+    for part, value in (("budget", resolved), ("cap per task", budget.resolve_task(dense))):
+        if value is not None and value < smallest:
+            raise BudgetError(
+                f"the {part} is below the smallest candidate",
+                expected=f"at least {smallest:,.0f} {budget.unit}",
+                got=f"{value:,.0f} ({budget!r})",
+                where=f"budget over {bank.n_units:,} units, {dense:,.0f} {budget.unit} when dense",
+                fix=f"raise the {part}, or offer smaller candidates (gate ranks, lower widths)",
+            )
     return resolved

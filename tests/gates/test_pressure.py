@@ -275,6 +275,13 @@ def test_a_budget_below_the_smallest_unit_says_what_the_least_is() -> None:
         Pressure(bank_of(levels=("path",)), Budget(params=300), Schedule(), total_steps=10)
 
 
+def test_a_cap_per_task_below_the_smallest_unit_is_refused_too() -> None:
+    bank = bank_of(tasks=2)
+    with pytest.raises(BudgetError, match=r"(?s)cap per task.*at least 40 params.*got:\s+39.*raise the cap"):
+        Pressure(bank, Budget(params=1000, per_task=39), Schedule(), total_steps=10)
+    Pressure(bank, Budget(params=1000, per_task=40), Schedule(), total_steps=10)
+
+
 def test_a_budget_needs_the_length_of_training() -> None:
     for steps in (None, 0):
         with pytest.raises(BudgetError, match=r"(?s)total_steps.*fix:.*GatedTrainer"):
