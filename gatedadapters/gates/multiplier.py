@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from gatedadapters.config import L0, Budget, Penalty, Schedule
 from gatedadapters.errors import BudgetError
-from gatedadapters.gates.bank import GateBank
+from gatedadapters.gates.bank import GateBank, moving_only
 
 
 class Pressure(nn.Module):
@@ -50,6 +51,11 @@ class Pressure(nn.Module):
             self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
         self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # bf16 holds no step of the ascent below 0.4 %: only the device follows, as for gates
+        nn.Module._apply(self, moving_only(fn), recurse)
+        return self
 
     def progress(self, bank: GateBank) -> float:
         """Share of training done, in [0, 1]; 1 where the length of training is unknown."""

@@ -265,6 +265,14 @@ def test_the_pressure_resumes_where_it_was() -> None:
     torch.testing.assert_close(fresh.term(bank), pressure.term(bank))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_multipliers_stay_in_fp32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    pressure = Pressure(bank_of(tasks=2), Budget(fraction=0.2), Schedule(), total_steps=10)
+    pressure.multipliers.fill_(1.001)
+    torch.nn.ModuleList([pressure]).to(dtype)
+    assert torch.equal(pressure.multipliers, torch.full((3,), 1.001))
+
+
 # -- bad budgets -------------------------------------------------------------------------------------------
 
 
