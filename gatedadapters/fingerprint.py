@@ -18,8 +18,9 @@ OWN_MODULES = ("gated_adapters", "sparse_delta")
 def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
     """Digest names, shapes and 64 evenly spaced values of every parameter except `skip` and our own.
 
-    Values are rounded to bfloat16 first, so that loading the same checkpoint in lower precision changes nothing. Costs
-    milliseconds and reads a negligible share of a large model.
+    Values are rounded to bfloat16 first, so that loading a float32 checkpoint in bfloat16 changes nothing. In float16
+    it may: rounding twice can give another value, and what is small is lost. Costs milliseconds and reads a negligible
+    share of a large model.
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -96,6 +96,10 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: Path, *, upd
     what = " and ".join(parts[part] for part in differ)
     fix = "load the backbone they were trained on"
     if differ == ["values"]:
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            fix = (
+                "float16 rounds values: load the backbone in float32 or bfloat16, then the adapters, then model.half()"
+            )
         fix += ', or accept an updated one with base="updated"'
     misplaced = _misplaced(model, structure)
     raise ArtifactError(

@@ -373,7 +373,7 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> No
         raise MaskError(
             f"made for another backbone ({' and '.join(differ)} differ)",
             expected=_described(wanted), got=_described(found), where=where,
-            fix="use the backbone it was made for, in the state it was made in (no delta in it), with the same heads",
+            fix="use the backbone it was made for, as it was then: no delta in it, not cast to float16, the same heads",
         )  # fmt: skip
 
 
