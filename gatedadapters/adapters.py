@@ -15,6 +15,7 @@ from gatedadapters import merging, saving
 from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
+from gatedadapters.fingerprint import is_own
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.hooks import (
     RUNNING,
@@ -443,7 +444,8 @@ class Adapters(nn.Module):
         self._unhook()
         delattr(model, NAME)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self._required_grad)
+            if not is_own(name):
+                parameter.requires_grad_(name in self._required_grad)
         self._model.clear()
         return model
 

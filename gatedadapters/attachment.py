@@ -14,7 +14,7 @@ from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
-from gatedadapters.fingerprint import fingerprint
+from gatedadapters.fingerprint import backbone_fingerprint, is_own
 from gatedadapters.gates import GateBank, Group
 from gatedadapters.hooks import InputHook, OutputHook
 from gatedadapters.paths import Misfit, Path, Site, path_class
@@ -65,7 +65,7 @@ def attach(
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = find_heads(model, heads)
     check_gradients_pass(model)
-    identity = fingerprint(model, skip=frozenset(head_names))
+    identity = backbone_fingerprint(model, skip=frozenset(head_names))
     if isinstance(space, Structure):
         if penalty is not None:
             raise AttachError(
@@ -122,7 +122,7 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
         built._hook(model)
         model.add_module(NAME, built)
         for name, parameter in model.named_parameters():
-            if not name.startswith(f"{NAME}."):
+            if not is_own(name):  # a sparse delta trains beside the adapters
                 parameter.requires_grad_(name in head_names)
     except BaseException:
         built._unhook()
@@ -141,7 +141,8 @@ def build(model: nn.Module, structure: Structure) -> Adapters:
         PathError: the structure names a module that the model lacks.
     """
     heads = structure.fingerprint.heads
-    built = _from_structure(model, structure, fingerprint(model, skip=frozenset(heads)), structure.seed)
+    identity = backbone_fingerprint(model, skip=frozenset(heads))
+    built = _from_structure(model, structure, identity, structure.seed)
     built.head_names = heads
     built.train(model.training)
     _place(built, model)
@@ -305,7 +306,7 @@ def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]
     Raises:
         AttachError: no parameter of that name.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters() if not is_own(name)]
     if heads is not None:
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]
         if missing:

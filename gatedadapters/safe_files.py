@@ -31,14 +31,14 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
     `leftovers`).
 
     Args:
-        folder: where it shall be; parents are made.
+        folder: where it shall be; parents are made. A link stays one: what it points to is written.
         files: names that an earlier one of its kind may hold. Anything else is the user's and never replaced.
         overwrite: replace an earlier one.
 
     Raises:
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()  # a rename would put a folder in the place of a link
     _check_free(target, files, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -59,7 +59,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
 
 def leftovers(folder: str | Path) -> list[Path]:
     """Whole or half-written folders beside `folder` that interrupted calls of `whole_folder` left."""
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
     return sorted(target.parent.glob(f".{target.name}.????????")) if target.parent.is_dir() else []
 
 

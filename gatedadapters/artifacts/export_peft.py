@@ -84,7 +84,8 @@ def export_peft(
         **config,
     }
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
-    metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
+    with adapters.disabled():  # merged adapters are no part of the backbone
+        metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
     with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata=metadata)

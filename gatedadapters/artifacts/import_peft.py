@@ -17,7 +17,7 @@ from gatedadapters.attachment import DEFAULT_TASK, check_free, find_heads, insta
 from gatedadapters.backbone import Layout, LinearMap, discover
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
-from gatedadapters.fingerprint import fingerprint
+from gatedadapters.fingerprint import backbone_fingerprint, fingerprint
 from gatedadapters.paths import LoRA, Point, Site
 from gatedadapters.paths.lora import LoRAOptions
 
@@ -87,7 +87,7 @@ def import_peft(
         _space(maps, gates or GateConfig()),
         layout,
         tasks=tasks,
-        identity=fingerprint(model, skip=frozenset(head_names)),
+        identity=backbone_fingerprint(model, skip=frozenset(head_names)),
         seed=seed,
     )
     with torch.no_grad():

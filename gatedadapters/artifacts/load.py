@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import attach, check_free
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
-from gatedadapters.fingerprint import fingerprint
+from gatedadapters.fingerprint import backbone_fingerprint
 from gatedadapters.paths import Site, path_class
 from gatedadapters.safe_files import leftovers, read_tensors
 from gatedadapters.saving import STRUCTURE, WEIGHTS, state
@@ -88,7 +88,7 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: Path, *, upd
             where=folder,
             fix="build the model with the same tasks, in the same class",
         )
-    found = fingerprint(model, skip=frozenset(saved.heads))
+    found = backbone_fingerprint(model, skip=frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
     if not differ or (updated and differ == ["values"]):
@@ -96,6 +96,10 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: Path, *, upd
     what = " and ".join(parts[part] for part in differ)
     fix = "load the backbone they were trained on"
     if differ == ["values"]:
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            fix = (
+                "float16 rounds values: load the backbone in float32 or bfloat16, then the adapters, then model.half()"
+            )
         fix += ', or accept an updated one with base="updated"'
     misplaced = _misplaced(model, structure)
     raise ArtifactError(

@@ -34,7 +34,7 @@ from gatedadapters.continual.runner import Run
 from gatedadapters.continual.strategies import Strategy, resolve
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
-from gatedadapters.data.language import Passage, read_passages, split_passages
+from gatedadapters.data.language import read_passages, sample_passages, split_passages
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.experiment.setup import build_model, load_tasks
@@ -203,8 +203,9 @@ def _questions(task: StreamTaskConfig, tokenizer: PreTrainedTokenizerBase, max_l
         train_part, held_out = split_passages(passages, 0.2, seed=seed)
     else:
         train_part, held_out = passages, read_passages(held_out_file, text=task.text, answer=task.answer)
-    cut: list[list[Passage]] = [train_part[: task.max_train], held_out[: task.max_test]]
-    return answer_task(task.title, cut[0], cut[1], tokenizer, max_length=max_length)
+    train_part = sample_passages(train_part, task.max_train, seed=seed)  # files may be sorted
+    held_out = sample_passages(held_out, task.max_test, seed=seed)
+    return answer_task(task.title, train_part, held_out, tokenizer, max_length=max_length)
 
 
 def _is_generative(task: StreamTaskConfig) -> bool:

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from gatedadapters.cli.outcome import check_free
 from gatedadapters.config import CorpusConfig, SelectConfig
 from gatedadapters.data.bundled import load_corpus
-from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, read_passages, split_passages
+from gatedadapters.data.language import (
+    LanguageCollator,
+    LanguageDataset,
+    Passage,
+    read_passages,
+    sample_passages,
+    split_passages,
+)
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading
 from gatedadapters.experiment.setup import training_arguments
@@ -87,4 +94,4 @@ def _passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Pass
     else:
         assert corpus.file is not None
         passages = read_passages(corpus.file, text=corpus.text, answer=corpus.answer)
-    return split_passages(passages[: corpus.max_texts], corpus.held_out, seed=seed)
+    return split_passages(sample_passages(passages, corpus.max_texts, seed=seed), corpus.held_out, seed=seed)

@@ -25,7 +25,7 @@ class TaskConfig(Config):
         train, validation, test: CSV, TSV, JSON lines or parquet. What is missing is split off the training table.
         bundled: name of a task that a data package carries, in place of tables.
         text, pair, label: columns; `pair` is a second text.
-        max_train, max_test: at most so many examples are used.
+        max_train, max_test: at most so many examples are used, drawn by seed, stratified.
     """
 
     name: str | None = None

@@ -44,7 +44,7 @@ class CorpusConfig(Config):
         text: column of the text, or of the question where there is an answer.
         answer: column of the answer; the loss is then that of the answer alone.
         held_out: share that is not trained or scored on, but evaluated.
-        max_texts: at most so many texts are used.
+        max_texts: at most so many texts are used, drawn by seed.
     """
 
     file: str | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gatedadapters.backbone import discover
 from gatedadapters.errors import LayoutError
-from gatedadapters.fingerprint import OWN_MODULES
+from gatedadapters.fingerprint import is_own
 from gatedadapters.masking.roles import roles_of
 
 
@@ -59,7 +59,7 @@ def tensors_of(
         blocks = []
     found = {}
     for name, parameter in model.named_parameters():
-        if name in heads or set(OWN_MODULES) & set(name.split(".")) or not parameter.is_floating_point():
+        if name in heads or is_own(name) or not parameter.is_floating_point():
             continue
         block, place = None, name
         for prefix, index in blocks:

@@ -10,9 +10,9 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_order
+from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
 
 _Table = list[tuple[str, dict[str, Any]]]  # where each record was read, and its cells by column
@@ -42,10 +42,10 @@ def read_task(
 ) -> TextTask:
     """A user's labelled table, or tables, as a task.
 
-    The suffix says the format: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``. A split that has a table of
-    its own is taken as it is. The others are drawn from the training table, stratified and deterministic by
-    seed: validation, and test too where ``train`` is the only table. What is split is made distinct first: a
-    repeated text is kept once, a text with two labels not at all.
+    The suffix says the format: ``.csv``, ``.tsv`` (in which quotes are text), ``.jsonl`` or ``.parquet``. A
+    split that has a table of its own is taken as it is. The others are drawn from the training table,
+    stratified and deterministic by seed: validation, and test too where ``train`` is the only table. What is
+    split is made distinct first: a repeated text is kept once, a text with two labels not at all.
 
     Args:
         train: The training table, or the only one.
@@ -170,7 +170,7 @@ def _label(cell: object, where: str) -> str:
 
 
 def _numbers_by_value(label: str) -> tuple[int, str]:
-    return (int(label), "") if label.lstrip("-").isdecimal() else (0, label)
+    return (int(label), "") if label.removeprefix("-").isdecimal() else (0, label)
 
 
 def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | Path) -> list[Row]:
@@ -189,14 +189,12 @@ def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | 
 
 def _head(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """At most ``count`` rows, stratified; all of them in their own order where there are no more."""
-    if count is None or len(rows) <= count:
-        return rows
-    return [rows[index] for index in stratified_order([row.label for row in rows], seed)[:count]]
+    return [rows[index] for index in stratified_sample([row.label for row in rows], count, seed)]
 
 
-def _read_delimited(path: Path, delimiter: str) -> _Table:
+def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3], fix: str | None = None) -> _Table:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
         try:
             header = next(reader, [])
             table: _Table = []
@@ -204,7 +202,8 @@ def _read_delimited(path: Path, delimiter: str) -> _Table:
                 where = f"{path}, line {reader.line_num}"
                 if cells and len(cells) != len(header):
                     got = f"{len(cells)} cells"
-                    raise DataError("malformed line", expected=f"{len(header)} cells", got=got, where=where)
+                    expected = f"{len(header)} cells"
+                    raise DataError("malformed line", expected=expected, got=got, where=where, fix=fix)
                 if cells:
                     table.append((where, dict(zip(header, cells, strict=True))))
         except csv.Error as error:
@@ -213,11 +212,13 @@ def _read_delimited(path: Path, delimiter: str) -> _Table:
 
 
 def _read_csv(path: Path) -> _Table:
-    return _read_delimited(path, ",")
+    return _read_delimited(path, ",", csv.QUOTE_MINIMAL)
 
 
 def _read_tsv(path: Path) -> _Table:
-    return _read_delimited(path, "\t")
+    # a stray quote would make one record of all up to the next one
+    fix = "quotes mean nothing in a .tsv: save cells that hold tabs or line breaks as .csv"
+    return _read_delimited(path, "\t", csv.QUOTE_NONE, fix)
 
 
 def _read_jsonl(path: Path) -> _Table:

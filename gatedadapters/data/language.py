@@ -55,6 +55,14 @@ def read_passages(file: str | Path, *, text: str = "text", answer: str | None = 
     return found
 
 
+def sample_passages(passages: Sequence[Passage], count: int | None, *, seed: int) -> list[Passage]:
+    """At most `count` passages, at random by seed, in their own order; all of them where there are no more."""
+    if count is None or len(passages) <= count:
+        return list(passages)
+    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))
+    return [passages[i] for i in sorted(order[:count].tolist())]
+
+
 def split_passages(passages: Sequence[Passage], held_out: float, *, seed: int) -> tuple[list[Passage], list[Passage]]:
     """(to learn from, held out), at random by seed; each text lies on one side only.
 

@@ -48,9 +48,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def head(self, count: int) -> Examples:
-        """The first ``count`` examples; splits are ordered so that any head is nearly stratified."""
-        return Examples(self.texts[:count], self.labels[:count], None if self.pairs is None else self.pairs[:count])
+    def sample(self, count: int | None, seed: int) -> Examples:
+        """At most ``count`` examples, stratified; all of them in their own order where there are no more."""
+        chosen = stratified_sample(self.labels, count, seed)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in chosen]
+        return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen], pairs)
 
     @staticmethod
     def from_rows(rows: Iterable[Row]) -> Examples:
@@ -155,6 +157,13 @@ def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
         members = generator.permutation(np.flatnonzero(array == label))
         position[members] = (np.arange(len(members)) + generator.random()) / len(members)
     return [int(index) for index in np.argsort(position, kind="stable")]
+
+
+def stratified_sample(labels: Sequence[int], count: int | None, seed: int) -> list[int]:
+    """The first ``count`` of a stratified order; ``range(len(labels))`` where there are no more."""
+    if count is None or len(labels) <= count:
+        return list(range(len(labels)))
+    return stratified_order(labels, seed)[:count]
 
 
 def split_sizes(available: int, train: int | None, validation: int, test: int) -> tuple[int, int, int]:

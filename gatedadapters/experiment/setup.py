@@ -45,8 +45,8 @@ def _load(task: TaskConfig, seed: int) -> TextTask:
             task.train, task.validation, task.test, text=task.text, pair=task.pair, label=task.label, seed=seed
         )
     held_out = loaded.validation if loaded.test is None else loaded.test
-    train, test = task.max_train or len(loaded.train), task.max_test or len(held_out)
-    return TextTask(task.title, loaded.train.head(train), loaded.validation, held_out.head(test), loaded.classes)
+    cut = loaded.train.sample(task.max_train, seed), held_out.sample(task.max_test, seed)  # tables may be sorted
+    return TextTask(task.title, cut[0], loaded.validation, cut[1], loaded.classes)
 
 
 def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module, PreTrainedTokenizerBase]:

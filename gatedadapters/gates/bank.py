@@ -37,6 +37,16 @@ class Group:
     flops: float
 
 
+def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` is to do in place of `fn` where tensors keep their type: only the device follows."""
+
+    def move(t: Tensor) -> Tensor:
+        moved = fn(t)
+        return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+    return move
+
+
 class GateBank(nn.Module):
     """Every log alpha of a model as one fp32 parameter `log_alpha` of shape (tasks, gates).
 
@@ -119,13 +129,8 @@ class GateBank(nn.Module):
         self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Gates stay fp32 under model.half() or model.to(bfloat16): only the device follows.
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
         self._values_of = None
-        nn.Module._apply(self, keep_dtype, recurse)
+        nn.Module._apply(self, moving_only(fn), recurse)  # gates stay fp32 under model.half() or model.to(bfloat16)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

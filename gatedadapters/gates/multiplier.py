@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from gatedadapters.config import L0, Budget, Penalty, Schedule
 from gatedadapters.errors import BudgetError
-from gatedadapters.gates.bank import GateBank
+from gatedadapters.gates.bank import GateBank, moving_only
 
 
 class Pressure(nn.Module):
@@ -50,6 +51,11 @@ class Pressure(nn.Module):
             self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
         self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # bf16 holds no step of the ascent below 0.4 %: only the device follows, as for gates
+        nn.Module._apply(self, moving_only(fn), recurse)
+        return self
 
     def progress(self, bank: GateBank) -> float:
         """Share of training done, in [0, 1]; 1 where the length of training is unknown."""
@@ -180,16 +186,17 @@ def check_budget(bank: GateBank, budget: Budget) -> float:
     """The budget in units of cost.
 
     Raises:
-        BudgetError: if it does not pay for the smallest unit.
+        BudgetError: if it, or its cap per task, does not pay for the smallest unit.
     """
-    dense = bank.dense_cost(budget.unit)
-    resolved, smallest = budget.resolve(dense), float(bank.cost(budget.unit).min())
-    if resolved < smallest:
-        raise BudgetError(
-            "the budget is below the smallest candidate",
-            expected=f"at least {smallest:,.0f} {budget.unit}",
-            got=f"{resolved:,.0f} ({budget!r})",
-            where=f"budget over {bank.n_units:,} units, {dense:,.0f} {budget.unit} when dense",
-            fix="raise the budget, or offer smaller candidates (gate ranks, lower widths)",
-        )
+    dense, smallest = bank.dense_cost(budget.unit), float(bank.cost(budget.unit).min())
+    resolved = budget.resolve(dense)
+    for part, value in (("budget", resolved), ("cap per task", budget.resolve_task(dense))):
+        if value is not None and value < smallest:
+            raise BudgetError(
+                f"the {part} is below the smallest candidate",
+                expected=f"at least {smallest:,.0f} {budget.unit}",
+                got=f"{value:,.0f} ({budget!r})",
+                where=f"budget over {bank.n_units:,} units, {dense:,.0f} {budget.unit} when dense",
+                fix=f"raise the {part}, or offer smaller candidates (gate ranks, lower widths)",
+            )
     return resolved

@@ -16,7 +16,7 @@ from gatedadapters.adapters import NAME as ADAPTERS
 from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import find_heads
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
-from gatedadapters.fingerprint import OWN_MODULES, fingerprint
+from gatedadapters.fingerprint import DELTA, fingerprint, is_own
 from gatedadapters.hooks import hook_embedding
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
@@ -25,7 +25,7 @@ from gatedadapters.masking.tuned import Tuned
 from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
 from gatedadapters.structure import Fingerprint
 
-NAME = "sparse_delta"
+NAME = DELTA
 VALUES = "values.safetensors"
 FILES = MASK_FILES | {VALUES}
 
@@ -371,11 +371,6 @@ def get_delta(model: nn.Module) -> SparseDelta:
     if found is not None:
         return found
     raise AttachError("this model has no sparse delta", where=type(model).__name__, fix="call gatedadapters.apply_mask")
-
-
-def is_own(name: str) -> bool:
-    """Whether a parameter belongs to something that the library registered in the model."""
-    return any(part in OWN_MODULES for part in name.split("."))
 
 
 def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

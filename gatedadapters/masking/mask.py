@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -141,6 +142,15 @@ class Mask:
     def nbytes(self) -> int:
         """Bytes that the positions take, in memory and on disk."""
         return sum(t.bytes for t in self._record.tensors.values())
+
+    @property
+    def digest(self) -> str:
+        """Equal for masks that select the same elements."""
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self.names if self.count(name)):
+            digest.update(f"{name}:{self.shape(name)};".encode())
+            digest.update(self.indices(name).numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def indices(self, name: str) -> Tensor:
         """Sorted flat positions in one parameter, (selected,) int64."""
@@ -363,7 +373,7 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> No
         raise MaskError(
             f"made for another backbone ({' and '.join(differ)} differ)",
             expected=_described(wanted), got=_described(found), where=where,
-            fix="use the backbone it was made for, in the state it was made in (no delta in it), with the same heads",
+            fix="use the backbone it was made for, as it was then: no delta in it, not cast to float16, the same heads",
         )  # fmt: skip
 
 

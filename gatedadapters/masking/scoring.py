@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatedadapters.attachment import find_heads
 from gatedadapters.errors import MaskError
-from gatedadapters.fingerprint import OWN_MODULES, fingerprint
+from gatedadapters.fingerprint import fingerprint, is_own
 from gatedadapters.masking.roles import chosen, roles_of
 from gatedadapters.masking.scores import Batch, Loss, Run, Score, Scores, score_class
 from gatedadapters.masking.scores.losses import task_losses
@@ -77,7 +77,7 @@ def score(
     home = next(model.parameters()).device
     sample = {k: v[:1].to(home) for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _LABELS}
     roles = roles_of(model, sample or None)
-    own = {n: r for n, r in roles.items() if n not in head_names and not set(OWN_MODULES) & set(n.split("."))}
+    own = {n: r for n, r in roles.items() if n not in head_names and not is_own(n)}
     names = chosen(own, include, exclude, where="score")
     everything = dict(model.named_parameters())
     parameters = {name: everything[name] for name in names}

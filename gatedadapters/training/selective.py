@@ -23,7 +23,7 @@ from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, scor
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.structure import format_table
-from gatedadapters.training.trainer import check_launch
+from gatedadapters.training.trainer import MASK, check_launch, fits_mask, read_header
 
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
 
@@ -195,19 +195,37 @@ class SelectiveTrainer(Trainer):
             if "sparse_delta." in key or key in self.delta.head_names
         }
         part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
-        save_file(trained, part, metadata={"format": "pt"})
+        save_file(trained, part, metadata={"format": "pt", MASK: self.delta.mask.digest})
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._check_checkpoint(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+    def _check_checkpoint(self, folder: str) -> None:
+        """Refuse, before anything is changed, values that belong to other elements."""
+        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        if os.path.isfile(file) and not fits_mask(read_header(file)[1], self.delta):
+            raise _another_mask("the elements that this run selected", "values of other elements", file)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The backbone's keys are absent by design; anything else is refused."""
         missing = [key for key in load_result.missing_keys if "sparse_delta." in key]
         if missing or load_result.unexpected_keys:
-            raise TrainingError(
-                "this checkpoint is of another mask", expected=", ".join(missing[:2]) or "the delta's values",
-                got=", ".join(load_result.unexpected_keys[:2]) or "nothing of it", where="resume",
-                fix="resume with the same data, selection and seed",
-            )  # fmt: skip
+            expected, got = ", ".join(missing[:2]), ", ".join(load_result.unexpected_keys[:2])
+            raise _another_mask(expected or "the delta's values", got or "nothing of it", "resume")
+
+
+def _another_mask(expected: str, got: str, where: str) -> TrainingError:
+    return TrainingError(
+        "this checkpoint is of another mask", expected=expected, got=got, where=where,
+        fix="resume with the same data, selection and seed",
+    )  # fmt: skip
 
 
 def _exp(loss: float) -> float:

@@ -25,6 +25,8 @@ from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
 from gatedadapters.training.multitask import MultiTaskClassifier
 
+MASK = "mask"  # key of a checkpoint's metadata: digest of the elements that its values belong to
+
 
 class ConstantFactor:
     """A learning-rate factor that stays 1: gates keep their rate until the Structure is fixed."""
@@ -268,7 +270,10 @@ class GatedTrainer(Trainer):
         state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
         trained = {k: v.detach().contiguous().cpu() for k, v in state.items() if self._is_trained(k)}
         part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
-        save_file(trained, part, metadata={"format": "pt", "backbone": self.adapters.identity.values})
+        metadata = {"format": "pt", "backbone": self.adapters.identity.values}
+        if self.delta is not None:
+            metadata[MASK] = self.delta.mask.digest
+        save_file(trained, part, metadata=metadata)
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
@@ -290,18 +295,7 @@ class GatedTrainer(Trainer):
         file = os.path.join(folder, SAFE_WEIGHTS_NAME)
         if not os.path.isfile(file):
             return  # the Trainer says what it looked for
-        try:
-            with safe_open(file, framework="pt") as stored:
-                found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-                backbone = (stored.metadata() or {}).get("backbone")
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                "this checkpoint cannot be read",
-                expected="a safetensors file",
-                got=str(error),
-                where=file,
-                fix="resume from an earlier checkpoint",
-            ) from error
+        found, metadata = read_header(file)
         state = self.accelerator.unwrap_model(self.model).state_dict()
         wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
         wrong = [
@@ -309,15 +303,17 @@ class GatedTrainer(Trainer):
             for key in sorted(wanted.keys() | found.keys())
             if found.get(key) != wanted.get(key)
         ]
-        if not wrong and backbone != self.adapters.identity.values:
+        if not wrong and metadata.get("backbone") != self.adapters.identity.values:
             wrong.append("weights of another backbone")
+        if not wrong and self.delta is not None and not fits_mask(metadata, self.delta):
+            wrong.append("values of another mask")
         if wrong:
             raise TrainingError(
                 "this checkpoint is of other adapters",
                 expected="the attached adapters, gates and heads",
                 got="; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""),
                 where=file,
-                fix="attach with the search space, tasks, heads and penalty that the checkpoint was made with",
+                fix="attach with the search space, tasks, heads, penalty and mask that the checkpoint was made with",
             )
 
     def _is_trained(self, key: str) -> bool:
@@ -343,6 +339,34 @@ def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
             fix="raise the budget, or select fewer elements",
         )
     return budget.model_copy(update={"params": budget.params - delta.params})
+
+
+def read_header(file: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by name, and the metadata, of a checkpoint's weights.
+
+    Raises:
+        TrainingError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+            return shapes, stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            "this checkpoint cannot be read",
+            expected="a safetensors file",
+            got=str(error),
+            where=file,
+            fix="resume from an earlier checkpoint",
+        ) from error
+
+
+def fits_mask(metadata: Mapping[str, str], delta: SparseDelta) -> bool:
+    """Whether a checkpoint's values belong to the elements of `delta`; where it is too old to say, its shapes decide.
+
+    Masks of one scope per tensor have equal counts everywhere, so that shapes tell nothing.
+    """
+    return metadata.get(MASK) is None or metadata[MASK] == delta.mask.digest
 
 
 def check_launch(args: TrainingArguments) -> None:

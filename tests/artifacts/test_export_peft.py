@@ -303,6 +303,18 @@ def test_an_earlier_export_is_replaced_only_on_request_and_other_files_never(tmp
         ga.export_peft(adapters, tmp_path / "peft", overwrite=True)
 
 
+def test_an_export_while_merged_belongs_to_the_backbone_alone(tmp_path: Path) -> None:
+    model, batch = tiny("llama")
+    adapters = compacted(model, batch)
+    adapters.merge()
+    merged = output(model, batch)
+    ga.export_peft(adapters, tmp_path / "peft")
+    assert torch.equal(output(model, batch), merged)
+    fresh, _ = tiny("llama")
+    ga.import_peft(fresh, tmp_path / "peft", batch)
+    torch.testing.assert_close(output(fresh, batch), merged, rtol=1e-4, atol=1e-5)
+
+
 def test_writing_needs_no_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny("bert")
     adapters = compacted(model, batch)

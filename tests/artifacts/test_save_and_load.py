@@ -387,6 +387,7 @@ def other_class(model: ga.MultiTaskClassifier) -> nn.Module:
     ("change", "says"),
     [
         (changed_value, ["another backbone (values of parameters differ)", 'base="updated"']),
+        (lambda model: model.half(), ["(values of parameters differ)", "float16 rounds values", "then model.half()"]),
         (other_shape, ["names or shapes of parameters and values of parameters differ"]),
         (other_class, ["another backbone (class differ)", "MultiTaskClassifier (", "Renamed ("]),
         (lambda model: tiny("bert")[0], ["lacks task heads", "heads.mood.bias", "a BertModel without them"]),

@@ -44,6 +44,19 @@ def test_an_artefact_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_stays_one_and_what_it_points_to_is_written(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    (disk / "out").mkdir(parents=True)
+    link.symlink_to(disk / "out", target_is_directory=True)
+    for text in ("old", "new"):
+        write(link, text, overwrite=text == "new")
+        assert link.is_symlink()
+        assert read(disk / "out") == {"a": text, "b": text}
+    assert [path.name for path in disk.iterdir()] == ["out"]
+    (disk / ".out.01234567").mkdir()
+    assert leftovers(link) == [disk / ".out.01234567"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_others_are_never_replaced(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "out").mkdir()

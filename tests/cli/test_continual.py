@@ -130,6 +130,21 @@ def test_questions_for_a_causal_language_model(decoder: Path, tmp_path: Path) ->
     assert "first" in (tmp_path / "out" / "table.txt").read_text()
 
 
+def test_a_table_of_questions_is_cut_by_seed_not_to_its_first_rows(decoder: Path, tmp_path: Path) -> None:
+    rows = [f"the dog {answer},{answer}" for answer in ("runs", "sleeps") for _ in range(20)]
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.csv").write_text("\n".join(["text,answer", *rows]))
+    task = {
+        "train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv"), "answer": "answer", "max_train": 12,
+        "max_test": 8,
+    }  # fmt: skip
+    config = ContinualConfig.parse({"model": str(decoder), "tasks": [task], "strategy": "sequential"}, where="test")
+    (found,) = streaming.build(config, seed=0)[1]
+    for data, count in ((found.train, 12), (found.held_out, 8)):
+        assert len(data) == count
+        assert len({tuple(item["input_ids"]) for item in data}) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_a_single_task_on_a_causal_language_model_gets_its_classifier(
     model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=2, pad_token_id=0)
     adapters = ga.load_adapters(model, tables / "out" / "adapter")
     assert adapters.head_names == ("score.weight",)
+
+
+def test_sorted_tables_are_cut_to_examples_of_every_class(tables: Path, configured: Configured) -> None:
+    for part in ("train", "test"):
+        lines = [f"{label} text {i} of {part},{label}" for label in ("happy", "sad") for i in range(30)]
+        (tables / f"{part}.csv").write_text("\n".join(["text,label", *lines]))
+    task = {"train": "train.csv", "validation": "test.csv", "test": "test.csv", "max_train": 20, "max_test": 10}
+    (loaded,) = load_tasks(SearchConfig.load(configured(tasks=[task])))
+    assert Counter(loaded.train.labels) == {0: 10, 1: 10}
+    assert Counter(loaded.split("test").labels) == {0: 5, 1: 5}
 
 
 def test_a_validation_table_stands_in_for_a_missing_test_table_and_is_named(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import gatedadapters as ga
 from gatedadapters.cli.main import main
-from gatedadapters.config import SelectConfig
+from gatedadapters.cli.tuning import _passages
+from gatedadapters.config import CorpusConfig, SelectConfig
 from gatedadapters.data.language import LanguageDataset, Passage, read_passages, split_passages
 from gatedadapters.errors import ConfigError, DataError
 
@@ -94,6 +95,20 @@ def test_answers_alone_count_and_running_text_is_cut_into_blocks(decoder: Path) 
     assert [len(block["input_ids"]) for block in blocks] == [6, 6, 6, 2]
     with pytest.raises(DataError, match="nothing to predict"):
         LanguageDataset([Passage("the")], tokenizer, 6)
+
+
+def test_a_corpus_is_cut_by_seed_not_to_its_first_texts(tmp_path: Path) -> None:
+    (tmp_path / "sorted.txt").write_text("\n\n".join(f"text {i}" for i in range(40)))
+    whole = read_passages(tmp_path / "sorted.txt")
+
+    def used(count: int | None, seed: int) -> set[Passage]:
+        corpus = CorpusConfig(file=str(tmp_path / "sorted.txt"), max_texts=count)
+        return {passage for part in _passages(corpus, seed) for passage in part}
+
+    assert len(used(20, 0)) == 20
+    assert used(20, 0) == used(20, 0) != used(20, 1)
+    assert not used(20, 0) <= set(whole[:30])
+    assert used(40, 0) == used(None, 0) == set(whole)
 
 
 def test_texts_are_split_without_overlap_and_bad_files_are_refused(tmp_path: Path) -> None:

@@ -21,25 +21,26 @@ def write(path: Path, records: list[dict[str, object]]) -> Path:
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
-        delimiter = "," if path.suffix == ".csv" else "\t"
-        cells = [list(records[0])] + [list(record.values()) for record in records]
-        quoted = [['"' + str(cell).replace('"', '""') + '"' for cell in line] for line in cells]
-        path.write_text("\n".join(delimiter.join(line) for line in quoted) + "\n")
+        cells = [list(records[0])] + [[str(cell) for cell in record.values()] for record in records]
+        if path.suffix == ".csv":
+            cells = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in cells]
+        path.write_text("\n".join(("," if path.suffix == ".csv" else "\t").join(line) for line in cells) + "\n")
     return path
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_task(tmp_path: Path, suffix: str) -> None:
-    task = read_task(write(tmp_path / f"reviews{suffix}", RECORDS))
+    records = RECORDS if suffix != ".tsv" else [{**r, "text": str(r["text"]).replace("\n", " ")} for r in RECORDS]
+    task = read_task(write(tmp_path / f"reviews{suffix}", records))
     assert task.name == "reviews"
     assert task.classes == ("bad", "good")
     assert task.test is not None
     assert [len(task.train), len(task.validation), len(task.test)] == [24, 3, 3]
     texts = [*task.train.texts, *task.validation.texts, *task.test.texts]
-    assert sorted(texts) == sorted(str(record["text"]) for record in RECORDS)
+    assert sorted(texts) == sorted(str(record["text"]) for record in records)
     labels = dict(zip(task.train.texts, task.train.labels, strict=True))
     assert all(
-        task.classes[labels[str(record["text"])]] == record["label"] for record in RECORDS if record["text"] in labels
+        task.classes[labels[str(record["text"])]] == record["label"] for record in records if record["text"] in labels
     )
 
 
@@ -76,6 +77,19 @@ def test_whole_number_labels_are_ordered_by_value(tmp_path: Path) -> None:
     assert read_task(write(tmp_path / "t.csv", records)).classes == tuple(str(label) for label in range(12))
 
 
+def test_labels_that_only_look_like_numbers_are_text(tmp_path: Path) -> None:
+    records = [{"text": f"text {index}", "label": ("--1", "-", "-2", "3")[index % 4]} for index in range(48)]
+    assert read_task(write(tmp_path / "t.csv", records)).classes == ("-2", "-", "--1", "3")
+
+
+def test_quotes_in_tab_separated_tables_are_text(tmp_path: Path) -> None:
+    lines = ['"To be\tyes', "plain\tno", 'or not"\tyes', '"quoted"\tno', 'say "so"\tyes', "other\tno"]
+    (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *lines]))
+    task = read_task(tmp_path / "t.tsv", tmp_path / "t.tsv", tmp_path / "t.tsv")
+    assert task.train.texts == [line.partition("\t")[0] for line in lines]
+    assert task.train.labels == [1, 0] * 3
+
+
 def test_a_table_can_be_cut(tmp_path: Path) -> None:
     task = read_task(write(tmp_path / "t.csv", RECORDS), max_examples=20, fractions=(0.5, 0.5, 0))
     assert [len(task.train), len(task.validation), task.test] == [10, 10, None]
@@ -89,6 +103,7 @@ def test_a_table_can_be_cut(tmp_path: Path) -> None:
         ("t.csv", "text,y\na,1\n", ["'label'", "'text', 'y'", "say which column it is with label="]),
         ("t.csv", "text,label\na,1\nb\n", ["malformed line", "2 cells", "1 cells", "line 3"]),
         ("t.csv", 'text,label\n"a,1\n', ["malformed line", "line 2"]),
+        ("t.tsv", 'text\tlabel\n"a\tb"\t1\n', ["2 cells", "3 cells", "line 2", "as .csv"]),
         ("t.csv", "text,label\na,1\n  ,0\n", ["not text", "'  '", "line 3, column 'text'"]),
         ("t.csv", "text,label\na,1\nb,\n", ["not a label", "line 3, column 'label'"]),
         ("t.csv", "text,label\na,1\nb,1\n", ["two classes or more", "only '1'"]),

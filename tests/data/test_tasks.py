@@ -32,6 +32,17 @@ def test_every_run_of_a_stratified_order_has_the_shares_of_the_whole() -> None:
         assert abs(counts[2] - 2) <= 1
 
 
+def test_a_sample_has_the_shares_of_the_whole_and_changes_nothing_where_there_is_no_cut() -> None:
+    whole = Examples.from_rows(rows())
+    assert whole.sample(100, seed=3) == whole.sample(None, seed=3) == whole
+    cut = whole.sample(10, seed=3)
+    assert Counter(cut.labels) == {0: 6, 1: 3, 2: 1}
+    assert all(
+        whole.labels[whole.texts.index(text)] == label for text, label in zip(cut.texts, cut.labels, strict=True)
+    )
+    assert cut == whole.sample(10, seed=3) != whole.sample(10, seed=4)
+
+
 def test_splits_are_disjoint_and_deterministic_by_seed() -> None:
     first = split_rows(rows(), train=50, validation=20, test=20, seed=1)
     assert first == split_rows(rows(), train=50, validation=20, test=20, seed=1)

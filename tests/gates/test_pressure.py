@@ -265,6 +265,14 @@ def test_the_pressure_resumes_where_it_was() -> None:
     torch.testing.assert_close(fresh.term(bank), pressure.term(bank))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_multipliers_stay_in_fp32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    pressure = Pressure(bank_of(tasks=2), Budget(fraction=0.2), Schedule(), total_steps=10)
+    pressure.multipliers.fill_(1.001)
+    torch.nn.ModuleList([pressure]).to(dtype)
+    assert torch.equal(pressure.multipliers, torch.full((3,), 1.001))
+
+
 # -- bad budgets -------------------------------------------------------------------------------------------
 
 
@@ -273,6 +281,13 @@ def test_a_budget_below_the_smallest_unit_says_what_the_least_is() -> None:
         Pressure(bank_of(), Budget(params=39), Schedule(), total_steps=10)
     with pytest.raises(BudgetError, match="at least 320 params"):  # whole paths are the smallest units here
         Pressure(bank_of(levels=("path",)), Budget(params=300), Schedule(), total_steps=10)
+
+
+def test_a_cap_per_task_below_the_smallest_unit_is_refused_too() -> None:
+    bank = bank_of(tasks=2)
+    with pytest.raises(BudgetError, match=r"(?s)cap per task.*at least 40 params.*got:\s+39.*raise the cap"):
+        Pressure(bank, Budget(params=1000, per_task=39), Schedule(), total_steps=10)
+    Pressure(bank, Budget(params=1000, per_task=40), Schedule(), total_steps=10)
 
 
 def test_a_budget_needs_the_length_of_training() -> None:

@@ -22,6 +22,13 @@ def random_mask(model: nn.Module, density: float = 0.03, *, seed: int = 0, names
     return ga.Mask.build(model, chosen)
 
 
+def counted_mask(model: nn.Module, count: int = 3, *, seed: int = 0) -> ga.Mask:
+    """As many elements free in every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {name: torch.randperm(p.numel(), generator=generator)[:count] for name, p in model.named_parameters()}
+    return ga.Mask.build(model, chosen)
+
+
 def masked(
     family: str = "bert",
     density: float = 0.03,

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from masked_processes import arguments, examples
-from masked_recipes import assert_same_bits, random_mask, snapshot
+from masked_recipes import assert_same_bits, counted_mask, random_mask, snapshot
 from safetensors.torch import load_file
 
 import gatedadapters as ga
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.testing import tiny
+from gatedadapters.testing.helpers import awaken
 
 SPACE = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 4, "at": {"roles": ["q", "v"]}}]}, where="here")
 
@@ -52,6 +53,59 @@ def test_one_budget_counts_both_and_one_folder_holds_both(tmp_path: Path) -> Non
     assert_same_bits(fresh, before)
 
 
+@pytest.mark.parametrize("head", ["lm", "classification"])
+@pytest.mark.parametrize("first", ["adapters", "delta"])
+def test_either_may_come_first_and_both_learn_and_come_back(tmp_path: Path, first: str, head: str) -> None:
+    model, batch = tiny("llama", head=head)
+    before = snapshot(model)
+    chosen = {"model.embed_tokens.weight": torch.arange(0, 64, 2), "model.norm.weight": torch.arange(5)}
+    heads = () if head == "lm" else ("score.weight",)
+    mask = ga.Mask.build(model, chosen, heads=frozenset(heads))
+
+    def tuned() -> ga.SparseDelta:
+        delta = ga.apply_mask(model, mask)
+        with torch.no_grad():
+            for part in delta.parts():
+                part.values.add_(0.05)
+        delta.write()
+        return delta
+
+    if first == "adapters":
+        adapters = ga.attach(model, SPACE, batch)
+        delta = tuned()
+    else:
+        delta = tuned()
+        adapters = ga.attach(model, SPACE, batch)
+    assert adapters.head_names == delta.head_names == heads
+    awaken(adapters.paths)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    own = [*adapters.parameters(), *delta.parameters(), *adapters.head_parameters()]
+    assert trained == {id(p) for p in own}
+    adapters.compact()
+    ga.save_joint(model, tmp_path / "both")
+    output = model.eval()(**batch)[0]
+    fresh, _ = tiny("llama", head=head)
+    again, loaded = ga.load_joint(fresh, tmp_path / "both")
+    assert torch.equal(fresh.eval()(**batch)[0], output)
+    loaded.remove()
+    again.detach()
+    assert_same_bits(fresh, before)
+
+
+def test_saved_adapters_load_beside_a_delta_that_has_learned(tmp_path: Path) -> None:
+    model, batch = tiny("llama", head="lm")
+    ga.attach(model, SPACE, batch).compact()
+    ga.get_adapters(model).save(tmp_path / "adapters")
+    ga.detach(model)
+    delta = ga.apply_mask(model, counted_mask(model))
+    with torch.no_grad():
+        for part in delta.parts():
+            part.values.add_(0.05)
+    delta.write()
+    ga.load_adapters(model, tmp_path / "adapters").detach()
+    assert all(values.requires_grad for values in delta.parameters())
+
+
 def test_a_budget_that_the_mask_alone_takes_is_refused(tmp_path: Path) -> None:
     model, batch = tiny("llama", head="lm")
     mask = random_mask(model, 0.01)
@@ -59,3 +113,22 @@ def test_a_budget_that_the_mask_alone_takes_is_refused(tmp_path: Path) -> None:
     delta = ga.apply_mask(model, mask)
     with pytest.raises(BudgetError, match="mask alone"):
         ga.GatedTrainer(model, arguments(tmp_path), budget=ga.Budget(params=delta.params))
+
+
+def test_a_joint_checkpoint_of_another_mask_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    def trainer(folder: Path, seed: int) -> ga.GatedTrainer:
+        model, batch = tiny("llama", head="lm")
+        mask = counted_mask(model, seed=seed)
+        ga.attach(model, SPACE, batch)
+        ga.apply_mask(model, mask)
+        args = arguments(folder, max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+        return ga.GatedTrainer(model, args, train_dataset=examples(8))
+
+    trainer(tmp_path / "a", seed=0).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-1")
+    other = trainer(tmp_path / "b", seed=1)
+    before = snapshot(other.model)
+    with pytest.raises(TrainingError, match="values of another mask"):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert_same_bits(other.model, before)
+    trainer(tmp_path / "c", seed=0).train(resume_from_checkpoint=checkpoint)

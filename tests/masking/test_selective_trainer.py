@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from masked_processes import arguments, examples, trained
-from masked_recipes import assert_same_bits, random_mask, snapshot
+from masked_recipes import assert_same_bits, counted_mask, random_mask, snapshot
+from safetensors.torch import load_file, save_file
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
@@ -54,6 +55,24 @@ def test_checkpoints_hold_what_is_trained_and_a_run_resumes_from_them(tmp_path: 
     assert stored.stat().st_size < 16 * straight.delta.params
     resumed = run(tmp_path / "b", resume_from_checkpoint=str(checkpoint))
     assert_same_bits(resumed.model, snapshot(straight.model))
+
+
+def test_a_checkpoint_of_a_mask_with_the_same_counts_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    def trainer(folder: Path, seed: int) -> ga.SelectiveTrainer:
+        model, _ = tiny("llama", head="lm")
+        args = arguments(folder, max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+        return ga.SelectiveTrainer(model, args, train_dataset=examples(8), mask=counted_mask(model, seed=seed))
+
+    trainer(tmp_path / "a", seed=0).train()
+    checkpoint = tmp_path / "a" / "checkpoint-1"
+    other = trainer(tmp_path / "b", seed=1)
+    before = snapshot(other.module)
+    with pytest.raises(TrainingError, match=r"another mask[\s\S]*checkpoint-1"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_bits(other.module, before)
+    stored = checkpoint / "model.safetensors"
+    save_file(load_file(stored), stored, metadata={"format": "pt"})  # as before masks were recorded
+    trainer(tmp_path / "c", seed=0).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_mask_of_ones_own_needs_no_general_data(tmp_path: Path) -> None:
