@@ -443,8 +443,10 @@ def table() -> str:
                 f"{moved['attention']:.1%}: {more}, as the method presumes they are"
             )
     parts.append(arms_table(ENCODER, TASKS, SEEDS))
-    parts.append(f"{SWEEP_TASK}, accuracy on the old / the new base:\n{sweep_table()}")
-    parts.append(arms_table(DECODER, (DECODER_TASK,), DECODER_SEEDS))
+    if any(made.file.exists() for made in cells() if made.mask):
+        parts.append(f"{SWEEP_TASK}, accuracy on the old / the new base:\n{sweep_table()}")
+    if any(made.file.exists() for made in cells() if made.setting == DECODER.name):
+        parts.append(arms_table(DECODER, (DECODER_TASK,), DECODER_SEEDS))
     return "\n\n".join(parts)
 
 

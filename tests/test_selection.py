@@ -71,9 +71,13 @@ def test_a_cap_holds_for_every_task_and_the_budget_for_their_union(trial: int) -
     bank = random_bank(dice, tasks=dice.randint(2, 4))
     budget = random_budget(dice, bank, per_task=dice.choice([0.3, 0.6, 1.0]))
     dense = bank.dense_cost(budget.unit)
-    kept = choose_units(bank, budget)
     cap = budget.resolve_task(dense)
     assert cap is not None
+    if cap < float(bank.cost(budget.unit).min()):
+        with pytest.raises(BudgetError, match="cap per task"):
+            choose_units(bank, budget)
+        return
+    kept = choose_units(bank, budget)
     assert spent(bank, kept, budget.unit) <= budget.resolve(dense) * (1 + 1e-12)
     assert (kept.double() @ bank.cost(budget.unit) <= cap * (1 + 1e-12)).all()
 
