@@ -1,10 +1,9 @@
 """What does a model forget while it learns a domain, and does a mask protect it?
 
 Claims under test, at equal optimiser steps and with each arm's learning rate tuned on validation data, by the mean of
-domain and general score, which is what an arm trades: tuning the
-elements that matter least in general loses less general ability than a random mask of equal size, and its domain score
-is no worse than LoRA's of equal size; and gates with a mask under one budget do better than either alone. EWC's weight
-is not tuned.
+domain and general score, which is what an arm trades: tuning the elements that matter least in general loses less
+general ability than a random mask of equal size; its domain score is no worse than LoRA's of equal size; and gates with
+a mask under one budget do better than either alone. EWC's weight is not tuned.
 
     python benchmarks/forgetting.py run [--studies grimm ...] [--arms zero full ...] [--seeds 0 1] [--core 0.95]
     python benchmarks/forgetting.py table
