@@ -44,8 +44,8 @@ class FileConfig(Config):
         return cls.parse(read_yaml(path), where=str(path)).from_folder(path.absolute().parent)
 
     def from_folder(self, folder: Path) -> Self:
-        """The same with relative paths counted from `folder`."""
-        raise NotImplementedError
+        """The same with relative paths counted from `folder`; of a configuration without paths, itself."""
+        return self
 
 
 def found_in(folder: Path, name: str) -> str:
