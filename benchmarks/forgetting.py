@@ -10,8 +10,9 @@ a mask under one budget do better than either alone. EWC's weight is not tuned.
     python benchmarks/forgetting.py picture forgetting.png
 
 Decoder studies (SmolLM2-135M-Instruct): `grimm` and `friends` learn running text, `openbookqa`, `medmcqa` and `piqa`
-learn answers to science, medical and physical questions; general ability is the loss on held-out news (XSum) and the
-accuracy on a held-out task (CommonsenseQA). Encoder study (MiniLM-L3): `encoder` first learns newsgroups in full, which
+learn answers to science, medical and physical questions (scored by the loss of the right answer and, as the domain's
+task, by accuracy); general ability is the loss on held-out news (XSum) and the accuracy on a held-out task
+(CommonsenseQA). Encoder study (MiniLM-L3): `encoder` first learns newsgroups in full, which
 is then what it must not lose while it learns sentiment. Every score is on test data, an interval over seeds where there
 are several. Every cell is stored as it finishes; a killed run goes on where it stopped. Everything computes in fp32, so
 that machines without fast bf16 agree.
@@ -86,7 +87,8 @@ class Problem:
 
     Attributes:
         domain, general: endless batches to learn from, and to say what is not to be lost.
-        scores: `(model, split) -> {"domain": ..., "general": ..., "general task": ...}`; higher is better.
+        scores: `(model, split) -> {"domain": ..., "domain task": ..., "general": ..., "general task": ...}`, those
+            there are; higher is better.
         heads: parameters trained in full beside a mask or an adapter.
     """
 
@@ -118,22 +120,23 @@ def decoder_problem(cell: Cell) -> Problem:
         half = len(held_out) // 2
         places = {"validation": range(half), "test": range(half, len(held_out))}
 
-        def domain_score(model: nn.Module, split: str) -> float:
+        def domain_scores(model: nn.Module, split: str) -> dict[str, float]:
             items = [held_out[i] for i in list(places[split])[:count]]
-            return -mean_loss(model, items, collate)
+            return {"domain": -mean_loss(model, items, collate)}
     else:
         task = load_choices(cell.study, train=1000, validation=count // 2, test=count, seed=seed)
         passages = [Passage(prompt(e), e.choices[e.answer]) for e in task.train]
         domain = LanguageDataset(passages, tokenizer, 2 * DECODER_LENGTH)
 
-        def domain_score(model: nn.Module, split: str) -> float:
-            return choice_accuracy(model, tokenizer, task.split(split))
+        def domain_scores(model: nn.Module, split: str) -> dict[str, float]:
+            accuracy, loss = choice_scores(model, tokenizer, task.split(split))
+            return {"domain": -loss, "domain task": accuracy}
 
     def scores(model: nn.Module, split: str) -> dict[str, float]:
         return {
-            "domain": domain_score(model, split),
+            **domain_scores(model, split),
             "general": -mean_loss(model, [held_out_news[i] for i in range(min(count, len(held_out_news)))], collate),
-            "general task": choice_accuracy(model, tokenizer, keep.split(split)),
+            "general task": choice_scores(model, tokenizer, keep.split(split))[0],
         }
 
     return Problem(model, stream(domain, collate, DECODER_BATCH), stream(news, collate, DECODER_BATCH), scores)
@@ -145,16 +148,19 @@ def prompt(example: ChoiceExample) -> str:
 
 
 @torch.no_grad()
-def choice_accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[ChoiceExample]) -> float:
-    """Share of questions whose right choice has the highest mean log-probability per token."""
+def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[ChoiceExample]) -> tuple[float, float]:
+    """Share of questions whose right choice has the highest mean log-probability per token, and the mean of the right
+    choices' losses per token, which tells more from as few questions.
+    """
     model.eval()
-    collate, right = LanguageCollator(tokenizer), 0
+    collate, right, lost = LanguageCollator(tokenizer), 0, 0.0
     for example in examples:
         passages = [Passage(prompt(example), choice) for choice in example.choices]
         items = LanguageDataset(passages, tokenizer, 2 * DECODER_LENGTH)
         losses = losses_of(model, collate([items[i] for i in range(len(items))]))
         right += int(losses.argmin()) == example.answer
-    return right / len(examples)
+        lost += float(losses[example.answer])
+    return right / len(examples), lost / len(examples)
 
 
 @torch.no_grad()
@@ -404,7 +410,7 @@ def stored() -> dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]]:
     return found
 
 
-SCORES = ("domain", "general", "general task")
+SCORES = ("domain", "domain task", "general", "general task")
 
 
 def table() -> str:
@@ -418,15 +424,16 @@ def table() -> str:
             cells = arms[arm]
             columns, differences = [], []
             for key in SCORES:
-                times = 100 if study == "encoder" or key == "general task" else 1
+                times = 100 if study == "encoder" or key.endswith("task") else 1
                 values = {seed: cell["scores"][key] for seed, cell in cells.items() if key in cell["scores"]}
                 columns.append(shown(values.values(), times=times))
                 seeds = sorted(values.keys() & ours) if arm != "contrast" else []
                 pairs = [ours[seed]["scores"][key] - values[seed] for seed in seeds]
-                differences.append(shown(pairs, times=times, signed=True))
+                if not key.endswith("task"):
+                    differences.append(shown(pairs, times=times, signed=True))
             first = next(iter(cells.values()))
             count, rate = f"{first['trained']:,}", f"{first['cell']['rate']:g}"
-            rows.append([study, f"{core:g}", arm, rate, str(len(cells)), *columns, *differences[:2], count])
+            rows.append([study, f"{core:g}", arm, rate, str(len(cells)), *columns, *differences, count])
     header = ["study", "core", "arm", "rate", "seeds", *SCORES, "contrast - arm: domain", "general", "trained"]
     return format_table(header, rows)
 

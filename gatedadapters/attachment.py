@@ -104,8 +104,10 @@ def check_free(model: nn.Module) -> None:
 def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Adapters:
     """Put built adapters into a model and freeze all of it but its heads; on failure it is left untouched."""
     for key, path in built.typed_paths():
+        if not path.site.at_weight:
+            continue
         owner = model.get_submodule(path.site.write.module)
-        if path.site.at_weight and path.site.write.parameter in owner.__dict__:
+        if path.site.write.parameter in owner.__dict__:
             raise AttachError(
                 "something stands in for this weight already",
                 expected="a weight of the backbone's own",

@@ -44,14 +44,19 @@ class CoreConfig(Config):
     """How much of the model is a task's core.
 
     Attributes:
-        share: of the tensors (granularity `tensor`) or of the elements (`element`).
+        share: of the tensors (granularity `tensor`) or of the elements (`element`) that may be chosen.
         granularity: whole tensors, as released, or single elements.
         overlap: whether a task may choose what an earlier one has chosen.
+        include: roles or names (with * and ?) of the tensors that may be chosen; default: all of the backbone. By
+            tensor, the released score prefers small vectors, which can hardly learn a task by themselves.
+        exclude: of these, which may not.
     """
 
     share: float = Field(0.1, gt=0, lt=1)
     granularity: Literal["tensor", "element"] = "tensor"
     overlap: Literal["allow", "exclude_previous"] = "allow"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
 
 
 class StreamTrainingConfig(TuningConfig):

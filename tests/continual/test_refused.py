@@ -12,7 +12,15 @@ from streams import RESUMED, TRAINING, classifier, interrupted, moved, rows, run
 
 import gatedadapters as ga
 from gatedadapters.config import SearchSpace
-from gatedadapters.errors import ArtifactError, AttachError, ConfigError, DataError, GatedAdaptersError, TaskError
+from gatedadapters.errors import (
+    ArtifactError,
+    AttachError,
+    ConfigError,
+    DataError,
+    GatedAdaptersError,
+    MaskError,
+    TaskError,
+)
 
 
 def other_order() -> list[ga.Task]:
@@ -88,6 +96,8 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
     [
         ({"kind": "cosine", "probe": {"start": "current"}}, ConfigError, "different models"),
         ({"kind": "l2_fisher", "core": {"share": 0.5, "overlap": "exclude_previous"}}, ConfigError, "do not fit into"),
+        ({"kind": "l2_fisher", "core": {"exclude": ["boas"]}}, MaskError, "'boas'"),
+        ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not chosen anew"),
         ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
         ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "part of the weights"),
         ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),

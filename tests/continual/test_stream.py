@@ -117,6 +117,19 @@ def test_exclusive_cores_do_not_meet() -> None:
     assert seen[0].overlap(seen[1]) == 0
 
 
+@pytest.mark.parametrize("kind", ["l2_fisher", "random"])
+@pytest.mark.parametrize("granularity", ["tensor", "element"])
+def test_what_may_not_be_chosen_is_not(kind: str, granularity: str, tmp_path: Path) -> None:
+    core = {"granularity": granularity, "share": 0.1, "include": ["backbone.encoder.*"], "exclude": ["bias", "norm"]}
+    given = options(kind, core=core)
+    result = ga.run_stream(classifier(), tasks()[:1], given, training=TRAINING, folder=tmp_path / "stream")
+    ((_, found),) = result.cores()
+    matrices = {n: p.numel() for n, p in classifier().named_parameters() if "encoder" in n and p.dim() == 2}
+    assert found.indices.keys() <= set(found.infos) == set(matrices)
+    if granularity == "element":
+        assert found.elements == round(0.1 * sum(matrices.values()))
+
+
 def test_elements_for_random_cores_are_exact(finished: Any) -> None:
     _, result = finished("l2_fisher")
     counts = [stage.elements for stage in result.stages]

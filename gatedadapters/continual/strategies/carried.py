@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import PrivateAttr
 
+from gatedadapters.config import CoreConfig
 from gatedadapters.continual.carry import carry_core
 from gatedadapters.continual.core import Core, load_core
 from gatedadapters.continual.result import MEMORY, StreamResult, stage_folder
@@ -34,11 +35,14 @@ class Carried(Selected):
 
         Raises:
             ArtifactError: no finished stream of cores.
-            ConfigError: cores may not exclude each other, or a task is missing there.
+            ConfigError: options for a choice that was made there, or a task is missing there.
             MaskError: see `carry_core`.
         """
-        if self.core.overlap != "allow":
-            raise ConfigError(expected="overlap: allow", got=self.core.overlap, where="strategy carried")
+        if self.core != CoreConfig():
+            raise ConfigError(
+                "carried cores are not chosen anew", expected="no core:", got=self.core, where="strategy carried",
+                fix="set it for the smaller model's stream",
+            )  # fmt: skip
         folder = Path(self.source)
         earlier = StreamResult.load(folder)
         missing = [name for name in run.stream.names if name not in earlier.tasks]

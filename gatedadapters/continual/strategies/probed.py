@@ -36,8 +36,8 @@ class Probed(Selected):
         if self.probe.start == "current":
             probes, at = [run.probe(index, self.probe, elements=self._by_element)], 0
         core = select_core(
-            run.infos, probes, at, kind=self.quantity, share=self.core.share, granularity=self.core.granularity,
-            exclude=self.previous,
+            self.candidates(run), probes, at, kind=self.quantity, share=self.core.share,
+            granularity=self.core.granularity, exclude=self.previous,
         )  # fmt: skip
         return core, probes[at].record.seconds
 

@@ -20,7 +20,7 @@ class Random(Selected):
 
     Attributes:
         elements: how many each task's core has, in the order of the stream: what the selection compared with took.
-            Default: `core.share` of all elements.
+            Default: `core.share` of all that may be chosen.
     """
 
     kind = "random"
@@ -33,7 +33,7 @@ class Random(Selected):
             ConfigError: it has not, or more elements are asked for than there are.
         """
         super().check(run)
-        size = sum(info.numel for info in run.infos.values())
+        size = sum(info.numel for info in self.candidates(run).values())
         if self.elements is not None and (
             len(self.elements) != len(run.stream) or not all(0 < n <= size for n in self.elements)
         ):
@@ -44,8 +44,9 @@ class Random(Selected):
 
     def select(self, run: Run, index: int) -> tuple[Core, float]:
         """By chance."""
-        size = sum(info.numel for info in run.infos.values())
+        candidates = self.candidates(run)
+        size = sum(info.numel for info in candidates.values())
         count = self.elements[index] if self.elements is not None else max(1, round(self.core.share * size))
         seed = phase_seed(run.seed, f"random {run.stream[index].name}")
-        core = random_core(run.infos, count, granularity=self.core.granularity, seed=seed, exclude=self.previous)
+        core = random_core(candidates, count, granularity=self.core.granularity, seed=seed, exclude=self.previous)
         return core, 0.0

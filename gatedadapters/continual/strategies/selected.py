@@ -12,8 +12,10 @@ from pydantic import PrivateAttr
 from gatedadapters.config import CoreConfig
 from gatedadapters.continual.core import Core, load_core, save_core
 from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.continual.tensors import TensorInfo
 from gatedadapters.errors import ConfigError
 from gatedadapters.masking import apply_mask
+from gatedadapters.masking.roles import chosen
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run
@@ -28,11 +30,13 @@ class Selected(Strategy):
     _cores: list[Core] = PrivateAttr(default_factory=list)
 
     def check(self, run: Run) -> None:
-        """See that exclusive cores leave something for every task.
+        """See that there is something to choose from, and that exclusive cores leave something for every task.
 
         Raises:
-            ConfigError: they do not.
+            MaskError: `core.include` or `core.exclude` matches nothing, or nothing is left.
+            ConfigError: exclusive cores are too large.
         """
+        self.candidates(run)
         if self.core.overlap == "exclude_previous" and self.core.share * len(run.stream) > 1:
             raise ConfigError(
                 "exclusive cores of this size do not fit into the model",
@@ -59,6 +63,12 @@ class Selected(Strategy):
         delta.merge()
         self._cores.append(core)
         return Tuned(core.elements, fitted.seconds, max(probed, selecting), core)
+
+    def candidates(self, run: Run) -> dict[str, TensorInfo]:
+        """The tensors that may be chosen, by name."""
+        roles = {name: info.role for name, info in run.infos.items()}
+        names = chosen(roles, self.core.include, self.core.exclude, where=f"{self.kind}: core")
+        return {name: run.infos[name] for name in names}
 
     @property
     def previous(self) -> list[Core]:
