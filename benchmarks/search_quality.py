@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -334,14 +334,14 @@ def tuned_rate(task: str, budget: float, arm: str, *, compute_missing: bool) -> 
     return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(rates) else None
 
 
-def run_all(only: list[str]) -> None:
+def run_all(only: list[str], seeds: Sequence[int]) -> None:
     """Compute what is missing: for each study, tune each arm, then seed by seed so that pairs are complete early."""
     for study in STUDIES:
         name = f"{study.task}:{study.budget:g}"
         if only and name not in only and study.task not in only:
             continue
         rates = {arm: study.rate(arm, compute_missing=True) for arm in study.arms}
-        for seed in SEEDS:  # seed by seed, so that pairs are complete early
+        for seed in seeds:  # seed by seed, so that pairs are complete early
             for arm, rate in rates.items():
                 assert rate is not None
                 result = run(Cell(study.task, study.budget, arm, rate, seed))
@@ -427,11 +427,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--only", nargs="*", default=[], help="studies, e.g. newsgroups:0.125 or tweets")
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS, help="to share the work out between processes")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "run":
-        run_all(options.only)
+        run_all(options.only, options.seeds)
     print(table(), compression(), sep="\n\n")
 
 
