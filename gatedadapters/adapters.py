@@ -275,7 +275,8 @@ class Adapters(nn.Module):
 
         A single task's gates move into the weights, and what is dropped is condensed into what stays where a path can
         (`Path.condense`): the function stays what it was, but for what the budget cut off. Of several tasks' gates the
-        largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution.
+        largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution; where
+        another task's gate is open, from that task's, for a routing of 0 could not learn.
         """
         bank = self._gates()
         kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)
@@ -292,7 +293,7 @@ class Adapters(nn.Module):
         if len(self.tasks) == 1:
             bank.fix(kept)
         else:
-            bank.fix(torch.where(top > 0, values / top.clamp(min=1e-30), kept))
+            bank.fix(torch.where(values > 0, values / top.clamp(min=1e-30), kept))
         self.structure = structure
 
     @torch.no_grad()

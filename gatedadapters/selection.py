@@ -23,7 +23,8 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     budget. Default scores: P(open), that of a path's k-th likeliest unit over k, since it adds the less the more are
     there (as in `GateBank.crowding`; a short search leaves many gates undecided); each task's best unit before any
     task's second; after a Structure is fixed only what it kept. A unit that another task has already paid for costs
-    nothing more, and is taken where the task's own gate is open.
+    nothing more. A task whose own gate is closed takes no unit that another's is open for: what the unit does is the
+    other's, and the task's share in it would be 0 for good.
 
     References:
         The greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
@@ -48,17 +49,17 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     task_left = [float("inf") if cap is None else cap] * bank.tasks
     kept = torch.zeros_like(gates)
     paid = [False] * bank.n_units
-    is_open = (gates > 0).tolist()
+    is_open, of_others = (gates > 0).tolist(), (gates > 0).any(0).tolist()
     if scores is None:  # tasks take turns: a task that sees steeper gradients would otherwise take the whole budget
         values = values / bank.place(values)
         best = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
         values = values - best.to(values)  # P in [0, 1] decides among equal ranks
     for flat in torch.argsort(values.flatten(), descending=True, stable=True).tolist():
         task, unit = divmod(flat, bank.n_units)
-        if bank.frozen and not is_open[task][unit]:
+        if not is_open[task][unit] and (bank.frozen or of_others[unit] or paid[unit]):
             continue
         price = 0.0 if paid[unit] else cost[unit]
-        if price > left or cost[unit] > task_left[task] or (paid[unit] and not is_open[task][unit]):
+        if price > left or cost[unit] > task_left[task]:
             continue
         kept[task, unit] = 1.0
         left, paid[unit] = left - price, True

@@ -171,3 +171,32 @@ def test_the_parameters_stored_are_what_the_structure_counts(space: str, tasks: 
         stored = sum(p.numel() for p in adapters.paths.parameters())
         stored += sum(b.numel() for b in adapters.paths.buffers())  # routing values, where there are several tasks
         assert stored == structure.params
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.6])
+def test_no_task_is_said_to_use_what_is_closed_for_it_for_good(fraction: float) -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model, "lora-all-linear", batch, tasks=("a", "b"))
+    bank = adapters.bank
+    assert bank is not None
+    with torch.no_grad():
+        bank.log_alpha.uniform_(-5, 3, generator=torch.Generator().manual_seed(1))
+        bank.log_alpha[0] -= 2  # mostly closed for the first task, which still has its turns
+    structure = adapters.discretize(Budget(fraction=fraction))
+    assert structure.for_task("a").params > 0
+    gates = bank.deterministic()
+    for record in structure.paths:
+        own = gates[:, bank.slices[record.key]]
+        for task, units in record.units.items():
+            assert all(own["ab".index(task), unit] > 0 or (own[:, unit] == 0).all() for unit in units)
+
+
+def test_a_unit_given_to_a_task_by_hand_can_learn_there() -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model, "lora-all-linear", batch, tasks=("a", "b"))
+    bank = adapters.bank
+    assert bank is not None
+    with torch.no_grad():
+        bank.log_alpha[0], bank.log_alpha[1] = 4.0, -4.0
+    adapters.prune(adapters.discretize(scores=torch.ones_like(bank.log_alpha)))
+    assert (bank.kept == 1).all()
