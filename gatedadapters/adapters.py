@@ -122,6 +122,10 @@ class Adapters(nn.Module):
         """The task of the present batch, or of each of its examples; None where nothing said so."""
         return self._routed
 
+    @routed.setter
+    def routed(self, task: int | Tensor | None) -> None:
+        self._routed = task
+
     def tasks_of_batch(self) -> tuple[int, ...]:
         """The tasks that the present batch has examples of."""
         routed = self._routed
@@ -275,8 +279,8 @@ class Adapters(nn.Module):
 
         A single task's gates move into the weights, and what is dropped is condensed into what stays where a path can
         (`Path.condense`): the function stays what it was, but for what the budget cut off. Of several tasks' gates the
-        largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution; where
-        another task's gate is open, from that task's, for a routing of 0 could not learn.
+        largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution;
+        where another task's gate is open, from that task's, for a routing of 0 could not learn.
         """
         bank = self._gates()
         kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)

@@ -34,7 +34,7 @@ class WeightHook:
     """Before a module runs: what its paths make of its weights takes their place.
 
     A batch of several tasks is cut up, since a weight has no examples: the module runs on the first task's tokens, and
-    `WeightRestorer` runs it on the others'.
+    `WeightRestorer` runs it on the others'. Meanwhile all paths inside it see a batch of that one task.
     """
 
     def __init__(self, adapters: Adapters, module: str, keys: Mapping[str, list[str]]) -> None:
@@ -55,11 +55,10 @@ class WeightHook:
         if not any(adapters.gate(key)[0] for keys in self.keys.values() for key in keys):
             return None
         rows = self.rows_of_tasks(args, kwargs)
-        adapters.cut[self.module] = (args, kwargs, rows)
-        first = next(iter(rows))
-        with adapters.routed_to(first):
-            self.adapt(module)
-        return cut(args, kwargs, rows[first])
+        adapters.cut[self.module] = (args, kwargs, rows, adapters.routed)
+        adapters.routed = next(iter(rows))  # until the restorer's turn
+        self.adapt(module)
+        return self.part(args, kwargs, rows[adapters.routed])
 
     def adapt(self, module: nn.Module) -> None:
         """Hide each weight that has an open path behind what the path makes of it."""
@@ -95,7 +94,7 @@ class WeightHook:
         tokens = rows // copies
         plain = (Tensor, bool, int, float, str, type(None))
         others = any(not isinstance(value, plain) for value in values)  # counts of sorted rows, caches of past tokens
-        if others or tokens % len(ids) or any(len(tensor) != rows for tensor in tensors):
+        if others or tokens % len(ids) or any(not self.is_whole(t) and len(t) != rows for t in tensors):
             raise TaskError(
                 "a batch of several tasks cannot be told apart inside this module",
                 expected="one row for each token of the batch in every argument",
@@ -105,6 +104,23 @@ class WeightHook:
             )
         owner = ids.to(first.device).repeat_interleave(tokens // len(ids)).repeat(copies)
         return {task: (owner == task).nonzero().flatten() for task in self.adapters.tasks_of_batch()}
+
+    def is_whole(self, value: Tensor) -> bool:
+        """Whether a module's argument has no rows of its own for tokens: one row for all, as positions may have, or a
+        vector that is the model's (a router's correction).
+        """
+        if value.dim() == 0 or len(value) == 1:
+            return True
+        model = self.adapters.model
+        return value.dim() == 1 and any(value is own for own in (*model.parameters(), *model.buffers()))
+
+    def part(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
+        """The arguments of a call for some of the rows."""
+
+        def some(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and not self.is_whole(value) else value
+
+        return tuple(some(value) for value in args), {name: some(value) for name, value in kwargs.items()}
 
 
 class WeightRestorer:
@@ -120,19 +136,21 @@ class WeightRestorer:
         try:
             if pending is None or output is None:
                 return None
-            whole_args, whole_kwargs, rows = pending
+            whole_args, whole_kwargs, rows, _ = pending
             first, *others = rows.items()
             parts, order = [output], [first[1]]
             for task, own in others:
                 restore(module, hook.keys)
-                with adapters.routed_to(task):
-                    hook.adapt(module)
-                given, named = cut(whole_args, whole_kwargs, own)
+                adapters.routed = task
+                hook.adapt(module)
+                given, named = hook.part(whole_args, whole_kwargs, own)
                 parts.append(module.forward(*given, **named))
                 order.append(own)
-            return joined(parts, torch.cat(order).argsort())
+            return joined(parts, torch.cat(order).argsort(), hook.module)
         finally:
             restore(module, hook.keys)
+            if pending is not None:
+                adapters.routed = pending[3]
 
 
 def hook_weights(adapters: Adapters, model: nn.Module) -> list[RemovableHandle]:
@@ -145,7 +163,8 @@ def hook_weights(adapters: Adapters, model: nn.Module) -> list[RemovableHandle]:
     for name, keys in weights.items():
         module, hook = model.get_submodule(name), WeightHook(adapters, name, keys)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        handles.append(module.register_forward_hook(WeightRestorer(hook), always_call=True))
+        # first of all: what others put at the module's output is for the whole batch
+        handles.append(module.register_forward_hook(WeightRestorer(hook), prepend=True, always_call=True))
     return handles
 
 
@@ -162,20 +181,27 @@ def restore(module: nn.Module, parameters: Iterable[str]) -> None:
         owner.__dict__.pop(parameter, None)
 
 
-def cut(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
-    """The arguments of a call for some of the rows."""
+def joined(parts: Sequence[Any], order: Tensor, where: str) -> Any:
+    """What a module returned for parts of the rows, as it would have for all of them: also where it returns several
+    rows for each, one after the other (a router of flattened tokens).
 
-    def some(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) else value
-
-    return tuple(some(value) for value in args), {name: some(value) for name, value in kwargs.items()}
-
-
-def joined(parts: Sequence[Any], order: Tensor) -> Any:
-    """What a module returned for parts of the rows, as it would have for all of them."""
+    Raises:
+        TaskError: the rows cannot be told.
+    """
     first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))[order]
-    if isinstance(first, tuple):
-        return tuple(joined(each, order) for each in zip(*parts, strict=True))
-    return first
+    if isinstance(first, tuple | list):
+        found = [joined(each, order, where) for each in zip(*parts, strict=True)]
+        return found if isinstance(first, list) else tuple(found)
+    if not isinstance(first, Tensor | bool | int | float | str | None):
+        got: Any = type(first).__name__
+    elif not isinstance(first, Tensor):
+        return first
+    else:
+        got = sum(len(part) for part in parts) if first.dim() else 0
+        if got and got % len(order) == 0:
+            return torch.cat(list(parts)).unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    raise TaskError(
+        "what this module returns cannot be told apart by task",
+        expected=f"tensors with a multiple of {len(order)} rows", got=got, where=where,
+        fix="batches of one task each, or weight_lora elsewhere",
+    )  # fmt: skip

@@ -226,6 +226,28 @@ def test_a_batch_of_several_tasks_equals_one_batch_for_each(family: str, impleme
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["lora-all-linear", "decoder-mixed"])
+@pytest.mark.parametrize(
+    "family", ["mamba", "falcon_mamba", "jamba", "deepseek_v3", "nemotron_h", "lfm2_moe", "recurrent_gemma"]
+)
+def test_a_batch_of_several_tasks_may_have_paths_inside_and_around_what_is_cut_up(family: str, preset: str) -> None:
+    """Mixers that hold maps with paths of their own, routers that flatten tokens or take the model's own vectors."""
+    model, batch = tiny(family)
+    model.config.use_cache = False
+    batch = {name: value.repeat(2, 1) for name, value in batch.items()}
+    batch["input_ids"] = (batch["input_ids"] + torch.arange(4)[:, None]) % 99
+    adapters = ga.attach(model, preset, batch, tasks=("a", "b"))
+    awaken(adapters.paths)
+    assert adapters.bank is not None
+    ids = torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        adapters.bank.log_alpha.uniform_(-4, 4, generator=torch.Generator().manual_seed(0))
+        together = model(**batch, task_ids=ids)[0]
+        parts = [model(**{k: v[i : i + 1] for k, v in batch.items()}, task_ids=ids[i : i + 1])[0] for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    assert nothing_in_the_way(model)
+
+
 def test_tasks_that_cannot_be_told_apart_inside_the_experts_are_refused() -> None:
     """JetMoE's experts get tokens sorted by expert, Mamba's mixer holds the past of the whole batch."""
     mamba, batch = tiny("mamba")
