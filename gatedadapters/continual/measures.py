@@ -75,7 +75,7 @@ def nearest_class(model: nn.Module, task: Task) -> float:
     present = labels.unique()
     means = torch.stack([features[labels == label].mean(0) for label in present])
     cosines = nn.functional.normalize(held_out, dim=1) @ nn.functional.normalize(means, dim=1).T
-    return float((present[cosines.argmax(1)] == wanted).double().mean())
+    return float((present[cosines.argmax(1)] == wanted).float().mean())
 
 
 def prompt(example: ChoiceExample) -> str:

@@ -25,6 +25,7 @@ from gatedadapters.errors import ArtifactError
 from gatedadapters.masking import Scores, score
 from gatedadapters.masking.scores import Batch
 from gatedadapters.masking.scores.base import BatchScore
+from gatedadapters.precision import widened
 from gatedadapters.safe_files import opened, whole_folder, write_tensors
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
@@ -195,7 +196,7 @@ def probe(
             found = score(
                 model, _batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
             )
-            fisher = {name: float(found[name].double().mean()) for name in infos}
+            fisher = {name: float(widened(found[name]).mean()) for name in infos}
             if not elements:
                 del found
                 shutil.rmtree(new / FISHER)
@@ -263,7 +264,7 @@ def _write_deltas(
     for name, before in start.tensors():
         if name in names:
             change = current[name].detach().cpu().float() - before.float()
-            norms[name] = float(change.double().norm())
+            norms[name] = float(widened(change).norm())
             deltas[name] = change.to(dtype)
     write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
     return {name: norms[name] for name in current if name in names}

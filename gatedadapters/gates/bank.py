@@ -108,9 +108,9 @@ class GateBank(nn.Module):
         sizes = torch.bincount(self.owner)
         self._constant("first", (sizes.cumsum(0) - sizes)[self.owner])
         self._constant("siblings", sizes[self.owner])
-        self._constant("params", torch.tensor(params, dtype=torch.float64))
-        self._constant("flops", torch.tensor(flops, dtype=torch.float64))
-        self._constant("weights", torch.ones(len(ancestry), dtype=torch.float64))
+        self.params = torch.tensor(params, dtype=torch.float64)  # on the CPU: some devices have no float64
+        self.flops = torch.tensor(flops, dtype=torch.float64)
+        self.weights = torch.ones(len(ancestry), dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         spread = config.init_spread * torch.randn(tasks, self.n_gates, generator=generator)
         self.log_alpha = nn.Parameter((config.init + spread).clamp(*config.bounds))
@@ -231,7 +231,7 @@ class GateBank(nn.Module):
         return padded[:, self.ancestry].prod(-1)
 
     def cost(self, unit: str) -> Tensor:
-        """Cost of each unit in `params` or `flops`, float64, shape (units,)."""
+        """Cost of each unit in `params` or `flops`, float64, shape (units,), on the CPU."""
         return self.flops if unit == "flops" else self.params
 
     def dense_cost(self, unit: str = "params") -> float:
@@ -283,8 +283,8 @@ class GateBank(nn.Module):
         return 2 * places.to(probability) / (self.siblings + 1)
 
     def _weighed(self, unit: str, weights: Tensor | None) -> Tensor:
-        cost = self.cost(unit)
-        return (cost if weights is None else cost * weights).to(self.log_alpha.dtype)
+        cost = self.cost(unit).to(self.log_alpha)
+        return cost if weights is None else cost * weights.to(cost)
 
     def _share_open(self, log_alpha: Tensor | None) -> Tensor:
         return (self.kept > 0).to(self.log_alpha) if self.frozen else self.open_probability(log_alpha)

@@ -106,10 +106,12 @@ class Pressure(nn.Module):
         if isinstance(self.penalty, L0):
             return {"L0": self.penalty.weight * pressure * bank.expected_cost(unit, weights=bank.weights) / dense}
         m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on is weighted
-        crowded = bank.weights * bank.crowding()
+        crowded = bank.crowding()
+        crowded *= bank.weights.to(crowded)
         found = {"budget": m[0] * bank.evidence.sum() * bank.expected_cost(unit, weights=crowded) / dense}
         if self.penalty.per_task is not None:
-            crowded = bank.weights * bank.crowding(per_task=True)
+            crowded = bank.crowding(per_task=True)
+            crowded *= bank.weights.to(crowded)
             found["cap"] = (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weights=crowded) / dense
         return found
 

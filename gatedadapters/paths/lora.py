@@ -18,6 +18,7 @@ from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.paths.base import Misfit, Path, Site, check_width, map_sites, new_parameter, per_token, resized
 from gatedadapters.paths.low_rank import low_rank
+from gatedadapters.precision import widened
 
 
 class LoRAOptions(PathOptions):
@@ -98,11 +99,11 @@ class LoRA(Path):
         """The best approximation of the gated map by as many ranks as are kept (Eckart-Young): its leading singular
         directions. Rows of `down` keep their mean length, so that a rank that held nothing can still learn.
         """
-        q_up, r_up = torch.linalg.qr(self.up.double() * scale.double())
-        q_down, r_down = torch.linalg.qr(self.down.double().t())
+        q_up, r_up = torch.linalg.qr(widened(self.up) * widened(scale))
+        q_down, r_down = torch.linalg.qr(widened(self.down).t())
         u, s, v = torch.linalg.svd(r_up @ r_down.t())
         keep = keep[: len(s)]  # more ranks than the map has (a router of few experts) hold nothing
-        count, length = len(keep), self.down.double().norm(dim=1).mean().clamp(min=1e-30)  # imported ones may hold 0
+        count, length = len(keep), widened(self.down).norm(dim=1).mean().clamp(min=1e-30)  # imported ones may hold 0
         up, down = torch.zeros_like(self.up), self.down.clone()
         up[:, keep] = ((q_up @ u)[:, :count] * (s[:count] / length)).to(up)
         down[keep] = ((q_down @ v.t())[:, :count].t() * length).to(down)

@@ -29,6 +29,7 @@ from gatedadapters.paths.base import Misfit, Path, Point, Site, new_parameter, s
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.low_rank_sum import LowRankSum
+from gatedadapters.precision import widened
 
 
 class WeightLoRAOptions(PathOptions):
@@ -183,17 +184,17 @@ class WeightLoRA(LoRA):
     def condense(self, keep: Tensor, scale: Tensor) -> None:
         """Each expert's gated map at its best approximation by the ranks it keeps; see `LoRA.condense`."""
         up, down = self.factors(scale)
-        q_up, r_up = torch.linalg.qr(up.double())
-        q_down, r_down = torch.linalg.qr(down.mT.double())
+        q_up, r_up = torch.linalg.qr(widened(up))
+        q_down, r_down = torch.linalg.qr(widened(down).mT)
         u, s, v = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-        length = self.down.double().norm(dim=1).mean()
+        length = widened(self.down).norm(dim=1).mean()
         left, right = (q_up @ u) * (s / length)[:, None], (q_down @ v.mT) * length  # (experts, out or in, r)
         new_up, new_down = torch.zeros_like(self.up), self.down.clone()
         experts = [self.experts[unit] for unit in keep.tolist()]
         places = [(e, d) for e, d in zip(experts, _occurrences(experts), strict=True)]
-        held = torch.tensor([direction < s.shape[1] for _, direction in places], device=keep.device)
-        expert, direction = torch.tensor(places, device=keep.device).view(-1, 2)[held].t()
-        keep = keep[held]  # more ranks than the map has hold nothing
+        held = torch.tensor([direction < s.shape[1] for _, direction in places], device=s.device)
+        expert, direction = torch.tensor(places, device=s.device).view(-1, 2)[held].t()
+        keep = keep[held.to(keep.device)]  # more ranks than the map has hold nothing
         new_up[:, keep] = left[expert, :, direction].t().to(new_up)
         new_down[keep] = right[expert, :, direction].to(new_down)
         self.up.copy_(new_up)

@@ -87,5 +87,5 @@ def prefer_transferable(
     found = knowledge_sensitivity(adapters, batches, mask=mask, seed=seed)
     values = torch.tensor([found[group.key] for group in bank.groups], dtype=torch.float64)
     weights = (values / values.mean().clamp(min=1e-12)).clamp(min=1e-3) ** strength
-    bank.weigh(weights.to(bank.owner.device)[bank.owner])
+    bank.weigh(weights[bank.owner.cpu()])
     return found

@@ -321,6 +321,18 @@ def test_gates_stay_float32_when_the_model_changes_its_type(dtype: torch.dtype) 
     assert torch.equal(everything(bank), before)
 
 
+def test_gates_move_to_devices_that_have_no_float64() -> None:
+    def moved(tensor: Tensor) -> Tensor:
+        assert tensor.dtype != torch.float64, "Apple's devices refuse it"
+        return tensor.clone()
+
+    bank = scatter(bank_of())
+    cost = bank.expected_cost()
+    bank._apply(moved)
+    assert torch.equal(bank.expected_cost(), cost)
+    assert bank.dense_cost() == float(bank.params.sum())
+
+
 def test_gates_first_evaluated_in_inference_mode_can_still_be_trained() -> None:
     for fixed in (False, True):
         bank = scatter(bank_of(stochastic=False))
