@@ -204,11 +204,18 @@ class Adapters(nn.Module):
     ) -> None:
         """Choose what holds the adapter small; `total_steps` counts optimiser steps and is needed for a budget.
 
+        After a prune gates no longer learn: a smaller budget is then met at once, by the gates as they were.
+
         Raises:
             BudgetError: the budget is below the smallest candidate, or the length of training is unknown.
             AttachError: the adapters are compact and have no gates.
         """
-        self.pressure = Pressure(self._gates(), penalty, schedule or Schedule(), total_steps=total_steps)
+        bank = self._gates()
+        self.pressure = Pressure(bank, penalty, schedule or Schedule(), total_steps=total_steps)
+        if bank.frozen and isinstance(penalty, Budget):
+            kept = choose_units(bank, penalty)
+            if bool((kept < (bank.kept > 0)).any()):
+                self.prune(self._structure(kept, penalty))
 
     def penalty(self) -> Tensor:
         """The term to add to the task loss: a differentiable scalar, the same for each micro-batch of a step.

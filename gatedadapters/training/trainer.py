@@ -48,8 +48,9 @@ class GatedTrainer(Trainer):
         model: with adapters attached.
         args: transformers' TrainingArguments. Several devices: one process each (torchrun, accelerate launch).
         budget: what the Structure may cost; give this or `penalty`, or neither where `attach` was given a penalty or a
-            Structure. With a sparse delta in the model, a budget in `params` is for both together.
-        penalty: what holds the adapter small.
+            Structure. With a sparse delta in the model, a budget in `params` is for both together; one in `flops` or
+            as a fraction of the candidates is for the adapters, as a delta costs neither.
+        penalty: what holds the adapters small, whatever is trained beside them.
         schedule: see `Schedule`.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
@@ -77,8 +78,16 @@ class GatedTrainer(Trainer):
         self.adapters, self.delta = get_adapters(model), find_delta(model)
         check_launch(args)
         _check_model(self.adapters, model, args)
-        if budget is not None and budget.params is not None and self.delta is not None:
-            budget = _what_is_left(budget, self.delta)
+        if self.delta is not None:
+            earlier = None if self.adapters.pressure is None else self.adapters.pressure.penalty
+            if budget is None and penalty is None and isinstance(earlier, Budget) and earlier.params is not None:
+                raise TrainingError(
+                    "whether this budget is for the adapters alone or for the sparse delta too is not said",
+                    expected="a joint budget where both are trained", got=f"attach(penalty={earlier!r})",
+                    where="GatedTrainer", fix="pass budget= here for both together, or penalty= for the adapters alone",
+                )  # fmt: skip
+            if budget is not None and budget.params is not None:
+                budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
             raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
         chosen = budget if budget is not None else penalty

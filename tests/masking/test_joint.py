@@ -53,6 +53,17 @@ def test_one_budget_counts_both_and_one_folder_holds_both(tmp_path: Path) -> Non
     assert_same_bits(fresh, before)
 
 
+def test_a_budget_given_before_the_mask_is_not_taken_for_a_joint_one(tmp_path: Path) -> None:
+    model, batch = tiny("llama", head="lm")
+    mask = random_mask(model, 0.01)
+    ga.attach(model, SPACE, batch, penalty=ga.Budget(params=500), total_steps=3)
+    ga.apply_mask(model, mask)
+    args = arguments(tmp_path / "run", max_steps=3)
+    with pytest.raises(TrainingError, match=r"is not said[\s\S]*params=500[\s\S]*fix: .*budget="):
+        ga.GatedTrainer(model, args, train_dataset=examples(8))
+    ga.GatedTrainer(model, args, train_dataset=examples(8), penalty=ga.Budget(params=500))
+
+
 @pytest.mark.parametrize("head", ["lm", "classification"])
 @pytest.mark.parametrize("first", ["adapters", "delta"])
 def test_either_may_come_first_and_both_learn_and_come_back(tmp_path: Path, first: str, head: str) -> None:

@@ -181,3 +181,16 @@ def test_a_prune_that_leaves_nothing_to_train_says_so(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="nothing is left to train"):
         trainer.train()
     assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["one task", "two"])
+def test_a_smaller_budget_after_a_prune_is_met_at_once(tmp_path: Path, classes: dict[str, int] | None) -> None:
+    model = gated_classifier(classes)
+    adapters, _ = search(tmp_path, ga.Budget(fraction=0.5), model=model, max_steps=8)
+    first = adapters.structure
+    adapters.set_penalty(ga.Budget(fraction=0.6), total_steps=8)
+    assert adapters.structure is first  # nothing to do
+    search(tmp_path, ga.Budget(fraction=0.1), model=model, max_steps=4)
+    found = adapters.compact()
+    assert 0.05 < found.params / found.dense_params <= 0.1
+    assert {path.key for path in found.paths} <= {path.key for path in first.paths}
