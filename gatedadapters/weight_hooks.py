@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -199,7 +200,8 @@ def joined(parts: Sequence[Any], order: Tensor, where: str) -> Any:
     else:
         got = sum(len(part) for part in parts) if first.dim() else 0
         if got and got % len(order) == 0:
-            return torch.cat(list(parts)).unflatten(0, (len(order), -1))[order].flatten(0, 1)
+            by_row = rearrange(torch.cat(list(parts)), "(row each) ... -> row each ...", row=len(order))
+            return rearrange(by_row[order], "row each ... -> (row each) ...")
     raise TaskError(
         "what this module returns cannot be told apart by task",
         expected=f"tensors with a multiple of {len(order)} rows", got=got, where=where,

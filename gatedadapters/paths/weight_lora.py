@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
@@ -177,7 +178,7 @@ class WeightLoRA(LoRA):
     def _stack(self, rows: Tensor) -> Tensor:
         """(units, width) -> (experts, r, width)."""
         if self.is_even:
-            return rows.reshape(self.n_experts, self.rank, -1)
+            return rearrange(rows, "(expert r) width -> expert r width", expert=self.n_experts)
         return rows.new_zeros(self.n_experts, self.rank, rows.shape[1]).index_put((self.expert, self.slot), rows)
 
     @torch.no_grad()

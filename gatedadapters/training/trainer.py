@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
-from gatedadapters.errors import BudgetError, TrainingError
+from gatedadapters.errors import BudgetError, TaskError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
@@ -195,8 +195,18 @@ class GatedTrainer(Trainer):
 
         Raises:
             TrainingError: the loss is not finite.
+            TaskError: a label lies outside the head.
         """
-        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        try:
+            loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        except IndexError as error:
+            if "Target" not in str(error):
+                raise
+            raise TaskError(
+                "a label lies outside the head", expected=f"0..{getattr(self.model.config, 'num_labels', 0) - 1}",
+                got=error, where=f"optimiser step {self.state.global_step}",
+                fix="check the label column and the model's num_labels",
+            ) from error  # fmt: skip
         if model.training:
             if not bool(torch.isfinite(loss).all()):
                 raise TrainingError(

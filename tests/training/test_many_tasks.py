@@ -213,3 +213,19 @@ def test_sampling_goes_on_where_a_resumed_run_left_off(tmp_path: Path) -> None:
 def test_temperature_needs_the_sizes_of_the_tasks(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="`sizes`"):
         train(tmp_path, data=labelled(SIZES, WIDTHS), temperature=2.0)
+
+
+def test_a_label_outside_the_head_of_a_transformers_classifier_is_named(tmp_path: Path) -> None:
+    model, _ = tiny("bert", head="classification")
+    ga.attach(model, SPACE)
+    rows = [{"input_ids": [5] * 8, "labels": label} for label in (0, 70)]
+    with pytest.raises(TaskError, match=rf"0\.\.{model.config.num_labels - 1}\n[\s\S]*70[\s\S]*optimiser step 0"):
+        train(tmp_path, model=model, data=rows, per_device_train_batch_size=2)
+
+
+def test_heads_stay_float32_over_a_bfloat16_backbone() -> None:
+    backbone, _ = tiny("bert")
+    model = ga.MultiTaskClassifier(backbone.to(torch.bfloat16), CLASSES)
+    ga.attach(model, "encoder-mixed", tasks=model.tasks)
+    model(**batch_of(labelled([2, 2, 2], WIDTHS))).loss.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.heads.parameters())
