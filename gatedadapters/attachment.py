@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gatedadapters.adapters import NAME, Adapters, get_adapters
 from gatedadapters.backbone import Layout, discover
@@ -320,6 +321,14 @@ def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]
             )
         return tuple(n for n in names if any(n == h or n.startswith(f"{h}.") for h in heads))
     prefix = getattr(model, "base_model_prefix", "")
+    if not prefix and not isinstance(model, PreTrainedModel):
+        inside = [f"{name}." for name, m in model.named_modules() if name and isinstance(m, PreTrainedModel)]
+        own = [name for name in names if not any(name.startswith(part) for part in inside)]
+        if inside and own:
+            logger.warning(
+                "%s stays frozen: pass heads=[...] to train what %s puts around its transformers model",
+                ", ".join(own[:4]), type(model).__name__,
+            )  # fmt: skip
     output_embeddings = getattr(model, "get_output_embeddings", None)
     generates = callable(output_embeddings) and output_embeddings() is not None
     if not prefix or not hasattr(model, prefix) or generates:

@@ -277,6 +277,24 @@ def test_a_structure_trains_from_scratch_without_gates() -> None:
         ga.attach(other, structure)
 
 
+def test_a_wrappers_own_head_does_not_stay_frozen_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.out = tiny("bert")[0], nn.Linear(32, 2)
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.out(self.encoder(**inputs)[0])
+
+    sample = tiny("bert")[1]
+    ga.attach(Wrapper(), "lora-all-linear", sample)
+    assert [record.message for record in caplog.records if "out.weight, out.bias stays frozen" in record.message]
+    caplog.clear()
+    assert ga.attach(Wrapper(), "lora-all-linear", sample, heads=["out"]).head_names == ("out.weight", "out.bias")
+    ga.attach(tiny("bert", head="classification")[0], "lora-all-linear", sample)
+    assert not [record for record in caplog.records if "frozen" in record.message]
+
+
 def test_places_where_a_candidate_cannot_go_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = tiny("mixtral")
     adapters = ga.attach(model, ga.SearchSpace.parse({"paths": [{"kind": "lora"}]}, where="test"), sample=batch)
