@@ -334,13 +334,13 @@ def tuned_rate(task: str, budget: float, arm: str, *, compute_missing: bool) -> 
     return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(rates) else None
 
 
-def run_all(only: list[str], seeds: Sequence[int]) -> None:
+def run_all(only: list[str], seeds: Sequence[int], arms: Sequence[str]) -> None:
     """Compute what is missing: for each study, tune each arm, then seed by seed so that pairs are complete early."""
     for study in STUDIES:
         name = f"{study.task}:{study.budget:g}"
         if only and name not in only and study.task not in only:
             continue
-        rates = {arm: study.rate(arm, compute_missing=True) for arm in study.arms}
+        rates = {arm: study.rate(arm, compute_missing=True) for arm in study.arms if arm in arms}
         for seed in seeds:  # seed by seed, so that pairs are complete early
             for arm, rate in rates.items():
                 assert rate is not None
@@ -427,12 +427,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--only", nargs="*", default=[], help="studies, e.g. newsgroups:0.125 or tweets")
+    parser.add_argument("--arms", nargs="*", choices=(*ARMS, *PEFT_ARMS), default=(*ARMS, *PEFT_ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS, help="to share the work out between processes")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "run":
-        run_all(options.only, options.seeds)
+        run_all(options.only, options.seeds, options.arms)
     print(table(), compression(), sep="\n\n")
 
 
