@@ -6,7 +6,8 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
@@ -15,8 +16,8 @@ from tqdm.auto import tqdm
 from gatedadapters.cli.show import ADAPTER, sharing_table
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
-from gatedadapters.errors import ArtifactError
-from gatedadapters.experiment.runner import Arm, Experiment, majority
+from gatedadapters.errors import ArtifactError, BudgetError
+from gatedadapters.experiment.runner import RIVALS, Arm, Experiment, majority
 from gatedadapters.experiment.setup import load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.selection import versions
@@ -35,14 +36,16 @@ class Outcome:
         arms: the searched structure first, then its rivals.
         baseline: test accuracy of always naming the most frequent class, by task.
         seconds: everything, loading and testing included.
+        left_out: why a rival was not trained, by its name.
     """
 
     arms: tuple[Arm, ...]
     baseline: dict[str, float]
     seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """Accuracy on test data by task, sizes and times."""
+        """Accuracy on test data by task, sizes and times; below it the rivals that did not fit."""
         tasks = list(self.baseline)
         perturbed = [arm.perturbed for arm in self.arms if arm.perturbed is not None]
         header = ["", *tasks, "mean", *(["perturbed"] if perturbed else []), "parameters", "paths", "train s"]
@@ -61,7 +64,8 @@ class Outcome:
         mean = sum(self.baseline.values()) / len(tasks)
         means = [f"{mean:.3f}"] * (2 if perturbed else 1)
         rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), *means, "0", "0", "0"])
-        return format_table(header, rows)
+        notes = [f"{name} was not trained: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([format_table(header, rows), *notes])
 
     def to_json(self, config: SearchConfig, tasks: list[TextTask]) -> str:
         """Every number, with what is needed to get it again."""
@@ -83,6 +87,7 @@ class Outcome:
                 }
                 for arm in self.arms
             ],
+            "left_out": dict(self.left_out),
             "most_frequent_class": self.baseline,
             "seconds": self.seconds,
         }
@@ -92,6 +97,8 @@ class Outcome:
 def check_free(folder: Path, outputs: frozenset[str], *, overwrite: bool) -> None:
     """See that results can go into `folder`, before anything is computed.
 
+    Logs alone are no results: a run that failed leaves them to be looked at, and the next one writes its own.
+
     Raises:
         ArtifactError: it holds results already, or files of others.
     """
@@ -99,18 +106,21 @@ def check_free(folder: Path, outputs: frozenset[str], *, overwrite: bool) -> Non
     foreign = [name for name in held if name not in outputs]
     if folder.exists() and not folder.is_dir():
         held = foreign = ["a file"]
-    if held and (foreign or not overwrite):
+    results = [name for name in held if name != LOGS]
+    if foreign or (results and not overwrite):
         raise ArtifactError(
             "the output folder is not empty",
             expected="a new or an empty folder",
-            got=", ".join(foreign[:3] or held[:3]),
+            got=", ".join(foreign[:3] or results[:3]),
             where=folder,
             fix="give another with --out" + ("" if foreign else ", or --overwrite"),
         )
 
 
 def run(config: SearchConfig, folder: Path, *, overwrite: bool = False) -> Outcome:
-    """Search, compare, and write everything into `folder`.
+    """Search, compare, and write everything into `folder`, after each arm anew: no rival's failure costs the search.
+
+    A rival that cannot be made as small as the searched structure is left out, and the results say so.
 
     Raises:
         GatedAdaptersError: whatever is wrong with the configuration, the data or the folder.
@@ -124,16 +134,27 @@ def run(config: SearchConfig, folder: Path, *, overwrite: bool = False) -> Outco
     _say(f"{config.model}: {len(experiment.train):,} training examples of {len(tasks)} task(s)")
     shutil.rmtree(folder / LOGS, ignore_errors=True)
     total = config.training.steps * (1 + len(config.compare))
+    baseline, arms, left_out = majority(tasks), list[Arm](), dict[str, str]()
+
+    def written() -> Outcome:
+        found = Outcome(tuple(arms), baseline, time.perf_counter() - start, left_out)
+        (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (folder / METRICS).write_text(found.to_json(config, tasks), encoding="utf-8")
+        (folder / TABLE).write_text(found.table() + "\n", encoding="utf-8")
+        return found
+
     with tqdm(total=total, unit="step", dynamic_ncols=True, file=sys.stderr) as progress:
-        arms: list[Arm] = [experiment.search(progress, folder / ADAPTER, overwrite=overwrite)]
+        arms.append(experiment.search(progress, folder / ADAPTER, overwrite=overwrite))
         save_png(arms[0].structure, folder / PICTURE)
+        outcome = written()
         for kind in config.compare:
-            arms.append(experiment.rival(kind, arms[0].structure.params, progress))
+            try:
+                arms.append(experiment.rival(kind, arms[0].structure.params, progress))
+            except BudgetError as error:
+                left_out[RIVALS[kind]] = f"{error.message} (expected {error.expected})"
+                progress.total = total = total - config.training.steps
+            outcome = written()
         progress.set_description("done")
-    outcome = Outcome(tuple(arms), majority(tasks), time.perf_counter() - start)
-    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / METRICS).write_text(outcome.to_json(config, tasks), encoding="utf-8")
-    (folder / TABLE).write_text(outcome.table() + "\n", encoding="utf-8")
     return outcome
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gatedadapters.cli.outcome import check_free
 from gatedadapters.config import ContinualConfig, SearchConfig, StreamTaskConfig, StreamTrainingConfig, TrainingConfig
@@ -36,7 +36,7 @@ from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
 from gatedadapters.data.language import read_passages, sample_passages, split_passages
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.experiment.setup import build_model, load_tasks
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
 from gatedadapters.selection import versions
@@ -156,9 +156,7 @@ def build(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
         return model, TaskStream(tasks, general)
     every = (*config.tasks, *([config.general] if config.general is not None else []))
     labelled = [task.title for task in every if not _is_generative(task)]
-    source = located(config.model)
-    with reading(config.model):
-        shape, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    shape, tokenizer = shape_and_tokenizer(config.model, training.max_length)
     if labelled or not is_causal(shape):
         raise ConfigError(
             "questions with answers are for causal language models, and do not mix with labelled tables",
@@ -168,7 +166,7 @@ def build(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
         )  # fmt: skip
     torch.manual_seed(seed)
     with reading(config.model):
-        causal: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        causal: nn.Module = AutoModelForCausalLM.from_pretrained(located(config.model), dtype=torch.float32)
     found = [_questions(task, tokenizer, training.max_length, seed) for task in every]
     general = found.pop() if config.general is not None else None
     return causal, TaskStream(found, general)
@@ -200,7 +198,7 @@ def _questions(task: StreamTaskConfig, tokenizer: PreTrainedTokenizerBase, max_l
     passages = read_passages(task.train, text=task.text, answer=task.answer)
     held_out_file = task.test or task.validation
     if held_out_file is None:
-        train_part, held_out = split_passages(passages, 0.2, seed=seed)
+        train_part, held_out = split_passages(passages, 0.2, seed=seed, where=task.train)
     else:
         train_part, held_out = passages, read_passages(held_out_file, text=task.text, answer=task.answer)
     train_part = sample_passages(train_part, task.max_train, seed=seed)  # files may be sorted

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 
 from gatedadapters.cli.outcome import check_free
 from gatedadapters.config import CorpusConfig, SelectConfig
@@ -22,7 +23,7 @@ from gatedadapters.data.language import (
     split_passages,
 )
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.experiment.setup import training_arguments
 from gatedadapters.inspection import TensorBoardInspector
 from gatedadapters.selection import versions
@@ -42,10 +43,7 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     training = config.training
-    source = located(config.model)
-    with reading(config.model):
-        shape = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    shape, tokenizer = shape_and_tokenizer(config.model, training.max_length)
     if not is_causal(shape):
         raise ConfigError(
             "selection from the command line is for causal language models", expected="such a model",
@@ -53,12 +51,13 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
             fix="other models: gatedadapters.SelectiveTrainer",
         )  # fmt: skip
     with reading(config.model):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(located(config.model), dtype=torch.float32)
     data = {}
     for part, corpus in (("general", config.general), ("domain", config.domain)):
         for split, passages in zip(("train", "held_out"), _passages(corpus, training.seed), strict=True):
             data[part, split] = LanguageDataset(passages, tokenizer, training.max_length)
         print(f"{part}: {len(data[part, 'train']):,} items to learn from, {len(data[part, 'held_out']):,} held out")
+    shutil.rmtree(folder / LOGS, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
         args = training_arguments(
             training, scratch, bf16=training.precision == "bf16", logs=20,
@@ -94,4 +93,5 @@ def _passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Pass
     else:
         assert corpus.file is not None
         passages = read_passages(corpus.file, text=corpus.text, answer=corpus.answer)
-    return split_passages(sample_passages(passages, corpus.max_texts, seed=seed), corpus.held_out, seed=seed)
+    chosen = sample_passages(passages, corpus.max_texts, seed=seed)
+    return split_passages(chosen, corpus.held_out, seed=seed, where=corpus.file or corpus.bundled)

@@ -13,9 +13,21 @@ from gatedadapters.errors import ArtifactError, ConfigError
 
 
 class Config(BaseModel):
-    """A frozen configuration; unknown keys and out-of-range values raise `ConfigError` through `parse`."""
+    """A frozen configuration; unknown keys and out-of-range values raise `ConfigError`, from the constructor as well as
+    through `parse`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            cls = type(self)
+            raise config_error(error, where=cls.__name__, known=tuple(cls.model_fields)) from None
+
+    # pydantic: this is no constructor of its own kind; fields are validated in place, errors keep the key's whole path
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
     def parse(cls, data: Any, *, where: str) -> Self:

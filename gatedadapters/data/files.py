@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,10 +43,10 @@ def read_task(
 ) -> TextTask:
     """A user's labelled table, or tables, as a task.
 
-    The suffix says the format: ``.csv``, ``.tsv`` (in which quotes are text), ``.jsonl`` or ``.parquet``. A
-    split that has a table of its own is taken as it is. The others are drawn from the training table,
-    stratified and deterministic by seed: validation, and test too where ``train`` is the only table. What is
-    split is made distinct first: a repeated text is kept once, a text with two labels not at all.
+    The suffix says the format, in small or capital letters: ``.csv``, ``.tsv`` (in which quotes are text),
+    ``.jsonl`` or ``.parquet``. A split that has a table of its own is taken as it is. The others are drawn from the
+    training table, stratified and deterministic by seed: validation, and test too where ``train`` is the only table.
+    What is split is made distinct first: a repeated text is kept once, a text with two labels not at all.
 
     Args:
         train: The training table, or the only one.
@@ -108,13 +109,14 @@ def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, di
     Raises:
         DataError: a missing, empty or malformed file, or a missing column.
     """
-    if path.suffix not in _READERS:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
         expected = ", ".join(_READERS)
         raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
     if not path.is_file():
         raise DataError("no such table", expected="a file", got="nothing there", where=path)
     try:
-        table = _READERS[path.suffix](path)
+        table = _READERS[suffix](path)
     except UnicodeDecodeError as error:
         fix = "save it as UTF-8"
         raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
@@ -193,7 +195,7 @@ def _head(rows: list[Row], count: int | None, seed: int) -> list[Row]:
 
 
 def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3], fix: str | None = None) -> _Table:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines, _long_cells():
         reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
         try:
             header = next(reader, [])
@@ -209,6 +211,18 @@ def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3], fix: str
         except csv.Error as error:
             raise DataError("malformed line", got=error, where=f"{path}, line {reader.line_num}") from error
     return table
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Within this context the csv module takes cells of any length (it stops at 131,072 characters, its limit for the
+    whole process; a book in a cell is longer).
+    """
+    before = csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_csv(path: Path) -> _Table:

@@ -36,7 +36,7 @@ def read_passages(file: str | Path, *, text: str = "text", answer: str | None = 
         DataError: a missing, empty or malformed file, or a missing column.
     """
     path = Path(file)
-    if path.suffix != ".txt":
+    if path.suffix.lower() != ".txt":
         table = read_table(path, {"text": text, "answer": answer})
         return [
             Passage(
@@ -63,15 +63,26 @@ def sample_passages(passages: Sequence[Passage], count: int | None, *, seed: int
     return [passages[i] for i in sorted(order[:count].tolist())]
 
 
-def split_passages(passages: Sequence[Passage], held_out: float, *, seed: int) -> tuple[list[Passage], list[Passage]]:
+def split_passages(
+    passages: Sequence[Passage], held_out: float, *, seed: int, where: object = None
+) -> tuple[list[Passage], list[Passage]]:
     """(to learn from, held out), at random by seed; each text lies on one side only.
+
+    Args:
+        passages: all of them.
+        held_out: which share to hold out.
+        seed: of the draw.
+        where: they come from, for errors.
 
     Raises:
         DataError: fewer than two distinct texts.
     """
     distinct = list(dict.fromkeys(passages))
     if len(distinct) < 2:
-        raise DataError("this is too little text to hold some out", expected="at least two texts", got=len(distinct))
+        raise DataError(
+            "this is too little text to hold some out", expected="at least two different texts", got=len(distinct),
+            where=where, fix="add texts; in a .txt file put an empty line between paragraphs",
+        )  # fmt: skip
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(len(distinct) - 1, max(1, round(held_out * len(distinct))))
     return [distinct[i] for i in order[count:]], [distinct[i] for i in order[:count]]

@@ -131,14 +131,25 @@ class Experiment:
         return self.finish(adapters, SEARCHED, seconds, progress)
 
     def rival(self, kind: Rival, size: int, progress: tqdm[Any]) -> Arm:
-        """Train a structure that nobody searched, of at most `size` parameters."""
+        """Train a structure that nobody searched, of at most `size` parameters.
+
+        Raises:
+            BudgetError: no such structure is so small; the model is what it was.
+        """
+        if size < 1:
+            raise BudgetError(
+                "nothing is as small as an empty structure", expected="a searched structure that keeps something",
+                got="0 parameters", where=RIVALS[kind], fix="a larger budget, or a smaller penalty",
+            )  # fmt: skip
         if kind == "uniform":
             structure = self._evenly_spread(size)
         else:
             gated = self._attach(self.config.resolved_space())
-            scores = random_scores(gated, self.config.training.seed)
-            structure = gated.discretize(Budget(params=size), scores=scores)
-            detach(self.model)
+            try:
+                scores = random_scores(gated, self.config.training.seed)
+                structure = gated.discretize(Budget(params=size), scores=scores)
+            finally:
+                detach(self.model)
         adapters = self._attach(structure)
         seconds = self.fit(adapters, RIVALS[kind], progress, searching=False)
         return self.finish(adapters, RIVALS[kind], seconds, progress)
@@ -213,9 +224,10 @@ class Experiment:
     def _evenly_spread(self, size: int) -> Structure:
         """LoRA of at most `size` parameters, its ranks as even as they get."""
         gated = self._attach(uniform_space(self.model, size))
-        structure = gated.discretize(Budget(params=size), scores=rank_scores(gated))
-        detach(self.model)
-        return structure
+        try:
+            return gated.discretize(Budget(params=size), scores=rank_scores(gated))
+        finally:
+            detach(self.model)
 
     def everything(self) -> Structure:
         """The structure that keeps every candidate of the search space."""

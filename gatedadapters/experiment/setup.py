@@ -7,22 +7,25 @@ import time
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    AutoModelForTextEncoding,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.backbone.sample import default_sample
 from gatedadapters.config import SearchConfig, TaskConfig
 from gatedadapters.config.search import TrainingConfig
 from gatedadapters.config.select import TuningConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.training import MultiTaskClassifier
 
 
@@ -52,20 +55,42 @@ def _load(task: TaskConfig, seed: int) -> TextTask:
 def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A pretrained backbone under one head per task, in fp32; heads depend on the seed alone.
 
-    A single task on a causal language model gets transformers' own classification model.
+    A single task on a causal language model gets transformers' own classification model; of T5 the encoder is taken.
 
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model cannot be loaded, or does not run on texts alone.
         DataError: the package that carries a bundled model is not installed.
     """
     torch.manual_seed(config.training.seed)
-    shape, tokenizer = _shape_and_tokenizer(config)
+    shape, tokenizer = shape_and_tokenizer(config.model, config.training.max_length)
     if len(tasks) == 1 and is_causal(shape):
         return _classifier(config, shape, tokenizer, tasks[0].n_classes), tokenizer
-    with reading(config.model):
-        backbone = AutoModel.from_pretrained(located(config.model), dtype=torch.float32)
+    backbone = _backbone(config.model, shape)
     classes = {task.name: task.n_classes for task in tasks}
     return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+
+
+def _backbone(name: str, shape: PreTrainedConfig) -> PreTrainedModel:
+    """What heads can read: of T5 and the like the encoder alone, whose decoder would want input of its own."""
+    encodes = shape.is_encoder_decoder and type(shape) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    kind = AutoModelForTextEncoding if encodes else AutoModel
+    with reading(name):
+        backbone: PreTrainedModel = kind.from_pretrained(located(name), dtype=torch.float32)
+    if shape.is_encoder_decoder and not encodes:
+        sample = default_sample(backbone)
+        sample.pop("decoder_input_ids", None)
+        try:
+            with undisturbed(backbone):
+                backbone(**sample)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                "this encoder-decoder does not run on texts alone",
+                expected="an encoder, a causal language model, or a model like T5 or BART",
+                got=str(error),
+                where=f"model: {name}",
+                fix="give another model",
+            ) from error
+    return backbone
 
 
 def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -76,19 +101,8 @@ def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, P
         DataError: the package that carries a bundled model is not installed.
     """
     torch.manual_seed(config.training.seed)
-    shape, tokenizer = _shape_and_tokenizer(config)
+    shape, tokenizer = shape_and_tokenizer(config.model, config.training.max_length)
     return _classifier(config, shape, tokenizer, n_classes), tokenizer
-
-
-def _shape_and_tokenizer(config: SearchConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    folder = located(config.model)
-    with reading(config.model):
-        shape = AutoConfig.from_pretrained(folder)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    _check_length(config.training.max_length, shape, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return shape, tokenizer
 
 
 def _classifier(
@@ -100,19 +114,6 @@ def _classifier(
             located(config.model), config=shape, dtype=torch.float32
         )
     return model
-
-
-def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizerBase) -> None:
-    limits = [tokenizer.model_max_length, getattr(shape, "max_position_embeddings", None)]
-    limit = min(value for value in limits if isinstance(value, int) and value > 0)
-    if max_length > limit:
-        raise ConfigError(
-            "texts would be longer than the model reads",
-            expected=f"at most {limit} tokens",
-            got=max_length,
-            where="training: max_length",
-            fix="lower it",
-        )
 
 
 def training_arguments(

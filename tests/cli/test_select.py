@@ -58,9 +58,22 @@ def test_one_command_tunes_what_is_free_and_reports_both_sides(
     assert {"mask/up", "train/loss"} <= set(events.Tags()["scalars"])
     assert main(["select", str(config), "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
+    logs = set((out / "tensorboard").iterdir())
+    assert main(["select", str(config), "--out", str(out), "--overwrite"]) == 0
+    assert not logs & set((out / "tensorboard").iterdir())  # those of one run only
     (out / "notes.txt").write_text("mine")
     assert main(["select", str(config), "--out", str(out), "--overwrite"]) == 2
     assert "notes.txt" in capsys.readouterr().err
+
+
+def test_texts_longer_than_the_model_reads_are_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load(config.read_text())
+    data["training"]["max_length"] = 5000
+    config.write_text(yaml.safe_dump(data))
+    assert main(["select", str(config), "--out", str(tmp_path / "out")]) == 2
+    assert "at most 2048 tokens" in capsys.readouterr().err
 
 
 def test_a_model_that_is_no_causal_one_is_refused(
@@ -118,6 +131,10 @@ def test_texts_are_split_without_overlap_and_bad_files_are_refused(tmp_path: Pat
     assert not set(train) & set(held_out)
     with pytest.raises(DataError, match="too little text"):
         split_passages(passages[:1], 0.5, seed=0)
+    (tmp_path / "lines.TXT").write_text("one line\nand another\n")
+    corpus = CorpusConfig(file=str(tmp_path / "lines.TXT"))
+    with pytest.raises(DataError, match=r"(?s)too little text.*where: .*lines\.TXT.*fix: .*an empty line between"):
+        _passages(corpus, 0)
     (tmp_path / "empty.txt").write_text("\n\n")
     for name in ("empty.txt", "missing.txt", "missing.csv"):
         with pytest.raises(DataError):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import gatedadapters as ga
+from gatedadapters.config import SearchConfig
 from gatedadapters.config.space import presets
 from gatedadapters.errors import ConfigError
 
@@ -57,8 +58,19 @@ def test_a_wrong_space_names_the_key(change: dict[str, object], named: str) -> N
 
 @pytest.mark.parametrize("arguments", [{}, {"params": 5, "fraction": 0.5}, {"fraction": 1.5}, {"params": 0}])
 def test_a_budget_is_exactly_one_positive_amount(arguments: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"params|fraction"):
+    with pytest.raises(ConfigError, match=r"params|fraction"):
         ga.Budget(**arguments)
+
+
+def test_a_constructor_refuses_like_a_file_does_and_names_the_whole_key() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)expected:.*got:.*warmup <= ramp <= prune.*where: *Schedule\n.*fix:"):
+        ga.Schedule(warmup=0.5)
+    with pytest.raises(ConfigError, match=r"(?s)got:.*paths\.0\.rnk:.*where: *SearchSpace\n"):
+        ga.SearchSpace(paths=[{"kind": "lora", "rnk": 3}])  # type: ignore[arg-type, list-item]
+    with pytest.raises(ConfigError, match=r"(?s)got:.*budget\.fraction:.*got 2\).*where: *SearchConfig\n"):
+        SearchConfig(model="m", tasks=[{"train": "t.csv"}], budget={"fraction": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"got: *budget\.fraction:"):
+        SearchConfig.parse({"model": "m", "tasks": [{"train": "t.csv"}], "budget": {"fraction": 2}}, where="test")
 
 
 def test_the_penalty_ramps_from_nothing_to_all() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gatedadapters.errors import DataError
 RECORDS = [
     {"text": f'review {index}, "fine"\nsecond line', "label": "good" if index % 3 else "bad"} for index in range(30)
 ]
+SHORT: list[dict[str, object]] = [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(20)]
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -88,6 +90,21 @@ def test_quotes_in_tab_separated_tables_are_text(tmp_path: Path) -> None:
     task = read_task(tmp_path / "t.tsv", tmp_path / "t.tsv", tmp_path / "t.tsv")
     assert task.train.texts == [line.partition("\t")[0] for line in lines]
     assert task.train.labels == [1, 0] * 3
+
+
+def test_cells_may_be_as_long_as_a_book_and_the_csv_module_is_left_as_it_was(tmp_path: Path) -> None:
+    book = "word " * 40_000
+    before = csv.field_size_limit()
+    for suffix in (".csv", ".tsv"):
+        task = read_task(write(tmp_path / f"t{suffix}", [{"text": book, "label": "long"}, *SHORT]))
+        assert book in [*task.train.texts, *task.validation.texts, *(task.test.texts if task.test else [])]
+        assert csv.field_size_limit() == before
+
+
+def test_suffixes_may_be_written_in_capitals(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", SHORT)
+    task = read_task(path.rename(tmp_path / "REVIEWS.CSV"))
+    assert (task.name, task.classes) == ("REVIEWS", ("no", "yes"))
 
 
 def test_a_table_can_be_cut(tmp_path: Path) -> None:
