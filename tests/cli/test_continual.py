@@ -56,7 +56,7 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
         assert width(out / "pictures" / f"{name}.png") > 300
     model, stream = streaming.build(ContinualConfig.load(config), 0)
     result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")
-    result.restore(model, 2, start=0)
+    result.restore(model, 2)  # from the base
     assert [task.score(model) for task in stream] == result.matrix[-1]
     shown = scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0")
     assert shown == [
