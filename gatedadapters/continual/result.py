@@ -18,7 +18,7 @@ from gatedadapters.continual.states import Change, digest, lead, read_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.structure import format_table
 
-STREAM, STAGE, CHANGE, MEMORY = "stream.json", "stage.json", "change", "memory"
+STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
 
 
 class StreamRecord(Config):
@@ -42,9 +42,10 @@ class StageRecord(Config):
 
     Attributes:
         scores: on every task, in the order of the stream: a row of R.
-        elements, tensors: trained, heads not counted; tensors is None where what is trained is no part of the backbone.
+        elements, tensors: trained, heads not counted; of paths that were merged, tensors counts those of the backbone
+            that they changed. None where no part of the backbone was chosen or changed.
         seconds, probe_seconds: of training, and of finding out what to train.
-        bytes: stored for this task: what it changed (heads included), or its adapter.
+        bytes: to store this task: what it changed (heads included), or its adapter.
         state: digest of the model afterwards.
     """
 
@@ -97,7 +98,7 @@ class StreamResult:
         path = Path(folder)
         try:
             record = StreamRecord.model_validate_json((path / STREAM).read_bytes())
-            baseline = BaselineRecord.model_validate_json((path / "baseline.json").read_bytes())
+            baseline = BaselineRecord.model_validate_json((path / BASELINE).read_bytes())
             found = [
                 StageRecord.model_validate_json((stage_folder(path, i) / STAGE).read_bytes())
                 for i in range(record.stages if stages is None else stages)
@@ -182,7 +183,7 @@ class StreamResult:
         lead(model, [Change.load(places[i]) for i in path], states[to])
 
     def cores(self) -> list[tuple[str, Core]]:
-        """What each task was allowed to move; none where nothing was selected or kept."""
+        """What each task was allowed to move, or of merged paths did move; none where nothing was selected or kept."""
         if self.folder is None:
             return []
         places = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
