@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ADDRESS: Any = object.__repr__
+_ADDRESS: Any = object.__repr__  # a text that is another in every process
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 
 
@@ -76,7 +76,7 @@ def _add(found: Any, value: Any) -> None:
         found.update(repr(sorted(map(repr, value))).encode())  # their order is another in every process
     elif is_dataclass(value) and not isinstance(value, type):
         _add(found, {field.name: getattr(value, field.name) for field in fields(value)})
-    elif getattr(type(value), "__repr__", None) is _ADDRESS and hasattr(value, "__dict__"):  # that text holds an address
+    elif getattr(type(value), "__repr__", None) is _ADDRESS and hasattr(value, "__dict__"):
         _add(found, {"": type(value).__qualname__, **vars(value)})
     else:
         found.update(f"{value!r};".encode())

@@ -341,11 +341,11 @@ class Run:
         start = time.perf_counter()
         scores, general = self._scores()
         task = self.stream[index].name if self.strategy.stages(self) == len(self.stream) else "all tasks"
-        report, core = tuned.core or tuned.structure, tuned.core
+        core, parts = tuned.core, [part for part in (tuned.structure, tuned.core) if part is not None]
         if core is None and tuned.merged:  # what open paths touch is what the merge changed
             changed = {name: own.positions(name) for name in self.infos if name in own.record.tensors}
             core = Core(changed, self.infos, f"changed by {self.strategy.kind}")
-            report = f"{report}\n\n{core}" if report is not None else core
+            parts.append(core)
         tensors = len(core.indices) if core is not None else None
         with whole_folder(stage_folder(self.folder, index), files={STAGE, CHANGE, MEMORY}) as new:
             change.write(new / CHANGE)
@@ -358,7 +358,7 @@ class Run:
                 task=task, scores=scores, general=general, elements=tuned.elements, tensors=tensors,
                 seconds=round(tuned.seconds, 2), probe_seconds=round(tuned.probe_seconds, 2),
                 evaluation_seconds=round(time.perf_counter() - start, 2), bytes=adapter or own.nbytes,
-                state=change.record.after, report=str(report) if report is not None else "",
+                state=change.record.after, report="\n\n".join(map(str, parts)),
             )  # fmt: skip
             (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.running, ignore_errors=True)

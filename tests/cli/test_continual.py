@@ -140,7 +140,7 @@ def test_a_random_core_has_the_elements_of_the_first_strategy_unless_it_has_a_si
 
     monkeypatch.setattr(streaming, "run_stream", run)
     compared = [
-        "random", {"kind": "random", "core": {"include": ["*.attention.*"]}}, {"kind": "random", "core": {"share": 0.2}},
+        "random", *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
         {"kind": "random", "elements": [3, 4]},
     ]  # fmt: skip
     config = ContinualConfig.load(continual(strategy={"kind": "gated", "space": space}, compare=compared))
