@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from gatedadapters.config import ProbeConfig
 from gatedadapters.config.base import Config
+from gatedadapters.continual.digests import difference
 from gatedadapters.continual.fitting import Recipe, fit, phase_seed
 from gatedadapters.continual.states import Snapshot, digest, state_of
 from gatedadapters.continual.tasks import Task
@@ -240,9 +241,9 @@ def _claim(running: Path, wanted: dict[str, Any]) -> None:
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     if found != wanted:
-        differs = next(part for part in wanted if found.get(part) != wanted[part])
+        place, there, own = difference(found, wanted)
         raise ArtifactError(
-            f"the folder holds another probe: its {differs} differs", expected=wanted[differs], got=found.get(differs),
+            f"the folder holds another probe: its {place.removeprefix('.')} differs", expected=own, got=there,
             where=where, fix="give another folder, or remove this one",
         )  # fmt: skip
 

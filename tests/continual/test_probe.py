@@ -103,11 +103,11 @@ def test_a_probe_of_other_data_heads_or_elements_is_not_taken_for_this_one(tmp_p
     others = dataclasses.replace(task, train=rows(0, 3, 12, seed=9))
     given: dict[str, Any] = {"heads": HEADS, "own_head": OWN, "recipe": RECIPE}
     for one, change, word in (
-        (others, {}, "task"),
+        (others, {}, "task.data"),
         (task, {"heads": OWN}, "heads"),
         (task, {"own_head": frozenset()}, "own_head"),
         (task, {"elements": True}, "elements"),
-        (task, {"recipe": dataclasses.replace(RECIPE, head_learning_rate=0.5)}, "training"),
+        (task, {"recipe": dataclasses.replace(RECIPE, head_learning_rate=0.5)}, "training.head_learning_rate"),
     ):
         with pytest.raises(ArtifactError, match=f"another probe: its {word} differs"):
             ga.probe(model, one, tmp_path / "probe", CONFIG, **(given | change))
