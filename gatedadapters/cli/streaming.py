@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,13 +30,16 @@ from gatedadapters.continual import (
     metrics_table,
     run_stream,
 )
+from gatedadapters.continual.digests import difference
 from gatedadapters.continual.measures import nearest_class
+from gatedadapters.continual.result import STREAM
 from gatedadapters.continual.runner import Run
 from gatedadapters.continual.strategies import Strategy, resolve
+from gatedadapters.continual.strategies.random import Random
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
 from gatedadapters.data.language import read_passages, sample_passages, split_passages
-from gatedadapters.errors import ConfigError
+from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.experiment.setup import build_model, load_tasks
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
@@ -75,24 +79,29 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
     transformers.logging.set_verbosity_error()
     text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     strategies = _named([resolve(part) for part in (config.strategy, *config.compare)])
-    earlier = folder / CONFIG
-    goes_on = earlier.is_file() and earlier.read_text(encoding="utf-8") == text and not overwrite
-    check_free(folder, OUTPUTS, overwrite=overwrite or goes_on)
+    parts = {path.name for path in folder.glob(f".{CONFIG}.*")}  # of a process that was killed as it wrote one
+    check_free(folder, OUTPUTS | parts, overwrite=overwrite or _goes_on(folder, text))
     model, stream = build(config, config.seeds[0])
     for strategy in strategies.values():  # whatever is wrong with any of them is said before the first is trained
         Run(model, stream, strategy, config.training, folder / STREAMS, keep=config.keep)
     if overwrite:
         for name in (STREAMS, PICTURES, LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    earlier.write_text(text, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{CONFIG}.{os.getpid()}"
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, folder / CONFIG)  # whole or not at all, before anything that only goes with it
+    for name in parts:
+        (folder / name).unlink(missing_ok=True)
+    (folder / PICTURES).mkdir(exist_ok=True)
     results: dict[str, list[StreamResult]] = {name: [] for name in strategies}
     for place, seed, order in _streams(config):
         for name, strategy in strategies.items():
             _say(f"{name}, stream {place}: {', '.join(config.tasks[i].title for i in order)}")
             model, stream = build(config, seed)
-            if name == "random" and results:  # the control has as many elements as what it controls for
-                strategy = _of_equal_size(strategy, next(iter(results.values())), name, results)
+            main = next(iter(results))
+            if name != main and isinstance(strategy, Random):  # as many elements as what it controls for
+                strategy = _of_equal_size(strategy, results[main][-1])
             logs = folder / LOGS / name / place
             shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on tells all of it again
             with TensorBoardWriter(logs) as writer:
@@ -231,14 +240,31 @@ def _named(strategies: list[Strategy]) -> dict[str, Strategy]:
     return found
 
 
-def _of_equal_size(
-    strategy: Strategy, main: list[StreamResult], name: str, results: dict[str, list[StreamResult]]
-) -> Strategy:
-    """A random core with no size of its own takes that of the first strategy's core of the same task."""
+def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
+    """A random core with no size of its own has as many elements as the first strategy trained on the same task."""
     fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
-    if next(iter(results)) == name or "elements" in fields or "core" in fields or not main[-1].cores():
+    if "elements" in fields or "share" in fields.get("core", {}) or len(main.stages) != len(main.tasks):
         return strategy
-    return strategy.model_copy(update={"elements": tuple(stage.elements for stage in main[-1].stages)})
+    return strategy.model_copy(update={"elements": tuple(stage.elements for stage in main.stages)})
+
+
+def _goes_on(folder: Path, text: str) -> bool:
+    """Whether what `folder` holds is this run, or one that was stopped before anything was computed.
+
+    Raises:
+        ArtifactError: it holds results of another configuration, naming what differs.
+    """
+    if not ((folder / METRICS).exists() or any(folder.glob(f"{STREAMS}/*/*/{STREAM}"))):
+        return True
+    file = folder / CONFIG
+    earlier = file.read_text(encoding="utf-8") if file.is_file() else None
+    if earlier in (text, None):
+        return earlier is not None
+    place, expected, got = difference(yaml.safe_load(earlier), yaml.safe_load(text))
+    raise ArtifactError(
+        "the folder holds a run of another configuration", expected=expected, got=got,
+        where=f"{file}: {place.removeprefix('.')}", fix="give the same one, another --out, or --overwrite",
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -32,8 +32,8 @@ class Core:
 
     Attributes:
         indices: flat positions (selected,) by tensor; tensors without any are left out.
-        infos: every tensor that could be chosen from.
-        scores: of each tensor, where whole tensors were ranked.
+        infos: every tensor of the backbone, also those that could not be chosen: shares are of all of it.
+        scores: of each tensor that could be, where whole tensors were ranked.
     """
 
     indices: Chosen
@@ -107,10 +107,11 @@ def select_core(
     share: float = 0.1,
     granularity: Literal["tensor", "element"] = "tensor",
     exclude: Sequence[Core] = (),
+    candidates: Collection[str] | None = None,
 ) -> Core:
     """The core of one task.
 
-    By tensor, all parameter tensors of the backbone ranked, `round(share n)` (at least one) of them:
+    By tensor, all n parameter tensors that may be chosen ranked, `round(share n)` (at least one) of them:
 
     - `l2_fisher`: `S = ½ d̂ + ½ F̂`, `d_p = ‖Δ[p]‖₂ / √N_p`, `F_p` the mean squared gradient at the warm model, each
       min-max normalised over the tensors; the largest S are the core.
@@ -118,18 +119,19 @@ def select_core(
       the task did not move (a layer it does not use) is specific to nothing and comes last.
     - `delta`: the largest d_p.
 
-    By element, exactly `round(share N)` of all N elements, by the same quantities of single elements:
-    `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ| (LoTA).
-    Ties go to what comes first in the model.
+    By element, exactly `round(share N)` (at least one) of the N that may be chosen, by the same quantities of single
+    elements: `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ|
+    (LoTA). Ties go to what comes first in the model.
 
     Args:
-        infos: the tensors to choose from, see `tensors_of`.
+        infos: every tensor of the backbone, see `tensors_of`.
         probes: of all tasks, for `cosine`; only `probes[index]` otherwise.
         index: which of the probes is the task's.
         kind: the quantity.
         share: how much is core.
         granularity: whole tensors, or elements.
         exclude: cores of earlier tasks, of which nothing may be chosen again.
+        candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
         MaskError: cosine with one task; nothing is left to choose.
@@ -142,6 +144,7 @@ def select_core(
             "cosine compares the updates of tasks", expected="probes of two tasks or more", got=len(probes),
             where="select_core", fix="use l2_fisher for a single task",
         )  # fmt: skip
+    every, infos = infos, _restricted(infos, candidates)
     if granularity == "tensor":
         used = {name for core in exclude for name in core.indices}
         scores = _tensor_scores(infos, probes, index, kind)
@@ -158,14 +161,14 @@ def select_core(
             used_here = _used(name, exclude)
             keys[name][used_here] = math.inf
             taken += len(used_here)
-        indices = lowest(keys, min(round(share * total), total - taken))
+        indices = lowest(keys, min(max(1, round(share * total)), total - taken))
         indices = {name: found for name, found in indices.items() if len(found)}
     if not indices:
         raise MaskError(
             "nothing is left for this task's core", expected="parameters that no earlier task has chosen",
             got=f"{len(exclude)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
         )  # fmt: skip
-    return Core(indices, infos, kind, scores)
+    return Core(indices, every, kind, scores)
 
 
 def random_core(
@@ -175,40 +178,49 @@ def random_core(
     granularity: Literal["tensor", "element"] = "tensor",
     seed: int,
     exclude: Sequence[Core] = (),
+    candidates: Collection[str] | None = None,
 ) -> Core:
     """Exactly `elements` elements by chance: the control that every selection needs.
 
     By tensor: whole tensors in random order, those that no longer fit passed over; what is then missing comes as
-    neighbouring elements out of one more tensor.
+    neighbouring elements out of one more tensor. What earlier tasks left of a tensor counts as a tensor.
+
+    Args:
+        infos: every tensor of the backbone, see `tensors_of`.
+        elements: how many.
+        granularity: whole tensors, or elements.
+        seed: of the draw.
+        exclude: cores of earlier tasks, of which nothing may be chosen again.
+        candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
         MaskError: fewer elements are left than are asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    used = {name: _used(name, exclude) for name in infos}
-    whole = granularity == "tensor"
-    left = {name: info for name, info in infos.items() if not (whole and len(used[name]))}
-    available = sum(info.numel - len(used[name]) for name, info in left.items())
+    allowed = _restricted(infos, candidates)
+    used = {name: _used(name, exclude) for name in allowed}
+    free = {name: info.numel - len(used[name]) for name, info in allowed.items()}
+    available = sum(free.values())
     if not 0 < elements <= available:
         raise MaskError(
             "so many elements are not there to choose", expected=f"1..{available:,}", got=f"{elements:,}",
             where="random_core", fix="lower the number",
         )  # fmt: skip
-    if not whole:
-        keys = {name: torch.rand(info.numel, generator=generator) for name, info in left.items()}
+    if granularity == "element":
+        keys = {name: torch.rand(info.numel, generator=generator) for name, info in allowed.items()}
         for name, key in keys.items():
             key[used[name]] = math.inf
         return Core({n: found for n, found in lowest(keys, elements).items() if len(found)}, infos, "random")
-    names, indices, missing = list(left), dict[str, Tensor](), elements
+    names, indices, missing = [name for name in allowed if free[name]], dict[str, Tensor](), elements
     order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     for name in order:
-        if left[name].numel <= missing:
-            indices[name] = torch.arange(left[name].numel)
-            missing -= left[name].numel
+        if free[name] <= missing:
+            indices[name] = _free(allowed[name], used[name])
+            missing -= free[name]
     rest = next((name for name in order if name not in indices), None)
     if missing and rest is not None:
-        start = int(torch.randint(left[rest].numel - missing + 1, (1,), generator=generator))
-        indices[rest] = torch.arange(start, start + missing)
+        start = int(torch.randint(free[rest] - missing + 1, (1,), generator=generator))
+        indices[rest] = _free(allowed[rest], used[rest])[start : start + missing]
     return Core({name: indices[name] for name in infos if name in indices}, infos, "random")
 
 
@@ -263,6 +275,19 @@ def _used(name: str, earlier: Sequence[Core]) -> Tensor:
     """Positions of a tensor that some earlier core holds, (used,)."""
     found = [core.indices[name] for core in earlier if name in core.indices]
     return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64)
+
+
+def _free(info: TensorInfo, used: Tensor) -> Tensor:
+    """The other positions of a tensor, sorted."""
+    left = torch.ones(info.numel, dtype=torch.bool)
+    left[used] = False
+    return left.nonzero().flatten()
+
+
+def _restricted(infos: Mapping[str, TensorInfo], names: Collection[str] | None) -> Mapping[str, TensorInfo]:
+    """What may be chosen, in the order of the model."""
+    allowed = set(infos if names is None else names)
+    return {name: info for name, info in infos.items() if name in allowed}
 
 
 def _tensor_scores(

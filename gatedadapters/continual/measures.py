@@ -42,7 +42,8 @@ def exact_match(model: nn.Module, task: Task) -> float:
     for batch in _batches(model, task.held_out, task):
         labels = batch.pop("labels")[:, 1:]
         found = model(**batch).logits[:, :-1].argmax(-1)
-        right += int(((found == labels) | (labels == IGNORED)).all(1).sum())
+        labelled = labels != IGNORED
+        right += int((((found == labels) | ~labelled).all(1) & labelled.any(1)).sum())  # nothing asked: nothing right
         total += len(labels)
     return right / total
 

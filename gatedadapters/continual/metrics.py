@@ -55,16 +55,17 @@ def forward_transfer(R: Matrix, b: Sequence[float]) -> float | None:
 
 
 def forgetting(R: Matrix) -> float | None:
-    """`F = mean_{i<T-1} (max_{i<=t<T-1} R[t][i] - R[T-1][i])`: how far each task fell from its best; above 0 says
+    """`F = mean_{i<T-1} (max_{t<T-1} R[t][i] - R[T-1][i])`: how far each task fell from its best; above 0 says
     forgotten.
 
-    The best is looked for from the task's own training on. None where there is one task, or all were learned at once.
+    The best is that of all earlier stages, as in the source, also of those before the task's own training. None where
+    there is one task, or all were learned at once.
     """
     _checked(R)
     last = len(R) - 1
     if last < 1:
         return None
-    return mean(max(R[t][i] for t in range(i, last)) - R[last][i] for i in range(last))
+    return mean(max(R[t][i] for t in range(last)) - R[last][i] for i in range(last))
 
 
 def general_delta(g: Sequence[float]) -> float | None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from gatedadapters.config import ProbeConfig
 from gatedadapters.config.base import Config
+from gatedadapters.continual.digests import difference
 from gatedadapters.continual.fitting import Recipe, fit, phase_seed
 from gatedadapters.continual.states import Snapshot, digest, state_of
 from gatedadapters.continual.tasks import Task
@@ -26,7 +28,7 @@ from gatedadapters.masking import Scores, score
 from gatedadapters.masking.scores import Batch
 from gatedadapters.masking.scores.base import BatchScore
 from gatedadapters.precision import widened
-from gatedadapters.safe_files import opened, whole_folder, write_tensors
+from gatedadapters.safe_files import leftovers, opened, whole_folder, write_tensors
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
 REQUEST = "request.json"
@@ -40,6 +42,8 @@ class ProbeRecord(Config):
         start: digest of the model that was probed.
         norms: ‖θ_warm - θ_start‖₂ of every tensor, in double precision.
         fisher: mean squared gradient of every tensor at the warm model.
+        seconds: of all of it, the squared gradients included; of the last part where it was stopped between.
+        request: everything that the result depends on; see `probe`.
     """
 
     version: Literal[1] = 1
@@ -52,6 +56,7 @@ class ProbeRecord(Config):
     seconds: float
     norms: dict[str, float]
     fisher: dict[str, float]
+    request: dict[str, Any] = Field(default_factory=dict)
 
 
 class BatchFisher(BatchScore):
@@ -157,24 +162,31 @@ def probe(
         recipe: number format, device and checkpoints, where they are not the defaults.
 
     Raises:
-        ArtifactError: the folder holds a probe of another model, task or configuration, finished or not.
+        ArtifactError: the folder holds a probe of another model, task (also one of that name with other data), heads
+            or configuration, or one with or without elements where the other is asked for, finished or not.
 
     References:
         arXiv 2605.31025 (TRACE), released code: one epoch of full fine-tuning at 2e-5, the warm model is only a probe.
     """
     config, path = config or ProbeConfig(), Path(folder)
-    start = digest(model)
-    request = {"task": task.name, "start": start, "seed": seed, "config": config.model_dump(mode="json")}
+    began, start, running = time.perf_counter(), digest(model), path.with_name(f"{path.name}.running")
+    base = recipe or Recipe(1, config.batch_size, config.learning_rate)
+    request = {
+        "task": task.identity(), "start": start, "seed": seed, "config": config.model_dump(mode="json"),
+        "heads": sorted(heads), "own_head": sorted(own_head), "elements": elements,
+        "training": {"head_learning_rate": base.head_learning_rate, "bf16": base.bf16},
+    }  # fmt: skip
+    for left in (*leftovers(path), *leftovers(running)):  # of a process that was killed as it wrote the result
+        shutil.rmtree(left, ignore_errors=True)
     if path.is_dir() and any(path.iterdir()):
         earlier = Probe.load(path)
-        _check_same(earlier.record.model_dump(mode="json", include=set(request)), request, path)
+        _check_same(earlier.record.request, request, path)
+        shutil.rmtree(running, ignore_errors=True)
         return earlier
     infos = tensors_of(model, heads, _sample(model, task))
-    running = path.with_name(f"{path.name}.running")
     _claim(running, request)
     data = _part(task.train, config.fraction, seed)
     steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
-    base = recipe or Recipe(steps, config.batch_size, config.learning_rate)
     own = Recipe(
         steps, config.batch_size, config.learning_rate, base.head_learning_rate, "cosine", config.warmup, 0.0,
         base.bf16, base.use_cpu, base.checkpoint_steps,
@@ -185,7 +197,7 @@ def probe(
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in infos or name in own_head)
-        fitted = fit(
+        fit(
             model, data, task.collate, own, folder=running, seed=phase_seed(seed, f"probe {task.name}"),
             heads=sorted(own_head),
         )  # fmt: skip
@@ -202,7 +214,7 @@ def probe(
                 shutil.rmtree(new / FISHER)
             record = ProbeRecord(
                 task=task.name, start=start, seed=seed, config=config, steps=steps, examples=len(data),
-                seconds=round(fitted.seconds, 2), norms=norms, fisher=fisher,
+                seconds=round(time.perf_counter() - began, 2), norms=norms, fisher=fisher, request=request,
             )  # fmt: skip
             (new / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     finally:
@@ -229,9 +241,9 @@ def _claim(running: Path, wanted: dict[str, Any]) -> None:
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     if found != wanted:
-        differs = next(part for part in wanted if found.get(part) != wanted[part])
+        place, there, own = difference(found, wanted)
         raise ArtifactError(
-            "the folder holds another probe", expected=f"{differs} {wanted[differs]}", got=found.get(differs),
+            f"the folder holds another probe: its {place.removeprefix('.')} differs", expected=own, got=there,
             where=where, fix="give another folder, or remove this one",
         )  # fmt: skip
 

@@ -14,11 +14,11 @@ from torch import nn
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import CORE, Core, load_core
 from gatedadapters.continual.metrics import Metrics
-from gatedadapters.continual.states import Change
+from gatedadapters.continual.states import Change, digest, lead, read_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.structure import format_table
 
-STREAM, STAGE, CHANGE, MEMORY = "stream.json", "stage.json", "change", "memory"
+STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
 
 
 class StreamRecord(Config):
@@ -42,9 +42,10 @@ class StageRecord(Config):
 
     Attributes:
         scores: on every task, in the order of the stream: a row of R.
-        elements, tensors: trained, heads not counted; tensors is None where what is trained is no part of the backbone.
+        elements, tensors: trained, heads not counted; of paths that were merged, tensors counts those of the backbone
+            that they changed. None where no part of the backbone was chosen or changed.
         seconds, probe_seconds: of training, and of finding out what to train.
-        bytes: stored for this task: what it changed (heads included), or its adapter.
+        bytes: to store this task: what it changed (heads included), or its adapter.
         state: digest of the model afterwards.
     """
 
@@ -97,7 +98,7 @@ class StreamResult:
         path = Path(folder)
         try:
             record = StreamRecord.model_validate_json((path / STREAM).read_bytes())
-            baseline = BaselineRecord.model_validate_json((path / "baseline.json").read_bytes())
+            baseline = BaselineRecord.model_validate_json((path / BASELINE).read_bytes())
             found = [
                 StageRecord.model_validate_json((stage_folder(path, i) / STAGE).read_bytes())
                 for i in range(record.stages if stages is None else stages)
@@ -150,32 +151,39 @@ class StreamResult:
         """Values trained per stage, on average; heads not counted."""
         return sum(stage.elements for stage in self.stages) / len(self.stages)
 
-    def restore(self, model: nn.Module, to: int, *, start: int | None = None) -> None:
-        """Lead a model from one state of the stream to another, bit for bit; state 0 is the base, k follows k tasks.
+    def restore(self, model: nn.Module, to: int) -> None:
+        """Lead a model from whichever state of the stream it is in to another, bit for bit; state 0 is the base, k
+        follows k tasks. Which one it is in is told by a digest of its bits, and the end is checked by another.
 
         Args:
-            model: in state `start`.
+            model: in any state of the stream; after the strategy `lora` with the adapters that the stream attached.
             to: which state.
-            start: default: the last one.
 
         Raises:
-            ArtifactError: the changes were not kept, or the model is in another state.
+            ArtifactError: the changes were not kept, the model is in no state of the stream, or a stored change was
+                altered; the model is then left as it was.
         """
         last = len(self.stages)
-        start = last if start is None else start
-        if self.folder is None or not self.record.keep or not (0 <= to <= last and 0 <= start <= last):
+        if self.folder is None or not self.record.keep or not 0 <= to <= last:
             raise ArtifactError(
                 "there is no such state to restore", expected=f"states 0..{last} of a stream run with folder= and keep",
-                got=f"from {start} to {to}", where=self.folder or "a stream without a folder",
-                fix="run it with folder=",
+                got=f"state {to}", where=self.folder or "a stream without a folder", fix="run it with folder=",
             )  # fmt: skip
+        places = [stage_folder(self.folder, i) / CHANGE for i in range(last)]
+        states = [read_record(places[0]).before, *(read_record(place).after for place in places)]
+        found = digest(model)
+        if found not in states:
+            raise ArtifactError(
+                "the model is in no state of this stream", expected=", ".join(state[:8] for state in states),
+                got=found[:8], where="StreamResult.restore",
+                fix="give the base as it was before the stream, or the model that the stream left",
+            )  # fmt: skip
+        start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
         path = range(start, to) if to > start else range(start - 1, to - 1, -1)
-        changes = [Change.load(stage_folder(self.folder, i) / CHANGE) for i in path]
-        for change in changes:
-            change.apply(model)
+        lead(model, [Change.load(places[i]) for i in path], states[to])
 
     def cores(self) -> list[tuple[str, Core]]:
-        """What each task was allowed to move; none where nothing was selected or kept."""
+        """What each task was allowed to move, or of merged paths did move; none where nothing was selected or kept."""
         if self.folder is None:
             return []
         places = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]

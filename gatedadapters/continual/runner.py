@@ -19,9 +19,12 @@ from gatedadapters.adapters import NAME as ADAPTERS
 from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.attachment import attach, check_free, detach, find_heads
 from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
+from gatedadapters.continual.core import Core, save_core
+from gatedadapters.continual.digests import difference
 from gatedadapters.continual.fitting import Fitted, Penalty, Recipe, fit, phase_seed
 from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import (
+    BASELINE,
     CHANGE,
     MEMORY,
     STAGE,
@@ -36,10 +39,10 @@ from gatedadapters.continual.states import Change, Snapshot, digest, state_of
 from gatedadapters.continual.strategies import Strategy, Tuned, resolve
 from gatedadapters.continual.tasks import Task, TaskStream
 from gatedadapters.continual.tensors import tensors_of
-from gatedadapters.errors import ArtifactError, AttachError
+from gatedadapters.errors import ArtifactError, AttachError, ConfigError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.delta import find_delta
-from gatedadapters.safe_files import whole_folder
+from gatedadapters.safe_files import leftovers, whole_folder
 from gatedadapters.selection import versions
 from gatedadapters.structure import Structure
 
@@ -65,7 +68,9 @@ def run_stream(
     bits as one that was not, and one that is finished is read, its last state put into the model.
 
     Heads of tasks (`Task.heads`) are trained with their task under every strategy; they are counted neither as core nor
-    as trained elements. Everything else that a strategy does not select is bit-frozen.
+    as trained elements. Everything else that a strategy does not select is bit-frozen. Whether a parameter required
+    gradients before plays no part (`sequential` also moves what was frozen; to keep tensors fixed, select with
+    `core.exclude`), and is afterwards as it was; under adapters that a strategy leaves attached the backbone is frozen.
 
     Args:
         model: untrained, without adapters or a delta; a `MultiTaskClassifier`, a causal language model, or whatever the
@@ -123,6 +128,8 @@ class Run:
         on_stage: OnStage | None = None,
     ) -> None:
         self.model, self.stream, self.strategy, self.training = model, stream, strategy, training
+        if training.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
         self.folder, self.keep, self.seed, self.now = folder, keep, training.seed, 0
         self._watch, self._on_stage = watch or (lambda _: None), on_stage
         if find_delta(model) is not None:
@@ -279,13 +286,21 @@ class Run:
             raise
         finally:
             start.file.unlink(missing_ok=True)
+            attached = hasattr(self.model, ADAPTERS)  # the backbone under them stays as they left it: frozen
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in required or f"{ADAPTERS}." in name)
+                restored = name in required and (not attached or name in self.all_heads)
+                parameter.requires_grad_(restored or f"{ADAPTERS}." in name)
                 parameter.grad = None
             for module, mode in modes:
                 module.training = mode
         shutil.rmtree(self.folder / "running", ignore_errors=True)
+        for part in self._parts():
+            part.unlink(missing_ok=True)
         return result
+
+    def _parts(self) -> list[Path]:
+        """Small files that a killed process was writing; see `write`."""
+        return [part for name in (STREAM, BASELINE) for part in self.folder.glob(f".{name}.*")]
 
     def _stages(self, record: StreamRecord) -> StreamResult:
         self.strategy.begin(self)
@@ -303,10 +318,14 @@ class Run:
             if self.keep:
                 reference, current = self._reference(), digest(self.model)
         for index in range(done, record.stages):
+            for left in leftovers(stage_folder(self.folder, index)):  # of a process that was killed as it wrote
+                shutil.rmtree(left, ignore_errors=True)
             self.now = index
+            before = reference if self.keep or not index else self._reference("before")
             tuned = self.strategy.tune(self, index)
             change = Change.between(reference, current, self.model)
-            self._finish_stage(index, tuned, change)
+            own = change if before is reference else Change.between(before, "", self.model)
+            self._finish_stage(index, tuned, change, own)
             self._tell(index)
             if self.keep:
                 reference, current = self._reference(), change.record.after
@@ -315,23 +334,31 @@ class Run:
         reference.file.unlink(missing_ok=True)
         return StreamResult.load(self.folder)
 
-    def _finish_stage(self, index: int, tuned: Tuned, change: Change) -> None:
-        """Evaluate, and store everything of the stage in one step."""
+    def _finish_stage(self, index: int, tuned: Tuned, change: Change, own: Change) -> None:
+        """Evaluate, and store everything of the stage in one step: `change` from the last stored state, `own` from the
+        task before.
+        """
         start = time.perf_counter()
         scores, general = self._scores()
-        task = self.stream[index].name if self.strategy.stages(self) > 1 else "all tasks"
-        report = tuned.core or tuned.structure
-        tensors = len(tuned.core.indices) if tuned.core is not None else None
+        task = self.stream[index].name if self.strategy.stages(self) == len(self.stream) else "all tasks"
+        core, parts = tuned.core, [part for part in (tuned.structure, tuned.core) if part is not None]
+        if core is None and tuned.merged:  # what open paths touch is what the merge changed
+            changed = {name: own.positions(name) for name in self.infos if name in own.record.tensors}
+            core = Core(changed, self.infos, f"changed by {self.strategy.kind}")
+            parts.append(core)
+        tensors = len(core.indices) if core is not None else None
         with whole_folder(stage_folder(self.folder, index), files={STAGE, CHANGE, MEMORY}) as new:
             change.write(new / CHANGE)
             (new / MEMORY).mkdir()
             self.strategy.remember(self, index, new / MEMORY)
+            if core is not None and core is not tuned.core:
+                save_core(core, new / MEMORY, self.identity)
             adapter = sum(f.stat().st_size for f in (new / MEMORY / "adapter").glob("*"))
             record = StageRecord(
                 task=task, scores=scores, general=general, elements=tuned.elements, tensors=tensors,
                 seconds=round(tuned.seconds, 2), probe_seconds=round(tuned.probe_seconds, 2),
-                evaluation_seconds=round(time.perf_counter() - start, 2), bytes=adapter or change.nbytes,
-                state=change.record.after, report=str(report) if report is not None else "",
+                evaluation_seconds=round(time.perf_counter() - start, 2), bytes=adapter or own.nbytes,
+                state=change.record.after, report="\n\n".join(map(str, parts)),
             )  # fmt: skip
             (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.running, ignore_errors=True)
@@ -342,7 +369,7 @@ class Run:
 
     def _measure_baseline(self) -> None:
         """Scores of the untrained model, computed once."""
-        file = self.folder / "baseline.json"
+        file = self.folder / BASELINE
         if not file.exists():
             self._watch("untrained scores")
             scores, general = self._scores()
@@ -356,8 +383,8 @@ class Run:
         general = None if self.stream.general is None else self.stream.general.score(self.model)
         return scores, general
 
-    def _reference(self) -> Snapshot:
-        return Snapshot(self.folder / "running" / "reference.safetensors", self.model)
+    def _reference(self, name: str = "reference") -> Snapshot:
+        return Snapshot(self.folder / "running" / f"{name}.safetensors", self.model)
 
     def _finished(self, stages: int) -> int:
         """How many stages are whole."""
@@ -383,7 +410,8 @@ class Run:
         file = self.folder / STREAM
         if not file.exists():
             held = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
-            if held and held != ["running"]:
+            held = [name for name in held if name not in ("running", *(part.name for part in self._parts()))]
+            if held:
                 raise ArtifactError(
                     "the folder holds files of others", expected="a new or an empty folder, or a stream to go on with",
                     got=", ".join(held[:3]), where=self.folder, fix="give another folder",
@@ -398,9 +426,10 @@ class Run:
         mine = record.model_dump(mode="json")
         for part in ("tasks", "general", "strategy", "training", "keep", "base", "version"):
             if earlier.get(part) != mine[part]:
+                key, expected, got = difference(earlier.get(part), mine[part])
                 raise ArtifactError(
                     f"the folder holds a stream with other {_WORDS.get(part, part)}",
-                    expected=_shown(earlier.get(part)), got=_shown(mine[part]), where=file,
+                    expected=expected, got=got, where=f"{file}: {part}{key}",
                     fix="go on with the same arguments, or give another folder",
                 )  # fmt: skip
 
@@ -417,9 +446,3 @@ class Run:
 
 
 _WORDS = {"tasks": "tasks, or in another order", "base": "weights to start from"}
-
-
-def _shown(part: Any) -> str:
-    if isinstance(part, list):
-        return ", ".join(str(item.get("name", item)) + f" ({item.get('train')} examples)" for item in part)
-    return json.dumps(part)

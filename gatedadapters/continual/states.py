@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -117,20 +117,26 @@ class Change:
             return torch.empty(0, dtype=torch.int64)
         return decode(entry.coding, self._values[f"where.{name}"], torch.Size(entry.shape).numel(), where=name)
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Lead a model from either state to the other.
+    def apply(self, model: nn.Module, *, back: bool = False) -> None:
+        """Lead a model from the state before to the one after, or back; see `lead`.
 
         Raises:
-            ArtifactError: the model is in neither; nothing is done.
+            ArtifactError: the model is in another state, or the bits do not lead where the record says; nothing is
+                done.
         """
+        ends = self.record.before, self.record.after
+        start, end = reversed(ends) if back else ends
         found = digest(model)
-        if found not in (self.record.before, self.record.after):
+        if found != start:
             raise ArtifactError(
-                "the model is in another state than this change begins or ends at",
-                expected=f"{self.record.before[:8]} or {self.record.after[:8]}", got=found[:8], where="Change.apply",
-                fix="load the base as it was, and apply the changes in their order",
+                "the model is in another state than this change begins at", expected=start[:8], got=found[:8],
+                where="Change.apply", fix="load the base as it was, and apply the changes in their order",
             )  # fmt: skip
+        lead(model, [self], end)
+
+    @torch.no_grad()
+    def flip(self, model: nn.Module) -> None:
+        """Exchange the bits that differ, whatever state the model is in: twice is nothing."""
         current = dict(state_of(model))
         for name in self.record.tensors:
             value = current[name]
@@ -151,13 +157,7 @@ class Change:
         Raises:
             ArtifactError: missing, truncated or foreign files.
         """
-        try:
-            record = ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                "this is no stored change", expected=f"{RECORD} and {BITS}", got=str(error).splitlines()[0],
-                where=folder, fix="keep the folder of a stream as it was written, with keep=True",
-            ) from error  # fmt: skip
+        record = read_record(folder)
         values, _ = read_all(folder / BITS)
         wanted = {f"{part}.{name}" for name in record.tensors for part in ("where", "bits")}
         short = [n for n, e in record.tensors.items() if len(values.get(f"bits.{n}", ())) != e.count]
@@ -167,6 +167,39 @@ class Change:
                 fix="restore the folder",
             )  # fmt: skip
         return cls(record, values)
+
+
+def read_record(folder: Path) -> ChangeRecord:
+    """What a stored change leads from and to, without its bits.
+
+    Raises:
+        ArtifactError: a missing or foreign file.
+    """
+    try:
+        return ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            "this is no stored change", expected=f"{RECORD} and {BITS}", got=str(error).splitlines()[0],
+            where=folder, fix="keep the folder of a stream as it was written, with keep=True",
+        ) from error  # fmt: skip
+
+
+def lead(model: nn.Module, changes: Sequence[Change], end: str) -> None:
+    """Flip changes in their order and see that the model then has the digest `end`.
+
+    Raises:
+        ArtifactError: it has not; every bit is put back.
+    """
+    for change in changes:
+        change.flip(model)
+    found = digest(model)
+    if found != end:
+        for change in reversed(changes):
+            change.flip(model)
+        raise ArtifactError(
+            "stored changes do not lead to the state that was recorded", expected=end[:8], got=found[:8],
+            where="StreamResult.restore", fix="restore the folder of the stream; its files were changed",
+        )  # fmt: skip
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.attachment import find_heads
-from gatedadapters.continual.measures import ChoiceAccuracy, accuracy, exact_match, prompt
+from gatedadapters.continual.digests import data_digest
+from gatedadapters.continual.measures import ChoiceAccuracy, accuracy, exact_match, nearest_class, prompt
 from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
 from gatedadapters.errors import DataError, TaskError
@@ -19,7 +19,6 @@ from gatedadapters.training import MultiTaskClassifier
 
 Measure = Callable[[nn.Module, "Task"], float]
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
-_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,11 @@ class Task:
             model.train(was_training)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this task from another: its name, its sizes, and a digest of some of its examples."""
-        found = hashlib.blake2b(digest_size=16)
-        for data in (self.train, self.held_out):
-            for index in range(0, len(data), max(1, len(data) // _SAMPLES)):
-                found.update(repr(data[index]).encode())
+        """What tells this task from another: names, sizes, and a digest of every example."""
         return {
             "name": self.name, "train": len(self.train), "held_out": len(self.held_out),
-            "classes": list(self.classes), "data": found.hexdigest(),
+            "classes": list(self.classes), "heads": list(self.heads), "measure": _name(self.measure),
+            "collate": _name(self.collate), "data": data_digest(self.train, self.held_out),
         }  # fmt: skip
 
 
@@ -77,7 +73,8 @@ class TaskStream(Sequence[Task]):
 
     Raises:
         TaskError: no task, duplicate names, a task with one class, or a head that tasks with different classes share.
-        DataError: a task without training or evaluation data, or with labels outside its classes.
+        DataError: a task without training or evaluation data, with data that has no length or no labels, or with
+            labels outside its classes.
     """
 
     def __init__(self, tasks: Sequence[Task], general: Task | None = None) -> None:
@@ -93,8 +90,8 @@ class TaskStream(Sequence[Task]):
             )  # fmt: skip
         for task in self.tasks:
             _check_data(task)
-        if general is not None and not len(general.held_out):
-            raise _no_data(general, "evaluation")
+        if general is not None:
+            _check_general(general)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -217,19 +214,27 @@ def answer_task(
     return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
 
 
+def _name(function: Any) -> str:
+    """Of a function, or of the class of an object that is called; without its module, which a script run as main
+    lacks.
+    """
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def _check_data(task: Task) -> None:
     for part, data in (("training", task.train), ("evaluation", task.held_out)):
-        if data is None or not len(data):
-            raise _no_data(task, part)
+        _check_part(task, data, part)
     if not task.classes:
         return
-    labels = [int(task.train[i]["labels"]) for i in range(len(task.train))]
+    labels = _labels(task, task.train, "training")
     if len(task.classes) < 2 or len(set(labels)) < 2:
         raise TaskError(
             "a task has one class", expected="examples of two classes or more",
             got=f"{len(set(labels))} of {len(task.classes)}", where=f"task {task.name!r}",
             fix="leave it out, or give it examples of another class",
         )  # fmt: skip
+    if task.measure is accuracy:  # others read what they like
+        labels += _labels(task, task.held_out, "evaluation")
     outside = [label for label in labels if not 0 <= label < len(task.classes)]
     if outside:
         raise DataError(
@@ -238,8 +243,43 @@ def _check_data(task: Task) -> None:
         )  # fmt: skip
 
 
-def _no_data(task: Task, part: str) -> DataError:
-    return DataError(
-        f"a task has no {part} data", expected="at least one example", got="none", where=f"task {task.name!r}",
-        fix="give it a table or a split",
-    )  # fmt: skip
+def _check_general(task: Task) -> None:
+    """Its training data is read by a measure that needs it alone, and may be empty otherwise."""
+    _check_part(task, task.held_out, "evaluation")
+    _check_part(task, task.train, "training", may_be_empty=task.measure is not nearest_class)
+    if task.measure is nearest_class:
+        _labels(task, task.train, "training")
+    if task.measure in (nearest_class, accuracy):
+        _labels(task, task.held_out, "evaluation")
+
+
+def _check_part(task: Task, data: Any, part: str, *, may_be_empty: bool = False) -> None:
+    if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"the {part} data of a task cannot be indexed", expected="len and integer indices",
+            got=type(data).__name__, where=f"task {task.name!r}", fix="put the examples into a list",
+        )  # fmt: skip
+    if data is None or not (may_be_empty or len(data)):
+        raise DataError(
+            f"a task has no {part} data", expected="at least one example", got="none", where=f"task {task.name!r}",
+            fix="give it a table or a split",
+        )  # fmt: skip
+
+
+def _labels(task: Task, data: Any, part: str) -> list[int]:
+    """Of every example.
+
+    Raises:
+        DataError: one has none, or one that is no number.
+    """
+    found = []
+    for index in range(len(data)):
+        try:
+            found.append(int(data[index]["labels"]))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            got = ", ".join(map(str, data[index])) if isinstance(data[index], Mapping) else type(data[index]).__name__
+            raise DataError(
+                f"an example of a task's {part} data has no label", expected="an index of a class under labels",
+                got=got, where=f"task {task.name!r}, {part} example {index}", fix="name that column labels",
+            ) from error  # fmt: skip
+    return found

@@ -14,7 +14,8 @@ from gatedadapters.masking.scores import Scores
 class ElasticPenalty:
     """`½ weight Σ F (θ - θ*)²`: a pull of every scored element towards where it is now, as strong as it is important.
 
-    Holds a copy of the weights; the scores are used as they are. Add it to the loss of full fine-tuning.
+    Holds a copy of the weights; the scores are used as they are. Add it to the loss of full fine-tuning. Both follow
+    the model to the device where it is when the penalty is asked for: a Trainer moves it after this is built.
 
     Args:
         model: with the weights to be pulled to, and trained later.
@@ -35,12 +36,14 @@ class ElasticPenalty:
         check_backbone(importance.identity, fingerprint(model, skip=heads), where="ElasticPenalty")
         parameters = dict(model.named_parameters())
         self.weight = weight
-        self._pulls = [
-            (parameters[name], parameters[name].detach().clone(), importance[name].to(parameters[name].device))
-            for name in importance.names
-        ]
+        self._model = model
+        self._pulls = {name: (parameters[name].detach().clone(), importance[name]) for name in importance.names}
 
     def __call__(self) -> Tensor:
         """The penalty, a differentiable scalar."""
-        terms = [(pull * (now - start).square()).sum() for now, start, pull in self._pulls]
+        terms = []
+        for name, pulls in self._pulls.items():
+            now = self._model.get_parameter(name)
+            start, pull = self._pulls[name] = pulls[0].to(now.device), pulls[1].to(now.device)
+            terms.append((pull * (now - start).square()).sum())
         return 0.5 * self.weight * torch.stack(terms).sum()

@@ -56,7 +56,7 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
         assert width(out / "pictures" / f"{name}.png") > 300
     model, stream = streaming.build(ContinualConfig.load(config), 0)
     result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")
-    result.restore(model, 2, start=0)
+    result.restore(model, 2)  # from the base
     assert [task.score(model) for task in stream] == result.matrix[-1]
     shown = scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0")
     assert shown == [
@@ -69,9 +69,85 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
     assert scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0") == shown  # told anew, not twice
     capsys.readouterr()
     assert main(["continual", str(continual(strategy="ewc")), "--out", str(out)]) == 2
-    assert "not empty" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "a run of another configuration" in error
+    assert "continual.yaml: strategy" in error
     assert main(["continual", str(continual(strategy="sequential")), "--out", str(out), "--overwrite"]) == 0
     assert [p.name for p in (out / "streams").iterdir()] == ["sequential"]
+
+
+def test_a_run_that_was_stopped_before_anything_was_computed_goes_on(
+    continual: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr(streaming, "run_stream", stop)
+    config, out = ContinualConfig.load(continual()), tmp_path / "out"
+    for left in ("pictures", "tensorboard"):
+        (out / left).mkdir(parents=True)  # no configuration beside them
+    with pytest.raises(Reached):
+        streaming.run(config, out)
+    whole = (out / "continual.yaml").read_text()
+    (out / "continual.yaml").write_text(whole[:20])
+    (out / ".continual.yaml.12").write_text(whole[:20])
+    with pytest.raises(Reached):
+        streaming.run(config, out)
+    assert (out / "continual.yaml").read_text() == whole
+    assert not list(out.glob(".*"))
+    (out / "notes.txt").touch()
+    assert main(["continual", str(continual()), "--out", str(out)]) == 2
+    assert "notes.txt" in capsys.readouterr().err
+    (out / "notes.txt").unlink()
+    stream = out / "streams" / "l2_fisher" / "seed-0-order-0" / "stream.json"
+    stream.parent.mkdir(parents=True)
+    stream.touch()
+    for change, key in (
+        ({"tasks": [ANIMAL, {"train": "mood.csv"}]}, "tasks (order)"),
+        ({"training": {**TRAINING, "steps": 4}}, "training.steps"),
+        ({"strategy": {"kind": "l2_fisher", "probe": {**PROBE, "steps": 9}}}, "strategy.probe.steps"),
+    ):
+        assert main(["continual", str(continual(**change)), "--out", str(out)]) == 2
+        assert f"continual.yaml: {key}" in capsys.readouterr().err
+    (out / "continual.yaml").unlink()  # somebody's streams of an unknown configuration
+    assert main(["continual", str(continual()), "--out", str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_random_core_has_the_elements_of_the_first_strategy_unless_it_has_a_size(
+    continual: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    space = {"name": "small", "paths": [{"kind": "lora", "rank": 2}]}
+
+    def run(model: Any, stream: Any, strategy: Any, **options: Any) -> ga.StreamResult:
+        given[options["folder"].parent.name] = strategy
+        stage = {
+            "scores": [0.5, 0.5], "general": None, "tensors": None, "seconds": 0, "probe_seconds": 0,
+            "evaluation_seconds": 0, "bytes": 0, "state": "",
+        }  # fmt: skip
+        return ga.StreamResult.of({
+            "record": {
+                "tasks": [{"name": "mood"}, {"name": "animal"}], "general": None, "strategy": {"kind": strategy.kind},
+                "training": {}, "seed": 0, "keep": True, "base": "", "elements": 9, "stages": 2,
+            },
+            "baseline": {"scores": [0.5, 0.5], "general": None},
+            "stages": [{**stage, "task": "mood", "elements": 70}, {**stage, "task": "animal", "elements": 80}],
+        })  # fmt: skip
+
+    monkeypatch.setattr(streaming, "run_stream", run)
+    compared = [
+        "random", *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
+        {"kind": "random", "elements": [3, 4]},
+    ]  # fmt: skip
+    config = ContinualConfig.load(continual(strategy={"kind": "gated", "space": space}, compare=compared))
+    streaming.run(config, tmp_path / "out")
+    sizes = [strategy.elements for name, strategy in given.items() if name != "gated"]
+    assert sizes == [(70, 80), (70, 80), None, (3, 4)]
+    assert given["random-2"].core.include == ("*.attention.*",)
 
 
 def scores_shown(run: Path) -> list[list[tuple[int, float]]]:

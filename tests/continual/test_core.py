@@ -178,6 +178,38 @@ def test_random_cores_have_exactly_the_number_asked_for(granularity: str, count:
         random_core(infos(), 351, granularity=granularity, seed=0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "element"])
+def test_shares_are_of_the_whole_backbone_also_where_few_tensors_may_be_chosen(
+    granularity: str, probes: list[Probe]
+) -> None:
+    few = ("l.0.w", "l.1.w", "l.0.n")
+    chosen = select_core(infos(), probes, 0, share=0.5, granularity=granularity, candidates=few)  # type: ignore[arg-type]
+    drawn = random_core(infos(), chosen.elements, granularity=granularity, seed=0, candidates=few)  # type: ignore[arg-type]
+    for core in (chosen, drawn):
+        assert core.indices.keys() <= set(few)
+        assert core.infos == infos()
+        assert core.element_share == core.elements / 350
+        assert core.tensor_share == len(core.indices) / 6
+    assert chosen.elements == (round(0.5 * 136) if granularity == "element" else sum(map(len, chosen.indices.values())))
+
+
+def test_a_share_of_less_than_an_element_is_one_element(probes: list[Probe]) -> None:
+    assert select_core(infos(), probes, 0, share=1e-6, granularity="element").elements == 1
+
+
+def test_exclusive_random_tensors_use_what_earlier_ones_left_of_a_tensor() -> None:
+    for seed in range(5):
+        earlier: list[Core] = []
+        for task in range(3):
+            core = random_core(infos(), 116, seed=10 * seed + task, exclude=earlier)
+            assert core.elements == 116
+            assert all(core.overlap(other) == 0 for other in earlier)
+            assert all(bool((found.diff() > 0).all()) for found in core.indices.values())
+            earlier.append(core)
+        with pytest.raises(MaskError, match="so many"):
+            random_core(infos(), 3, seed=seed, exclude=earlier)  # 2 of 350 are left
+
+
 def test_cells_count_tensors_and_elements_by_block_and_role() -> None:
     core = Core({"emb": torch.arange(10), "l.1.n": torch.arange(8)}, infos(), "made")
     assert core.cells()[None, "embedding"] == (1, 1, 10, 200)

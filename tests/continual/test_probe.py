@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from streams import PROBE, classifier, moved, state, tasks
+from streams import PROBE, classifier, moved, rows, state, tasks
 from torch.nn import functional as F
 
 import gatedadapters as ga
 from gatedadapters.config import ProbeConfig
-from gatedadapters.continual import fitting
+from gatedadapters.continual import fitting, probing
 from gatedadapters.continual.fitting import Recipe
 from gatedadapters.continual.probing import BatchFisher
 from gatedadapters.errors import ArtifactError
@@ -93,6 +95,44 @@ def test_a_stopped_probe_goes_on_to_the_same_result(tmp_path: Path, monkeypatch:
     assert again.record == found.record
     with pytest.raises(ArtifactError, match="another probe"):
         probed(classifier(seed=1), tmp_path / "stopped")
+
+
+def test_a_probe_of_other_data_heads_or_elements_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    model, task = classifier(), tasks()[0]
+    first = probed(model, tmp_path / "probe")
+    others = dataclasses.replace(task, train=rows(0, 3, 12, seed=9))
+    given: dict[str, Any] = {"heads": HEADS, "own_head": OWN, "recipe": RECIPE}
+    for one, change, word in (
+        (others, {}, "task.data"),
+        (task, {"heads": OWN}, "heads"),
+        (task, {"own_head": frozenset()}, "own_head"),
+        (task, {"elements": True}, "elements"),
+        (task, {"recipe": dataclasses.replace(RECIPE, head_learning_rate=0.5)}, "training.head_learning_rate"),
+    ):
+        with pytest.raises(ArtifactError, match=f"another probe: its {word} differs"):
+            ga.probe(model, one, tmp_path / "probe", CONFIG, **(given | change))
+    assert probed(model, tmp_path / "probe").record == first.record
+
+
+def test_the_seconds_of_a_probe_are_those_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(probing, "score", slow)
+    monkeypatch.setattr(probing, "fit", lambda *args, **kwargs: None)
+    assert probed(classifier(), tmp_path / "probe").record.seconds >= 2
+
+
+def test_what_a_killed_process_left_of_a_probe_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".probe.0123abcd", "probe.running"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(probing, "fit", lambda *args, **kwargs: None)
+    probed(classifier(), tmp_path / "probe")
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
+    (tmp_path / "probe.running").mkdir()  # killed between the result and the removal of what led to it
+    probed(classifier(), tmp_path / "probe")
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
 
 
 def test_squared_gradients_are_those_of_batches_in_double_precision() -> None:

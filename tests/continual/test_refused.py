@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from streams import RESUMED, TRAINING, classifier, interrupted, moved, rows, run
 
 import gatedadapters as ga
 from gatedadapters.config import SearchSpace
+from gatedadapters.continual.measures import exact_match, nearest_class
 from gatedadapters.errors import (
     ArtifactError,
     AttachError,
@@ -31,16 +32,37 @@ def other_data() -> list[ga.Task]:
     return tasks(train=rows(1, 2, 12, seed=7))
 
 
+def other_measure() -> list[ga.Task]:
+    return tasks(measure=exact_match)
+
+
+def no_labels(size: int, *, seed: int) -> list[dict[str, Any]]:
+    return [{("label" if k == "labels" else k): v for k, v in row.items()} for row in rows(1, 2, size, seed=seed)]
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Has no length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from rows(0, 3, 12, seed=0)
+
+
+def with_general(**changes: Any) -> ga.TaskStream:
+    given = vars(tasks()[0]) | {"name": "general", "classes": (), "heads": (), "measure": nearest_class} | changes
+    return ga.TaskStream(tasks(), ga.Task(**given))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"given": other_order()}, "other tasks, or in another order"),
-        ({"given": other_data()}, "other tasks, or in another order"),
+        ({"given": other_data()}, r"other tasks, or in another order(.|\n)*tasks\[1\]\.data"),
+        ({"given": other_measure()}, r"(.|\n)*tasks\[1\]\.measure"),
         ({"training": TRAINING.model_copy(update={"steps": 5})}, "other training"),
         ({"strategy": "ewc"}, "other strategy"),
         ({"model": classifier(seed=1)}, "other weights"),
     ],
-    ids=["order", "data", "training", "strategy", "base"],
+    ids=["order", "data", "measure", "training", "strategy", "base"],
 )
 def test_a_folder_of_another_stream_is_refused(change: dict[str, Any], message: str, finished: Any) -> None:
     _, result = finished("sequential")
@@ -69,6 +91,14 @@ BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
     ),
     "a label outside": (lambda: tasks(train=rows(1, 4, 12, seed=0)), DataError, "outside the task's classes"),
     "no training data": (lambda: tasks(train=[]), DataError, "no training data"),
+    "no labels in training": (lambda: tasks(train=no_labels(12, seed=0)), DataError, "training data has no label"),
+    "no labels in evaluation": (lambda: tasks(held_out=no_labels(10, seed=1)), DataError, "evaluation data has no lab"),
+    "a held-out label outside": (lambda: tasks(held_out=rows(1, 7, 10, seed=1)), DataError, "outside the task's class"),
+    "data without a length": (lambda: tasks(train=Endless()), DataError, "cannot be indexed"),
+    "general task that nothing is known of": (lambda: with_general(train=[]), DataError, "no training data"),
+    "general task without labels": (
+        lambda: with_general(held_out=no_labels(4, seed=0)), DataError, "evaluation data has no label"
+    ),
     "no evaluation data": (lambda: tasks(held_out=[]), DataError, "no evaluation data"),
     "colliding label spaces": (lambda: tasks(heads=("heads.a",)), TaskError, "do not fit|collide"),
     "colliding label spaces of one size": (
@@ -109,6 +139,13 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
 def test_bad_strategies_are_refused_before_any_compute(strategy: Any, error: Any, message: str) -> None:
     with interrupted(at=1), pytest.raises(error, match=message):
         ga.run_stream(classifier(), tasks(), strategy, training=TRAINING)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    training = TRAINING.model_copy(update={"device": "cuda"})
+    with interrupted(at=1), pytest.raises(ConfigError, match="CUDA device"):
+        ga.run_stream(classifier(), tasks(), "sequential", training=training)
 
 
 def test_cosine_with_one_task_is_refused() -> None:

@@ -49,7 +49,9 @@ def test_a_change_leads_forward_and_back_to_the_same_bits(tmp_path: Path) -> Non
     Change.between(first, before, model).write(tmp_path / "change")
     change = Change.load(tmp_path / "change")
     assert change.count == 5 + 9 + 5 + 3 + 1 + 1 + 2
-    change.apply(model)
+    with pytest.raises(ArtifactError, match="another state"):
+        change.apply(model)  # it is after the change already
+    change.apply(model, back=True)
     assert digest(model) == before
     change.apply(model)
     assert digest(model) == after
@@ -77,6 +79,20 @@ def test_a_model_in_another_state_is_refused_and_left_alone(tmp_path: Path) -> N
     with pytest.raises(ArtifactError, match="another state"):
         change.apply(model)
     assert not moved(was, state(model))
+
+
+def test_a_change_whose_bits_lead_elsewhere_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    first, before = Snapshot(tmp_path / "first.safetensors", model), digest(model)
+    changed(model)
+    change = Change.between(first, before, model)
+    was = state(model)
+    change._values["bits.wide"] ^= 1
+    with pytest.raises(ArtifactError, match="do not lead to the state"):
+        change.apply(model, back=True)
+    assert digest(model) == change.record.after
+    assert state(model).keys() == was.keys()
 
 
 def test_a_damaged_change_is_refused(tmp_path: Path) -> None:

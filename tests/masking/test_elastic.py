@@ -28,6 +28,14 @@ def test_the_penalty_and_its_gradient_are_those_of_the_equation() -> None:
         torch.testing.assert_close(p.grad, 3.0 * scores[name] * ways[name])
 
 
+def test_the_penalty_follows_the_model_to_the_device_that_a_trainer_moves_it_to() -> None:
+    """It is built before; "meta" stands in for a GPU."""
+    model, _ = tiny("bert")
+    penalty = ga.ElasticPenalty(model, ga.score(model, kind="random"), weight=3.0)
+    model.to("meta")
+    assert penalty().device.type == "meta"
+
+
 def test_bad_requests_are_refused() -> None:
     scores = ga.score(tiny("bert")[0], kind="random")
     with pytest.raises(MaskError, match="another backbone"):

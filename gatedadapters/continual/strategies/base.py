@@ -27,6 +27,7 @@ class Tuned:
         probe_seconds: of finding out what to train.
         core: what was selected, where something was.
         structure: what was searched, where something was.
+        merged: what was trained beside the backbone is part of it now; which of its tensors that changed is reported.
     """
 
     elements: int
@@ -34,6 +35,7 @@ class Tuned:
     probe_seconds: float = 0.0
     core: Core | None = None
     structure: Structure | None = None
+    merged: bool = False
 
 
 class Strategy(Config, ABC):

@@ -62,6 +62,6 @@ class Carried(Selected):
             if name in run.stream.names
         }
 
-    def select(self, run: Run, index: int) -> tuple[Core, float]:
+    def select(self, run: Run, index: int) -> Core:
         """What was carried."""
-        return self._carried[run.stream[index].name], 0.0
+        return self._carried[run.stream[index].name]

@@ -100,4 +100,4 @@ class Gated(Searching):
         fitted = run.fit(index)
         elements = sum(p.numel() for p in adapters.weight_parameters())
         adapters.merge_and_detach()
-        return Tuned(elements, fitted.seconds, probed, structure=structure)
+        return Tuned(elements, fitted.seconds, probed, structure=structure, merged=True)

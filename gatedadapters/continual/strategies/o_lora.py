@@ -47,13 +47,15 @@ class OLoRA(Strategy):
         adapters = run.attach(uniform_lora(run, self.rank), seed=run.phase_seed(index))
         paths = {key: path for key, path in adapters.typed_paths() if isinstance(path, LoRA)}
         run.require_heads(index)
-        earlier = {key: value.to(paths[key].down.device) for key, value in self._earlier.items()}
+        earlier = dict(self._earlier)
 
         def penalty() -> Tensor:
-            return (
-                self.orthogonality
-                * torch.stack([(taken @ paths[key].down.T).abs().sum() for key, taken in earlier.items()]).sum()
-            )
+            terms = []
+            for key, taken in earlier.items():
+                own = paths[key].down
+                earlier[key] = taken.to(own.device)  # the Trainer has moved the model since it was attached
+                terms.append((earlier[key] @ own.T).abs().sum())
+            return self.orthogonality * torch.stack(terms).sum()
 
         fitted = run.fit(index, penalty=penalty if earlier and self.orthogonality else None)
         for key, path in paths.items():
@@ -61,7 +63,7 @@ class OLoRA(Strategy):
             self._earlier[key] = torch.cat([self._earlier[key], own]) if key in self._earlier else own
         elements = sum(p.numel() for p in adapters.weight_parameters())
         adapters.merge_and_detach()
-        return Tuned(elements, fitted.seconds)
+        return Tuned(elements, fitted.seconds, merged=True)
 
     def remember(self, run: Run, index: int, folder: Path) -> None:
         """All directions taken."""

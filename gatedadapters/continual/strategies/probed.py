@@ -30,16 +30,22 @@ class Probed(Selected):
         if self.probe.start == "base":
             self._probes = [run.probe(i, self.probe, elements=self._by_element) for i in range(len(run.stream))]
 
-    def select(self, run: Run, index: int) -> tuple[Core, float]:
-        """By the task's probe, and for `cosine` by the others'."""
-        probes, at = self._probes, index
+    def prepare(self, run: Run, index: int) -> float:
+        """Probe the task from the current model, where the probes start there."""
         if self.probe.start == "current":
-            probes, at = [run.probe(index, self.probe, elements=self._by_element)], 0
-        core = select_core(
-            self.candidates(run), probes, at, kind=self.quantity, share=self.core.share,
-            granularity=self.core.granularity, exclude=self.previous,
+            self._probes = [run.probe(index, self.probe, elements=self._by_element)]
+        return self._probes[self._place(index)].record.seconds
+
+    def select(self, run: Run, index: int) -> Core:
+        """By the task's probe, and for `cosine` by the others'."""
+        return select_core(
+            run.infos, self._probes, self._place(index), kind=self.quantity, share=self.core.share,
+            granularity=self.core.granularity, exclude=self.previous, candidates=self.candidates(run),
         )  # fmt: skip
-        return core, probes[at].record.seconds
+
+    def _place(self, index: int) -> int:
+        """Of a task's probe among those that are there."""
+        return 0 if self.probe.start == "current" else index
 
     @property
     def _by_element(self) -> bool:

@@ -33,7 +33,7 @@ class Random(Selected):
             ConfigError: it has not, or more elements are asked for than there are.
         """
         super().check(run)
-        size = sum(info.numel for info in self.candidates(run).values())
+        size = self._size(run)
         if self.elements is not None and (
             len(self.elements) != len(run.stream) or not all(0 < n <= size for n in self.elements)
         ):
@@ -42,11 +42,34 @@ class Random(Selected):
                 where="strategy random: elements", fix="give one number of elements per task",
             )  # fmt: skip
 
-    def select(self, run: Run, index: int) -> tuple[Core, float]:
+    def check_share(self, run: Run) -> None:
+        """Of numbers given in place of a share, their sum counts.
+
+        Raises:
+            ConfigError: exclusive cores of these sizes do not fit into what may be chosen.
+        """
+        if self.elements is None:
+            super().check_share(run)
+        elif self.core.overlap == "exclude_previous" and sum(self.elements) > self._size(run):
+            raise ConfigError(
+                "exclusive cores of these sizes do not fit into the model",
+                expected=f"{self._size(run):,} elements together", got=f"{sum(self.elements):,}",
+                where="strategy random: elements", fix="lower them, or overlap: allow",
+            )  # fmt: skip
+
+    def select(self, run: Run, index: int) -> Core:
         """By chance."""
-        candidates = self.candidates(run)
-        size = sum(info.numel for info in candidates.values())
-        count = self.elements[index] if self.elements is not None else max(1, round(self.core.share * size))
-        seed = phase_seed(run.seed, f"random {run.stream[index].name}")
-        core = random_core(candidates, count, granularity=self.core.granularity, seed=seed, exclude=self.previous)
-        return core, 0.0
+        if self.elements is not None:
+            count = self.elements[index]
+        else:  # shares are rounded: the last of exclusive ones may find a few elements less
+            size = self._size(run)
+            taken = sum(core.elements for core in self.previous)
+            count = max(1, min(round(self.core.share * size), size - taken))
+        return random_core(
+            run.infos, count, granularity=self.core.granularity, exclude=self.previous,
+            seed=phase_seed(run.seed, f"random {run.stream[index].name}"), candidates=self.candidates(run),
+        )  # fmt: skip
+
+    def _size(self, run: Run) -> int:
+        """How many elements may be chosen."""
+        return sum(run.infos[name].numel for name in self.candidates(run))

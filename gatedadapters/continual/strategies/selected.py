@@ -12,7 +12,6 @@ from pydantic import PrivateAttr
 from gatedadapters.config import CoreConfig
 from gatedadapters.continual.core import Core, load_core, save_core
 from gatedadapters.continual.strategies.base import Strategy, Tuned
-from gatedadapters.continual.tensors import TensorInfo
 from gatedadapters.errors import ConfigError
 from gatedadapters.masking import apply_mask
 from gatedadapters.masking.roles import chosen
@@ -37,6 +36,14 @@ class Selected(Strategy):
             ConfigError: exclusive cores are too large.
         """
         self.candidates(run)
+        self.check_share(run)
+
+    def check_share(self, run: Run) -> None:
+        """See that exclusive cores of the configured share leave something for every task.
+
+        Raises:
+            ConfigError: they do not.
+        """
         if self.core.overlap == "exclude_previous" and self.core.share * len(run.stream) > 1:
             raise ConfigError(
                 "exclusive cores of this size do not fit into the model",
@@ -48,27 +55,31 @@ class Selected(Strategy):
         """Nothing is selected yet."""
         self._cores = []
 
+    def prepare(self, run: Run, index: int) -> float:
+        """Measure what the choice needs, where that is not there yet; the seconds that it took, whenever it was."""
+        return 0.0
+
     @abstractmethod
-    def select(self, run: Run, index: int) -> tuple[Core, float]:
-        """The core of a task, and the seconds of probing that it took."""
+    def select(self, run: Run, index: int) -> Core:
+        """The core of a task."""
 
     def tune(self, run: Run, index: int) -> Tuned:
         """Select, make the core trainable, train, merge."""
+        probed = self.prepare(run, index)
         start = time.perf_counter()
-        core, probed = self.select(run, index)
+        core = self.select(run, index)
         selecting = time.perf_counter() - start
         delta = apply_mask(run.model, core.mask(run.model, run.all_heads), heads=self._kept(run))
         run.require_heads(index)
         fitted = run.fit(index)
         delta.merge()
         self._cores.append(core)
-        return Tuned(core.elements, fitted.seconds, max(probed, selecting), core)
+        return Tuned(core.elements, fitted.seconds, probed + selecting, core)
 
-    def candidates(self, run: Run) -> dict[str, TensorInfo]:
-        """The tensors that may be chosen, by name."""
+    def candidates(self, run: Run) -> tuple[str, ...]:
+        """Names of the tensors that may be chosen."""
         roles = {name: info.role for name, info in run.infos.items()}
-        names = chosen(roles, self.core.include, self.core.exclude, where=f"{self.kind}: core")
-        return {name: run.infos[name] for name in names}
+        return tuple(chosen(roles, self.core.include, self.core.exclude, where=f"{self.kind}: core"))
 
     @property
     def previous(self) -> list[Core]:
