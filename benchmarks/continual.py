@@ -3,7 +3,8 @@
 Claims under test, on one stream of real tasks in several orders, every arm in the same runner for the same steps with
 settings tuned on validation data: `l2_fisher` forgets less than sequential full fine-tuning and sequential LoRA, and
 its score over all tasks (OP) is above both and above random tensors of exactly as many elements.
-`l2_fisher-elements` ranks single elements by the same quantity, `random-elements` is its control.
+`l2_fisher` ranks whole tensors, as released; `l2_fisher-matrices` leaves vectors and embeddings out, and
+`l2_fisher-elements` ranks single elements by the same quantity. Each has its random control of as many elements.
 
     python benchmarks/continual.py run [--study minilm-l3] [--arms l2_fisher ...] [--streams 0 1]
     python benchmarks/continual.py table [--study minilm-l3]
@@ -11,10 +12,10 @@ its score over all tasks (OP) is above both and above random tensors of exactly 
     python benchmarks/continual.py carry [--streams 0]   # 3-layer cores on the 6-layer encoder, beside its own
     python benchmarks/continual.py memory                # probe and selection beside full fine-tuning, SmolLM2-135M
 
-Studies: `minilm-l3` and `minilm-l6` learn five text-classification tasks, each with a head of its own that is trained
-under every arm and counted under none; general ability is read out by nearest class means on a sixth. `smollm2` learns
-three multiple-choice tasks. `heads` is the control that trains one element beside the heads. Each stream has an order
-and a seed of its own. Every cell is stored as it finishes; a killed run goes on where it stopped.
+Studies: `minilm-l3` and `minilm-l6` learn five text-classification tasks without any trained head: a text is of the
+class whose name the encoder puts nearest (`label_matching`), so that what is learnt, and forgotten, is the backbone's;
+general ability is read out by nearest class means on a sixth. `smollm2` learns three multiple-choice tasks. Each stream
+has an order and a seed of its own. Every cell is stored as it finishes; a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cells import computed, shown
+from label_matching import label_matcher
 
 import gatedadapters as ga
 from gatedadapters.config import ProbeConfig, StreamTrainingConfig
@@ -61,37 +63,41 @@ CHOICES = ("openbookqa", "piqa", "medmcqa")
 STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
 TRAIN, HELD_OUT, LENGTH = 800, 120, 20
 BATCH, STEPS = 16, 50
-HEAD_RATE = 5e-3
 STREAMS = (0, 1, 2, 3, 4)
 TUNING_STREAM = 100
-ELEMENTS = {"granularity": "element", "share": 0.05}
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sequential": ({"rate": 3e-5}, {"rate": 1e-4}, {"rate": 4e-4}),
-    "lora": ({"rate": 1e-3}, {"rate": 4e-3}),
-    "l2_fisher": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "l2_fisher-elements": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random-elements": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "heads": ({"rate": 4e-4},),
-    "cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "random-cosine": ({"rate": 1e-4}, {"rate": 4e-4}, {"rate": 1.6e-3}),
-    "lota": ({"rate": 1e-4}, {"rate": 4e-4}),
-    "ewc": tuple({"rate": rate, "weight": weight} for rate in (3e-5, 1e-4) for weight in (1e2, 1e4)),
-    "per_task": ({"rate": 4e-3},),
-    "joint": ({"rate": 1e-4}, {"rate": 4e-4}),
-    "replay": ({"rate": 1e-4}, {"rate": 4e-4}),
-    "o_lora": ({"rate": 1e-3}, {"rate": 4e-3}),
-    "carried": (
-        {"rate": 1e-4},
-        {"rate": 4e-4},
-        {"rate": 1.6e-3},
-    ),  # cores of the 3-layer encoder; the study of the 6-layer one alone
+CORES: dict[str, dict[str, Any]] = {  # of selecting arms that do not take the default
+    "matrices": {"exclude": ["bias", "norm", "embedding"]},
+    "elements": {"granularity": "element", "share": 0.05},
 }
-TUNED_LIKE = {  # the same rates, not tuned again
-    "joint": "sequential", "replay": "sequential", "carried": "l2_fisher",
-}  # fmt: skip
+
+
+def rates(*values: float, **others: float) -> tuple[dict[str, float], ...]:
+    """Settings to tune over."""
+    return tuple({"rate": value, **others} for value in values)
+
+
+SETTINGS: dict[str, tuple[dict[str, float], ...]] = {
+    "sequential": rates(3e-5, 1e-4, 3e-4),
+    "lora": rates(3e-4, 1e-3, 3e-3),
+    "l2_fisher": rates(1e-3, 3e-3, 1e-2),
+    "random": rates(1e-3, 3e-3, 1e-2),
+    "l2_fisher-matrices": rates(1e-4, 3e-4, 1e-3),
+    "random-matrices": rates(1e-4, 3e-4, 1e-3),
+    "l2_fisher-elements": rates(1e-4, 3e-4, 1e-3),
+    "random-elements": rates(1e-4, 3e-4, 1e-3),
+    "cosine": rates(1e-4, 3e-4, 1e-3),
+    "random-cosine": rates(1e-4, 3e-4, 1e-3),
+    "lota": rates(1e-4, 3e-4),
+    "ewc": (*rates(1e-4, weight=1e2), *rates(1e-4, weight=1e4)),
+    "per_task": rates(3e-3),
+    "joint": (),
+    "replay": (),
+    "o_lora": rates(3e-4, 1e-3),
+    "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
+}
+TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "carried": "l2_fisher-matrices"}  # not tuned again
 ARMS = tuple(SETTINGS)
-COUNTED_LIKE = {"random": "l2_fisher", "random-cosine": "cosine"}
+COUNTED_LIKE = {"random": "l2_fisher", "random-matrices": "l2_fisher-matrices", "random-cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,14 @@ def order_of(stream: int, count: int) -> list[int]:
 
 
 def encoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
-    """A bundled encoder with a head per task, and the tasks in the stream's order."""
+    """A bundled encoder that matches texts with names of classes, and the tasks in the stream's order."""
     sizes = {"train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT, "seed": cell.stream}
     texts = [load_task(name, **sizes) for name in TEXTS]
     backbone, tokenizer = load_encoder(cell.study)
     backbone.pooler = None  # no task reads it
-    torch.manual_seed(cell.stream)
-    model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes for task in texts})
-    tasks = classification_tasks(model, texts, tokenizer, max_length=LENGTH, split=cell.split)
+    model = label_matcher(backbone, texts, tokenizer)
+    labelled = classification_tasks(model, texts, tokenizer, max_length=LENGTH, split=cell.split)
+    tasks = [replace(task, heads=()) for task in labelled]
     other = load_task(GENERAL, train=200, validation=HELD_OUT, test=HELD_OUT, seed=cell.stream)
     parts = [list(MixedTaskDataset([other], tokenizer, part, LENGTH)) for part in ("train", cell.split)]
     general = Task(GENERAL, *parts, MixedTaskCollator(tokenizer), nearest_class)
@@ -171,31 +177,27 @@ def strategy_of(cell: Cell) -> dict[str, Any]:
     }  # a third of tuning, as released
     if cell.study == "smollm2":
         warm |= {"batch_size": 4, "fisher_batches": 10}
-    if cell.arm in ("l2_fisher", "cosine", "lota"):
-        return {"kind": cell.arm, "probe": warm}
-    if cell.arm == "l2_fisher-elements":
-        return {"kind": "l2_fisher", "probe": warm, "core": ELEMENTS}
-    if cell.arm == "random-elements":
-        return {"kind": "random", "core": ELEMENTS}
+    kind, _, part = cell.arm.partition("-")
+    core = {"core": CORES[part]} if part in CORES else {}
+    if kind in ("l2_fisher", "cosine", "lota"):
+        return {"kind": kind, "probe": warm, **core}
     if cell.arm in COUNTED_LIKE:
-        like = Cell(
-            **{**vars(cell), "arm": COUNTED_LIKE[cell.arm], "setting": SETTINGS[COUNTED_LIKE[cell.arm]][0].items()}
-        )
+        like = Cell(**{**vars(cell), "arm": COUNTED_LIKE[cell.arm], "setting": ()})
         counts = next((counts for counts in map(counted, variants(like)) if counts), None)
         assert counts, f"run {COUNTED_LIKE[cell.arm]} before {cell.arm}"
-        return {"kind": "random", "elements": counts}
+        return {"kind": "random", "elements": counts, **core}
+    if kind == "random":
+        return {"kind": kind, **core}
     if cell.arm == "carried":
         return {"kind": "carried", "source": str(small_stream(cell))}
-    if cell.arm == "heads":
-        return {"kind": "random", "elements": [1] * cell.tasks}
     options = {name: value for name, value in cell.setting if name != "rate"}
     return {"kind": cell.arm, **options}
 
 
 def small_stream(cell: Cell) -> Path:
-    """Folder of the same stream on the 3-layer encoder under `l2_fisher`, run now if nobody has."""
+    """Folder of the same stream on the 3-layer encoder under the arm whose cores are carried, run now if nobody has."""
     folder = STORE.parent / "tmp" / f"continual-l3-{cell.stream}-{cell.steps}-{cell.tasks}-{cell.split}"
-    small = Cell(**{**vars(cell), "study": "minilm-l3", "arm": "l2_fisher"})
+    small = Cell(**{**vars(cell), "study": "minilm-l3", "arm": TUNED_LIKE["carried"]})
     model, stream = encoder_stream(small)
     ga.run_stream(model, stream, strategy_of(small), training=training_of(small), folder=folder)
     return folder
@@ -205,7 +207,7 @@ def training_of(cell: Cell) -> StreamTrainingConfig:
     """How each task is tuned."""
     return StreamTrainingConfig(
         steps=cell.steps, batch_size=4 if cell.study == "smollm2" else BATCH, learning_rate=dict(cell.setting)["rate"],
-        head_learning_rate=HEAD_RATE, seed=cell.stream, device="cpu", checkpoint_steps=None,
+        seed=cell.stream, device="cpu", checkpoint_steps=None,
     )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def compute(cell: Cell) -> dict[str, Any]:
         cores = [{name: len(found) for name, found in core.indices.items()} for _, core in result.cores()]
     return {
         "cell": asdict(cell), **result.to_data(), "reports": [stage.report for stage in result.stages],
-        "cores": cores if cell.arm not in ("lota", "heads") else [],
+        "cores": cores if cell.arm != "lota" else [],
         "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
         "versions": versions(),
     }  # fmt: skip
@@ -259,7 +261,10 @@ def tuning_cells(study: str, arm: str) -> list[Cell]:
 
 
 def tuned(study: str, arm: str, *, compute_missing: bool) -> tuple[tuple[str, float], ...] | None:
-    """The setting with the best validation OP; None where a cell that decides it is missing."""
+    """The setting with the best validation OP; None where a cell that decides it is missing. The 6-layer encoder takes
+    those of the 3-layer one.
+    """
+    study = "minilm-l3" if study == "minilm-l6" else study
     cells = tuning_cells(study, TUNED_LIKE.get(arm, arm))
     if len(cells) == 1:
         return cells[0].setting
@@ -295,8 +300,8 @@ def run_all(study: str, arms: Sequence[str], streams: Sequence[int]) -> None:
                 )
 
 
-def table(study: str) -> str:
-    """Every arm from the stored cells, and l2_fisher minus each, paired by stream."""
+def results_of(study: str) -> dict[str, tuple[dict[str, float], dict[int, dict[str, Any]]]]:
+    """(setting, results by stream) of every arm that has any."""
     found = {}
     for arm in ARMS:
         setting = tuned(study, arm, compute_missing=False)
@@ -304,28 +309,44 @@ def table(study: str) -> str:
         results = {cell.stream: stored(cell) for cell in cells if cell.file.exists()}
         if results:
             found[arm] = dict(setting or ()), results
-    rows = []
-    ours = found.get("l2_fisher", ({}, {}))[1]
+    return found
+
+
+def table(study: str) -> str:
+    """Every arm from the stored cells, and selections minus what they are to beat, paired by stream; in per cent."""
+    found, rows = results_of(study), []
     for arm, (setting, results) in found.items():
         metrics = {n: [r["metrics"][n] for r in results.values()] for n in Metrics.__dataclass_fields__}
         means = [shown(v for v in metrics[n] if v is not None) for n in metrics]
-        pairs = [
-            shown((ours[s]["metrics"][n] - results[s]["metrics"][n] for s in sorted(ours.keys() & results)
-                   if results[s]["metrics"][n] is not None and arm != "l2_fisher"), signed=True)
-            for n in ("op", "forgetting")
-        ]  # fmt: skip
         stages = [stage for r in results.values() for stage in r["stages"]]
         rows.append([
-            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *means, *pairs,
+            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *means,
             f"{np.mean([s['elements'] for s in stages]):,.0f}", f"{np.mean([s['bytes'] for s in stages]):,.0f}",
             f"{np.mean([sum(s['seconds'] for s in r['stages']) for r in results.values()]):.0f}",
             f"{np.mean([sum(s['probe_seconds'] for s in r['stages']) for r in results.values()]):.0f}",
         ])  # fmt: skip
     header = [
-        "arm", "setting", "streams", "OP", "BWT", "FWT", "forgetting", "general delta", "l2_fisher - arm: OP",
-        "forgetting", "elements / task", "bytes / task", "train s", "probe s",
+        "arm", "setting", "streams", "OP", "BWT", "FWT", "forgetting", "general delta", "elements / task",
+        "bytes / task", "train s", "probe s",
     ]  # fmt: skip
-    return format_table(header, rows)
+    return "\n\n".join([format_table(header, rows), *differences(found)])
+
+
+def differences(found: dict[str, tuple[dict[str, float], dict[int, dict[str, Any]]]]) -> list[str]:
+    """Each selection minus full fine-tuning, LoRA and its own control; no table where there is nothing to compare."""
+    controls = {"l2_fisher-elements": "random-elements", **{ours: control for control, ours in COUNTED_LIKE.items()}}
+    rows = []
+    for ours, control in controls.items():
+        for theirs in ("sequential", "lora", control):
+            if ours in found and theirs in found:
+                mine, others = found[ours][1], found[theirs][1]
+                both = sorted(mine.keys() & others.keys())
+                pairs = [
+                    shown((mine[s]["metrics"][n] - others[s]["metrics"][n] for s in both), signed=True)
+                    for n in ("op", "forgetting")
+                ]
+                rows.append([ours, theirs, str(len(both)), *pairs])
+    return [format_table(["arm", "minus", "streams", "OP", "forgetting"], rows)] if rows else []
 
 
 def picture(study: str, folder: Path) -> None:
@@ -345,12 +366,13 @@ def picture(study: str, folder: Path) -> None:
 
 def carry(streams: Sequence[int]) -> str:
     """The 6-layer encoder with its own cores, with those of the 3-layer one, and with random ones."""
-    run_all("minilm-l6", ("l2_fisher", "carried", "random"), streams)
-    setting = tuned("minilm-l6", "l2_fisher", compute_missing=True)
+    run_all("minilm-l6", ("l2_fisher-matrices", "carried", "random-matrices"), streams)
+    ours = TUNED_LIKE["carried"]
+    setting = tuned("minilm-l6", ours, compute_missing=True)
     assert setting is not None
     rows = []
     for stream in streams:
-        own, carried = (stored(Cell("minilm-l6", arm, setting, stream)) for arm in ("l2_fisher", "carried"))
+        own, carried = (stored(Cell("minilm-l6", arm, setting, stream)) for arm in (ours, "carried"))
         for stage, mine, theirs in zip(own["stages"], own["cores"], carried["cores"], strict=True):
             both = sum(count for name, count in mine.items() if name in theirs)
             either = sum(mine.values()) + sum(theirs.values()) - both

@@ -99,7 +99,6 @@ def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pyt
         ("search_quality", lambda s: [s.table(), s.compression()]),
         ("forgetting", lambda s: [s.table()]),
         ("transfer", lambda s: [s.table()]),
-        ("continual", lambda s: [s.table("minilm-l3")]),
     ],
 )
 def test_readme_shows_the_tables_of_the_stored_cells(name: str, tables: Callable[[Any], list[str]]) -> None:
