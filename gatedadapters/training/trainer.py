@@ -317,7 +317,8 @@ class GatedTrainer(Trainer):
             )
 
     def _is_trained(self, key: str) -> bool:
-        return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in self.adapters.head_names
+        heads = (*self.adapters.head_names, *(self.delta.head_names if self.delta is not None else ()))
+        return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in heads
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Before the prune no model is the best: none of them is within the budget."""
