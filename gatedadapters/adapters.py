@@ -15,7 +15,7 @@ from gatedadapters import merging, saving
 from gatedadapters.backbone import Layout
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
-from gatedadapters.fingerprint import is_own
+from gatedadapters.freezing import settle
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.hooks import (
     RUNNING,
@@ -447,7 +447,8 @@ class Adapters(nn.Module):
         return model
 
     def detach(self) -> nn.Module:
-        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`.
+        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`. A
+        sparse delta that stays in it keeps the backbone frozen.
 
         Task heads keep what they learned.
         """
@@ -455,9 +456,7 @@ class Adapters(nn.Module):
         self.unmerge()
         self._unhook()
         delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            if not is_own(name):
-                parameter.requires_grad_(name in self._required_grad)
+        settle(model, self._required_grad)
         self._model.clear()
         return model
 

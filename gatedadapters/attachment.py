@@ -16,6 +16,7 @@ from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.fingerprint import backbone_fingerprint, is_own
+from gatedadapters.freezing import check_heads, settle, trained_originally
 from gatedadapters.gates import GateBank, Group
 from gatedadapters.hooks import InputHook, OutputHook
 from gatedadapters.paths import Misfit, Path, Site, path_class
@@ -104,6 +105,7 @@ def check_free(model: nn.Module) -> None:
 
 def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Adapters:
     """Put built adapters into a model and freeze all of it but its heads; on failure it is left untouched."""
+    check_heads(model, head_names)
     for key, path in built.typed_paths():
         if not path.site.at_weight:
             continue
@@ -117,22 +119,19 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
                 fix="exclude it from the mask of the sparse delta, or search without weight_lora",
             )
     built.head_names = tuple(head_names)
-    built._required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    built._required_grad = trained_originally(model)
     built.train(model.training)
     _place(built, model)
     try:
         built._model.append(model)
         built._hook(model)
         model.add_module(NAME, built)
-        for name, parameter in model.named_parameters():
-            if not is_own(name):  # a sparse delta trains beside the adapters
-                parameter.requires_grad_(name in head_names)
+        settle(model, built._required_grad)
     except BaseException:
         built._unhook()
         if hasattr(model, NAME):
             delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in built._required_grad)
+        settle(model, built._required_grad)
         raise
     return built
 
@@ -144,6 +143,7 @@ def build(model: nn.Module, structure: Structure) -> Adapters:
         PathError: the structure names a module that the model lacks.
     """
     heads = structure.fingerprint.heads
+    check_heads(model, heads)
     identity = backbone_fingerprint(model, skip=frozenset(heads))
     built = _from_structure(model, structure, identity, structure.seed)
     built.head_names = heads

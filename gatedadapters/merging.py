@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,14 @@ def merge(adapters: Adapters, task: str | None, *, keep: bool) -> MergeReport:
     drift: dict[str, float] = {}
     for place in places:  # everything is computed once and thrown away: what fails, fails before anything has changed
         for parameter, value, lost in place.results(index):
+            _check_not_tuned(adapters.model, parameter)
             _check_finite(parameter, value)
             drift[parameter] = lost
     kept = adapters.replaced
     try:
         for place in places:
             for parameter, value, _ in place.results(index):
-                target = adapters.model.get_parameter(parameter)
+                target = _parameter(adapters.model, parameter)
                 if keep:
                     kept[parameter] = target.data
                 target.data = value
@@ -100,7 +101,7 @@ def unmerge(adapters: Adapters) -> None:
 def exchange(adapters: Adapters) -> None:
     """Let the merged values and the originals change places: pointers move, no value is copied."""
     for name, other in adapters.replaced.items():
-        parameter = adapters.model.get_parameter(name)
+        parameter = _parameter(adapters.model, name)
         adapters.replaced[name], parameter.data = parameter.data, other.to(parameter.device, parameter.dtype)
 
 
@@ -133,7 +134,7 @@ class _Place:
 
     def results(self, task: int) -> Iterator[tuple[str, Tensor, float]]:
         """(parameter, merged value as it is to be stored, drift) of the weight, and of the bias where it changes."""
-        weight, bias = self.module.get_parameter(self.leaf), getattr(self.module, "bias", None)
+        weight, bias = _parameter(self.module, self.leaf), self.module._parameters.get("bias")
         wide = _WIDER.get(weight.dtype, weight.dtype)
         if weight.device.type == "mps":  # has no float64
             wide = torch.float32
@@ -262,6 +263,22 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
         expected="x W + b", got=type(module).__name__, where=name,
         fix="keep the adapters attached, or search without this point",
     )  # fmt: skip
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter itself, also where a sparse delta's stand-in hides it from `get_parameter`."""
+    path, _, leaf = name.rpartition(".")
+    return cast(nn.Parameter, model.get_submodule(path)._parameters[leaf])
+
+
+def _check_not_tuned(model: nn.Module, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    if leaf in model.get_submodule(path).__dict__:
+        raise AttachError(
+            "a sparse delta tunes elements of a weight that a merge would change",
+            expected="weights of the backbone's own", got=f"{name} in the delta's mask", where="merge",
+            fix="delta.merge() or .remove() first",
+        )  # fmt: skip
 
 
 def _check_finite(name: str, value: Tensor) -> None:

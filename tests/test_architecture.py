@@ -18,7 +18,7 @@ LAYERS = (
     {"backbone", "gates", "paths"},
     {
         *("structure", "selection", "fingerprint", "routing", "hooks", "weight_hooks", "saving", "merging", "adapters"),
-        "attachment",
+        *("attachment", "freezing"),
     },
     {"masking", "artifacts"},
     {"data", "training"},

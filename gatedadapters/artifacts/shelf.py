@@ -15,6 +15,7 @@ from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts.load import Base, read_saved
 from gatedadapters.attachment import build, check_free
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
+from gatedadapters.freezing import settle, trained_originally
 from gatedadapters.hooks import (
     RUNNING,
     InputHook,
@@ -59,7 +60,7 @@ class Shelf(nn.Module):
         self._model = [model]
         self._handles: list[Any] = []
         self._places: dict[tuple[str, type], tuple[_SharedInput | _SharedOutput, Any]] = {}
-        self._required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        self._required_grad = trained_originally(model)
 
     # -- what is on it -------------------------------------------------------------------------------------------------
 
@@ -82,8 +83,8 @@ class Shelf(nn.Module):
             raise ArtifactError(expected="folders of saved adapters by name", got="none", where="Shelf.load")
         shelf = cls(model)
         try:
-            model.requires_grad_(False)
             model.add_module(NAME, shelf)
+            settle(model, shelf._required_grad)
             shelf._hook()
             for name, folder in folders.items():
                 shelf.add(name, folder, base=base)
@@ -153,7 +154,9 @@ class Shelf(nn.Module):
                 del self._places[key]
 
     def detach(self) -> nn.Module:
-        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `load`."""
+        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `load`.
+        A sparse delta that stays in it keeps the backbone frozen.
+        """
         model = self.model
         self.activate(None)
         for handle in (*self._handles, *(handle for _, handle in self._places.values())):
@@ -161,12 +164,16 @@ class Shelf(nn.Module):
         self._handles.clear()
         self._places.clear()
         delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self._required_grad)
+        settle(model, self._required_grad)
         self._model.clear()
         return model
 
     # -- who is at work ------------------------------------------------------------------------------------------------
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Task heads of the model that some of the adapters bring values for."""
+        return tuple(dict.fromkeys(head for member in self._typed_members().values() for head in member.head_names))
 
     @property
     def active(self) -> str | None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gatedadapters.adapters import NAME as ADAPTERS
-from gatedadapters.adapters import Adapters
 from gatedadapters.attachment import find_heads
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
-from gatedadapters.fingerprint import DELTA, fingerprint, is_own
+from gatedadapters.fingerprint import DELTA, fingerprint
+from gatedadapters.freezing import settle, trained_originally
 from gatedadapters.hooks import hook_embedding
+from gatedadapters.masking.checks import check_adapters, check_heads, check_tensor, tunable
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
@@ -41,6 +41,7 @@ class SparseDelta(nn.Module):
         tuned: the selected elements by tensor, `name.of.parameter` with `/` for `.`.
         identity: of the backbone without the delta.
         roles, origin: of the mask.
+        head_values: what task heads had learned when it last left a model; empty while it is in one.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SparseDelta(nn.Module):
         self.tuned = nn.ModuleDict({name.replace(".", "/"): part for name, part in tuned.items()})
         self.identity, self.roles, self.origin = identity, dict(roles), dict(origin)
         self.head_names: tuple[str, ...] = ()
+        self.head_values: dict[str, Tensor] = {}
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
@@ -113,40 +115,51 @@ class SparseDelta(nn.Module):
     # -- in and out of a model -----------------------------------------------------------------------------------------
 
     def reapply(self, model: nn.Module, *, heads: Sequence[str] | None = None) -> SparseDelta:
-        """Put the values into `model`, which is or equals the one they were trained in; costs O(selected).
+        """Put the values into `model`, which is or equals the one they were trained in, and into its task heads what
+        they had learned with them; costs O(selected).
+
+        Args:
+            model: without a delta.
+            heads: see `apply_mask`; default: those it had.
 
         Raises:
             AttachError: this delta is in a model already, or `model` has one.
-            MaskError: another backbone.
+            MaskError: another backbone, or heads of other shapes.
             The model is left untouched by all of them.
         """
         if self.applied:
             raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
-        head_names = find_heads(model, heads)
+        head_names = find_heads(model, self.head_names if heads is None else heads)
         check_backbone(self.identity, fingerprint(model, skip=frozenset(head_names)), where="reapply")
-        parameters = _tunable(model, [name for name, _ in self.items()], where="reapply")
+        parameters = tunable(model, [name for name, _ in self.items()], where="reapply")
         for name, part in self.items():
-            _check_tensor(name, parameters[name], part.pattern.shape)
+            check_tensor(name, parameters[name], part.pattern.shape)
+        check_heads(self.head_values, parameters)
         self._install(model, head_names)
         return self
 
     def remove(self) -> nn.Module:
-        """Take the delta out: every bit, attribute and `requires_grad` of the model is as before. Task heads keep what
-        they learned, this object its values.
+        """Take the delta out: every bit, attribute and `requires_grad` of the model is as before; where adapters stay
+        in it, the backbone stays frozen. Task heads keep what they learned, this object its values and a copy of
+        theirs.
 
         Raises:
+            AttachError: this delta is in no model.
             TrainingError: somebody else changed the tuned weights; nothing is done.
         """
         self.check()
+        self.head_values = {name: value.clone() for name, value in self._heads().items()}
         return self._uninstall(restore=True)
 
     def merge(self) -> nn.Module:
         """Leave the values in the weights for good, and this object without a model.
 
         Raises:
+            AttachError: this delta is in no model.
             TrainingError: somebody else changed the tuned weights; nothing is done.
         """
         self.check()
+        self.head_values = {name: value.clone() for name, value in self._heads().items()}
         for part in self.parts():
             part.write()
         return self._uninstall(restore=False)
@@ -182,9 +195,7 @@ class SparseDelta(nn.Module):
                 fix="choose one of them",
             )  # fmt: skip
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
-        if self.head_names:
-            heads = zip(self.head_names, self.head_parameters(), strict=True)
-            tensors |= {f"heads.{name}": value.to(dtype) for name, value in heads}
+        tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
         with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
             self.mask.write(new)
             write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
@@ -194,20 +205,35 @@ class SparseDelta(nn.Module):
     def write(self) -> None:
         """Put the values into the weights. Needed only after changing them by hand, or with an optimiser that is no
         `torch.optim.Optimizer`.
+
+        Raises:
+            AttachError: this delta is in no model.
         """
+        _ = self.model
         for part in self.parts():
             part.write()
 
     def check(self) -> None:
-        """See that the weights hold what was written last, and that every use of them is still seen.
+        """See that the weights hold what was written last, that every use of them is still seen, and that they learn
+        through the values alone.
 
         Raises:
+            AttachError: this delta is in no model.
             TrainingError: naming the tensors of which this is not so.
         """
+        held = {id(module) for module in self.model.modules()}
         for name, part in self.items():
             for module, attribute in part.places:
+                if id(module) not in held:
+                    raise _changed([name], "another module was put in its place")
                 if not isinstance(module.__dict__.get(attribute), LiveWeight) or attribute not in module._parameters:
                     raise _changed([name], "another parameter was put in its place")
+            if part.weight.requires_grad:
+                raise TrainingError(
+                    "a tuned parameter is trained in full beside its delta", expected="requires_grad=False",
+                    got="requires_grad=True: an optimiser may move elements that the mask keeps", where=name,
+                    fix="parameter.requires_grad_(False); to train all of it, remove the delta first",
+                )  # fmt: skip
         parts = [(name, part) for name, part in self.items() if not part.pending]
         if parts:
             home = parts[0][1].values.device
@@ -216,9 +242,15 @@ class SparseDelta(nn.Module):
             if changed:
                 raise _changed(changed, "other values in tuned elements")
 
+    def _heads(self) -> dict[str, Tensor]:
+        """What task heads learned: in the model, or when this delta left one."""
+        if not self.applied:
+            return self.head_values
+        return {n: p.detach() for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
+
     def _install(self, model: nn.Module, head_names: tuple[str, ...]) -> None:
-        required = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        _check_no_path_at(model, {name for name, _ in self.items()})
+        required = trained_originally(model)
+        check_adapters(model, {name for name, _ in self.items()})
         places = _places(model)
         self.train(model.training)
         try:
@@ -229,15 +261,17 @@ class SparseDelta(nn.Module):
                 part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
                 for module, attribute in part.places:
                     module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
-            for name, parameter in model.named_parameters():
-                if not is_own(name):
-                    parameter.requires_grad_(name in head_names)
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
+            settle(model, required)
             self.write()
+            with torch.no_grad():
+                for name in self.head_values.keys() & set(head_names):
+                    model.get_parameter(name).copy_(self.head_values[name])
+            self.head_values = {}
         except BaseException:
             self._required_grad = required
             if not self._model:
@@ -258,9 +292,7 @@ class SparseDelta(nn.Module):
         self._handles.clear()
         if getattr(model, NAME, None) is self:
             delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            if not is_own(name):
-                parameter.requires_grad_(name in self._required_grad)
+        settle(model, self._required_grad)
         self._model.clear()
         return model
 
@@ -283,6 +315,9 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     The model computes what it did, at the cost it had; `model.parameters()` now also yields the values, one compact
     vector per tensor, and they alone (and adapters, if attached) require gradients. Everything else is bit-frozen,
     whatever the optimiser: no other value exists for it to move.
+
+    Load, resize and tie weights before, or after `remove`: transformers' own methods do not expect what stands in for
+    a tuned parameter, and fail on it.
 
     Args:
         model: any module whose selected tensors are floating-point parameters.
@@ -317,9 +352,8 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     with torch.no_grad():
         for name, part in delta.items():
             part.values.copy_(tensors[f"values.{name}"])
-        delta._install(model, head_names)
-        for name in head_names:
-            model.get_parameter(name).copy_(tensors[f"heads.{name}"])
+    delta.head_values = {name: tensors[f"heads.{name}"] for name in head_names}
+    delta._install(model, head_names)
     return delta
 
 
@@ -335,9 +369,9 @@ def _built(
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
         raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
-    parameters = _tunable(model, selected, where=where)
+    parameters = tunable(model, selected, where=where)
     for name in selected:
-        _check_tensor(name, parameters[name], mask.shape(name))
+        check_tensor(name, parameters[name], mask.shape(name))
     head_names = find_heads(model, heads)
     identity = fingerprint(model, skip=frozenset(head_names))
     check_backbone(mask.identity, identity, where=where)
@@ -384,38 +418,6 @@ def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
-    parameters = dict(model.named_parameters())
-    missing = [name for name in names if name not in parameters]
-    if missing:
-        raise MaskError(
-            "the model lacks parameters that the mask selects from", expected=missing[0], got="no such parameter",
-            where=where, fix="use the model the mask was made for",
-        )  # fmt: skip
-    return parameters
-
-
-def _check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
-    if not weight.is_floating_point() or not plain or weight.element_size() < 2:
-        raise MaskError(
-            "these weights cannot be tuned element by element", expected="floating-point parameters of 16 bits or more",
-            got=f"{weight.dtype} ({type(weight).__name__})", where=name,
-            fix="load the model without quantisation, or exclude them from the mask",
-        )  # fmt: skip
-    if tuple(weight.shape) != shape:
-        raise MaskError(
-            "a tensor has another shape than the mask says", expected=shape, got=tuple(weight.shape), where=name,
-            fix="use the model the mask was made for",
-        )  # fmt: skip
-    if not weight.is_contiguous() or weight.device.type == "meta":
-        raise MaskError(
-            "these weights cannot be written in place", expected="a contiguous tensor with memory",
-            got="meta" if weight.device.type == "meta" else "strides of another layout", where=name,
-            fix="make it contiguous before",
-        )  # fmt: skip
-
-
 def _changed(names: Sequence[str], how: str) -> TrainingError:
     return TrainingError(
         "a tuned parameter was changed from outside between steps",
@@ -457,15 +459,3 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
 
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
-
-
-def _check_no_path_at(model: nn.Module, names: set[str]) -> None:
-    """Raise where an adapter's path stands at a weight itself that a delta is to tune: one would hide the other."""
-    adapters = getattr(model, ADAPTERS, None)
-    for key, path in adapters.typed_paths() if isinstance(adapters, Adapters) else ():
-        if path.site.at_weight and str(path.site.write) in names:
-            raise AttachError(
-                "an adapter's path stands at this weight", expected="a weight of the backbone's own",
-                got=f"path {key}", where=str(path.site.write),
-                fix="exclude it from the mask, or search without weight_lora",
-            )  # fmt: skip

@@ -44,13 +44,13 @@ class Pattern:
     def __init__(self, shape: Sequence[int], row_starts: Tensor, columns: Tensor) -> None:
         self.shape = tuple(shape)
         self.row_starts, self.columns = row_starts, columns
-        self.width = self.shape[-1]
+        self.width = self.shape[-1] if self.shape else 1  # a scalar is one row of one
         self.rows = len(row_starts) - 1
 
     @classmethod
     def of(cls, shape: Sequence[int], indices: Tensor) -> Pattern:
         """From sorted flat positions (selected,)."""
-        width = shape[-1]
+        width = shape[-1] if shape else 1
         rows = torch.Size(shape).numel() // width
         counts = torch.bincount(indices // width, minlength=rows)
         starts = torch.zeros(rows + 1, dtype=torch.int32, device=indices.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -15,11 +15,11 @@ from torch import Tensor
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.mask import Mask, check_backbone
 from gatedadapters.masking.roles import chosen
-from gatedadapters.masking.scores.storage import Scores, ScoresRecord, allocated, sharded
+from gatedadapters.masking.scores.storage import Scores
 
 Scope = Literal["global", "tensor"]
 IN_MEMORY_BYTES = 2**31
-_HALF = 2**16
+_DIGITS = 2**16
 
 
 def select(
@@ -38,7 +38,9 @@ def select(
     Scores are rank-normalised in each tensor (average ranks, divided by the number of elements), combined to
     `s = Î_general - contrast Î_domain`, and the `core` share with the highest s stays fixed. The free elements are
     exactly `round((1 - core) n)` many; among equal s, those that come first in the model are free. The order of s is
-    found by counting bit patterns, so that no sort is larger than one tensor.
+    found by counting bit patterns, so that no sort is larger than one tensor. s is held in float64, 8 bytes for each
+    element (above 2 GiB in a temporary file), so that ranks in a tensor of any size differ where scores do; beside it
+    about 50 bytes for each element of the one tensor that is being ranked.
 
     Args:
         general: scores on general data.
@@ -100,17 +102,22 @@ def select(
 
 
 def normalised_ranks(values: Tensor) -> Tensor:
-    """Average rank of each element among all, divided by their number: fp32 in (0, 1], of the same shape.
+    """Average rank of each element among all, divided by their number: float64 in (0, 1], of the same shape.
 
-    Equal values have equal ranks, the mean of the places they take.
+    Equal values have equal ranks, the mean of the places they take. fp32 could not tell more than 2^24 ranks apart.
     """
+    return _ranks(values).div_(max(1, values.numel()))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Average ranks from 1, multiples of a half: exact in float64."""
     flat = values.reshape(-1)
     ordered, order = flat.sort(stable=True)
     _, counts = ordered.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
-    average = (ends.double() - (counts.double() - 1) / 2) / max(1, flat.numel())
-    ranks = torch.empty_like(flat, dtype=torch.float32)
-    ranks[order] = average.to(torch.float32).repeat_interleave(counts)
+    average = ends.double() - (counts.double() - 1) / 2
+    ranks = torch.empty_like(flat, dtype=torch.float64)
+    ranks[order] = average.repeat_interleave(counts)
     return ranks.view(values.shape)
 
 
@@ -126,34 +133,47 @@ def _free_share(core: float | None, density: float | None) -> float:
 def _combined(
     general: Scores, domain: Scores | None, contrast: float, names: Sequence[str], stack: ExitStack
 ) -> dict[str, Tensor]:
-    """S of every tensor, flat fp32; on disk where that is more than memory should hold."""
-    shapes = {name: tuple(general[name].shape) for name in names}
-    if 4 * sum(math.prod(shape) for shape in shapes.values()) > IN_MEMORY_BYTES:
-        record = ScoresRecord(kind="contrast", fingerprint=general.identity, tensors=sharded(shapes, {}))
+    """S of every tensor, flat float64; on disk where that is more than memory should hold.
+
+    Divided by the number of elements last: differences of ranks are exact, so that equal ones stay equal.
+    """
+    folder = None
+    if 8 * sum(general[name].numel() for name in names) > IN_MEMORY_BYTES:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gatedadapters-")))
-        held = stack.enter_context(allocated(record, folder))
-    else:
-        held = {name: torch.empty(shape, device=general[name].device) for name, shape in shapes.items()}
-    for name, key in held.items():
-        ranks = normalised_ranks(general[name])
+    keys = {}
+    for number, name in enumerate(names):
+        key = _ranks(general[name]).view(-1)
         if domain is not None:
-            ranks -= contrast * normalised_ranks(domain[name]).to(ranks.device)
-        key.copy_(ranks)
-    return {name: held[name].view(-1) for name in names}
+            key.sub_(_ranks(domain[name]).view(-1).to(key.device), alpha=contrast)
+        key.div_(max(1, key.numel()))
+        if folder is not None and key.numel():
+            file = str(folder / str(number))
+            key = torch.from_file(file, shared=True, size=key.numel(), dtype=torch.float64).copy_(key)
+        keys[name] = key
+    return keys
 
 
 def lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Positions of exactly `count` smallest keys over all tensors, sorted in each; of equal keys, the first.
 
-    Two passes count how often each upper and then each lower half of the keys' bits occurs, which gives the largest
-    selected key exactly; a third collects.
+    Four passes count how often each 16 bits of the keys occur, from the upper ones down, among the keys that agree with
+    the largest selected key so far; a fifth collects. Besides the keys, a few times 8 bytes for each element of one
+    tensor are held.
     """
     if count <= 0:
         return {name: torch.empty(0, dtype=torch.int64) for name in keys}
-    upper, below = _bucket((_ordered(k) // _HALF for k in keys.values()), count)
-    inside = (code[code // _HALF == upper] % _HALF for code in map(_ordered, keys.values()))
-    lower, below_too = _bucket(inside, count - below)
-    threshold, ties = upper * _HALF + lower, count - below - below_too
+    first, ties = -_DIGITS // 2, count  # the smallest digits counted, and how many keys are taken from there on
+    for shift in (48, 32, 16, 0):
+        histogram = torch.zeros(_DIGITS, dtype=torch.int64)
+        for key in keys.values():
+            digits = (_ordered(key) >> shift).sub_(first)
+            digits = digits[(digits >= 0) & (digits < _DIGITS)]
+            histogram += torch.bincount(digits, minlength=_DIGITS).cpu()
+        reached = histogram.cumsum(0)
+        bucket = int(torch.searchsorted(reached, ties))
+        ties -= int(reached[bucket] - histogram[bucket])
+        first = (first + bucket) * _DIGITS
+    threshold = first // _DIGITS
     found = {}
     for name, key in keys.items():
         code = _ordered(key)
@@ -166,16 +186,6 @@ def lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """int64 in [0, 2^32) in the order of fp32 values: the bits, with negative numbers turned round."""
-    bits = (values + 0.0).view(torch.int32).long()  # + 0.0: there is one zero
-    return torch.where(bits < 0, 2**31 - 1 - (bits + 2**31), bits + 2**31)
-
-
-def _bucket(codes: Iterator[Tensor], count: int) -> tuple[int, int]:
-    """The bucket that holds the `count`-th smallest code, and how many lie in buckets before it."""
-    histogram = torch.zeros(_HALF, dtype=torch.int64)
-    for code in codes:
-        histogram += torch.bincount(code, minlength=_HALF).cpu()
-    reached = histogram.cumsum(0)
-    bucket = int(torch.searchsorted(reached, count))
-    return bucket, int(reached[bucket] - histogram[bucket])
+    """int64 in the order of the values as float64: the bits, those after the sign of a negative number turned round."""
+    bits = (values.double() + 0.0).view(torch.int64)  # + 0.0: there is one zero
+    return torch.where(bits < 0, bits ^ (2**63 - 1), bits)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters import html
@@ -23,6 +23,7 @@ from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, scor
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.structure import format_table
+from gatedadapters.training.checked import CheckedTrainer
 from gatedadapters.training.trainer import MASK, check_launch, fits_mask, read_header
 
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
@@ -54,7 +55,7 @@ class Report:
         return html.table(_HEADER, self._rows(), title=self._title())
 
 
-class SelectiveTrainer(Trainer):
+class SelectiveTrainer(CheckedTrainer):
     """Tunes only what matters little in general: everything of transformers' Trainer applies.
 
     `train()` scores the model on general and on domain data, selects a mask, applies it, evaluates, trains on the
@@ -198,14 +199,6 @@ class SelectiveTrainer(Trainer):
         save_file(trained, part, metadata={"format": "pt", MASK: self.delta.mask.digest})
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        self._check_checkpoint(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
 
     def _check_checkpoint(self, folder: str) -> None:
         """Refuse, before anything is changed, values that belong to other elements."""

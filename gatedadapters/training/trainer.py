@@ -13,16 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
-from gatedadapters.errors import BudgetError, TaskError, TrainingError
+from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
+from gatedadapters.training.checked import CheckedTrainer
 from gatedadapters.training.multitask import MultiTaskClassifier
 
 MASK = "mask"  # key of a checkpoint's metadata: digest of the elements that its values belong to
@@ -36,7 +37,7 @@ class ConstantFactor:
         return 1.0
 
 
-class GatedTrainer(Trainer):
+class GatedTrainer(CheckedTrainer):
     """Trains a model that `attach` prepared; everything of transformers' Trainer applies.
 
     Added: the penalty in the loss (once per optimiser step, however many micro-batches), a learning rate for gates and
@@ -194,28 +195,11 @@ class GatedTrainer(Trainer):
         """Task loss plus penalty while training; the task loss alone in evaluation.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or nothing is left to train.
             TaskError: a label lies outside the head.
         """
-        try:
-            loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
-        except IndexError as error:
-            if "Target" not in str(error):
-                raise
-            raise TaskError(
-                "a label lies outside the head", expected=f"0..{getattr(self.model.config, 'num_labels', 0) - 1}",
-                got=error, where=f"optimiser step {self.state.global_step}",
-                fix="check the label column and the model's num_labels",
-            ) from error  # fmt: skip
+        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         if model.training:
-            if not bool(torch.isfinite(loss).all()):
-                raise TrainingError(
-                    "the loss is not finite",
-                    expected="a finite loss",
-                    got=str(float(loss.detach().mean())),
-                    where=f"optimiser step {self.state.global_step}",
-                    fix="lower the learning rate, clip gradients, or look for broken examples near this step",
-                )
             if not loss.requires_grad:
                 raise TrainingError(
                     "nothing is left to train",
@@ -298,14 +282,6 @@ class GatedTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        self._check_checkpoint(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The backbone's keys are absent by design; the others were checked before loading."""
 
@@ -336,7 +312,8 @@ class GatedTrainer(Trainer):
             )
 
     def _is_trained(self, key: str) -> bool:
-        return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in self.adapters.head_names
+        heads = (*self.adapters.head_names, *(self.delta.head_names if self.delta is not None else ()))
+        return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in heads
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Before the prune no model is the best: none of them is within the budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,50 @@ def test_either_may_come_first_and_both_learn_and_come_back(tmp_path: Path, firs
     loaded.remove()
     again.detach()
     assert_same_bits(fresh, before)
+
+
+@pytest.mark.parametrize("at", [3, 6], ids=["before the prune", "after it"])
+def test_a_joint_run_resumes_bit_for_bit(at: int, tmp_path: Path) -> None:
+    def run(folder: Path, resume: Path | None = None) -> ga.GatedTrainer:
+        torch.manual_seed(99 if resume else 0)  # what a new process starts from
+        model, batch = tiny("llama", head="classification")
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        heads = frozenset({"score.weight"})
+        mask = ga.Mask.build(
+            model, {n: torch.arange(4) for n, p in model.named_parameters() if n not in heads}, heads=heads
+        )
+        ga.attach(model, SPACE, batch, heads=())
+        delta = ga.apply_mask(model, mask)  # it alone trains the head
+        args = arguments(folder, max_steps=8, learning_rate=1e-2, save_strategy="steps", save_steps=3)
+        trainer = ga.GatedTrainer(
+            model, args, train_dataset=labelled(24), budget=ga.Budget(params=delta.params + 100),
+            delta_learning_rate=3e-3, schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return trainer
+
+    whole = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", tmp_path / "a" / f"checkpoint-{at}")
+    assert whole.adapters.bank is not None
+    assert whole.adapters.bank.frozen
+    for one, other in zip(whole.delta.parts(), resumed.delta.parts(), strict=True):
+        assert torch.equal(one.values, other.values)
+    states = [trainer.model.state_dict() for trainer in (whole, resumed)]
+    assert states[0].keys() == states[1].keys()
+    assert [name for name, value in states[0].items() if not torch.equal(value, states[1][name])] == []
+    assert not torch.equal(states[0]["score.weight"], tiny("llama", head="classification")[0].score.weight)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (whole, resumed)]
+    assert moments[0].keys() == moments[1].keys()
+    for index, held in moments[0].items():
+        assert all(torch.equal(value, moments[1][index][key]) for key, value in held.items())
+    moved = sum(int((part.values != part.originals).sum()) for part in whole.delta.parts())
+    assert moved > 0.8 * whole.delta.params  # all but those of the padding token
+
+
+def labelled(size: int) -> list[dict[str, Any]]:
+    return [{**row, "labels": row["input_ids"][0] % 2} for row in examples(size)]
 
 
 def test_saved_adapters_load_beside_a_delta_that_has_learned(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scipy.stats import rankdata
 
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, MaskError
+from gatedadapters.masking import selection
 from gatedadapters.masking.encoding import decode, encode
 from gatedadapters.masking.selection import lowest, normalised_ranks
 from gatedadapters.testing import tiny
@@ -30,6 +32,39 @@ def test_ranks_are_averaged_over_ties() -> None:
     wanted = rankdata(values.numpy().ravel(), method="average") / 6
     assert normalised_ranks(values).flatten().tolist() == pytest.approx(wanted)
     assert normalised_ranks(torch.zeros(5)).tolist() == pytest.approx([0.6] * 5)
+
+
+def test_ranks_differ_where_values_do_in_a_tensor_of_any_size() -> None:
+    values = torch.arange(2**24 + 2**16, dtype=torch.int32).view(torch.float32)  # as many distinct numbers, in order
+    assert bool((normalised_ranks(values).diff() > 0).all())
+
+
+def test_float64_keys_are_told_apart_to_the_last_bit() -> None:
+    values = 1.0 + torch.arange(-300, 300, dtype=torch.float64) * 2.0**-52
+    keys = {"a": values.flip(0), "b": -values, "c": torch.tensor([torch.inf, -torch.inf, 0.0, -0.0]).double()}
+    everything = torch.cat(list(keys.values()))
+    for count in (1, 2, 300, 601, 602, 603, 700, 1204):
+        wanted = np.sort(np.argsort(everything.numpy(), kind="stable")[:count])
+        found = lowest(keys, count)
+        got = torch.cat([found["a"], found["b"] + 600, found["c"] + 1200])
+        assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("in_memory", [2**31, 0])
+def test_equal_differences_of_ranks_are_equal_keys(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "IN_MEMORY_BYTES", in_memory)
+    general = random_scores(0)
+    up, down = copy.copy(general), copy.copy(general)
+    for scores, step in ((up, 1), (down, 0)):
+        scores._values = {
+            n: torch.arange(v.numel()).roll(step).float().view(v.shape) for n, v in general._values.items()
+        }
+    # each rank in `up` is one less than in `down`, but for the first element, which is last in `up`
+    mask = ga.select(up, down, density=0.25, scope="tensor")
+    assert any(general[name].numel() % 64 for name in general.names)  # numbers by which division is not exact
+    for name in general.names:
+        found = mask.dense(name).flatten().nonzero().flatten()
+        assert found.tolist() == list(range(1, 1 + round(0.25 * general[name].numel())))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 500, 1499, 1500])

@@ -85,6 +85,17 @@ def test_a_mask_of_ones_own_needs_no_general_data(tmp_path: Path) -> None:
         ga.SelectiveTrainer(tiny("llama", head="lm")[0], arguments(tmp_path), train_dataset=examples(8))
 
 
+def test_a_loss_that_is_no_number_stops_the_run_before_a_step(tmp_path: Path) -> None:
+    model, _ = tiny("llama", head="lm")
+    trainer = ga.SelectiveTrainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=examples(8), mask=counted_mask(model)
+    )
+    model.register_forward_hook(lambda module, args, output: output.__setitem__("loss", output["loss"] * float("nan")))
+    with pytest.raises(TrainingError, match=r"not finite[\s\S]*optimiser step 0"):
+        trainer.train()
+    assert all(bool(p.isfinite().all()) for p in trainer.delta.parameters())
+
+
 def test_two_processes_train_what_one_with_the_whole_batch_does(
     tmp_path: Path, on_two_processes: Callable[[Path, Path], None]
 ) -> None:
