@@ -1,4 +1,4 @@
-"""What every Trainer of this library refuses: a loss that is no number, labels no head has, and a foreign checkpoint."""
+"""What every Trainer here refuses: a loss that is no number, labels that no head has, and a foreign checkpoint."""
 
 from __future__ import annotations
 
