@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import cast
 
 import torch
 
 from gatedadapters.adapters import Adapters
+from gatedadapters.backbone import discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
 from gatedadapters.paths import Path
-from gatedadapters.transfer.shift import Batch, outputs, recording, relative
+from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative
 from gatedadapters.transfer.weakening import weaken_knowledge
 
 
@@ -40,11 +42,20 @@ def knowledge_sensitivity(
     shifts: dict[str, list[float]] = {name: [] for name in names}
     modules = dict(model.named_modules())
     watched = {name: modules[name] for name in names}
-    with adapters.disabled(), weaken_knowledge(model, mask=mask, drop=0.0) as weakening:
-        for number, batch in enumerate(batches):
-            plain = outputs(model, names, batch)
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise DataError(
+            "a sensitivity is measured on texts", expected="at least one batch", got="none", where="batches"
+        )
+    with adapters.disabled():
+        layout = discover(model, first)
+    with adapters.disabled(), weaken_knowledge(model, first, mask=mask, drop=0.0) as weakening:
+        for number, batch in enumerate(chain([first], given)):
+            masks = padding(layout, batch)
+            plain = outputs(model, names, batch, masks)
             masked: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-            with recording(watched, masked, batch.get("attention_mask")), undisturbed(model):
+            with recording(watched, masked, masks), undisturbed(model):
                 torch.manual_seed(seed + number)
                 for place in weakening.places:  # masking acts where a module trains; nothing else in the model does
                     for name in (*place.inner, *place.activations):
@@ -52,10 +63,6 @@ def knowledge_sensitivity(
                 model(**{key: value.to(device_of(model)) for key, value in batch.items()})
             for name in names:
                 shifts[name].append(relative(plain[name], masked[name]))
-    if not shifts or not all(shifts.values()):
-        raise DataError(
-            "a sensitivity is measured on texts", expected="at least one batch", got="none", where="batches"
-        )
     return {key: sum(shifts[name]) / len(shifts[name]) for key, name in written.items()}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,26 +80,28 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     Args:
         old: the base before.
         new: the base after; the same layout, other values.
-        batches: what both models run on; `attention_mask` (batch, length) says what is padding.
+        batches: what both models run on; `attention_mask` (batch, length) says what is padding, and for the rows of a
+            decoder that has an encoder, `decoder_attention_mask`. The layouts are discovered on the first.
 
     Raises:
         LayoutError: the two are not versions of one base; the first difference is named.
         DataError: there is no batch.
     """
-    layout = check_versions(old, new)
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
+    layout = check_versions(old, new, first)
     places = list(_places(layout))
     names = [place[0] for place in places]
     moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    count = 0
-    for batch in batches:
-        count += 1
-        before, after = outputs(old, names, batch), outputs(new, names, batch)
+    for batch in chain([first], given):
+        masks = padding(layout, batch)
+        before, after = outputs(old, names, batch, masks), outputs(new, names, batch, masks)
         for name in names:
             for a, b in zip(before[name], after[name], strict=True):
                 moved[name] += float((b.to(a) - a).square().sum())
                 size[name] += float(a.square().sum())
-    if not count:
-        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
     return ActivationShift(
         tuple(
             PointShift(name, block, sublayer, role, math.sqrt(moved[name] / max(size[name], 1e-30)))
@@ -107,8 +110,13 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     )
 
 
-def check_versions(old: nn.Module, new: nn.Module) -> Layout:
+def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) -> Layout:
     """The layout that two versions of a base share.
+
+    Args:
+        old: the base before.
+        new: the base after.
+        sample: a batch that runs through both; a default is made for token models.
 
     Raises:
         LayoutError: they are not versions of one base; the first difference is named.
@@ -133,7 +141,7 @@ def check_versions(old: nn.Module, new: nn.Module) -> Layout:
         a, b = (found.get(name, "absent") for found in shapes)
         if a != b:
             raise refuse(f"the shape of {name}", a, b)
-    layouts = [discover(model) for model in (old, new)]
+    layouts = [discover(model, sample) for model in (old, new)]
     lines = [layout.table().splitlines() for layout in layouts]
     for a, b in zip(*lines, strict=False):
         if a != b:
@@ -141,21 +149,47 @@ def check_versions(old: nn.Module, new: nn.Module) -> Layout:
     return layouts[0]
 
 
-def outputs(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[Tensor]]:
+def padding(layout: Layout, batch: Batch) -> dict[str, Tensor]:
+    """By module in the blocks, the mask (batch, length) of the rows it returns, where the batch has one.
+
+    A decoder's rows are its own tokens, whose mask is not the encoder's; but keys and values of its cross-attention are
+    computed from the encoder's.
+    """
+    found = {}
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            roles = {m.name: m.role for m in sublayer.maps}
+            if sublayer.writer is not None:
+                roles.setdefault(sublayer.writer, "")
+            for name, role in roles.items():
+                memory = sublayer.kind == "cross_attention" and role in ("k", "v", "kv")
+                decodes = block.stack == "decoder" and not memory
+                mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+                if mask is not None:
+                    found[name] = mask
+    return found
+
+
+def outputs(
+    model: nn.Module, names: Iterable[str], batch: Batch, masks: Mapping[str, Tensor]
+) -> dict[str, list[Tensor]]:
     """What each named module returns for a batch in evaluation mode: for every call of it, rows (tokens, width)."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    mask = batch.get("attention_mask")
     modules = dict(model.named_modules())
-    with recording({name: modules[name] for name in found}, found, mask), undisturbed(model):
+    with recording({name: modules[name] for name in found}, found, masks), undisturbed(model):
         model(**{key: value.to(device_of(model)) for key, value in batch.items()})
     return found
 
 
 @contextmanager
-def recording(modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], mask: Tensor | None) -> Iterator[None]:
-    """Within this context the modules' outputs are kept, in fp32, without the rows of padding."""
+def recording(
+    modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], masks: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within this context the modules' outputs are kept, in fp32, without the rows of padding (see `padding`)."""
 
     def keep(name: str) -> Any:
+        mask = masks.get(name)
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             value = output if isinstance(output, Tensor) else first_tensor(tuple(output), {})
             rows = value.detach().float().flatten(0, -2)
