@@ -147,6 +147,7 @@ class Weakening:
         self._model = [model]
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        self._blocks = {place.block: modules[place.block] for place in self.places}
         if config.mask != 0:
             for place in self.places:
                 for name in place.inner:
@@ -184,6 +185,12 @@ class Weakening:
     def removed(self) -> bool:
         """Whether the hooks are out."""
         return not self._handles
+
+    def skips(self, block: str) -> bool:
+        """Whether this block skips its feed-forward sub-layer now. In evaluation none does, whatever was drawn last: a
+        sub-layer may be called by itself, without the block that draws.
+        """
+        return self._blocks[block].training and self.dropped.get(block, False)
 
     def remove(self) -> None:
         """Take every hook out; the model is as before."""
@@ -272,7 +279,7 @@ class NoTokens(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook with kwargs."""
-        if not self.weakening.dropped.get(self.block):
+        if not self.weakening.skips(self.block):
             return None
         hidden = first_tensor(args, kwargs)
         if hidden.shape[-2]:  # a map inside the sub-layer gets none already
@@ -289,7 +296,7 @@ class Contribution(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook."""
-        hit, config = self.weakening.dropped.get(self.block), self.weakening.config
+        hit, config = self.weakening.skips(self.block), self.weakening.config
         if not hit and not (config.rescale and module.training):
             return None
         value = output if isinstance(output, Tensor) else output[0]
@@ -312,7 +319,7 @@ class PassOver(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook with kwargs."""
-        if not self.weakening.dropped.get(self.block):
+        if not self.weakening.skips(self.block):
             return None
         given = first_tensor(args, kwargs).to(output.dtype)
         learns = any(parameter.requires_grad for parameter in module.parameters())

@@ -203,6 +203,24 @@ def test_evaluation_is_untouched_and_removal_complete(family: str) -> None:
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, "layers.0.mlp") for f in ("llama", "gemma2", "mixtral")] + [("bert", "encoder.layer.0.output.dense")],
+)
+def test_a_sub_layer_called_by_itself_in_evaluation_is_untouched_by_the_last_draw(family: str, name: str) -> None:
+    model, batch = tiny(family)
+    norms = feed_forwards(model, batch)[0].norms
+    called = [model.get_submodule(part) for part in (name, *norms)]
+    given = [torch.randn(2, 5, 64 if family == "bert" else 32), *(torch.randn(2, 5, 32) for _ in norms)]
+    before = [module(value) for module, value in zip(called, given, strict=True)]
+    with ga.weaken_knowledge(model, batch, drop=0.999) as handle:
+        model.train()(**batch)
+        assert all(handle.dropped.values())
+        model.eval()
+        for module, value, expected in zip(called, given, before, strict=True):
+            torch.testing.assert_close(module(value), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_probability_zero_changes_neither_values_nor_random_numbers(family: str) -> None:
     model, batch = tiny(family)
