@@ -58,7 +58,8 @@ class TransferScores:
 class Recovery:
     """The share of what re-tuning wins that transfer training wins without seeing the new base.
 
-    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds.
+    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds, or
+    where re-tuning loses: a share of a loss says nothing.
     """
 
     value: float | None
@@ -181,7 +182,7 @@ def evaluate_transfer(
 
 
 def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
-    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval.
+    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval; see `Recovery` for when there is none.
 
     References:
         Fieller 1954, "Some Problems in Interval Estimation", Journal of the Royal Statistical Society B 16(2).
@@ -192,7 +193,7 @@ def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
     a, b, t = mean(won), mean(gap), t_quantile(n - 1)
     var_a, var_b = stdev(won) ** 2 / n, stdev(gap) ** 2 / n
     both = sum((x - a) * (y - b) for x, y in zip(won, gap, strict=True)) / (n - 1) / n
-    if b == 0 or t * t * var_b >= b * b:  # the interval of the gap holds 0
+    if b <= 0 or t * t * var_b >= b * b:  # the interval of the gap does not lie above 0
         return Recovery(None, None)
     g, ratio = t * t * var_b / (b * b), a / b
     rest = g * (var_a - both * both / var_b) if var_b else 0.0
