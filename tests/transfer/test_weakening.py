@@ -403,7 +403,7 @@ def test_plain_peft_model_is_weakened_with_its_adapters(family: str) -> None:
             torch.testing.assert_close(trained, {n: wanted[n] for n in trained})
 
 
-# -- copies, ramps, refusals -----------------------------------------------------------------------------------------
+# -- copies, refusals ------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_draws_for_itself_and_is_restored_by_itself() -> None:
@@ -422,21 +422,6 @@ def test_a_copy_draws_for_itself_and_is_restored_by_itself() -> None:
     model(**batch)
     assert all(handle.dropped.values())
     handle.remove()
-
-
-def test_ramp_follows_the_optimiser() -> None:
-    model, batch = tiny("llama")
-    ramp = ga.Ramp(start=0.0, end=0.4, begin=0.25, finish=0.75)
-    with ga.weaken_knowledge(model, mask=ramp, drop=0.1, total_steps=8) as handle:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
-        seen = []
-        for _ in range(9):
-            seen.append(handle.probabilities[0])
-            model.train()(**batch)
-            other.step()
-            optimizer.step()
-    assert seen == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize(
