@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -113,6 +114,10 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
 def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) -> Layout:
     """The layout that two versions of a base share.
 
+    Compared are class, vocabulary, shapes of parameters, layout, and of the configurations what decides what layers
+    compute: numbers of heads, non-linearities, residual connections and the like. How far positions reach (`rope_*`,
+    windows, lengths) may differ: releases of one base differ there.
+
     Args:
         old: the base before.
         new: the base after.
@@ -141,6 +146,11 @@ def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) 
         a, b = (found.get(name, "absent") for found in shapes)
         if a != b:
             raise refuse(f"the shape of {name}", a, b)
+    settings = [_settings(model) for model in (old, new)]
+    for name, a in settings[0].items():
+        b = settings[1].get(name, a)  # what one of them lacks, its layers do not read
+        if a != b:
+            raise refuse(f"{name} of the configuration", a, b)
     layouts = [discover(model, sample) for model in (old, new)]
     lines = [layout.table().splitlines() for layout in layouts]
     for a, b in zip(*lines, strict=False):
@@ -222,6 +232,32 @@ def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
                 maps[sublayer.writer] = ""
             for name, role in maps.items():
                 yield name, block.index, sublayer.kind, role
+
+
+_NOT_OF_LAYERS = re.compile(
+    r"^_|dropout|drop_path|layerdrop|token_id|token_index|initializer|^init_"  # training and special tokens
+    r"|^(transformers_version|architectures|auto_map|dtype|torch_dtype|quantization_config|gradient_checkpointing)$"
+    r"|^(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|classifier_\w+)$"
+    r"|^(output_\w+|return_dict\w*|use_cache|chunk_size_feed_forward|tie_word_embeddings|vocab_size)$"
+    r"|^rope_|max_\w*position|sliding_window|max_window_layers"  # how far positions reach
+)
+"""Names in a configuration that leave open or unchanged what the layers of a trained model compute."""
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """What the model's configuration says of its layers; those of its parts by dotted names."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config: Any = next((found for found in configs if hasattr(found, "to_dict")), None)
+
+    def flat(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in data.items():
+            if not _NOT_OF_LAYERS.search(str(name)):
+                if isinstance(value, Mapping):
+                    yield from flat(value, f"{prefix}{name}.")
+                else:
+                    yield f"{prefix}{name}", value
+
+    return {} if config is None else dict(flat(config.to_dict(), ""))
 
 
 def _vocabulary(model: nn.Module) -> int:

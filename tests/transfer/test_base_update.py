@@ -147,6 +147,35 @@ def with_more_words() -> nn.Module:
     return model
 
 
+def other(family: str, **changes: Any) -> Any:
+    """The same parameters in a model that computes otherwise with them."""
+    model, _ = tiny(family)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return type(model)(model.config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"num_attention_heads": 8}),
+        ("bert", {"hidden_act": "relu"}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_bases_that_compute_otherwise_with_equal_shapes_are_refused(family: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError, match=f"{next(iter(changes))} of the configuration differs"):
+        check_versions(tiny(family)[0], other(family, **changes))
+    with pytest.raises(LayoutError, match=f"{next(iter(changes))} of the configuration differs"):
+        check_versions(nn.Sequential(tiny(family)[0]), nn.Sequential(other(family, **changes)))
+
+
+def test_versions_may_differ_in_what_layers_do_not_compute() -> None:
+    changes: dict[str, Any] = {"hidden_dropout": 0.3, "eos_token_id": 5, "id2label": {0: "a"}, "dtype": "bfloat16"}
+    check_versions(tiny("gpt_neox")[0], other("gpt_neox", **changes, _name_or_path="elsewhere", initializer_range=0.5))
+    check_versions(tiny("llama")[0], other("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+
+
 @pytest.mark.parametrize(
     ("new", "says"),
     [
