@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -122,6 +121,7 @@ def transfer_scores(
     weakening: WeakeningConfig | None = None,
     total_steps: int | None = None,
     folder: str | Path | None = None,
+    train_transferable: Train | None = None,
 ) -> TransferScores:
     """Train on the old base without and with weakened knowledge, carry both over, and re-tune on the new base.
 
@@ -135,6 +135,8 @@ def transfer_scores(
         weakening: default: the published recipe.
         total_steps: of a training, where the weakening is scheduled.
         folder: where both adapters are kept, as `adapter` and `transfer-trained`.
+        train_transferable: in place of `train` where the knowledge is weakened, such as a search that prefers what
+            transfers.
 
     Raises:
         LayoutError: the two are not versions of one base; the difference is named.
@@ -145,8 +147,11 @@ def transfer_scores(
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
             home, found = Path(folder or scratch), list[float]()
             for name in ("adapter", "transfer-trained"):
-                with nullcontext() if name == "adapter" else _weakened(old, config, total_steps):
+                if name == "adapter":
                     adapters = train(old, seed)
+                else:
+                    with _weakened(old, config, total_steps):
+                        adapters = (train_transferable or train)(old, seed)
                 found.append(score(old))
                 adapters.save(home / name, overwrite=True)
                 detach(old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import cast
 
@@ -13,6 +13,7 @@ from gatedadapters.backbone import discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
+from gatedadapters.gates import GateBank
 from gatedadapters.paths import Path
 from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative
 from gatedadapters.transfer.weakening import weaken_knowledge
@@ -88,11 +89,25 @@ def prefer_transferable(
         AttachError: the adapters are compact.
         LayoutError, DataError: see `knowledge_sensitivity`.
     """
-    bank = adapters.bank
-    if bank is None:
-        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+    _bank(adapters)
     found = knowledge_sensitivity(adapters, batches, mask=mask, seed=seed)
+    weigh_by(adapters, found, strength=strength)
+    return found
+
+
+def weigh_by(adapters: Adapters, found: Mapping[str, float], *, strength: float = 1.0) -> None:
+    """`prefer_transferable` with sensitivities that were measured before, on a model that was not weakened then.
+
+    Raises:
+        AttachError: the adapters are compact.
+    """
+    bank = _bank(adapters)
     values = torch.tensor([found[group.key] for group in bank.groups], dtype=torch.float64)
     weights = (values / values.mean().clamp(min=1e-12)).clamp(min=1e-3) ** strength
     bank.weigh(weights[bank.owner.cpu()])
-    return found
+
+
+def _bank(adapters: Adapters) -> GateBank:
+    if adapters.bank is None:
+        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+    return adapters.bank
