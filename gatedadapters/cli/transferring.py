@@ -173,7 +173,7 @@ class Weigh(TrainerCallback):
     def __init__(self, sensitivity: dict[str, float]) -> None:
         self.sensitivity = sensitivity
 
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         """The penalty is set by then."""
         weigh_by(get_adapters(model), self.sensitivity)
 
