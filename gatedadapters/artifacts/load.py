@@ -31,7 +31,9 @@ def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") 
         model: with the same backbone and heads, no adapters attached.
         folder: what `Adapters.save` wrote.
         base: `"updated"` accepts a backbone of the same layout with other weights, a newer release of it, and records
-            the one they came from in `Structure.lineage`.
+            the one they came from in `Structure.lineage`. An artefact does not hold the configuration of its backbone:
+            that two of equal shapes differ in their heads or non-linearities is what
+            `gatedadapters.transfer.check_versions(old, new)` finds, where the old one is at hand.
 
     Raises:
         ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import tempfile
@@ -14,10 +15,11 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
-from gatedadapters.adapters import Adapters
+from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts import load_adapters
-from gatedadapters.attachment import detach
+from gatedadapters.attachment import attach, detach
 from gatedadapters.cli.outcome import check_free
 from gatedadapters.config import SearchConfig, TransferConfig
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
@@ -27,7 +29,16 @@ from gatedadapters.experiment.setup import load_tasks
 from gatedadapters.inspection import save_shift_png
 from gatedadapters.selection import versions
 from gatedadapters.structure import Structure
-from gatedadapters.transfer import ActivationShift, TransferReport, TransferScores, activation_shift, transfer_scores
+from gatedadapters.transfer import (
+    ActivationShift,
+    TransferReport,
+    TransferScores,
+    activation_shift,
+    knowledge_sensitivity,
+    transfer_scores,
+)
+from gatedadapters.transfer.evaluate import Train
+from gatedadapters.transfer.sensitivity import weigh_by
 
 SURVIVOR, PLAIN = "transfer-trained", "adapter"
 METRICS, PICTURE, CONFIG, TABLE = "metrics.json", "shift.png", "transfer.yaml", "table.txt"
@@ -107,6 +118,28 @@ class Bases:
             return experiment.adapted(Structure.load(self.config.adapter), progress, searching=False)
         return experiment.adapted(experiment.everything(), progress, searching=False)
 
+    def sensitivity(self) -> dict[str, float]:
+        """By candidate of the search, on training texts of the old base."""
+        experiment, texts = self.experiments[0], 64
+        data = MixedTaskDataset(self.tasks, experiment.tokenizer, "train", self.config.training.max_length)
+        batches = self._batches(data, texts)
+        if "task_ids" not in inspect.signature(self.old.forward).parameters:
+            batches = [{key: value for key, value in batch.items() if key != "task_ids"} for batch in batches]
+        adapters = attach(self.old, self.config.resolved_space(), tasks=experiment.names)
+        try:
+            return knowledge_sensitivity(adapters, batches)
+        finally:
+            detach(self.old)
+
+    def train_transferable(self, sensitivity: dict[str, float], progress: tqdm[Any]) -> Adapters:
+        """`train` on the old base, its search preferring what transfers."""
+        experiment = self.experiments[0]
+        experiment.callbacks = [Weigh(sensitivity)]
+        try:
+            return self.train(self.old, progress)
+        finally:
+            experiment.callbacks = []
+
     def score(self, model: nn.Module) -> float:
         """Mean test accuracy over tasks."""
         first = self.experiments[0]
@@ -117,15 +150,32 @@ class Bases:
         """Between the bases, on test texts."""
         tokenizer = self.experiments[0].tokenizer
         data = MixedTaskDataset(self.tasks, tokenizer, "test", self.config.training.max_length)
-        chosen = torch.linspace(0, len(data) - 1, min(self.config.shift_texts, len(data))).long().tolist()
-        collate, batches = MixedTaskCollator(tokenizer), []
-        for start in range(0, len(chosen), 16):
-            batch = collate([data[i] for i in chosen[start : start + 16]])
-            batches.append({key: value for key, value in batch.items() if key not in ("labels", "task_ids")})
+        batches = [
+            {key: value for key, value in batch.items() if key != "task_ids"}
+            for batch in self._batches(data, self.config.shift_texts)
+        ]
         old, new = (
             getattr(model, str(getattr(model, "base_model_prefix", "")), model) for model in (self.old, self.new)
         )
         return activation_shift(old, new, batches)
+
+    def _batches(self, data: MixedTaskDataset, texts: int) -> list[dict[str, Any]]:
+        """At most so many texts, spread evenly over the data, without labels."""
+        chosen = torch.linspace(0, len(data) - 1, min(texts, len(data))).long().tolist()
+        collate = MixedTaskCollator(self.experiments[0].tokenizer)
+        batches = [collate([data[i] for i in chosen[start : start + 16]]) for start in range(0, len(chosen), 16)]
+        return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+
+class Weigh(TrainerCallback):
+    """Tells a search, before its first step, which places hang on feed-forward knowledge."""
+
+    def __init__(self, sensitivity: dict[str, float]) -> None:
+        self.sensitivity = sensitivity
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """The penalty is set by then."""
+        weigh_by(get_adapters(model), self.sensitivity)
 
 
 def run(config: TransferConfig, folder: Path, *, overwrite: bool = False) -> Transferred:
@@ -162,6 +212,7 @@ def run(config: TransferConfig, folder: Path, *, overwrite: bool = False) -> Tra
                     weakening=config.weakening,
                     total_steps=config.training.steps,
                     folder=folder if not scores else None,
+                    train_transferable=_transferable(bases, progress),
                 )
             )
     assert shift is not None
@@ -186,6 +237,14 @@ def report(folder: Path, result: Transferred) -> None:
         CONFIG: "the configuration; run it again with gatedadapters transfer",
     }.items():
         print(f"  {name:<18} {what}")
+
+
+def _transferable(bases: Bases, progress: tqdm[Any]) -> Train | None:
+    """What trains the transfer-trained arm, where that is not what trains the others."""
+    if not bases.config.prefer_transferable:
+        return None
+    sensitivity = bases.sensitivity()  # now: knowledge is weakened while the arm trains
+    return lambda _, __: bases.train_transferable(sensitivity, progress)
 
 
 def _as_saved(bases: Bases, adapter: str) -> tuple[float, float]:

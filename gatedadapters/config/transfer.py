@@ -80,6 +80,8 @@ class TransferConfig(SearchConfig):
         adapter: a saved adapter of the old base: it is tested as it is, and its structure is what is trained.
         space: what is trained where no adapter is given, every candidate of it.
         search: let gates choose out of `space` under `budget` instead.
+        prefer_transferable: the search of the transfer-trained arm prefers places that hang less on feed-forward
+            knowledge (`gatedadapters.transfer.prefer_transferable`).
         weakening: probabilities of knowledge masking and dropping.
         seeds: one training of each arm for each.
         shift_texts: how many test texts the shift of activations is measured on.
@@ -89,6 +91,7 @@ class TransferConfig(SearchConfig):
     adapter: str | None = None
     space: str | SearchSpace = "lora-all-linear"
     search: bool = False
+    prefer_transferable: bool = False
     weakening: WeakeningConfig = WeakeningConfig()
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     shift_texts: int = Field(64, gt=0)
@@ -101,6 +104,8 @@ class TransferConfig(SearchConfig):
             raise ValueError("penalty, noise and perturbation belong to a search or a study, not to a transfer")
         if self.search and self.adapter is not None:
             raise ValueError("give either search: true or an adapter whose structure is trained")
+        if self.prefer_transferable and not self.search:
+            raise ValueError("prefer_transferable is about what a search keeps: it needs search: true")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,7 +57,8 @@ class TransferScores:
 class Recovery:
     """The share of what re-tuning wins that transfer training wins without seeing the new base.
 
-    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds.
+    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds, or
+    where re-tuning loses: a share of a loss says nothing.
     """
 
     value: float | None
@@ -121,6 +121,7 @@ def transfer_scores(
     weakening: WeakeningConfig | None = None,
     total_steps: int | None = None,
     folder: str | Path | None = None,
+    train_transferable: Train | None = None,
 ) -> TransferScores:
     """Train on the old base without and with weakened knowledge, carry both over, and re-tune on the new base.
 
@@ -134,6 +135,8 @@ def transfer_scores(
         weakening: default: the published recipe.
         total_steps: of a training, where the weakening is scheduled.
         folder: where both adapters are kept, as `adapter` and `transfer-trained`.
+        train_transferable: in place of `train` where the knowledge is weakened, such as a search that prefers what
+            transfers.
 
     Raises:
         LayoutError: the two are not versions of one base; the difference is named.
@@ -144,8 +147,11 @@ def transfer_scores(
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
             home, found = Path(folder or scratch), list[float]()
             for name in ("adapter", "transfer-trained"):
-                with nullcontext() if name == "adapter" else _weakened(old, config, total_steps):
+                if name == "adapter":
                     adapters = train(old, seed)
+                else:
+                    with _weakened(old, config, total_steps):
+                        adapters = (train_transferable or train)(old, seed)
                 found.append(score(old))
                 adapters.save(home / name, overwrite=True)
                 detach(old)
@@ -181,7 +187,7 @@ def evaluate_transfer(
 
 
 def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
-    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval.
+    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval; see `Recovery` for when there is none.
 
     References:
         Fieller 1954, "Some Problems in Interval Estimation", Journal of the Royal Statistical Society B 16(2).
@@ -192,7 +198,7 @@ def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
     a, b, t = mean(won), mean(gap), t_quantile(n - 1)
     var_a, var_b = stdev(won) ** 2 / n, stdev(gap) ** 2 / n
     both = sum((x - a) * (y - b) for x, y in zip(won, gap, strict=True)) / (n - 1) / n
-    if b == 0 or t * t * var_b >= b * b:  # the interval of the gap holds 0
+    if b <= 0 or t * t * var_b >= b * b:  # the interval of the gap does not lie above 0
         return Recovery(None, None)
     g, ratio = t * t * var_b / (b * b), a / b
     rest = g * (var_a - both * both / var_b) if var_b else 0.0

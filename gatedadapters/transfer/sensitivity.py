@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import cast
 
 import torch
 
 from gatedadapters.adapters import Adapters
+from gatedadapters.backbone import discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
+from gatedadapters.gates import GateBank
 from gatedadapters.paths import Path
-from gatedadapters.transfer.shift import Batch, outputs, recording, relative
+from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative
 from gatedadapters.transfer.weakening import weaken_knowledge
 
 
@@ -40,11 +43,20 @@ def knowledge_sensitivity(
     shifts: dict[str, list[float]] = {name: [] for name in names}
     modules = dict(model.named_modules())
     watched = {name: modules[name] for name in names}
-    with adapters.disabled(), weaken_knowledge(model, mask=mask, drop=0.0) as weakening:
-        for number, batch in enumerate(batches):
-            plain = outputs(model, names, batch)
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise DataError(
+            "a sensitivity is measured on texts", expected="at least one batch", got="none", where="batches"
+        )
+    with adapters.disabled():
+        layout = discover(model, first)
+    with adapters.disabled(), weaken_knowledge(model, first, mask=mask, drop=0.0) as weakening:
+        for number, batch in enumerate(chain([first], given)):
+            masks = padding(layout, batch)
+            plain = outputs(model, names, batch, masks)
             masked: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-            with recording(watched, masked, batch.get("attention_mask")), undisturbed(model):
+            with recording(watched, masked, masks), undisturbed(model):
                 torch.manual_seed(seed + number)
                 for place in weakening.places:  # masking acts where a module trains; nothing else in the model does
                     for name in (*place.inner, *place.activations):
@@ -52,10 +64,6 @@ def knowledge_sensitivity(
                 model(**{key: value.to(device_of(model)) for key, value in batch.items()})
             for name in names:
                 shifts[name].append(relative(plain[name], masked[name]))
-    if not shifts or not all(shifts.values()):
-        raise DataError(
-            "a sensitivity is measured on texts", expected="at least one batch", got="none", where="batches"
-        )
     return {key: sum(shifts[name]) / len(shifts[name]) for key, name in written.items()}
 
 
@@ -81,11 +89,25 @@ def prefer_transferable(
         AttachError: the adapters are compact.
         LayoutError, DataError: see `knowledge_sensitivity`.
     """
-    bank = adapters.bank
-    if bank is None:
-        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+    _bank(adapters)
     found = knowledge_sensitivity(adapters, batches, mask=mask, seed=seed)
+    weigh_by(adapters, found, strength=strength)
+    return found
+
+
+def weigh_by(adapters: Adapters, found: Mapping[str, float], *, strength: float = 1.0) -> None:
+    """`prefer_transferable` with sensitivities that were measured before, on a model that was not weakened then.
+
+    Raises:
+        AttachError: the adapters are compact.
+    """
+    bank = _bank(adapters)
     values = torch.tensor([found[group.key] for group in bank.groups], dtype=torch.float64)
     weights = (values / values.mean().clamp(min=1e-12)).clamp(min=1e-3) ** strength
     bank.weigh(weights[bank.owner.cpu()])
-    return found
+
+
+def _bank(adapters: Adapters) -> GateBank:
+    if adapters.bank is None:
+        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+    return adapters.bank

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,26 +81,28 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     Args:
         old: the base before.
         new: the base after; the same layout, other values.
-        batches: what both models run on; `attention_mask` (batch, length) says what is padding.
+        batches: what both models run on; `attention_mask` (batch, length) says what is padding, and for the rows of a
+            decoder that has an encoder, `decoder_attention_mask`. The layouts are discovered on the first.
 
     Raises:
         LayoutError: the two are not versions of one base; the first difference is named.
         DataError: there is no batch.
     """
-    layout = check_versions(old, new)
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
+    layout = check_versions(old, new, first)
     places = list(_places(layout))
     names = [place[0] for place in places]
     moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    count = 0
-    for batch in batches:
-        count += 1
-        before, after = outputs(old, names, batch), outputs(new, names, batch)
+    for batch in chain([first], given):
+        masks = padding(layout, batch)
+        before, after = outputs(old, names, batch, masks), outputs(new, names, batch, masks)
         for name in names:
             for a, b in zip(before[name], after[name], strict=True):
                 moved[name] += float((b.to(a) - a).square().sum())
                 size[name] += float(a.square().sum())
-    if not count:
-        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
     return ActivationShift(
         tuple(
             PointShift(name, block, sublayer, role, math.sqrt(moved[name] / max(size[name], 1e-30)))
@@ -107,8 +111,17 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     )
 
 
-def check_versions(old: nn.Module, new: nn.Module) -> Layout:
+def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) -> Layout:
     """The layout that two versions of a base share.
+
+    Compared are class, vocabulary, shapes of parameters, layout, and of the configurations what decides what layers
+    compute: numbers of heads, non-linearities, residual connections and the like. How far positions reach (`rope_*`,
+    windows, lengths) may differ: releases of one base differ there.
+
+    Args:
+        old: the base before.
+        new: the base after.
+        sample: a batch that runs through both; a default is made for token models.
 
     Raises:
         LayoutError: they are not versions of one base; the first difference is named.
@@ -133,7 +146,12 @@ def check_versions(old: nn.Module, new: nn.Module) -> Layout:
         a, b = (found.get(name, "absent") for found in shapes)
         if a != b:
             raise refuse(f"the shape of {name}", a, b)
-    layouts = [discover(model) for model in (old, new)]
+    settings = [_settings(model) for model in (old, new)]
+    for name, a in settings[0].items():
+        b = settings[1].get(name, a)  # what one of them lacks, its layers do not read
+        if a != b:
+            raise refuse(f"{name} of the configuration", a, b)
+    layouts = [discover(model, sample) for model in (old, new)]
     lines = [layout.table().splitlines() for layout in layouts]
     for a, b in zip(*lines, strict=False):
         if a != b:
@@ -141,21 +159,47 @@ def check_versions(old: nn.Module, new: nn.Module) -> Layout:
     return layouts[0]
 
 
-def outputs(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[Tensor]]:
+def padding(layout: Layout, batch: Batch) -> dict[str, Tensor]:
+    """By module in the blocks, the mask (batch, length) of the rows it returns, where the batch has one.
+
+    A decoder's rows are its own tokens, whose mask is not the encoder's; but keys and values of its cross-attention are
+    computed from the encoder's.
+    """
+    found = {}
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            roles = {m.name: m.role for m in sublayer.maps}
+            if sublayer.writer is not None:
+                roles.setdefault(sublayer.writer, "")
+            for name, role in roles.items():
+                memory = sublayer.kind == "cross_attention" and role in ("k", "v", "kv")
+                decodes = block.stack == "decoder" and not memory
+                mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+                if mask is not None:
+                    found[name] = mask
+    return found
+
+
+def outputs(
+    model: nn.Module, names: Iterable[str], batch: Batch, masks: Mapping[str, Tensor]
+) -> dict[str, list[Tensor]]:
     """What each named module returns for a batch in evaluation mode: for every call of it, rows (tokens, width)."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    mask = batch.get("attention_mask")
     modules = dict(model.named_modules())
-    with recording({name: modules[name] for name in found}, found, mask), undisturbed(model):
+    with recording({name: modules[name] for name in found}, found, masks), undisturbed(model):
         model(**{key: value.to(device_of(model)) for key, value in batch.items()})
     return found
 
 
 @contextmanager
-def recording(modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], mask: Tensor | None) -> Iterator[None]:
-    """Within this context the modules' outputs are kept, in fp32, without the rows of padding."""
+def recording(
+    modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], masks: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within this context the modules' outputs are kept, in fp32, without the rows of padding (see `padding`)."""
 
     def keep(name: str) -> Any:
+        mask = masks.get(name)
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             value = output if isinstance(output, Tensor) else first_tensor(tuple(output), {})
             rows = value.detach().float().flatten(0, -2)
@@ -188,6 +232,32 @@ def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
                 maps[sublayer.writer] = ""
             for name, role in maps.items():
                 yield name, block.index, sublayer.kind, role
+
+
+_NOT_OF_LAYERS = re.compile(
+    r"^_|dropout|drop_path|layerdrop|token_id|token_index|initializer|^init_"  # training and special tokens
+    r"|^(transformers_version|architectures|auto_map|dtype|torch_dtype|quantization_config|gradient_checkpointing)$"
+    r"|^(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|classifier_\w+)$"
+    r"|^(output_\w+|return_dict\w*|use_cache|chunk_size_feed_forward|tie_word_embeddings|vocab_size)$"
+    r"|^rope_|max_\w*position|sliding_window|max_window_layers"  # how far positions reach
+)
+"""Names in a configuration that leave open or unchanged what the layers of a trained model compute."""
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """What the model's configuration says of its layers; those of its parts by dotted names."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config: Any = next((found for found in configs if hasattr(found, "to_dict")), None)
+
+    def flat(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in data.items():
+            if not _NOT_OF_LAYERS.search(str(name)):
+                if isinstance(value, Mapping):
+                    yield from flat(value, f"{prefix}{name}.")
+                else:
+                    yield f"{prefix}{name}", value
+
+    return {} if config is None else dict(flat(config.to_dict(), ""))
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +20,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from gatedadapters.attachment import check_free
 from gatedadapters.backbone import discover
 from gatedadapters.backbone.layout import undisturbed
-from gatedadapters.errors import DataError, TrainingError
+from gatedadapters.errors import AttachError, DataError, TrainingError
+from gatedadapters.fingerprint import is_own
+
+Piece = dict[str, list[int]]
+Collate = Callable[[list[Piece]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ def simulate_update(
     `from_pretrained` again.
 
     Args:
-        model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM), nothing attached.
+        model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM), nothing attached. Frozen
+            parameters stay as they are.
         tokenizer: the model's.
         texts: what the new version has read.
         steps: more, or a higher rate, for a larger shift.
@@ -98,10 +104,14 @@ def simulate_update(
         seed: of order and masks.
 
     Raises:
-        TrainingError: the model has no language-modelling head.
+        TrainingError: the model has no language-modelling head, or every parameter of it is frozen; a masked language
+            model whose tokenizer has no mask token.
+        AttachError: adapters or a sparse delta are attached.
         DataError: too little text.
+        The model is left untouched by all of them.
     """
     objective = _objective(model)
+    _check_bare(model)
     pieces = _pieces(tokenizer, texts, length)
     held_out = max(1, len(pieces) // 10)
     if len(pieces) - held_out < batch_size:
@@ -113,7 +123,7 @@ def simulate_update(
             fix="give more text, or a smaller length or batch_size",
         )
     masked = objective == "masked"
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=mask_share, seed=seed)
+    collate = _collator(tokenizer, masked, mask_share, seed)
     other = _pieces(tokenizer, other_texts, length)[:held_out] if other_texts else []
     parts = [part for part in (pieces[:held_out], other) if part]
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -167,7 +177,51 @@ def _objective(model: nn.Module) -> str:
     )
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[dict[str, list[int]]]:
+def _check_bare(model: nn.Module) -> None:
+    """What is attached would be trained in place of the base, or with it."""
+    check_free(model)
+    own = [name for name, _ in model.named_parameters() if is_own(name)]
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]  # by peft
+    if own or wrapped:
+        raise AttachError(
+            "an update is of a base alone",
+            expected="a model with nothing attached",
+            got=f"a sparse delta: {own[0]}" if own else f"a peft adapter at {wrapped[0]}",
+            where=f"simulate_update({type(model).__name__})",
+            fix="take it out of the model, or load the base anew",
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError(
+            "every parameter of this model is frozen",
+            expected="parameters that can be trained",
+            got="requires_grad=False for all",
+            where=f"simulate_update({type(model).__name__})",
+            fix="model.requires_grad_(True)",
+        )
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, seed: int) -> Collate:
+    """Masks for encoders; for decoders the pieces as they are, of equal length: no token has to be padding."""
+    if not masked:
+        return _stacked
+    if tokenizer.mask_token is None:
+        raise TrainingError(
+            "a masked language model is trained on masks",
+            expected="a tokenizer with a mask token",
+            got="none",
+            where="simulate_update(tokenizer=)",
+            fix="give the model's own tokenizer, or set tokenizer.mask_token",
+        )
+    collate: Collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=share, seed=seed)
+    return collate
+
+
+def _stacked(pieces: list[Piece]) -> dict[str, Tensor]:
+    batch = {key: torch.tensor([piece[key] for piece in pieces]) for key in pieces[0]}
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Piece]:
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, verbose=False)["input_ids"]
@@ -179,7 +233,7 @@ def _loss(
     model: nn.Module, pieces: Any, tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, batch: int
 ) -> float:
     """Mean over batches; the same masks before and after."""
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=share, seed=0)
+    collate = _collator(tokenizer, masked, share, 0)
     device = next(model.parameters()).device
     batches = DataLoader(pieces, batch_size=batch, collate_fn=collate)
     with undisturbed(model):

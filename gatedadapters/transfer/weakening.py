@@ -29,11 +29,12 @@ References:
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ def weaken_knowledge(
         mask: p_i, a number in [0, 1) or a `Ramp`.
         drop: p_c, a number in [0, 1) or a `Ramp`.
         rescale: ablation: divide what stays by 1 - p.
-        total_steps: optimiser steps of the training, needed for a `Ramp`.
+        total_steps: optimiser steps of the training, needed for a `Ramp`. The steps done are kept in the optimiser's
+            state, so that a Trainer or a loop that loads it goes on with the ramp where it stopped.
 
     Returns:
         A handle and context manager; `remove()` or the end of the context takes every hook out.
@@ -128,7 +130,8 @@ class Weakening:
     Attributes:
         config: the probabilities.
         places: what is weakened.
-        step: optimiser steps so far, counted where a probability is a ramp; set it when training is resumed.
+        step: optimiser steps so far, counted where a probability is a ramp. Training that is resumed with the state of
+            its optimiser finds them there; set it where that is not loaded.
         dropped: by block, whether its last forward in training mode skipped the feed-forward sub-layer.
     """
 
@@ -147,6 +150,7 @@ class Weakening:
         self._model = [model]
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        self._blocks = {place.block: modules[place.block] for place in self.places}
         if config.mask != 0:
             for place in self.places:
                 for name in place.inner:
@@ -157,6 +161,8 @@ class Weakening:
         if config.drop != 0:
             self._hook_drops(modules)
         if config.scheduled:
+            resume = Resume(self)
+            self._handles.append(modules[self.places[0].block].register_forward_pre_hook(resume))
             _SCHEDULED.add(self)
 
     def _hook_drops(self, modules: Mapping[str, nn.Module]) -> None:
@@ -184,6 +190,12 @@ class Weakening:
     def removed(self) -> bool:
         """Whether the hooks are out."""
         return not self._handles
+
+    def skips(self, block: str) -> bool:
+        """Whether this block skips its feed-forward sub-layer now. In evaluation none does, whatever was drawn last: a
+        sub-layer may be called by itself, without the block that draws.
+        """
+        return self._blocks[block].training and self.dropped.get(block, False)
 
     def remove(self) -> None:
         """Take every hook out; the model is as before."""
@@ -216,6 +228,29 @@ class _Hook:
 
     def __init__(self, weakening: Weakening) -> None:
         self.weakening = weakening
+
+
+class Resume(_Hook):
+    """Before the first block, once: go on where the training whose optimiser was loaded had stopped.
+
+    That has to be known before the first forward, but no hook of torch tells that an optimiser was loaded, and the
+    Trainer makes its own after ours are in. So those that are alive are looked through.
+    """
+
+    started = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the block."""
+        if self.started or not module.training:
+            return
+        self.started = True
+        for item in gc.get_objects():
+            if issubclass(type(item), torch.optim.Optimizer):
+                optimizer = getattr(item, "optimizer", item)  # accelerate's holds another
+                done = _loaded_steps(optimizer)
+                if done is not None and self.weakening.trains(optimizer):
+                    self.weakening.step = done
 
 
 class MaskInput(_Hook):
@@ -272,7 +307,7 @@ class NoTokens(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook with kwargs."""
-        if not self.weakening.dropped.get(self.block):
+        if not self.weakening.skips(self.block):
             return None
         hidden = first_tensor(args, kwargs)
         if hidden.shape[-2]:  # a map inside the sub-layer gets none already
@@ -289,7 +324,7 @@ class Contribution(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook."""
-        hit, config = self.weakening.dropped.get(self.block), self.weakening.config
+        hit, config = self.weakening.skips(self.block), self.weakening.config
         if not hit and not (config.rescale and module.training):
             return None
         value = output if isinstance(output, Tensor) else output[0]
@@ -312,7 +347,7 @@ class PassOver(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook with kwargs."""
-        if not self.weakening.dropped.get(self.block):
+        if not self.weakening.skips(self.block):
             return None
         given = first_tensor(args, kwargs).to(output.dtype)
         learns = any(parameter.requires_grad for parameter in module.parameters())
@@ -369,13 +404,26 @@ def _hooks_of(model: nn.Module) -> Iterable[Any]:
 
 
 _SCHEDULED: WeakSet[Weakening] = WeakSet()
+_STEPS = "weakened_steps"  # what an optimiser's groups, and so its state, call the steps of a ramp
+_COUNTED: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+"""What was written into an optimiser last: another number in it was loaded."""
+
+
+def _loaded_steps(optimizer: torch.optim.Optimizer) -> int | None:
+    """Steps of a ramp that a loaded state brought along; None where there are none, or they were counted here."""
+    held: int | None = optimizer.param_groups[0].get(_STEPS) if optimizer.param_groups else None
+    return None if held == _COUNTED.get(optimizer) else held
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Ramps follow the optimiser, not forward passes: evaluation and gradient accumulation do not count."""
+    loaded = _loaded_steps(optimizer)
     for weakening in list(_SCHEDULED):
         if weakening.trains(optimizer):
-            weakening.step += 1
+            weakening.step = (weakening.step if loaded is None else loaded) + 1
+            _COUNTED[optimizer] = weakening.step
+            for group in optimizer.param_groups:
+                group[_STEPS] = weakening.step
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

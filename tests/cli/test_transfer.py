@@ -14,7 +14,9 @@ import yaml
 from transformers import AutoModel, AutoTokenizer
 
 import gatedadapters as ga
-from gatedadapters.cli import main
+from gatedadapters.cli import main, transferring
+from gatedadapters.cli.transferring import Weigh
+from gatedadapters.transfer.sensitivity import weigh_by
 
 
 @pytest.fixture
@@ -81,6 +83,35 @@ def test_a_given_adapter_is_tested_as_it_is_and_its_structure_trained(
     saved = json.loads((tmp_path / "searched" / "metrics.json").read_text())["arms"][0]["mean"]
     assert data["given_adapter"][0] == pytest.approx(saved)
     assert ga.Structure.load(out / "adapter").paths == ga.Structure.load(adapter).paths
+
+
+def test_the_transfer_trained_search_alone_prefers_what_transfers(
+    transfer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["transfer", str(transfer(prefer_transferable=True)), "--out", str(tmp_path / "out")]) == 2
+    assert "it needs search: true" in capsys.readouterr().err
+    seen: list[tuple[bool, bool, bool]] = []
+    plain = transferring.Bases.train
+
+    def watched(bases: Any, model: Any, progress: Any) -> Any:
+        adapters = plain(bases, model, progress)
+        weak = any(type(h).__name__ == "Draw" for m in model.modules() for h in m._forward_pre_hooks.values())
+        seen.append((model is bases.old, weak, any(isinstance(c, Weigh) for c in bases.experiments[0].callbacks)))
+        return adapters
+
+    weighed: list[dict[str, float]] = []
+    monkeypatch.setattr(transferring.Bases, "train", watched)
+    monkeypatch.setattr(
+        transferring, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
+    )
+    config = transfer(prefer_transferable=True, search=True, budget={"fraction": 0.3}, seeds=[0])
+    assert main(["transfer", str(config), "--out", str(tmp_path / "out")]) == 0
+    assert seen == [(True, False, False), (True, True, True), (False, False, False)]
+    assert len(weighed) == 1
+    by_place = {key: value for key, value in weighed[0].items() if "/layer/0/attention/self/query" in key}
+    assert by_place
+    assert not any(by_place.values())  # nothing before the first feed-forward sub-layer hangs on one
+    assert max(weighed[0].values()) > 0
 
 
 def test_another_vocabulary_is_refused_by_name(

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, WhisperConfig, WhisperModel
 
 import gatedadapters as ga
-from gatedadapters.errors import DataError, LayoutError, TrainingError
+from gatedadapters.errors import AttachError, DataError, LayoutError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.testing.backbones import VOCABULARY, tiny
 from gatedadapters.transfer import (
@@ -30,6 +30,7 @@ from gatedadapters.transfer import (
     simulate_update,
 )
 from gatedadapters.transfer.evaluate import t_quantile
+from gatedadapters.transfer.shift import outputs, padding
 
 # -- recovery ----------------------------------------------------------------------------------------------
 
@@ -59,6 +60,12 @@ def test_recovery_is_undefined_inside_seed_noise() -> None:
     assert recovery([0.01] * 5, gap).value is None
     assert "undefined" in str(recovery([0.01] * 5, gap))
     assert recovery([0.01], [0.5]).value is None  # one seed says nothing of noise
+
+
+def test_recovery_is_undefined_where_re_tuning_loses() -> None:
+    assert recovery([0.01, 0.012, 0.011], [-0.02, -0.021, -0.0205]) == recovery([0.0] * 2, [0.0] * 2)
+    assert recovery([0.01, 0.012], [-0.02, -0.02]).value is None  # the gap has no spread either
+    assert recovery([0.01, 0.012, 0.011], [0.02, 0.021, 0.0205]).value is not None
 
 
 # -- versions and their shift ------------------------------------------------------------------------------
@@ -96,6 +103,39 @@ def test_mixtures_of_experts_have_a_point_for_what_they_return() -> None:
         activation_shift(old, new, [])
 
 
+def test_padding_of_an_encoder_is_not_taken_for_the_decoder_s() -> None:
+    model, batch = tiny("bart")
+    batch["decoder_input_ids"] = batch["input_ids"].clone()
+    batch["attention_mask"][0, 2:] = 0  # as long as the decoder's, but not its own
+    names = ["encoder.layers.0.fc2", "decoder.layers.0.fc2", "decoder.layers.0.encoder_attn.k_proj"]
+    kept, every = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+    masks = padding(ga.discover(model, batch), batch)
+    assert [len(rows[0]) for rows in outputs(model, names, batch, masks).values()] == [kept, every, kept]
+    batch["decoder_attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["decoder_attention_mask"][1, 5:] = 0
+    masks = padding(ga.discover(model, batch), batch)
+    found = outputs(model, names, batch, masks).values()
+    assert [len(rows[0]) for rows in found] == [kept, int(batch["decoder_attention_mask"].sum()), kept]
+
+
+def test_shift_is_measured_on_batches_that_no_default_could_replace() -> None:
+    settings: Any = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8,
+        "max_source_positions": 10, "max_target_positions": 10, "vocab_size": 20, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    }  # fmt: skip
+    old = WhisperModel(WhisperConfig(**settings)).eval()
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.encoder.layers[0].fc2.weight.mul_(1.5)
+        new.encoder.layers[0].fc2.bias.mul_(1.5)
+    batch = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": torch.tensor([[1, 3, 4], [1, 5, 6]])}
+    found = {point.module: point.shift for point in activation_shift(old, new, iter([batch])).points}
+    assert found["encoder.layers.0.fc2"] == pytest.approx(0.5, rel=1e-3)
+    assert found["decoder.layers.0.encoder_attn.k_proj"] > 0 == found["decoder.layers.0.self_attn.k_proj"]
+
+
 def longer() -> nn.Module:
     settings: Any = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": VOCABULARY}
     return BertModel(BertConfig(**settings, num_hidden_layers=4, max_position_embeddings=64, type_vocab_size=2))
@@ -105,6 +145,35 @@ def with_more_words() -> nn.Module:
     model, _ = tiny("bert")
     model.resize_token_embeddings(VOCABULARY + 3)
     return model
+
+
+def other(family: str, **changes: Any) -> Any:
+    """The same parameters in a model that computes otherwise with them."""
+    model, _ = tiny(family)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return type(model)(model.config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"num_attention_heads": 8}),
+        ("bert", {"hidden_act": "relu"}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_bases_that_compute_otherwise_with_equal_shapes_are_refused(family: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError, match=f"{next(iter(changes))} of the configuration differs"):
+        check_versions(tiny(family)[0], other(family, **changes))
+    with pytest.raises(LayoutError, match=f"{next(iter(changes))} of the configuration differs"):
+        check_versions(nn.Sequential(tiny(family)[0]), nn.Sequential(other(family, **changes)))
+
+
+def test_versions_may_differ_in_what_layers_do_not_compute() -> None:
+    changes: dict[str, Any] = {"hidden_dropout": 0.3, "eos_token_id": 5, "id2label": {0: "a"}, "dtype": "bfloat16"}
+    check_versions(tiny("gpt_neox")[0], other("gpt_neox", **changes, _name_or_path="elsewhere", initializer_range=0.5))
+    check_versions(tiny("llama")[0], other("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
 
 
 @pytest.mark.parametrize(
@@ -204,11 +273,12 @@ def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: A
 # -- the simulated update ----------------------------------------------------------------------------------
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(VOCABULARY - 3))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
 
 
 def counting(words: int) -> list[str]:
@@ -236,7 +306,60 @@ def test_simulated_update_learns_its_text_and_reports_how_far_it_went(family: st
     check_versions(old, model)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_simulated_update_of_a_decoder_needs_no_padding_token(family: str) -> None:
+    model, _ = tiny(family, head="lm")
+    bare = tokenizer(pad_token=None)
+    assert bare.pad_token is None
+    found = simulate_update(model, bare, counting(64), steps=2, length=16, batch_size=4)
+    padding = simulate_update(tiny(family, head="lm")[0], tokenizer(), counting(64), steps=2, length=16, batch_size=4)
+    assert found.loss == padding.loss
+
+
+def attached(model: nn.Module) -> nn.Module:
+    ga.attach(model, "lora-all-linear")
+    return model
+
+
+def with_peft(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+def with_delta(model: nn.Module) -> nn.Module:
+    weight = "model.layers.0.mlp.up_proj.weight"
+    ga.apply_mask(model, ga.Mask.build(model, {weight: torch.tensor([1, 2])}))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (attached, AttachError, "already has adapters"),
+        (with_peft, AttachError, "a peft adapter at model.layers.0.self_attn.q_proj"),
+        (with_delta, AttachError, "a sparse delta"),
+        (lambda model: model.requires_grad_(False), TrainingError, "every parameter of this model is frozen"),
+    ],
+)
+def test_simulated_update_is_of_a_base_alone(change: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        simulate_update(change(tiny("llama", head="lm")[0]), tokenizer(), counting(64), length=16, batch_size=4)
+
+
+def test_frozen_parameters_stay_through_a_simulated_update() -> None:
+    model, _ = tiny("llama", head="lm")
+    frozen = model.get_input_embeddings().weight.requires_grad_(False)
+    before = frozen.clone()
+    assert simulate_update(model, tokenizer(), counting(64), steps=2, length=16, batch_size=4).weight_shift > 0
+    assert torch.equal(frozen, before)
+
+
 def test_simulated_update_refuses_what_it_cannot_train() -> None:
+    bare = tokenizer(mask_token=None)
+    with pytest.raises(TrainingError, match="a tokenizer with a mask token"):
+        simulate_update(tiny("bert", head="lm")[0], bare, counting(64), length=16, batch_size=4)
     with pytest.raises(TrainingError, match=r"language-modelling head[\s\S]*BertModel"):
         simulate_update(tiny("bert")[0], tokenizer(), counting(64))
     with pytest.raises(DataError, match="too little text"):

@@ -203,6 +203,24 @@ def test_evaluation_is_untouched_and_removal_complete(family: str) -> None:
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, "layers.0.mlp") for f in ("llama", "gemma2", "mixtral")] + [("bert", "encoder.layer.0.output.dense")],
+)
+def test_a_sub_layer_called_by_itself_in_evaluation_is_untouched_by_the_last_draw(family: str, name: str) -> None:
+    model, batch = tiny(family)
+    norms = feed_forwards(model, batch)[0].norms
+    called = [model.get_submodule(part) for part in (name, *norms)]
+    given = [torch.randn(2, 5, 64 if family == "bert" else 32), *(torch.randn(2, 5, 32) for _ in norms)]
+    before = [module(value) for module, value in zip(called, given, strict=True)]
+    with ga.weaken_knowledge(model, batch, drop=0.999) as handle:
+        model.train()(**batch)
+        assert all(handle.dropped.values())
+        model.eval()
+        for module, value, expected in zip(called, given, before, strict=True):
+            torch.testing.assert_close(module(value), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_probability_zero_changes_neither_values_nor_random_numbers(family: str) -> None:
     model, batch = tiny(family)
@@ -385,7 +403,7 @@ def test_plain_peft_model_is_weakened_with_its_adapters(family: str) -> None:
             torch.testing.assert_close(trained, {n: wanted[n] for n in trained})
 
 
-# -- copies, ramps, refusals -----------------------------------------------------------------------------------------
+# -- copies, refusals ------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_draws_for_itself_and_is_restored_by_itself() -> None:
@@ -404,21 +422,6 @@ def test_a_copy_draws_for_itself_and_is_restored_by_itself() -> None:
     model(**batch)
     assert all(handle.dropped.values())
     handle.remove()
-
-
-def test_ramp_follows_the_optimiser() -> None:
-    model, batch = tiny("llama")
-    ramp = ga.Ramp(start=0.0, end=0.4, begin=0.25, finish=0.75)
-    with ga.weaken_knowledge(model, mask=ramp, drop=0.1, total_steps=8) as handle:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
-        seen = []
-        for _ in range(9):
-            seen.append(handle.probabilities[0])
-            model.train()(**batch)
-            other.step()
-            optimizer.step()
-    assert seen == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize(
