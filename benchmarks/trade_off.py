@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import interval
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 Arms = Mapping[str, Mapping[int, dict[str, Any]]]  # results by arm and seed
@@ -25,7 +26,7 @@ def trade_off(found: Mapping[tuple[str, float], Arms], arms: Sequence[str], file
         for number, arm in enumerate(arm for arm in arms if arm != "zero"):
             marks = [mark for core in cores if (mark := _gained(found[study, core], arm, study)) is not None]
             if marks:
-                ours, colour = arm in OURS, f"C{number % 10}"
+                ours, colour = arm in OURS, colormaps["tab20"](number)
                 (x, dx), (y, dy) = (zip(*side, strict=True) for side in zip(*marks, strict=True))
                 axis.errorbar(
                     x, y, xerr=dx, yerr=dy, label=arm, marker="o" if ours else "s", ms=8 if ours else 6, lw=0.7,
