@@ -34,7 +34,7 @@ class CheckedTrainer(Trainer):
             if "Target" not in str(error):
                 raise
             raise TaskError(
-                "a label lies outside the head", expected=f"0..{getattr(self.model.config, 'num_labels', 0) - 1}",
+                "a label lies outside the head", expected=f"0..{getattr(getattr(self.model, 'config', None), 'num_labels', 0) - 1}",
                 got=error, where=f"optimiser step {self.state.global_step}",
                 fix="check the label column and the model's num_labels",
             ) from error  # fmt: skip
