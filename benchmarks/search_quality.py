@@ -380,6 +380,10 @@ def table() -> str:
             size = max((r["params"] for r in results.values()), default=0)
             place = f"| {study.task} | 1/{1 / study.budget:g} | {arm} | {rates[arm]:g} | {len(results)} "
             lines.append(f"{place}| {mean_score(results):.1f} | {versus} | {size:,} |")
+        mixed = paired(found, "random-mixed", ours="searched-mixed")
+        if mixed:
+            place = f"| {study.task} | 1/{1 / study.budget:g} | searched-mixed - random-mixed | | {len(mixed)} "
+            lines.append(f"{place}| | {shown(mixed.values(), signed=True)} | |")
     for arm, pairs in pooled.items():
         if arm != "searched" and len(pairs) > 1:
             means = [float(np.mean(found)) for found in pairs.values()]  # budgets of one seed share data and heads
@@ -387,10 +391,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def paired(found: Found, arm: str) -> dict[int, float]:
-    """Searched minus `arm` in test accuracy, by seed, for the seeds that both have."""
-    ours = found.get("searched", {})
-    return {seed: ours[seed]["score"] - found[arm][seed]["score"] for seed in sorted(ours.keys() & found[arm])}
+def paired(found: Found, arm: str, *, ours: str = "searched") -> dict[int, float]:
+    """`ours` minus `arm` in test accuracy, by seed, for the seeds that both have."""
+    mine, others = found.get(ours, {}), found.get(arm, {})
+    return {seed: mine[seed]["score"] - others[seed]["score"] for seed in sorted(mine.keys() & others.keys())}
 
 
 def mean_score(results: dict[int, dict[str, Any]]) -> float:
@@ -408,13 +412,13 @@ def compression() -> str:
     if not dense_results:
         return ""
     target = mean_score(dense_results) - 1
-    budgets = sorted(found, reverse=True)
+    budgets = sorted((budget for budget, results in found.items() if results.get("searched")), reverse=True)
     lines = [
         f"| {whole.task} | " + " | ".join(f"1/{1 / budget:g}" for budget in budgets) + " | smallest within 1 point |",
         "|---|" + "---|" * (len(budgets) + 1),
         f"| dense: {target + 1:.1f} |" + " |" * (len(budgets) + 1),
     ]
-    for arm in ("searched", "random", "uniform", "attention"):
+    for arm in LORA:
         scores = {budget: mean_score(found[budget].get(arm, {})) for budget in budgets}
         near = [budget for budget, score in scores.items() if score >= target]
         cells = " | ".join(f"{score:.1f}" for score in scores.values())
