@@ -70,7 +70,7 @@ class Adapters(nn.Module):
         self.tapped: dict[str, Tensor] = {}
         self.cut: dict[str, Any] = {}  # calls of experts under way, one task after the other
         self._task: int | None = 0 if len(self.tasks) == 1 else None
-        self._routed: int | Tensor | None = None
+        self.routed: int | Tensor | None = None  # task of the present batch, or of each example; None: nothing said so
         self._distinct: tuple[Tensor, tuple[int, ...]] | None = None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
@@ -85,9 +85,9 @@ class Adapters(nn.Module):
         """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
         self.tapped.clear()
         given = task_ids if self.follows_ids else None
-        self._routed = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
+        self.routed = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
         if self.merged is not None:
-            merging.check_call(self, self.merged.task, self._routed)
+            merging.check_call(self, self.merged.task, self.routed)
         bank = self.bank
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
@@ -106,7 +106,7 @@ class Adapters(nn.Module):
             return self.bank is None, None
         if len(self.tasks) == 1:
             return True, per_task[0]
-        if self._routed is None:
+        if self.routed is None:
             raise TaskError(
                 "this model holds several tasks, and the call does not say which",
                 expected=f"task_ids among 0..{len(self.tasks) - 1} ({', '.join(self.tasks)})",
@@ -114,21 +114,12 @@ class Adapters(nn.Module):
                 where="forward",
                 fix="pass task_ids=LongTensor (batch,), or call adapters.set_task(name)",
             )
-        task = self._routed
+        task = self.routed
         return True, per_task[task] if isinstance(task, int) else per_task[task.to(per_task.device)]
-
-    @property
-    def routed(self) -> int | Tensor | None:
-        """The task of the present batch, or of each of its examples; None where nothing said so."""
-        return self._routed
-
-    @routed.setter
-    def routed(self, task: int | Tensor | None) -> None:
-        self._routed = task
 
     def tasks_of_batch(self) -> tuple[int, ...]:
         """The tasks that the present batch has examples of."""
-        routed = self._routed
+        routed = self.routed
         if isinstance(routed, Tensor):
             if self._distinct is None or self._distinct[0] is not routed:  # one host read a batch, not one a module
                 self._distinct = routed, tuple(routed.unique().tolist())
@@ -138,11 +129,11 @@ class Adapters(nn.Module):
     @contextmanager
     def routed_to(self, task: int | None) -> Iterator[None]:
         """Within this context the present batch counts as one of this task."""
-        before, self._routed = self._routed, task
+        before, self.routed = self.routed, task
         try:
             yield
         finally:
-            self._routed = before
+            self.routed = before
 
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
@@ -170,7 +161,7 @@ class Adapters(nn.Module):
                 where="set_task", fix="name a task",
             )  # fmt: skip
         self._task = cast("int | None", number)
-        self._routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
+        self.routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
 
     @property
     def enabled(self) -> bool:
