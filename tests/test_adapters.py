@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import pipeline
 
 import gatedadapters as ga
@@ -117,6 +119,46 @@ def test_an_attach_that_fails_leaves_the_model_untouched(moment: int, monkeypatc
     with pytest.raises(RuntimeError, match="out of luck"):
         ga.attach(model, "decoder-mixed", sample=batch)
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_attaching_leaves_the_garbage_collector_as_it_was(collects: bool) -> None:
+    model, batch = tiny("bert")
+    try:
+        if not collects:
+            gc.disable()
+        ga.attach(model, "lora-all-linear", sample=batch)
+        assert gc.isenabled() is collects
+        with pytest.raises(AttachError):
+            ga.attach(model, "lora-all-linear", sample=batch)
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["lora", "serial", "parallel", "scale"])
+def test_paths_that_share_a_tap_run_as_one(kind: str) -> None:
+    """Three of a kind at one point take as many products as one."""
+    counts = []
+    for number in (1, 3):
+        model, batch = tiny("bert")
+        ga.attach(model, ga.SearchSpace.parse({"paths": [{"kind": kind}] * number}, where="test"), sample=batch)
+        with Products() as products:
+            model(**batch)
+        counts.append(products.count)
+    assert counts[0] == counts[1] > 0
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and the multiplications of whole hidden states."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.count += "mm" in name or (name == "mul" and out.dim() > 1)
+        return out
 
 
 def test_bad_requests_say_what_was_expected_and_leave_the_model_untouched() -> None:

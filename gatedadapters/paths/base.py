@@ -319,6 +319,33 @@ def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
     return gate.repeat_interleave(rows.numel() // rows.shape[-1] // n, dim=0)
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Parameters of paths that run together, side by side; a single one as it is, at no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
+
+
+def joined_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
+    """Gates of paths that run together, side by side: (g,), or (rows of target, g) where one differs by example. That
+    of a single path keeps its width, 1 or `units`; of several each is as wide as its path.
+
+    Raises:
+        PathError: see `per_token`.
+    """
+    rows = [
+        gate if gate is None or gate.dim() == 1 else per_token(gate, target, str(path.site.tap))
+        for path, gate in zip(paths, gates, strict=True)
+    ]
+    given = [gate for gate in rows if gate is not None]
+    if len(rows) == 1 or not given:
+        return rows[0]
+    count = max((gate.shape[0] for gate in given if gate.dim() == 2), default=0)
+    wide = []
+    for gate, path in zip(rows, paths, strict=True):
+        gate = given[0].new_ones(path.units) if gate is None else gate.expand(*gate.shape[:-1], path.units)
+        wide.append(gate.expand(count, -1) if count and gate.dim() == 1 else gate)
+    return torch.cat(wide, -1)
+
+
 def holds_examples(rows: Tensor, n: int) -> bool:
     """Whether a tensor (..., width) can hold an equal run of rows for each of n examples: they come first, or as tokens
     in a row.

@@ -10,8 +10,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -20,7 +20,17 @@ from torch.nn import functional as F
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Misfit, Path, Site, check_width, new_parameter, per_token, resized, sublayer_sites
+from gatedadapters.paths.base import (
+    Misfit,
+    Path,
+    Site,
+    check_width,
+    joined,
+    joined_gates,
+    new_parameter,
+    resized,
+    sublayer_sites,
+)
 from gatedadapters.paths.low_rank import in_its_own_type
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,17 +93,30 @@ class Bottleneck(Path):
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
         """Adds up (gate * f(down tapped + bias)) to the target."""
-        check_width(self, tapped, self.site.width_in, "input")
-        check_width(self, target, self.site.width_out, "output")
-        dtype = target.dtype
-        rows = target.reshape(-1, target.shape[-1])
+        return self.forward_together([self], tapped, target, [gate])
+
+    @classmethod
+    def forward_together(
+        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
+    ) -> Tensor:
+        """One down- and one up-projection for all, each with its activation; the gates scale what it gives."""
+        several = cast(Sequence[Bottleneck], paths)
+        first, dtype = several[0], target.dtype
+        check_width(first, tapped, first.site.width_in, "input")
+        check_width(first, target, first.site.width_out, "output")
+        rows, gate = target.reshape(-1, target.shape[-1]), joined_gates(several, gates, target)
+        down, bias = (joined([p.down for p in several]), joined([p.bias for p in several]))
         with in_its_own_type(target):
-            hidden = self.activation(F.linear(tapped.to(dtype), self.down.to(dtype), self.bias.to(dtype)))
+            hidden = F.linear(tapped.to(dtype), down.to(dtype), bias.to(dtype))
             hidden = hidden.reshape(-1, hidden.shape[-1])
+            if len({p.activation for p in several}) == 1:
+                hidden = first.activation(hidden)
+            else:
+                parts = hidden.split([p.units for p in several], 1)
+                hidden = torch.cat([p.activation(part) for p, part in zip(several, parts, strict=True)], 1)
             if gate is not None:
-                gate = gate if gate.dim() == 1 else per_token(gate, target, str(self.site.tap))
                 hidden = hidden * gate.to(dtype)
-            return torch.addmm(rows, hidden, self.up.to(dtype).t()).view(target.shape)
+            return torch.addmm(rows, hidden, joined([p.up for p in several], 1).to(dtype).t()).view(target.shape)
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Misfit, Path, Site, check_width, map_sites, new_parameter, per_token, resized
+from gatedadapters.paths.base import (
+    Misfit,
+    Path,
+    Site,
+    check_width,
+    joined,
+    joined_gates,
+    map_sites,
+    new_parameter,
+    resized,
+)
 from gatedadapters.paths.low_rank import low_rank
 from gatedadapters.precision import widened
 
@@ -78,11 +88,8 @@ class LoRA(Path):
         first = several[0]
         check_width(first, tapped, first.site.width_in, "input")
         check_width(first, target, first.site.width_out, "output")
-        rows = [g if g is None or g.dim() == 1 else per_token(g, target, str(first.site.tap)) for g in gates]
-        if len(several) == 1:
-            return low_rank(tapped, target, first.down, first.up, rows[0])
-        down, up = torch.cat([p.down for p in several]), torch.cat([p.up for p in several], 1)
-        return low_rank(tapped, target, down, up, _joined(rows, several))
+        down, up = (joined([p.down for p in several]), joined([p.up for p in several], 1))
+        return low_rank(tapped, target, down, up, joined_gates(several, gates, target))
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
@@ -113,16 +120,3 @@ class LoRA(Path):
     def select_units(self, keep: Tensor) -> None:
         """Rows of what reads, columns of `up`."""
         self.down, self.up = resized(self.down, self.down[keep]), resized(self.up, self.up[:, keep])
-
-
-def _joined(gates: Sequence[Tensor | None], paths: Sequence[LoRA]) -> Tensor | None:
-    """Gates of several paths side by side, each as wide as its path."""
-    if all(gate is None for gate in gates):
-        return None
-    rows = max((g.shape[0] for g in gates if g is not None and g.dim() == 2), default=0)
-    like = next(g for g in gates if g is not None)
-    wide = []
-    for gate, path in zip(gates, paths, strict=True):
-        gate = like.new_ones(path.units) if gate is None else gate.expand(*gate.shape[:-1], path.units)
-        wide.append(gate.expand(rows, -1) if rows and gate.dim() == 1 else gate)
-    return torch.cat(wide, -1)

@@ -6,8 +6,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,14 +56,23 @@ class Scale(Path):
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
         """Multiplies the target by 1 + gate * shift."""
-        check_width(self, target, self.site.width_out, self.site.write.side)
-        shift = self.shift
-        if gate is None:
-            return target * (1 + shift).to(target.dtype)
-        if gate.dim() == 1:
-            return target * (1 + gate * shift).to(target.dtype)
-        rows, gate = target.reshape(-1, target.shape[-1]), per_token(gate, target, str(self.site.tap))
-        return (rows * (1 + gate * shift).to(target.dtype)).view(target.shape)
+        return self.forward_together([self], tapped, target, [gate])
+
+    @classmethod
+    def forward_together(
+        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
+    ) -> Tensor:
+        """One multiplication by the product of their factors."""
+        several = cast(Sequence[Scale], paths)
+        check_width(several[0], target, several[0].site.width_out, several[0].site.write.side)
+        factors = [
+            1 + (path.shift if gate is None else gate * path.shift) for path, gate in zip(several, gates, strict=True)
+        ]
+        factor = functools.reduce(torch.mul, factors)
+        if factor.dim() == 2:
+            factor = per_token(factor, target, str(several[0].site.tap))
+        rows = target.reshape(-1, target.shape[-1])
+        return (rows * factor.to(target.dtype)).view(target.shape)
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

@@ -97,7 +97,8 @@ class MultiTaskClassifier(nn.Module):
             rows = (task_ids == index).nonzero().flatten()
             unclaimed -= len(rows)
             if len(rows):
-                part = head(pooled[rows].to(head.weight.dtype)).to(logits.dtype)  # a backbone may be in bf16
+                own = next((t.dtype for t in (*head.parameters(), *head.buffers())), pooled.dtype)
+                part = head(pooled[rows].to(own)).to(logits.dtype)  # a backbone may be in bf16
                 logits = logits.index_copy(0, rows, F.pad(part, (0, logits.shape[1] - part.shape[1]), value=floor))
         if unclaimed:
             raise TaskError(

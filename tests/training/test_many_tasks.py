@@ -229,3 +229,23 @@ def test_heads_stay_float32_over_a_bfloat16_backbone() -> None:
     ga.attach(model, "encoder-mixed", tasks=model.tasks)
     model(**batch_of(labelled([2, 2, 2], WIDTHS))).loss.backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.heads.parameters())
+
+
+def test_a_head_may_be_any_module() -> None:
+    """Of parameters in several layers, of buffers alone, of nothing; over a backbone of another precision."""
+    backbone, _ = tiny("bert")
+    model = ga.MultiTaskClassifier(backbone.to(torch.bfloat16), {"deep": 3, "fixed": 2, "slice": 5})
+    width = backbone.config.hidden_size
+    fixed = torch.nn.Linear(width, 2)
+    for name, value in [(name, value.detach()) for name, value in fixed.named_parameters()]:
+        delattr(fixed, name)
+        fixed.register_buffer(name, value)
+    heads = (torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)), fixed)
+    for key, head in zip(model.heads, (*heads, torch.nn.AdaptiveAvgPool1d(5)), strict=True):
+        model.heads[key] = head
+    batch = batch_of(labelled([2, 2, 2], [3, 2, 5]))
+    pooled = model.eval().pooled(batch["input_ids"], batch["attention_mask"])
+    logits = model(**batch).logits
+    for index, (head, rows) in enumerate(zip(model.heads.values(), pooled.split(2), strict=True)):
+        wanted = head(rows if index == 2 else rows.float()).to(torch.bfloat16)
+        torch.testing.assert_close(logits[2 * index : 2 * index + 2, : wanted.shape[1]], wanted)
