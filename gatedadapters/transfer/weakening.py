@@ -161,8 +161,8 @@ class Weakening:
         if config.drop != 0:
             self._hook_drops(modules)
         if config.scheduled:
-            resume = Resume(self)
-            self._handles.append(modules[self.places[0].block].register_forward_pre_hook(resume))
+            first = modules[self.places[0].block]
+            self._handles.append(first.register_forward_pre_hook(Resume(self), prepend=True))  # before its `Draw`
             _SCHEDULED.add(self)
 
     def _hook_drops(self, modules: Mapping[str, nn.Module]) -> None:

@@ -31,7 +31,8 @@ def test_ramp_follows_the_optimiser() -> None:
 def test_a_resumed_trainer_goes_on_with_the_ramp(tmp_path: Path) -> None:
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(16)]
 
-    def train(checkpoint: str | None) -> list[float]:
+    def train(checkpoint: str | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
         model = tiny("llama", head="lm")[0]
         args = TrainingArguments(
             str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -42,11 +43,13 @@ def test_a_resumed_trainer_goes_on_with_the_ramp(tmp_path: Path) -> None:
             trainer = Trainer(model=model, args=args, train_dataset=rows)
             model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(handle.probabilities[0]))
             trainer.train(resume_from_checkpoint=checkpoint)
-        return seen
+        return seen, model.state_dict()
 
-    whole = train(None)
+    whole, weights = train(None)
     assert whole == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5])
-    assert train(str(tmp_path / "out" / "checkpoint-3")) == whole[6:]
+    again, same = train(str(tmp_path / "out" / "checkpoint-3"))
+    assert again == whole[6:]
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
 
 
 def test_a_loop_goes_on_with_the_ramp_of_the_optimiser_it_loads_and_begins_anew_with_its_own() -> None:
