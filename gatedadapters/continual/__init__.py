@@ -2,7 +2,7 @@
 
 from gatedadapters.continual.carry import carry_core
 from gatedadapters.continual.core import Core, random_core, select_core
-from gatedadapters.continual.metrics import Interval, Metrics, intervals, metrics_table
+from gatedadapters.continual.metrics import Metrics, intervals, metrics_table
 from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import StageRecord, StreamResult
 from gatedadapters.continual.runner import run_stream
@@ -12,7 +12,6 @@ from gatedadapters.continual.tensors import TensorInfo, tensors_of
 
 __all__ = [
     "Core",
-    "Interval",
     "Metrics",
     "Probe",
     "StageRecord",

@@ -106,7 +106,7 @@ def select_core(
     kind: Kind = "l2_fisher",
     share: float = 0.1,
     granularity: Literal["tensor", "element"] = "tensor",
-    exclude: Sequence[Core] = (),
+    previous: Sequence[Core] = (),
     candidates: Collection[str] | None = None,
 ) -> Core:
     """The core of one task.
@@ -130,7 +130,7 @@ def select_core(
         kind: the quantity.
         share: how much is core.
         granularity: whole tensors, or elements.
-        exclude: cores of earlier tasks, of which nothing may be chosen again.
+        previous: cores of earlier tasks, of which nothing may be chosen again.
         candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
@@ -146,7 +146,7 @@ def select_core(
         )  # fmt: skip
     every, infos = infos, _restricted(infos, candidates)
     if granularity == "tensor":
-        used = {name for core in exclude for name in core.indices}
+        used = {name for core in previous for name in core.indices}
         scores = _tensor_scores(infos, probes, index, kind)
         left = [name for name in infos if name not in used]
         count = min(len(left), max(1, round(share * len(infos))))
@@ -158,7 +158,7 @@ def select_core(
         total = sum(info.numel for info in infos.values())
         taken = 0
         for name in infos:
-            used_here = _used(name, exclude)
+            used_here = _used(name, previous)
             keys[name][used_here] = math.inf
             taken += len(used_here)
         indices = lowest(keys, min(max(1, round(share * total)), total - taken))
@@ -166,7 +166,7 @@ def select_core(
     if not indices:
         raise MaskError(
             "nothing is left for this task's core", expected="parameters that no earlier task has chosen",
-            got=f"{len(exclude)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
+            got=f"{len(previous)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
         )  # fmt: skip
     return Core(indices, every, kind, scores)
 
@@ -177,7 +177,7 @@ def random_core(
     *,
     granularity: Literal["tensor", "element"] = "tensor",
     seed: int,
-    exclude: Sequence[Core] = (),
+    previous: Sequence[Core] = (),
     candidates: Collection[str] | None = None,
 ) -> Core:
     """Exactly `elements` elements by chance: the control that every selection needs.
@@ -190,7 +190,7 @@ def random_core(
         elements: how many.
         granularity: whole tensors, or elements.
         seed: of the draw.
-        exclude: cores of earlier tasks, of which nothing may be chosen again.
+        previous: cores of earlier tasks, of which nothing may be chosen again.
         candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
@@ -198,7 +198,7 @@ def random_core(
     """
     generator = torch.Generator().manual_seed(seed)
     allowed = _restricted(infos, candidates)
-    used = {name: _used(name, exclude) for name in allowed}
+    used = {name: _used(name, previous) for name in allowed}
     free = {name: info.numel - len(used[name]) for name, info in allowed.items()}
     available = sum(free.values())
     if not 0 < elements <= available:

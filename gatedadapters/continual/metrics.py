@@ -11,14 +11,13 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 from gatedadapters.errors import DataError
+from gatedadapters.intervals import Interval
 from gatedadapters.structure import format_table
-from gatedadapters.transfer.evaluate import t_quantile
 
 Matrix = Sequence[Sequence[float]]
 """One row for every stage; `(T, T)`, or `(1, T)` where all tasks were learned at once."""
@@ -96,25 +95,6 @@ class Metrics:
 
 
 NAMES = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "general_delta": "general delta"}
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean over orders and seeds, and the half-width of its 95 % t interval (None of a single stream)."""
-
-    mean: float
-    half: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Of at least one value."""
-        n = len(values)
-        half = t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
-        return cls(mean(values), half, n)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 def intervals(streams: Sequence[Metrics]) -> dict[str, Interval | None]:

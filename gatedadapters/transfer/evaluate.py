@@ -17,19 +17,13 @@ from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import detach
 from gatedadapters.config import WeakeningConfig
+from gatedadapters.intervals import Interval, t_quantile
 from gatedadapters.structure import format_table
 from gatedadapters.transfer.shift import check_versions
 from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 
 Train = Callable[[nn.Module, int], Adapters]
 Score = Callable[[nn.Module], float]
-
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +79,17 @@ class TransferReport:
     def _rows(self) -> list[list[str]]:
         found = self.scores
         return [
-            ["adapter", _with_interval([s.old for s in found]), _with_interval([s.direct for s in found])],
+            ["adapter", str(Interval.of([s.old for s in found])), str(Interval.of([s.direct for s in found]))],
             [
                 "transfer-trained",
-                _with_interval([s.trained_old for s in found]),
-                _with_interval([s.trained_direct for s in found]),
+                str(Interval.of([s.trained_old for s in found])),
+                str(Interval.of([s.trained_direct for s in found])),
             ],
-            ["re-tuned", "", _with_interval([s.retuned for s in found])],
+            ["re-tuned", "", str(Interval.of([s.retuned for s in found]))],
             [
                 "transfer-trained - adapter",
-                _with_interval([s.trained_old - s.old for s in found], signed=True),
-                _with_interval([s.trained_direct - s.direct for s in found], signed=True),
+                Interval.of([s.trained_old - s.old for s in found]).text(signed=True),
+                Interval.of([s.trained_direct - s.direct for s in found]).text(signed=True),
             ],
         ]
 
@@ -207,17 +201,5 @@ def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
     return Recovery(ratio, ((centre - half) / (1 - g), (centre + half) / (1 - g)))
 
 
-def t_quantile(degrees: int) -> float:
-    """97.5 % point of Student's t."""
-    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.4 / degrees
-
-
 def _weakened(model: nn.Module, config: WeakeningConfig, total_steps: int | None) -> Weakening:
     return weaken_knowledge(model, mask=config.mask, drop=config.drop, rescale=config.rescale, total_steps=total_steps)
-
-
-def _with_interval(values: Sequence[float], *, signed: bool = False) -> str:
-    shown = f"{mean(values):+.3f}" if signed else f"{mean(values):.3f}"
-    if len(values) < 2:
-        return shown
-    return f"{shown} ± {t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)):.3f}"

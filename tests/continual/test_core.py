@@ -137,20 +137,20 @@ def test_contributions_of_elements_average_to_their_tensors_cosine(probes: list[
 def test_what_earlier_tasks_chose_is_excluded(granularity: str, probes: list[Probe]) -> None:
     earlier: list[Core] = []
     for task in range(3):
-        core = select_core(infos(), probes, task, share=0.3, granularity=granularity, exclude=earlier)  # type: ignore[arg-type]
+        core = select_core(infos(), probes, task, share=0.3, granularity=granularity, previous=earlier)  # type: ignore[arg-type]
         assert all(core.overlap(other) == 0 for other in earlier)
         earlier.append(core)
     alone = select_core(infos(), probes, 2, share=0.3, granularity=granularity)  # type: ignore[arg-type]
     assert alone.overlap(alone) == 1
     everything = [Core({n: torch.arange(i.numel) for n, i in infos().items()}, infos(), "all")]
     with pytest.raises(MaskError, match="nothing is left"):
-        select_core(infos(), probes, 0, granularity=granularity, exclude=everything)  # type: ignore[arg-type]
+        select_core(infos(), probes, 0, granularity=granularity, previous=everything)  # type: ignore[arg-type]
 
 
 def test_elements_that_never_moved_do_not_make_room_for_those_of_earlier_tasks(tmp_path: Path) -> None:
     probes, earlier = made(tmp_path, moved=0.2), []
     for task in range(3):
-        core = select_core(infos(), probes, task, kind="cosine", share=0.15, granularity="element", exclude=earlier)
+        core = select_core(infos(), probes, task, kind="cosine", share=0.15, granularity="element", previous=earlier)
         assert all(core.overlap(other) == 0 for other in earlier)
         assert core.elements == round(0.15 * sum(info.numel for info in infos().values()))
         earlier.append(core)
@@ -201,13 +201,13 @@ def test_exclusive_random_tensors_use_what_earlier_ones_left_of_a_tensor() -> No
     for seed in range(5):
         earlier: list[Core] = []
         for task in range(3):
-            core = random_core(infos(), 116, seed=10 * seed + task, exclude=earlier)
+            core = random_core(infos(), 116, seed=10 * seed + task, previous=earlier)
             assert core.elements == 116
             assert all(core.overlap(other) == 0 for other in earlier)
             assert all(bool((found.diff() > 0).all()) for found in core.indices.values())
             earlier.append(core)
         with pytest.raises(MaskError, match="so many"):
-            random_core(infos(), 3, seed=seed, exclude=earlier)  # 2 of 350 are left
+            random_core(infos(), 3, seed=seed, previous=earlier)  # 2 of 350 are left
 
 
 def test_cells_count_tensors_and_elements_by_block_and_role() -> None:

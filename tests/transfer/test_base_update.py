@@ -29,15 +29,9 @@ from gatedadapters.transfer import (
     recovery,
     simulate_update,
 )
-from gatedadapters.transfer.evaluate import t_quantile
 from gatedadapters.transfer.shift import outputs, padding
 
 # -- recovery ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("degrees", [1, 4, 9, 30, 45, 200])
-def test_quantile_is_student_s(degrees: int) -> None:
-    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
 
 
 def test_interval_of_the_recovery_holds_exactly_the_ratios_a_t_test_does_not_reject() -> None:

@@ -40,7 +40,7 @@ class Probed(Selected):
         """By the task's probe, and for `cosine` by the others'."""
         return select_core(
             run.infos, self._probes, self._place(index), kind=self.quantity, share=self.core.share,
-            granularity=self.core.granularity, exclude=self.previous, candidates=self.candidates(run),
+            granularity=self.core.granularity, previous=self.previous, candidates=self.candidates(run),
         )  # fmt: skip
 
     def _place(self, index: int) -> int:

@@ -66,7 +66,7 @@ class Random(Selected):
             taken = sum(core.elements for core in self.previous)
             count = max(1, min(round(self.core.share * size), size - taken))
         return random_core(
-            run.infos, count, granularity=self.core.granularity, exclude=self.previous,
+            run.infos, count, granularity=self.core.granularity, previous=self.previous,
             seed=phase_seed(run.seed, f"random {run.stream[index].name}"), candidates=self.candidates(run),
         )  # fmt: skip
 
