@@ -79,8 +79,8 @@ def rates(*values: float, **others: float) -> tuple[dict[str, float], ...]:
 SETTINGS: dict[str, tuple[dict[str, float], ...]] = {
     "sequential": rates(3e-5, 1e-4, 3e-4),
     "lora": rates(3e-4, 1e-3, 3e-3),
-    "l2_fisher": rates(3e-4, 1e-3, 3e-3),
-    "random": rates(3e-4, 1e-3, 3e-3),
+    "l2_fisher": rates(1e-4, 3e-4, 1e-3),
+    "random": rates(1e-4, 3e-4, 1e-3),
     "l2_fisher-matrices": rates(1e-4, 3e-4, 1e-3),
     "random-matrices": rates(1e-4, 3e-4, 1e-3),
     "l2_fisher-elements": rates(1e-4, 3e-4, 1e-3),
