@@ -84,7 +84,7 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # wide enough that none i
     "l2_fisher-matrices": rates(1e-4, 3e-4, 1e-3),
     "random-matrices": rates(1e-4, 3e-4, 1e-3),
     "l2_fisher-elements": rates(3e-5, 1e-4, 3e-4, 1e-3),
-    "random-elements": rates(1e-4, 3e-4, 1e-3),
+    "random-elements": rates(3e-4, 1e-3, 3e-3),
     "cosine": rates(1e-4, 3e-4, 1e-3),
     "random-cosine": rates(1e-4, 3e-4, 1e-3),
     "lota": rates(1e-4, 3e-4),
