@@ -234,8 +234,15 @@ class _Assembly:
             self.calls.setdefault(call.name, []).append(call)
             self.tokens.setdefault(call.stack, torch.Size(call.shape[:-1]).numel())
         self.uses: dict[Map, list[MapUse]] = {}
+        self.uses_in: dict[str | None, list[MapUse]] = {}  # by block
         for use in trace.uses:
             self.uses.setdefault(use.map, []).append(use)
+            self.uses_in.setdefault(use.block, []).append(use)
+        self.idle = [key for key in weights if key not in self.uses]
+        self.links: dict[Map, list[frozenset[Map]]] = {}  # those of each map
+        for link in trace.links:
+            for key in link:
+                self.links.setdefault(key, []).append(link)
         self.reasons: dict[Map, str] = {}
         self.memories: set[str] = set()  # stacks read by the cross-attention of others
 
@@ -273,7 +280,7 @@ class _Assembly:
     def _sublayers(self, calls: list[BlockCall]) -> tuple[Sublayer, ...]:
         block, written = calls[0], frozenset[Map]().union(*(maps_of(call.writes) for call in calls))
         # A map shared between blocks belongs to the first that calls it.
-        uses = [use for use in self.trace.uses if use.block == block.name and self._home(use.map) == block.name]
+        uses = [use for use in self.uses_in.get(block.name, ()) if self._home(use.map) == block.name]
         # A map whose values only scale what another map of the same module reads: Llama 4's router.
         scaling = [
             frozenset({key, use.map})
@@ -282,7 +289,8 @@ class _Assembly:
             if has_stream(use.reads) and _common([key.name, use.map.name]).startswith(f"{block.name}.")
         ]
         sublayers = []
-        found = roles.groups(uses, [*self.trace.links, *scaling], written)
+        links = [link for use in uses for link in self.links.get(use.map, ())]
+        found = roles.groups(uses, [*links, *scaling], written)
         # What is added to the hidden state only for a later sub-layer to read: Zamba 2's shared transformer.
         read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
         lent = {key for group in found if not group.writers for key in read & group.uses.keys()}
@@ -307,8 +315,8 @@ class _Assembly:
     def _idle_experts(self, name: str, maps: tuple[LinearMap, ...]) -> Iterator[LinearMap]:
         """Experts that got no token: twins, but for a number in the name, of maps that were called."""
         twins = {(_numberless(m.name), m.parameter): m for m in maps}
-        for key in self.weights:
-            if key not in self.uses and key.name.startswith(f"{name}."):
+        for key in self.idle:
+            if key.name.startswith(f"{name}."):
                 twin = twins.get((_numberless(key.name), key.parameter))
                 if twin is not None:
                     yield replace(twin, name=key.name, traffic=0.0)

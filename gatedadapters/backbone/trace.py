@@ -14,7 +14,7 @@ autograd (a dispatch mode), hence also on the meta device and inside expert modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +141,21 @@ _NONLINEAR = {
 _ADDITIVE = {"add", "add_", "sub", "cat", "stack"}
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor among nested sequences and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+
+
 def first_tensor(*values: Any) -> Tensor | None:
     """The first floating-point tensor with at least two dimensions among nested ``values``."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
-            return leaf
-    return None
+    return next((tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -269,7 +277,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "overloadpacket", func).__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         # A view of a tensor nobody has filled yet, or the writing into one, does not read it.
         view, writes = (
             getattr(func, "is_view", False),
@@ -282,13 +290,12 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **kwargs)
         labels = self._flow(name, args, known)
         inputs = {tensor.untyped_storage() for tensor in tensors}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                key = leaf.untyped_storage()
-                if key in self._owners or "empty" in name or (view and key not in self._labels):
-                    continue  # weights keep their own label; what fills an empty tensor gives it one
-                fresh = labels if _is_real(leaf) else NONE
-                self._labels[key] = self._labels.get(key, NONE) | fresh if key in inputs else fresh
+        for made in tensors_in(out):
+            key = made.untyped_storage()
+            if key in self._owners or "empty" in name or (view and key not in self._labels):
+                continue  # weights keep their own label; what fills an empty tensor gives it one
+            fresh = labels if _is_real(made) else NONE
+            self._labels[key] = self._labels.get(key, NONE) | fresh if key in inputs else fresh
         return out
 
     def _of(self, tensor: Tensor | None, guess: bool = True) -> Labels:
