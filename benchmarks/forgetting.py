@@ -443,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("file", nargs="?", type=Path, default=Path("forgetting.png"))
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["encoder", "grimm", "medmcqa"])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "friends"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, help="default: all on the encoder, else five")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: five on the encoder, else two")
     parser.add_argument("--core", nargs="+", type=float, default=[0.95], help="several: the sweep over the core")

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 Arms = Mapping[str, Mapping[int, dict[str, Any]]]  # results by arm and seed
+COLUMNS = 3
 OURS = ("taylor", "fisher", "contrast", "joint", "gated")
 
 
@@ -19,9 +20,12 @@ def trade_off(found: Mapping[tuple[str, float], Arms], arms: Sequence[str], file
     95 % intervals (of two seeds: both), one panel a study; better is up and right. Several cores of an arm are joined.
     """
     studies = list(dict.fromkeys(study for study, _ in found))
-    figure = Figure(figsize=(6.2 * max(1, len(studies)), 4.4), layout="constrained")
-    axes = figure.subplots(1, max(1, len(studies)), squeeze=False)
-    for axis, study in zip(axes[0], studies, strict=True):
+    rows, columns = max(1, -(-len(studies) // COLUMNS)), max(1, min(COLUMNS, len(studies)))
+    figure = Figure(figsize=(5.8 * columns, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(studies) :]:
+        axis.set_axis_off()
+    for axis, study in zip(axes, studies, strict=False):
         cores = sorted(core for name, core in found if name == study)
         for number, arm in enumerate(arm for arm in arms if arm != "zero"):
             marks = [mark for core in cores if (mark := _gained(found[study, core], arm, study)) is not None]
