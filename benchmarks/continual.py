@@ -81,7 +81,7 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # wide enough that none i
     "lora": rates(1e-4, 3e-4, 1e-3, 3e-3),
     "l2_fisher": rates(1e-4, 3e-4, 1e-3),
     "random": rates(3e-4, 1e-3, 3e-3),
-    "l2_fisher-matrices": rates(1e-4, 3e-4, 1e-3),
+    "l2_fisher-matrices": rates(3e-5, 1e-4, 3e-4, 1e-3),
     "random-matrices": rates(1e-4, 3e-4, 1e-3),
     "l2_fisher-elements": rates(3e-5, 1e-4, 3e-4, 1e-3),
     "random-elements": rates(3e-4, 1e-3, 3e-3),
