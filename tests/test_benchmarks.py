@@ -98,6 +98,7 @@ def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pyt
     [
         ("search_quality", lambda s: [s.table(), s.compression()]),
         ("forgetting", lambda s: [s.table()]),
+        ("continual", lambda s: [s.table("minilm-l3")]),
         ("transfer", lambda s: [s.table()]),
     ],
 )
