@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import computed, shown
+from cells import computed, shown, store
 from label_matching import label_matcher
 
 import gatedadapters as ga
@@ -62,6 +62,7 @@ TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity
 CHOICES = ("openbookqa", "piqa", "medmcqa")
 STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
 TRAIN, HELD_OUT, LENGTH = 800, 120, 20
+QUESTIONS = {"validation": 30, "test": 60}  # of the decoder's tasks, where they have as many
 BATCH, STEPS = 16, 50
 STREAMS = (0, 1, 2, 3, 4)
 TUNING_STREAM = 100
@@ -76,7 +77,7 @@ def rates(*values: float, **others: float) -> tuple[dict[str, float], ...]:
     return tuple({"rate": value, **others} for value in values)
 
 
-SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # wide enough that none is chosen at the edge
+SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of the selections run so far is at the edge
     "sequential": rates(1e-5, 3e-5, 1e-4, 3e-4),
     "lora": rates(1e-4, 3e-4, 1e-3, 3e-3),
     "l2_fisher": rates(1e-4, 3e-4, 1e-3),
@@ -161,7 +162,7 @@ def decoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
     """SmolLM2 and multiple-choice tasks; a further one measures general ability."""
     model, tokenizer = load_smollm2()
     names = [CHOICES[i] for i in order_of(cell.stream, len(CHOICES))][: cell.tasks]
-    sizes = {"train": 400, "validation": 30, "test": 60, "seed": cell.stream}
+    sizes = {"train": 400, **QUESTIONS, "seed": cell.stream}
     *tasks, general = choice_tasks(
         [load_choices(name, **sizes) for name in (*names, "commonsenseqa")], tokenizer, max_length=64, split=cell.split
     )
@@ -274,7 +275,7 @@ def tuned(study: str, arm: str, *, compute_missing: bool) -> tuple[tuple[str, fl
         return None
     found = [run(cell) for cell in cells]
     scores, best = [r["metrics"]["op"] for r in found], max(r["metrics"]["op"] for r in found)
-    asked = cells[0].tasks * (30 if study == "smollm2" else HELD_OUT)
+    asked = cells[0].tasks * (QUESTIONS["validation"] if study == "smollm2" else HELD_OUT)
     near = [i for i, score in enumerate(scores) if score >= best - (best * (1 - best) / asked) ** 0.5]
     return cells[min(near, key=lambda i: found[i]["metrics"]["forgetting"])].setting
 
@@ -392,14 +393,17 @@ def carry(streams: Sequence[int]) -> str:
 
 
 def memory() -> str:
-    """Peak resident memory of full fine-tuning and of probe and selection, each in a process of its own."""
-    rows = []
+    """Peak resident memory of full fine-tuning and of probe and selection, each in a process of its own; measured anew
+    and stored.
+    """
+    peaks = {}
     for what in ("load", "full", "probe"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", __file__, "memory-of", what], capture_output=True, text=True, check=True
         )
-        rows.append([what, f"{float(done.stdout.split()[-1]):,.0f}"])
-    return format_table(["SmolLM2-135M", "peak resident MB"], rows)
+        peaks[what] = round(float(done.stdout.split()[-1]))
+    store(STORE / "memory.json", {"peak_mb": peaks, "versions": versions()})
+    return format_table(["SmolLM2-135M", "peak resident MB"], [[what, f"{peak:,}"] for what, peak in peaks.items()])
 
 
 def memory_of(what: str) -> None:

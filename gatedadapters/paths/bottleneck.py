@@ -105,7 +105,7 @@ class Bottleneck(Path):
         check_width(first, tapped, first.site.width_in, "input")
         check_width(first, target, first.site.width_out, "output")
         rows, gate = target.reshape(-1, target.shape[-1]), joined_gates(several, gates, target)
-        down, bias = (joined([p.down for p in several]), joined([p.bias for p in several]))
+        down, bias = joined([p.down for p in several]), joined([p.bias for p in several])
         with in_its_own_type(target):
             hidden = F.linear(tapped.to(dtype), down.to(dtype), bias.to(dtype))
             hidden = hidden.reshape(-1, hidden.shape[-1])

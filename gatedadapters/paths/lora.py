@@ -88,7 +88,7 @@ class LoRA(Path):
         first = several[0]
         check_width(first, tapped, first.site.width_in, "input")
         check_width(first, target, first.site.width_out, "output")
-        down, up = (joined([p.down for p in several]), joined([p.up for p in several], 1))
+        down, up = joined([p.down for p in several]), joined([p.up for p in several], 1)
         return low_rank(tapped, target, down, up, joined_gates(several, gates, target))
 
     @torch.no_grad()
