@@ -88,12 +88,12 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of th
     "random-elements": rates(3e-4, 1e-3, 3e-3),
     "cosine": rates(1e-4, 3e-4, 1e-3),
     "random-cosine": rates(1e-4, 3e-4, 1e-3),
-    "lota": rates(1e-4, 3e-4),
-    "ewc": (*rates(1e-4, weight=1e2), *rates(1e-4, weight=1e4)),
+    "lota": rates(3e-5, 1e-4, 3e-4),
+    "ewc": (*rates(1e-4, weight=1e2), *rates(1e-4, weight=1e4), *rates(1e-4, weight=1e6)),
     "per_task": rates(3e-3),
     "joint": (),
     "replay": (),
-    "o_lora": rates(3e-4, 1e-3),
+    "o_lora": rates(1e-4, 3e-4, 1e-3),
     "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
 }
 TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "carried": "l2_fisher-matrices"}  # not tuned again
