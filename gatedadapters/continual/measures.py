@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from gatedadapters.data import ChoiceExample
 from gatedadapters.data.language import IGNORED, LanguageCollator, LanguageDataset, Passage
@@ -62,8 +63,27 @@ class ChoiceAccuracy:
             passages = [Passage(prompt(example), choice) for choice in example.choices]
             items = LanguageDataset(passages, self.tokenizer, self.max_length)
             batch = {k: v.to(device) for k, v in collate([items[i] for i in range(len(items))]).items()}
-            right += int(task_losses(model, batch).argmin()) == example.answer
+            right += int(task_losses(model, question_once(model, batch)).argmin()) == example.answer
         return right / len(task.held_out)
+
+
+def question_once(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What is left of a batch when the tokens that all its rows begin with, up to the last one before a label, have run
+    once and lie in a cache. The same batch where they are too few, or the model's cache is no plain one.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    alike = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
+    length = int(alike.long().cumprod(0).sum()) - 1  # the last of them predicts the first label
+    if length < 1 or not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return batch
+    cache = getattr(model.base_model(input_ids=ids[:1, :length], use_cache=True), "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return batch  # windows and recurrent states cannot be given to several rows
+    cache.batch_repeat_interleave(len(ids))
+    return {
+        "input_ids": ids[:, length:], "attention_mask": batch["attention_mask"], "labels": labels[:, length:],
+        "past_key_values": cache,
+    }  # fmt: skip
 
 
 @torch.no_grad()

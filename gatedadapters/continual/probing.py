@@ -26,7 +26,8 @@ from gatedadapters.continual.tensors import tensors_of
 from gatedadapters.errors import ArtifactError
 from gatedadapters.masking import Scores, score
 from gatedadapters.masking.scores import Batch
-from gatedadapters.masking.scores.base import BatchScore
+from gatedadapters.masking.scores.base import BatchScore, Loss
+from gatedadapters.masking.scores.losses import token_losses
 from gatedadapters.precision import widened
 from gatedadapters.safe_files import leftovers, opened, whole_folder, write_tensors
 
@@ -60,7 +61,7 @@ class ProbeRecord(Config):
 
 
 class BatchFisher(BatchScore):
-    """`mean_b g_b²`, g_b the gradient of a batch's mean loss.
+    """`mean_b g_b²`, g_b the gradient of a batch's loss, the mean over all its labelled tokens.
 
     Quantity: the squared gradient as the authors of TRACE take it, over batches of 2; it shrinks with the batch size
     (see `Fisher` for that over examples). Reduction: mean over the batches that ran. Sign: at least 0.
@@ -70,6 +71,10 @@ class BatchFisher(BatchScore):
     """
 
     kind = "batch_fisher"
+
+    def default_loss(self) -> Loss:
+        """Long answers count more, as in training."""
+        return token_losses
 
     def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
         """g²."""

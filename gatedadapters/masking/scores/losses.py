@@ -25,6 +25,20 @@ def task_losses(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         MaskError: a model that is no causal language model, and no labels.
     """
+    sums, counts = _sums(model, batch)
+    return sums / counts.clamp(min=1)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The same, weighted so that the mean over examples is the mean over all labelled tokens of the batch, (examples,):
+    the loss of a training step, in which long answers count more.
+    """
+    sums, counts = _sums(model, batch)
+    return sums * (len(counts) / counts.sum().clamp(min=1))
+
+
+def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """By example the sum of losses and how many there were, both (examples,)."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor | None = batch.get("labels")
     needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -41,14 +55,15 @@ def task_losses(model: nn.Module, batch: Batch) -> Tensor:
     output = model(**inputs, labels=labels) if needs_labels and "decoder_input_ids" not in inputs else model(**inputs)
     logits = first_tensor(output, "logits").float() if not _is_double(model) else first_tensor(output, "logits")
     if labels.is_floating_point():
-        return (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square().mean(1)
+        losses = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square().mean(1)
+        return losses, torch.ones_like(losses)
     if labels.dim() == 1:
-        return F.cross_entropy(logits, labels, reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses, torch.ones_like(losses)
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != _IGNORED
     each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
-    return each.sum(1) / counted.sum(1).clamp(min=1)
+    return each.sum(1), (labels != _IGNORED).sum(1)
 
 
 def output_norms(model: nn.Module, batch: Batch) -> Tensor:
