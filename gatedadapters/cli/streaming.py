@@ -101,7 +101,12 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
             model, stream = build(config, seed)
             main = next(iter(results))
             if name != main and isinstance(strategy, Random):  # as many elements as what it controls for
-                strategy = _of_equal_size(strategy, results[main][-1])
+                sized = _of_equal_size(strategy, results[main][-1])
+                try:
+                    Run(model, stream.ordered(order), sized, config.training, folder / STREAMS, keep=config.keep)
+                    strategy = sized
+                except ConfigError as error:  # what it may choose from is smaller than what was trained
+                    _say(f"  {name} keeps its share, for {error}")
             logs = folder / LOGS / name / place
             shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on tells all of it again
             with TensorBoardWriter(logs) as writer:

@@ -25,7 +25,7 @@ from gatedadapters.config import SearchConfig, TransferConfig
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.errors import LayoutError
 from gatedadapters.experiment.runner import Experiment, evaluate
-from gatedadapters.experiment.setup import load_tasks
+from gatedadapters.experiment.setup import load_tasks, use_bf16
 from gatedadapters.inspection import save_shift_png
 from gatedadapters.selection import versions
 from gatedadapters.structure import Structure
@@ -37,7 +37,7 @@ from gatedadapters.transfer import (
     knowledge_sensitivity,
     transfer_scores,
 )
-from gatedadapters.transfer.evaluate import Train
+from gatedadapters.transfer.evaluate import Train, as_before
 from gatedadapters.transfer.sensitivity import weigh_by
 
 SURVIVOR, PLAIN = "transfer-trained", "adapter"
@@ -189,6 +189,7 @@ def run(config: TransferConfig, folder: Path, *, overwrite: bool = False) -> Tra
     transformers.logging.set_verbosity_error()
     start = time.perf_counter()
     tasks = load_tasks(config)
+    config = _with_precision(config)
     scores: list[TransferScores] = []
     shift, saved = None, None
     total = 3 * config.training.steps * len(config.seeds)
@@ -247,10 +248,16 @@ def _transferable(bases: Bases, progress: tqdm[Any]) -> Train | None:
     return lambda _, __: bases.train_transferable(sensitivity, progress)
 
 
+def _with_precision(config: TransferConfig) -> TransferConfig:
+    """With one precision for every arm, base and seed, where it is to be found out which is faster."""
+    training = config.training.model_copy(update={"precision": "bf16" if use_bf16(config) else "fp32"})
+    return config.model_copy(update={"training": training})
+
+
 def _as_saved(bases: Bases, adapter: str) -> tuple[float, float]:
     found = []
     for model, base in ((bases.old, "same"), (bases.new, "updated")):
-        load_adapters(model, adapter, base=base)  # type: ignore[arg-type]
-        found.append(bases.score(model))
-        detach(model)
+        with as_before(model):
+            load_adapters(model, adapter, base=base)  # type: ignore[arg-type]
+            found.append(bases.score(model))
     return found[0], found[1]

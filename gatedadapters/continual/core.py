@@ -111,7 +111,7 @@ def select_core(
 ) -> Core:
     """The core of one task.
 
-    By tensor, all n parameter tensors that may be chosen ranked, `round(share n)` (at least one) of them:
+    By tensor, all n parameter tensors that may be chosen ranked, `⌊share n⌋` (at least one) of them:
 
     - `l2_fisher`: `S = ½ d̂ + ½ F̂`, `d_p = ‖Δ[p]‖₂ / √N_p`, `F_p` the mean squared gradient at the warm model, each
       min-max normalised over the tensors; the largest S are the core.
@@ -149,7 +149,7 @@ def select_core(
         used = {name for core in previous for name in core.indices}
         scores = _tensor_scores(infos, probes, index, kind)
         left = [name for name in infos if name not in used]
-        count = min(len(left), max(1, round(share * len(infos))))
+        count = min(len(left), tensors_in(share, len(infos)))
         best = set(sorted(left, key=lambda name: -scores[name])[:count])  # stable: ties go to what comes first
         indices = {name: torch.arange(infos[name].numel) for name in infos if name in best}
     else:
@@ -169,6 +169,11 @@ def select_core(
             got=f"{len(previous)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
         )  # fmt: skip
     return Core(indices, every, kind, scores)
+
+
+def tensors_in(share: float, count: int) -> int:
+    """How many of `count` tensors a share is, at least one; rounded down, as released."""
+    return max(1, math.floor(share * count + 1e-9))
 
 
 def random_core(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ADDRESS: Any = object.__repr__  # a text that is another in every process
+_ABSENT = object()
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 
 
@@ -29,7 +30,10 @@ def data_digest(*parts: Any) -> str:
 def difference(earlier: Any, mine: Any) -> tuple[str, str, str]:
     """Where two records first differ, as `.key[0]`, and what each holds there."""
     if isinstance(earlier, dict) and isinstance(mine, dict):
-        key = next(k for k in (*mine, *earlier) if earlier.get(k) != mine.get(k))
+        key = next(k for k in (*mine, *earlier) if earlier.get(k, _ABSENT) != mine.get(k, _ABSENT))
+        if None is earlier.get(key) is mine.get(key):  # one of them lacks it
+            one, other = ("null" if key in record else "nothing" for record in (earlier, mine))
+            return f".{key}", one, other
         place, one, other = difference(earlier.get(key), mine.get(key))
         return f".{key}{place}", one, other
     if isinstance(earlier, list) and isinstance(mine, list):

@@ -7,7 +7,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.continual.tasks import Collate
 from gatedadapters.errors import TrainingError
 from gatedadapters.training import GatedTrainer
-from gatedadapters.training.trainer import split_groups
+from gatedadapters.training.trainer import check_launch, split_groups
 
 COMPLETE = "complete"
+CHECKPOINT_STEPS = 200  # unless said otherwise
 Penalty = Callable[[], Tensor]
 
 
@@ -110,14 +111,6 @@ class _MarkComplete(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
-@dataclass
-class Fitted:
-    """What a stage's training took."""
-
-    seconds: float
-    losses: list[float] = field(default_factory=list)
-
-
 def fit(
     model: nn.Module,
     data: Any,
@@ -129,9 +122,9 @@ def fit(
     heads: Sequence[str] = (),
     penalty: Penalty | None = None,
     gated: dict[str, Any] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Fitted:
-    """Train what requires gradients; goes on from the last whole checkpoint in `folder`, to the same bits.
+) -> float:
+    """Train what requires gradients; goes on from the last whole checkpoint in `folder`, to the same bits. Returns the
+    seconds that it took.
 
     Args:
         model: in the state that the stage begins in.
@@ -143,7 +136,9 @@ def fit(
         heads: names of parameters that have the heads' learning rate.
         penalty: added to the loss of every step.
         gated: options of `GatedTrainer`, where gates are searched.
-        callbacks: further ones.
+
+    Raises:
+        TrainingError: several devices in one process, FSDP or DeepSpeed; the loss is not finite.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -166,8 +161,9 @@ def fit(
         dataloader_pin_memory=False,
     )
     options: dict[str, Any] = {
-        "train_dataset": data, "data_collator": collate, "callbacks": [_MarkComplete(), *callbacks],
+        "train_dataset": data, "data_collator": collate, "callbacks": [_MarkComplete()],
     }  # fmt: skip
+    check_launch(args)
     model.train()
     trainer: _Staged = (
         StageTrainer(model, args, **options) if gated is None else GatedStageTrainer(model, args, **options, **gated)
@@ -177,12 +173,15 @@ def fit(
     trainer.head_rate = recipe.head_learning_rate
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    last = _last_checkpoint(folder)
+    if last is not None and _steps_of(last) >= recipe.steps:  # the Trainer would take a step more
+        trainer._load_from_checkpoint(str(last))
+    else:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = time.perf_counter() - start
     if trainer.optimizer is not None:
         trainer.optimizer.state.clear()  # a Trainer sits in reference cycles and would hold twice the model for a while
-    return Fitted(seconds, losses)
+    return seconds
 
 
 def phase_seed(seed: int, phase: str) -> int:
@@ -190,12 +189,16 @@ def phase_seed(seed: int, phase: str) -> int:
     return zlib.crc32(f"{seed} {phase}".encode()) & 0x7FFFFFFF
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; what was killed while it was written is removed."""
     whole = {}
     for path in folder.glob("checkpoint-*"):
         if (path / COMPLETE).exists():
-            whole[int(path.name.rpartition("-")[2])] = path
+            whole[_steps_of(path)] = path
         else:
             shutil.rmtree(path)
-    return str(whole[max(whole)]) if whole else None
+    return whole[max(whole)] if whole else None
+
+
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from gatedadapters.config import ProbeConfig
 from gatedadapters.config.base import Config
 from gatedadapters.continual.digests import difference
-from gatedadapters.continual.fitting import Recipe, fit, phase_seed
+from gatedadapters.continual.fitting import CHECKPOINT_STEPS, Recipe, fit, phase_seed
 from gatedadapters.continual.states import Snapshot, digest, state_of
 from gatedadapters.continual.tasks import Task
 from gatedadapters.continual.tensors import tensors_of
@@ -164,7 +165,8 @@ def probe(
         own_head: of this task's head, trained along.
         elements: keep the squared gradient of every element, as selection by element needs.
         seed: of the order of the data.
-        recipe: number format, device and checkpoints, where they are not the defaults.
+        recipe: number format, device and checkpoints, where they are not the defaults (fp32, a GPU where there is one,
+            a checkpoint every 200 steps).
 
     Raises:
         ArtifactError: the folder holds a probe of another model, task (also one of that name with other data), heads
@@ -175,7 +177,7 @@ def probe(
     """
     config, path = config or ProbeConfig(), Path(folder)
     began, start, running = time.perf_counter(), digest(model), path.with_name(f"{path.name}.running")
-    base = recipe or Recipe(1, config.batch_size, config.learning_rate)
+    base = recipe or Recipe(1, config.batch_size, config.learning_rate, checkpoint_steps=CHECKPOINT_STEPS)
     request = {
         "task": task.identity(), "start": start, "seed": seed, "config": config.model_dump(mode="json"),
         "heads": sorted(heads), "own_head": sorted(own_head), "elements": elements,
@@ -191,7 +193,7 @@ def probe(
     infos = tensors_of(model, heads, _sample(model, task))
     _claim(running, request)
     data = _part(task.train, config.fraction, seed)
-    steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
+    steps = config.steps or math.ceil(config.epochs * math.ceil(len(data) / config.batch_size))
     own = Recipe(
         steps, config.batch_size, config.learning_rate, base.head_learning_rate, "cosine", config.warmup, 0.0,
         base.bf16, base.use_cpu, base.checkpoint_steps,

@@ -6,19 +6,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, ValidationError
 from torch import nn
 
+from gatedadapters.adapters import NAME as ADAPTERS
+from gatedadapters.adapters import Adapters
+from gatedadapters.artifacts import Shelf
+from gatedadapters.attachment import attach, detach
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import CORE, Core, load_core
 from gatedadapters.continual.metrics import Metrics
 from gatedadapters.continual.states import Change, digest, lead, read_record
 from gatedadapters.errors import ArtifactError
-from gatedadapters.structure import format_table
+from gatedadapters.structure import Structure, format_table
 
 STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
+ATTACHED, ADAPTER = "attached.json", "adapter"
 
 
 class StreamRecord(Config):
@@ -67,6 +72,28 @@ class BaselineRecord(Config):
 
     scores: list[float]
     general: float | None
+
+
+class Attached(Config):
+    """Adapters that a strategy leaves on the model, as they were attached.
+
+    Attributes:
+        structure: as JSON.
+        heads: see `attach`.
+        seed: of their first weights.
+    """
+
+    structure: str
+    heads: list[str]
+    seed: int
+
+    def write(self, folder: Path) -> None:
+        """Into what a strategy remembers of a stage."""
+        (folder / ATTACHED).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def attach(self, model: nn.Module) -> None:
+        """Attach them anew."""
+        attach(model, Structure.from_json(self.structure), heads=self.heads, seed=self.seed).follows_ids = False
 
 
 class StreamResult:
@@ -155,8 +182,11 @@ class StreamResult:
         """Lead a model from whichever state of the stream it is in to another, bit for bit; state 0 is the base, k
         follows k tasks. Which one it is in is told by a digest of its bits, and the end is checked by another.
 
+        Under `lora` a plain base is given the stream's adapters first, which add nothing in state 0. Under `per_task`
+        states differ in heads alone, and the tasks are served by `shelf`.
+
         Args:
-            model: in any state of the stream; after the strategy `lora` with the adapters that the stream attached.
+            model: in any state of the stream, the base as it was before among them.
             to: which state.
 
         Raises:
@@ -171,8 +201,14 @@ class StreamResult:
             )  # fmt: skip
         places = [stage_folder(self.folder, i) / CHANGE for i in range(last)]
         states = [read_record(places[0]).before, *(read_record(place).after for place in places)]
+        attached = places[0].parent / MEMORY / ATTACHED
+        added = attached.exists() and not hasattr(model, ADAPTERS)
+        if added:
+            Attached.model_validate_json(attached.read_bytes()).attach(model)
         found = digest(model)
         if found not in states:
+            if added:
+                detach(model)
             raise ArtifactError(
                 "the model is in no state of this stream", expected=", ".join(state[:8] for state in states),
                 got=found[:8], where="StreamResult.restore",
@@ -181,6 +217,33 @@ class StreamResult:
         start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
         path = range(start, to) if to > start else range(start - 1, to - 1, -1)
         lead(model, [Change.load(places[i]) for i in path], states[to])
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Under `per_task` the folder of each task's adapter; see `shelf`."""
+        places = {} if self.folder is None else {
+            stage.task: stage_folder(self.folder, i) / MEMORY / ADAPTER for i, stage in enumerate(self.stages)
+        }  # fmt: skip
+        return {task: place for task, place in places.items() if place.is_dir()}
+
+    def shelf(self, model: nn.Module) -> Shelf:
+        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name::
+
+            with result.shelf(model).using("mood"):
+                model(**batch)
+
+        Raises:
+            ArtifactError: the strategy left none, or the model is another.
+        """
+        if not self.adapters:
+            raise ArtifactError(
+                "no task of this stream has adapters of its own", expected="a stream of per_task, run with folder=",
+                got=self.strategy, where="StreamResult.shelf", fix="restore a state instead",
+            )  # fmt: skip
+        shelf = Shelf.load(model, self.adapters)
+        for adapters in shelf.members.values():
+            cast(Adapters, adapters).follows_ids = False  # each serves its task, whatever id that has
+        return shelf
 
     def cores(self) -> list[tuple[str, Core]]:
         """What each task was allowed to move, or of merged paths did move; none where nothing was selected or kept."""

@@ -21,9 +21,10 @@ from gatedadapters.attachment import attach, check_free, detach, find_heads
 from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
 from gatedadapters.continual.core import Core, save_core
 from gatedadapters.continual.digests import difference
-from gatedadapters.continual.fitting import Fitted, Penalty, Recipe, fit, phase_seed
+from gatedadapters.continual.fitting import Penalty, Recipe, fit, phase_seed
 from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import (
+    ADAPTER,
     BASELINE,
     CHANGE,
     MEMORY,
@@ -85,7 +86,8 @@ def run_stream(
             for example `TensorBoardWriter(...).stream`.
 
     Raises:
-        TaskError, DataError, ConfigError: tasks or options that do not go together, before any compute.
+        TaskError, DataError, ConfigError: tasks or options that do not go together, or several processes, before any
+            compute.
         ArtifactError: the folder holds a stream of other tasks, another order, or other settings.
         Whatever training raises; the model is then bit for bit what it was, and the folder can be gone on with.
     """
@@ -130,6 +132,11 @@ class Run:
         self.model, self.stream, self.strategy, self.training = model, stream, strategy, training
         if training.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(
+                "a stream is run by one process", expected="WORLD_SIZE 1", got=os.environ["WORLD_SIZE"],
+                where="run_stream", fix="start it without torchrun; several streams may run side by side",
+            )  # fmt: skip
         self.folder, self.keep, self.seed, self.now = folder, keep, training.seed, 0
         self._watch, self._on_stage = watch or (lambda _: None), on_stage
         if find_delta(model) is not None:
@@ -204,8 +211,8 @@ class Run:
         phase: str = "task",
         steps: int | None = None,
         gated: dict[str, Any] | None = None,
-    ) -> Fitted:
-        """Train what requires gradients on a task.
+    ) -> float:
+        """Train what requires gradients on a task; the seconds that it took.
 
         Args:
             index: of the task.
@@ -303,6 +310,9 @@ class Run:
         return [part for name in (STREAM, BASELINE) for part in self.folder.glob(f".{name}.*")]
 
     def _stages(self, record: StreamRecord) -> StreamResult:
+        if not self.recipe(1).use_cpu:  # so that scores of the untrained model are taken where all others are
+            self.model.to("cuda")
+            self.sample = {key: value.to("cuda") for key, value in self.sample.items()}
         self.strategy.begin(self)
         self._measure_baseline()
         reference, current = self._reference(), digest(self.model)
@@ -353,7 +363,7 @@ class Run:
             self.strategy.remember(self, index, new / MEMORY)
             if core is not None and core is not tuned.core:
                 save_core(core, new / MEMORY, self.identity)
-            adapter = sum(f.stat().st_size for f in (new / MEMORY / "adapter").glob("*"))
+            adapter = sum(f.stat().st_size for f in (new / MEMORY / ADAPTER).glob("*"))
             record = StageRecord(
                 task=task, scores=scores, general=general, elements=tuned.elements, tensors=tensors,
                 seconds=round(tuned.seconds, 2), probe_seconds=round(tuned.probe_seconds, 2),
@@ -392,10 +402,10 @@ class Run:
 
     def _record(self) -> StreamRecord:
         general = self.stream.general
-        options = {"kind": self.strategy.kind, **self.strategy.model_dump(mode="json")}
         return StreamRecord(
             tasks=[task.identity() for task in self.stream], general=None if general is None else general.identity(),
-            strategy=options, training=self.training.model_dump(mode="json", exclude={"checkpoint_steps"}),
+            strategy=self.strategy.identity(),
+            training=self.training.model_dump(mode="json", exclude={"checkpoint_steps"}),
             seed=self.seed, keep=self.keep, base=digest(self.model),
             elements=sum(info.numel for info in self.infos.values()), stages=self.strategy.stages(self),
             versions=versions(),

@@ -214,6 +214,28 @@ def answer_task(
     return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
 
 
+def check_mixing(tasks: Sequence[Task], kind: str) -> None:
+    """See that examples of several tasks can be in one batch.
+
+    Raises:
+        TaskError: their `collate` differ, so that one would take the other's examples for its own.
+    """
+    first = tasks[0].collate
+    for task in tasks[1:]:
+        if task.collate is not first and (_name(task.collate), _state(task.collate)) != (_name(first), _state(first)):
+            raise TaskError(
+                "tasks that are trained together make batches of different kinds", expected="one collate for all",
+                got=f"{_name(first)} and {_name(task.collate)}",
+                where=f"strategy {kind}: tasks {tasks[0].name!r} and {task.name!r}",
+                fix="put what differs, such as task_ids, into the examples",
+            )  # fmt: skip
+
+
+def _state(function: Any) -> Any:
+    """What an object that is called holds; a function is none but itself."""
+    return getattr(function, "__dict__", None) or id(function)
+
+
 def _name(function: Any) -> str:
     """Of a function, or of the class of an object that is called; without its module, which a script run as main
     lacks.
@@ -224,6 +246,11 @@ def _name(function: Any) -> str:
 def _check_data(task: Task) -> None:
     for part, data in (("training", task.train), ("evaluation", task.held_out)):
         _check_part(task, data, part)
+    if task.measure is accuracy and not task.classes:
+        raise TaskError(
+            "a task that is scored by accuracy does not name its classes", expected="two classes or more", got="none",
+            where=f"task {task.name!r}", fix="give Task(classes=), or another measure=",
+        )  # fmt: skip
     if not task.classes:
         return
     labels = _labels(task, task.train, "training")

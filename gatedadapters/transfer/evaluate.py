@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from torch import nn
 
 from gatedadapters import html
 from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts import load_adapters
-from gatedadapters.attachment import detach
+from gatedadapters.attachment import detach, find_heads
 from gatedadapters.config import WeakeningConfig
 from gatedadapters.intervals import Interval, t_quantile
 from gatedadapters.structure import format_table
@@ -120,10 +122,10 @@ def transfer_scores(
     """Train on the old base without and with weakened knowledge, carry both over, and re-tune on the new base.
 
     Args:
-        old: the base before its update, nothing attached; left without adapters.
-        new: the base after.
-        train: attaches adapters to the model it is given, trains them (and heads, from scratch) with a seed, and
-            returns them compact and attached.
+        old: the base before its update, nothing attached; left as it was, and so is its head between trainings.
+        new: the base after; the same.
+        train: attaches adapters to the model it is given, trains them (and heads) with a seed, and returns them compact
+            and attached.
         score: of a model with adapters; higher is better.
         seed: handed to `train`.
         weakening: default: the published recipe.
@@ -137,10 +139,10 @@ def transfer_scores(
     """
     check_versions(old, new)
     config = weakening or WeakeningConfig()
-    try:
-        with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
-            home, found = Path(folder or scratch), list[float]()
-            for name in ("adapter", "transfer-trained"):
+    with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
+        home, found = Path(folder or scratch), list[float]()
+        for name in ("adapter", "transfer-trained"):
+            with as_before(old):
                 if name == "adapter":
                     adapters = train(old, seed)
                 else:
@@ -148,17 +150,29 @@ def transfer_scores(
                         adapters = (train_transferable or train)(old, seed)
                 found.append(score(old))
                 adapters.save(home / name, overwrite=True)
-                detach(old)
+            with as_before(new):
                 load_adapters(new, home / name, base="updated")
                 found.append(score(new))
-                detach(new)
+    with as_before(new):
         train(new, seed)
-        plain, direct, trained_old, trained_direct = found
-        return TransferScores(seed, plain, direct, trained_old, trained_direct, retuned=score(new))
+        retuned = score(new)
+    plain, direct, trained_old, trained_direct = found
+    return TransferScores(seed, plain, direct, trained_old, trained_direct, retuned)
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model has no adapters, and the heads that it had: what is trained next begins like what was."""
+    heads = {name: model.get_parameter(name).detach().clone() for name in find_heads(model, None)}
+    try:
+        yield
     finally:
-        for model in (old, new):
-            if hasattr(model, NAME):
-                detach(model)
+        if hasattr(model, NAME):
+            detach(model)
+        with torch.no_grad():
+            for name, value in heads.items():
+                parameter = model.get_parameter(name)
+                parameter.copy_(value.to(parameter.device))
 
 
 def evaluate_transfer(

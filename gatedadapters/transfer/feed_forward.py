@@ -28,6 +28,7 @@ class FeedForward:
             where the sub-layer runs whole (mixtures of experts): its output is thrown away instead.
         writer: what returns its contribution.
         norms: norms after the contribution that belong to the sub-layer: on it (Gemma 2) or after its addition (BERT).
+        normed: whether the first of them is on the contribution alone.
         inner: maps whose input is the inner activation a = act(W_g x) * (W_u x), or act(W_u x).
         activations: non-linearities inside fused experts, whose outputs are masked instead: with a mask of zeros and
             ones, (act(g) m) u = (act(g) u) m.
@@ -40,6 +41,7 @@ class FeedForward:
     readers: tuple[str, ...]
     writer: str
     norms: tuple[str, ...]
+    normed: bool
     inner: tuple[str, ...]
     activations: tuple[str, ...]
     no_drop: str = ""
@@ -62,10 +64,10 @@ def feed_forwards(model: nn.Module, sample: Mapping[str, Tensor] | None = None) 
         backbone_alone = nullcontext()
     with backbone_alone:
         layout = discover(model, sample)
-        order = _call_order(model, sample, layout)
+        order, handed_on = _call_order(model, sample, layout)
     modules = dict(model.named_modules())
     found = tuple(
-        _feed_forward(block, sublayer, modules, order[block.name])
+        _feed_forward(block, sublayer, modules, order[block.name], handed_on)
         for block in layout.blocks
         for sublayer in block.sublayers
         if sublayer.kind == "feed_forward"
@@ -83,7 +85,11 @@ def feed_forwards(model: nn.Module, sample: Mapping[str, Tensor] | None = None) 
 
 
 def _feed_forward(
-    block: Block, sublayer: Sublayer, modules: Mapping[str, nn.Module], order: dict[str, tuple[int, int]]
+    block: Block,
+    sublayer: Sublayer,
+    modules: Mapping[str, nn.Module],
+    order: dict[str, tuple[int, int]],
+    handed_on: set[tuple[str, str]],
 ) -> FeedForward:
     down = {_wrapper(m.name, modules) for m in sublayer.maps if m.role == "down" and m.kind != "experts"}
     fused = [m.name for m in sublayer.maps if m.role == "down" and m.kind == "experts"]
@@ -112,6 +118,7 @@ def _feed_forward(
         readers,
         writer,
         tuple(norms),
+        bool(norms) and (writer, norms[0]) in handed_on,
         tuple(sorted(down)),
         tuple(activations),
         no_drop,
@@ -121,27 +128,36 @@ def _feed_forward(
 
 def _call_order(
     model: nn.Module, sample: Mapping[str, Tensor] | None, layout: Layout
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """For each block, when each module in it started and ended (first call), counted in events."""
+) -> tuple[dict[str, dict[str, tuple[int, int]]], set[tuple[str, str]]]:
+    """For each block, when each module in it started and ended (first call), counted in events; and each (writer, norm)
+    where the norm was given what the writer returned as it is.
+    """
     order: dict[str, dict[str, tuple[int, int]]] = {block.name: {} for block in layout.blocks}
     clock, started = 0, dict[str, int]()
+    written: dict[str, Tensor] = {}
+    handed_on: set[tuple[str, str]] = set()
     handles = []
 
     def watch(block: str, name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal clock
             clock += 1
             started[name] = clock
+            if _is_norm(module) and args:
+                handed_on.update((writer, name) for writer, value in written.items() if value is args[0])
 
-        def after(*_: Any) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal clock
             clock += 1
             order[block].setdefault(name, (started[name], clock))
+            if name in writers:
+                written[name] = output if isinstance(output, Tensor) else output[0]
 
         handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(after))
 
     modules = dict(model.named_modules())
+    writers = {_wrapper(s.writer, modules) for block in layout.blocks for s in block.sublayers if s.writer}
     device = device_of(model)
     batch = default_sample(model) if sample is None else sample
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -155,7 +171,7 @@ def _call_order(
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return order, handed_on
 
 
 def _wrapper(name: str, modules: Mapping[str, nn.Module]) -> str:

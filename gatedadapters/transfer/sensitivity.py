@@ -15,8 +15,11 @@ from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
 from gatedadapters.gates import GateBank
 from gatedadapters.paths import Path
-from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative
+from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative, routed
 from gatedadapters.transfer.weakening import weaken_knowledge
+
+LEAST = 0.25
+"""Of the mean pressure: what is never pressed would win every place of a small budget."""
 
 
 def knowledge_sensitivity(
@@ -24,8 +27,8 @@ def knowledge_sensitivity(
 ) -> dict[str, float]:
     """By path, how far masking feed-forward knowledge moves the backbone's activations where the path writes.
 
-    ||masked - plain|| / ||plain|| of the output of the module written to, over the tokens that are no padding. Only the
-    masking is random; the model is left as it was.
+    ||masked - plain|| / ||plain|| of the output of the module written to (of an expert's map: of the whole mixture),
+    over the tokens that are no padding. Only the masking is random; the model is left as it was.
 
     Args:
         adapters: attached to the model; they are switched off while measuring.
@@ -38,11 +41,7 @@ def knowledge_sensitivity(
         DataError: there is no batch.
     """
     model = adapters.model
-    written = {key: cast(Path, path).site.write.module for key, path in adapters.paths.items()}
-    names = list(dict.fromkeys(written.values()))
-    shifts: dict[str, list[float]] = {name: [] for name in names}
     modules = dict(model.named_modules())
-    watched = {name: modules[name] for name in names}
     given = iter(batches)
     first = next(given, None)
     if first is None:
@@ -51,6 +50,12 @@ def knowledge_sensitivity(
         )
     with adapters.disabled():
         layout = discover(model, first)
+    apart = routed(layout)
+    written = {key: cast(Path, path).site.write.module for key, path in adapters.paths.items()}
+    written = {key: apart.get(module, module) for key, module in written.items()}
+    names = list(dict.fromkeys(written.values()))
+    shifts: dict[str, list[float]] = {name: [] for name in names}
+    watched = {name: modules[name] for name in names}
     with adapters.disabled(), weaken_knowledge(model, first, mask=mask, drop=0.0) as weakening:
         for number, batch in enumerate(chain([first], given)):
             masks = padding(layout, batch)
@@ -70,10 +75,12 @@ def knowledge_sensitivity(
 def prefer_transferable(
     adapters: Adapters, batches: Iterable[Batch], *, mask: float = 0.2, strength: float = 1.0, seed: int = 0
 ) -> dict[str, float]:
-    """Let the gate penalty weigh each path by (its sensitivity / the mean sensitivity) ** strength.
+    """Let the gate penalty weigh each path by max(its sensitivity / the mean sensitivity, 1/4) ** strength.
 
     Of two places that serve the task alike, the search then keeps the one that hangs less on what an update of the base
-    changes. Costs and budgets are what they were: only where the pressure acts differs. After a resume, call it again.
+    changes. Costs and budgets are what they were: only where the pressure acts differs. What stands before the first
+    feed-forward sub-layer hangs on none, and is pressed a quarter as much as the mean: with less it would be kept
+    whatever it does for the task. After a resume, call it again.
 
     Args:
         adapters: with gates, before training.
@@ -103,7 +110,7 @@ def weigh_by(adapters: Adapters, found: Mapping[str, float], *, strength: float 
     """
     bank = _bank(adapters)
     values = torch.tensor([found[group.key] for group in bank.groups], dtype=torch.float64)
-    weights = (values / values.mean().clamp(min=1e-12)).clamp(min=1e-3) ** strength
+    weights = (values / values.mean().clamp(min=1e-12)).clamp(min=LEAST) ** strength
     bank.weigh(weights[bank.owner.cpu()])
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,8 +152,7 @@ def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) 
         if a != b:
             raise refuse(f"{name} of the configuration", a, b)
     layouts = [discover(model, sample) for model in (old, new)]
-    lines = [layout.table().splitlines() for layout in layouts]
-    for a, b in zip(*lines, strict=False):
+    for a, b in zip(*map(_lines, layouts), strict=False):
         if a != b:
             raise refuse("the layout", a.strip(), b.strip())
     return layouts[0]
@@ -224,10 +223,34 @@ def relative(before: list[Tensor], after: list[Tensor]) -> float:
     return math.sqrt(moved / max(size, 1e-30))
 
 
-def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
+def _lines(layout: Layout) -> list[str]:
+    """A layout as text, but for which experts the sample was routed to, and in which order."""
+    lines = re.sub("  traffic .*", "", layout.table()).splitlines()
+    runs = groupby(lines, key=lambda line: line.startswith("    "))  # the maps of a sub-layer
+    return [line for are_maps, run in runs for line in (sorted(run) if are_maps else run)]
+
+
+def routed(layout: Layout) -> dict[str, str]:
+    """By map of an expert that is a module of its own, what its sub-layer writes at: which tokens, and how many, an
+    expert sees differs from base to base.
+    """
+    found: dict[str, str] = {}
     for block in layout.blocks:
         for sublayer in block.sublayers:
-            maps = {m.name: m.role for m in sublayer.maps if m.kind != "experts" and m.traffic > 0}
+            alike: dict[str, list[str]] = {}
+            for m in sublayer.maps:
+                alike.setdefault(re.sub(r"\d+", "#", m.name.removeprefix(sublayer.name)), []).append(m.name)
+            if sublayer.writer and any(m.role == "router" for m in sublayer.maps):
+                found |= {name: sublayer.writer for names in alike.values() if len(names) > 1 for name in names}
+    return found
+
+
+def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
+    apart = routed(layout)
+    for block in layout.blocks:
+        for sublayer in block.sublayers:
+            held = [m for m in sublayer.maps if m.kind != "experts" and m.traffic > 0 and m.name not in apart]
+            maps = {m.name: m.role for m in held}
             if sublayer.writer and sublayer.writer not in maps:
                 maps[sublayer.writer] = ""
             for name, role in maps.items():

@@ -122,9 +122,14 @@ def simulate_update(
             where="simulate_update(texts=)",
             fix="give more text, or a smaller length or batch_size",
         )
+    other = _pieces(tokenizer, other_texts, length)[:held_out]
+    if other_texts and not other:
+        raise DataError(
+            "there is too little other text to measure a loss on", expected=f"a piece of {length} tokens", got="none",
+            where="simulate_update(other_texts=)", fix="give more, or a smaller length",
+        )  # fmt: skip
     masked = objective == "masked"
     collate = _collator(tokenizer, masked, mask_share, seed)
-    other = _pieces(tokenizer, other_texts, length)[:held_out] if other_texts else []
     parts = [part for part in (pieces[:held_out], other) if part]
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     before = [_loss(model, part, tokenizer, masked, mask_share, batch_size) for part in parts]
@@ -143,6 +148,7 @@ def simulate_update(
             disable_tqdm=True,
             logging_steps=steps,
             dataloader_pin_memory=False,
+            dataloader_drop_last=True,  # every step is as large as the report says
         )
         data: Any = pieces[held_out:]
         trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)

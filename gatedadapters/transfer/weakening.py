@@ -173,11 +173,14 @@ class Weakening:
                 before = NoTokens(self, place.block, place.writer)
                 self._handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
                 own.append((modules[name], self._handles[-1].id))
-            contribution = Contribution(self, place.block, place.writer, skipped=bool(place.readers))
+            contribution = Contribution(
+                self, place.block, place.writer, skipped=bool(place.readers), divides=not place.normed
+            )
             self._handles.append(modules[place.writer].register_forward_hook(contribution))
             own.append((modules[place.writer], self._handles[-1].id))
             for name in place.norms:
-                self._handles.append(modules[name].register_forward_hook(PassOver(self, place.block), with_kwargs=True))
+                hook = PassOver(self, place.block, divides=place.normed and name == place.norms[-1])
+                self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
         for block, hooks in ordered.items():  # one draw a block, however many such sub-layers it has
             self._handles.append(modules[block].register_forward_pre_hook(Draw(self, block, hooks)))
 
@@ -318,14 +321,14 @@ class NoTokens(_Hook):
 class Contribution(_Hook):
     """After the writer: the contribution of a skipped sub-layer is 0, with its shape, dtype and place in the graph."""
 
-    def __init__(self, weakening: Weakening, block: str, writer: str, *, skipped: bool) -> None:
+    def __init__(self, weakening: Weakening, block: str, writer: str, *, skipped: bool, divides: bool) -> None:
         super().__init__(weakening)
-        self.block, self.writer, self.skipped = block, writer, skipped
+        self.block, self.writer, self.skipped, self.divides = block, writer, skipped, divides
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook."""
         hit, config = self.weakening.skips(self.block), self.weakening.config
-        if not hit and not (config.rescale and module.training):
+        if not hit and not (self.divides and config.rescale and module.training):
             return None
         value = output if isinstance(output, Tensor) else output[0]
         if hit:
@@ -337,18 +340,22 @@ class Contribution(_Hook):
 
 
 class PassOver(_Hook):
-    """After a norm of a skipped sub-layer: hand on what it was given; its parameters get gradients of 0."""
+    """After a norm of a skipped sub-layer: hand on what it was given; its parameters get gradients of 0.
 
-    def __init__(self, weakening: Weakening, block: str) -> None:
+    A norm does not care how large its input is, so a contribution that is normed is rescaled after that.
+    """
+
+    def __init__(self, weakening: Weakening, block: str, *, divides: bool) -> None:
         super().__init__(weakening)
-        self.block = block
+        self.block, self.divides = block, divides
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook with kwargs."""
         if not self.weakening.skips(self.block):
-            return None
+            rescaled = self.divides and self.weakening.config.rescale and module.training
+            return output / (1 - self.weakening.probabilities[1]) if rescaled else None
         given = first_tensor(args, kwargs).to(output.dtype)
         learns = any(parameter.requires_grad for parameter in module.parameters())
         return given + output[..., :0, :].sum() if learns else given
@@ -404,6 +411,8 @@ def _hooks_of(model: nn.Module) -> Iterable[Any]:
 
 
 _SCHEDULED: WeakSet[Weakening] = WeakSet()
+_TURNS: WeakKeyDictionary[Weakening, WeakSet[torch.optim.Optimizer]] = WeakKeyDictionary()
+"""Optimisers that have stepped since the last step was counted: several on one model make one step together."""
 _STEPS = "weakened_steps"  # what an optimiser's groups, and so its state, call the steps of a ramp
 _COUNTED: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
 """What was written into an optimiser last: another number in it was loaded."""
@@ -420,7 +429,13 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...
     loaded = _loaded_steps(optimizer)
     for weakening in list(_SCHEDULED):
         if weakening.trains(optimizer):
-            weakening.step = (weakening.step if loaded is None else loaded) + 1
+            turn = _TURNS.setdefault(weakening, WeakSet())
+            if loaded is not None:
+                weakening.step = loaded + 1
+            elif not turn or optimizer in turn:
+                weakening.step += 1
+                turn.clear()
+            turn.add(optimizer)
             _COUNTED[optimizer] = weakening.step
             for group in optimizer.param_groups:
                 group[_STEPS] = weakening.step

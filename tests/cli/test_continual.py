@@ -141,12 +141,12 @@ def test_a_random_core_has_the_elements_of_the_first_strategy_unless_it_has_a_si
     monkeypatch.setattr(streaming, "run_stream", run)
     compared = [
         "random", *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
-        {"kind": "random", "elements": [3, 4]},
+        {"kind": "random", "elements": [3, 4]}, {"kind": "random", "core": {"include": ["*.attention.self.key.bias"]}},
     ]  # fmt: skip
     config = ContinualConfig.load(continual(strategy={"kind": "gated", "space": space}, compare=compared))
     streaming.run(config, tmp_path / "out")
     sizes = [strategy.elements for name, strategy in given.items() if name != "gated"]
-    assert sizes == [(70, 80), (70, 80), None, (3, 4)]
+    assert sizes == [(70, 80), (70, 80), None, (3, 4), None]  # the last has no 80 to choose from
     assert given["random-2"].core.include == ("*.attention.*",)
 
 

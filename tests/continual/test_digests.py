@@ -81,3 +81,4 @@ def test_what_differs_between_records_is_named() -> None:
     assert difference([one], [{**one, "size": 4}]) == ("[0].size", "3", "4")
     assert difference([one], [one, other]) == ("", "one", "one, other.csv")
     assert difference({}, {"keep": False}) == (".keep", "null", "false")
+    assert difference({"a": 1}, {"a": 1, "b": None}) == (".b", "nothing", "null")

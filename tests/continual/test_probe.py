@@ -161,6 +161,11 @@ def test_few_batches_are_averaged_over_those_that_ran(tmp_path: Path) -> None:
     assert few.record.fisher == many.record.fisher
 
 
+def test_an_epoch_sees_every_example(tmp_path: Path) -> None:
+    config = ProbeConfig(epochs=1.0, batch_size=8, fisher_batches=1)  # 12 examples
+    assert ga.probe(classifier(), tasks()[0], tmp_path / "probe", config, heads=HEADS, own_head=OWN).record.steps == 2
+
+
 def test_updates_are_stored_in_two_bytes_an_element(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"dtype": "bfloat16", "fraction": 0.5})
     found = ga.probe(classifier(), tasks()[0], tmp_path / "probe", config, heads=HEADS, own_head=OWN, recipe=RECIPE)

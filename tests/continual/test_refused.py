@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from streams import RESUMED, TRAINING, classifier, interrupted, moved, rows, run, state, tasks
+from streams import RESUMED, TRAINING, classifier, collate, interrupted, moved, rows, run, state, tasks
+from transformers import TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.config import SearchSpace
@@ -21,6 +22,7 @@ from gatedadapters.errors import (
     GatedAdaptersError,
     MaskError,
     TaskError,
+    TrainingError,
 )
 
 
@@ -108,6 +110,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
         lambda: [ga.Task(**{**vars(task), "heads": ()}) for task in tasks()], TaskError, "label spaces collide|fit"
     ),
     "no such head": (lambda: tasks(heads=("heads.z",)), AttachError, "heads.z"),
+    "classes not named": (lambda: tasks(classes=(), heads=()), TaskError, "does not name its classes"),
 }  # fmt: skip
 
 
@@ -126,6 +129,11 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
     [
         ({"kind": "cosine", "probe": {"start": "current"}}, ConfigError, "different models"),
         ({"kind": "l2_fisher", "core": {"share": 0.5, "overlap": "exclude_previous"}}, ConfigError, "do not fit into"),
+        (
+            {"kind": "l2_fisher", "core": {"include": ["*.word_*"], "share": 0.1, "overlap": "exclude_previous"}},
+            ConfigError,
+            "1 of 1 tensors a task",
+        ),
         ({"kind": "l2_fisher", "core": {"exclude": ["boas"]}}, MaskError, "'boas'"),
         ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not chosen anew"),
         ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
@@ -139,6 +147,25 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
 def test_bad_strategies_are_refused_before_any_compute(strategy: Any, error: Any, message: str) -> None:
     with interrupted(at=1), pytest.raises(error, match=message):
         ga.run_stream(classifier(), tasks(), strategy, training=TRAINING)
+
+
+@pytest.mark.parametrize("kind", ["replay", "joint"])
+def test_batches_of_other_kinds_are_not_mixed(kind: str) -> None:
+    def marked(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {**collate(items), "task_ids": torch.ones(len(items), dtype=torch.long)}
+
+    with interrupted(at=1), pytest.raises(TaskError, match="batches of different kinds"):
+        ga.run_stream(classifier(), tasks(collate=marked), kind, training=TRAINING)
+
+
+def test_several_processes_or_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with interrupted(at=1), pytest.raises(ConfigError, match="one process"):
+        ga.run_stream(classifier(), tasks(), "sequential", training=TRAINING)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with interrupted(at=1), pytest.raises(TrainingError, match="DataParallel"):
+        ga.run_stream(classifier(), tasks(), "sequential", training=TRAINING)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,7 +13,6 @@ from streams import PROBE, TRAINING, classifier, collate, options, run, tasks
 
 import gatedadapters as ga
 from gatedadapters.continual.core import random_core
-from gatedadapters.continual.fitting import Fitted
 from gatedadapters.continual.measures import exact_match
 from gatedadapters.continual.result import CHANGE, MEMORY, stage_folder
 from gatedadapters.continual.runner import Run
@@ -23,18 +22,18 @@ from gatedadapters.continual.strategies import probed, resolve
 
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every training take no step."""
-    monkeypatch.setattr(Run, "fit", lambda *args, **kwargs: Fitted(0.0))
+    monkeypatch.setattr(Run, "fit", lambda *args, **kwargs: 0.0)
 
 
 def moving(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training add one to all that is trained."""
 
-    def fit(self: Run, index: int, **kwargs: Any) -> Fitted:
+    def fit(self: Run, index: int, **kwargs: Any) -> float:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(1)
-        return Fitted(0.0)
+        return 0.0
 
     monkeypatch.setattr(Run, "fit", fit)
 
@@ -163,12 +162,12 @@ def test_earlier_directions_follow_the_model_to_its_device(monkeypatch: pytest.M
     class Moved(Exception):  # noqa: N818
         pass
 
-    def fit(self: Run, index: int, *, penalty: Any = None, **kwargs: Any) -> Fitted:
+    def fit(self: Run, index: int, *, penalty: Any = None, **kwargs: Any) -> float:
         if penalty is not None:
             self.model.to("meta")
             found.append(penalty().device.type)
             raise Moved
-        return Fitted(0.0)
+        return 0.0
 
     monkeypatch.setattr(Run, "fit", fit)
     monkeypatch.setattr(Run, "_put_back", lambda *args: None)

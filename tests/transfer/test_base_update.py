@@ -14,7 +14,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, WhisperConfig, WhisperModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 import gatedadapters as ga
 from gatedadapters.errors import AttachError, DataError, LayoutError, TrainingError
@@ -192,6 +200,7 @@ def test_each_arm_is_trained_and_tested_where_it_should_be() -> None:
     new, _ = tiny("llama", head="classification", seed=1)
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (old, new)]
     log: list[tuple[str, ...]] = []
+    begun: list[float] = []
 
     def train(model: nn.Module, seed: int) -> ga.Adapters:
         space = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 2}]}, where="test")
@@ -199,6 +208,9 @@ def test_each_arm_is_trained_and_tested_where_it_should_be() -> None:
         with torch.no_grad():
             for path in adapters.paths.values():
                 path.up.fill_(0.01 * (len(log) + 1))
+        begun.append(float(model.score.weight.detach().sum()))
+        with torch.no_grad():
+            model.score.weight.add_(1)
         adapters.compact()
         weak = any(type(h).__name__ == "Draw" for m in model.modules() for h in m._forward_pre_hooks.values())
         log.append(("train", "old" if model is old else "new", "weakened" if weak else "plain", str(seed)))
@@ -218,9 +230,10 @@ def test_each_arm_is_trained_and_tested_where_it_should_be() -> None:
     assert first.trained_old == pytest.approx(0.02 * gates)
     assert first.retuned == pytest.approx(0.03 * gates + 0.5)
     assert "recovery" in report.table()
+    first_old, first_new = (float(state["score.weight"].sum()) for state in before)
+    assert begun == pytest.approx(2 * [first_old, first_old, first_new])  # no training begins where another ended
     for model, state in zip((old, new), before, strict=True):
-        heads = {"score.weight"}
-        assert all(torch.equal(value, state[k]) for k, value in model.state_dict().items() if k not in heads)
+        assert all(torch.equal(value, state[k]) for k, value in model.state_dict().items())
         assert not hasattr(model, "gated_adapters")
 
 
@@ -237,6 +250,26 @@ def test_sensitivity_is_zero_before_the_first_feed_forward_and_counts_it_after()
     assert 0 < found["layers/1/self_attn/q_proj:lora"] < found["layers/0/mlp/down_proj:lora"]
     assert all(module.training for module in model.modules())
     assert not any(type(h).__name__.startswith("Mask") for m in model.modules() for h in m._forward_pre_hooks.values())
+
+
+def test_experts_that_are_modules_of_their_own_are_compared_as_a_whole() -> None:
+    """Which tokens an expert sees differs between bases, and under a mask."""
+    config = SwitchTransformersConfig(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=64,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    old, new = SwitchTransformersModel(config).eval(), SwitchTransformersModel(config).eval()
+    ids = torch.randint(3, VOCABULARY, (4, 12))
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :6]}
+    points = activation_shift(old, new, [batch]).points
+    assert any(point.sublayer == "feed_forward" for point in points)
+    assert not any("expert_" in point.module for point in points)
+    adapters = ga.attach(old, "lora-all-linear", batch)
+    found = knowledge_sensitivity(adapters, [batch])
+    assert any("expert_" in key for key in found)
+    assert all(value > 0 for key, value in found.items() if "expert_" in key)
 
 
 @pytest.mark.parametrize("penalty", [ga.L0(weight=2.0), ga.Budget(fraction=0.2)], ids=["L0", "budget"])

@@ -28,6 +28,27 @@ def test_ramp_follows_the_optimiser() -> None:
     assert seen == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
+def test_several_optimisers_on_one_model_make_one_step() -> None:
+    model, batch = tiny("llama")
+    by_layer = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model.layers]
+    with ga.weaken_knowledge(model, mask=ga.Ramp(end=0.8), drop=0.0, total_steps=8) as handle:
+        for done in range(1, 5):
+            model.train()(**batch)
+            for optimizer in by_layer:
+                optimizer.step()
+            assert handle.step == done
+    saved = [optimizer.state_dict() for optimizer in by_layer]
+    later = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model.layers]
+    with ga.weaken_knowledge(model, mask=ga.Ramp(end=0.8), drop=0.0, total_steps=8) as handle:
+        for optimizer, state in zip(later, saved, strict=True):
+            optimizer.load_state_dict(state)
+        for done in (5, 6):
+            model.train()(**batch)
+            for optimizer in later:
+                optimizer.step()
+            assert handle.step == done
+
+
 def test_a_resumed_trainer_goes_on_with_the_ramp(tmp_path: Path) -> None:
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(16)]
 

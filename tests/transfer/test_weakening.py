@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gatedadapters as ga
 from gatedadapters.errors import AttachError, ConfigError, LayoutError
+from gatedadapters.masking import Mask
 from gatedadapters.testing.backbones import FAMILIES, tiny
 from gatedadapters.transfer import feed_forwards, restore_knowledge, weakening
 from gatedadapters.transfer.weakening import masked
@@ -219,6 +220,48 @@ def test_a_sub_layer_called_by_itself_in_evaluation_is_untouched_by_the_last_dra
         model.eval()
         for module, value, expected in zip(called, given, before, strict=True):
             torch.testing.assert_close(module(value), expected, rtol=0, atol=0)
+
+
+def test_rescaling_a_normed_contribution_divides_what_the_norm_returns() -> None:
+    """Before the norm it would change nothing."""
+    model, batch = tiny("gemma2")
+    without_dropout(model).double()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in plain.layers:  # y (1 + w) / (1 - p)
+            layer.post_feedforward_layernorm.weight.add_(1).div_(1 - P_DROP).sub_(1)
+    with ga.weaken_knowledge(model, batch, drop=P_DROP, rescale=True), ga.weaken_knowledge(plain, batch, drop=P_DROP):
+        for seed in range(3):
+            torch.testing.assert_close(gradients(model, batch, seed)[0], gradients(plain, batch, seed)[0])
+
+
+def test_a_ramp_that_has_not_begun_draws_nothing() -> None:
+    model, batch = tiny("llama")
+    model.train()
+    expected = gradients(model, batch, 0)
+    after = torch.rand(1)
+    ramp = ga.Ramp(end=0.4, begin=0.5)
+    with ga.weaken_knowledge(model, batch, mask=ramp, drop=ramp, total_steps=10):
+        found = gradients(model, batch, 0)
+        assert torch.equal(torch.rand(1), after)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_masked_backbone_is_weakened_like_a_plain_one() -> None:
+    model, batch = tiny("llama")
+    without_dropout(model)
+    plain = copy.deepcopy(model)
+    names = ("layers.1.mlp.up_proj.weight", "layers.2.self_attn.q_proj.weight")
+    chosen = {name: torch.arange(0, 40, 3) for name in names}
+    delta = ga.apply_mask(model, Mask.build(model, chosen))
+    options = {"mask": P_MASK, "drop": P_DROP}
+    with ga.weaken_knowledge(model, batch, **options), ga.weaken_knowledge(plain, batch, **options):
+        for seed in range(4):
+            output = gradients(model, batch, seed)[0]
+            expected, every = gradients(plain, batch, seed)
+            torch.testing.assert_close(output, expected)
+            for name, part in delta.items():
+                torch.testing.assert_close(part.values.grad, every[name].flatten()[chosen[name]])
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import Core
@@ -47,6 +47,10 @@ class Strategy(Config, ABC):
     """
 
     kind: ClassVar[str]
+
+    def identity(self) -> dict[str, Any]:
+        """Its options as data, with what is in the files that they name: a stream that goes on must find the same."""
+        return {"kind": self.kind, **self.model_dump(mode="json")}
 
     def check(self, run: Run) -> None:
         """Before any compute: raise where this strategy and these tasks do not go together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr
 
@@ -29,6 +29,10 @@ class Carried(Selected):
     kind = "carried"
     source: str
     _carried: dict[str, Core] = PrivateAttr(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """With the last state of the smaller model's stream, which tells it from any other."""
+        return {**super().identity(), "source_state": StreamResult.load(self.source).stages[-1].state}
 
     def check(self, run: Run) -> None:
         """Read and carry the cores.

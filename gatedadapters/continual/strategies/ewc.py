@@ -42,14 +42,14 @@ class EWC(Strategy):
         """Train everything under the pull, then learn what this task needs."""
         elements = run.require(run.infos, index)
         penalty = None if self._fisher is None else ElasticPenalty(run.model, self._fisher, self.weight)
-        fitted = run.fit(index, penalty=penalty)
+        seconds = run.fit(index, penalty=penalty)
         if index + 1 < len(run.stream):
             batches = islice(run.batches(index, self.fisher_batch_size), self.fisher_batches)
             found = score(run.model, batches, kind="fisher", heads=sorted(run.all_heads))
             earlier = self._fisher
             sums = {n: found[n] + (0 if earlier is None else earlier[n].to(found[n].device)) for n in found.names}
             self._fisher = Scores(found.record, sums)
-        return Tuned(elements, fitted.seconds)
+        return Tuned(elements, seconds)
 
     def remember(self, run: Run, index: int, folder: Path) -> None:
         """The summed Fisher information."""

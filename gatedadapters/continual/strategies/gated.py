@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -42,6 +42,10 @@ class Searching(Strategy):
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
 
+    def identity(self) -> dict[str, Any]:
+        """With the search space itself in place of its name."""
+        return {**super().identity(), "space": self.resolved_space().model_dump(mode="json")}
+
     def check(self, run: Run) -> None:
         """See that the space can be read."""
         self.resolved_space()
@@ -53,7 +57,7 @@ class Searching(Strategy):
         options = {
             "budget": self.budget, "schedule": self.schedule, "gate_learning_rate": self.gate_learning_rate,
         }  # fmt: skip
-        return run.fit(index, phase=phase, steps=steps, gated=options).seconds
+        return run.fit(index, phase=phase, steps=steps, gated=options)
 
 
 class Gated(Searching):
@@ -97,7 +101,7 @@ class Gated(Searching):
             run.write(structure_file, json.dumps({"structure": structure.to_json(), "seconds": probed}))
         adapters = run.attach(structure, seed=run.phase_seed(index))
         run.require_heads(index)
-        fitted = run.fit(index)
+        seconds = run.fit(index)
         elements = sum(p.numel() for p in adapters.weight_parameters())
         adapters.merge_and_detach()
-        return Tuned(elements, fitted.seconds, probed, structure=structure, merged=True)
+        return Tuned(elements, seconds, probed, structure=structure, merged=True)

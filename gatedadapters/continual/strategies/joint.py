@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import ConcatDataset
 
 from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.continual.tasks import check_mixing
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run
@@ -19,6 +20,10 @@ class Joint(Strategy):
 
     kind = "joint"
 
+    def check(self, run: Run) -> None:
+        """See that the tasks' examples can be in one batch."""
+        check_mixing(run.stream.tasks, self.kind)
+
     def stages(self, run: Run) -> int:
         """One."""
         return 1
@@ -28,4 +33,4 @@ class Joint(Strategy):
         every = range(len(run.stream))
         elements = run.require(run.infos, *every)
         data: ConcatDataset[Any] = ConcatDataset([task.train for task in run.stream])
-        return Tuned(elements, run.fit(index, data=data, heads_of=every, length=len(run.stream)).seconds)
+        return Tuned(elements, run.fit(index, data=data, heads_of=every, length=len(run.stream)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from gatedadapters.attachment import detach
 from gatedadapters.config import SearchSpace
+from gatedadapters.continual.result import Attached
 from gatedadapters.continual.strategies.base import Strategy, Tuned
 from gatedadapters.structure import Structure
 
@@ -36,7 +38,13 @@ class SequentialLoRA(Strategy):
         """Train the maps."""
         adapters = run.adapters()
         run.require_heads(index)
-        return Tuned(sum(p.numel() for p in adapters.weight_parameters()), run.fit(index).seconds)
+        return Tuned(sum(p.numel() for p in adapters.weight_parameters()), run.fit(index))
+
+    def remember(self, run: Run, index: int, folder: Path) -> None:
+        """What is attached, so that a state can be restored into the plain model."""
+        structure = run.adapters().structure
+        assert structure is not None
+        Attached(structure=structure.to_json(), heads=sorted(run.all_heads), seed=run.seed).write(folder)
 
 
 def uniform_lora(run: Run, rank: int) -> Structure:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import field_validator
+
 from gatedadapters.config import CoreConfig
 from gatedadapters.continual.strategies.probed import Probed
 
@@ -15,4 +20,10 @@ class LoTA(Probed):
 
     kind = "lota"
     quantity = "delta"
-    core: CoreConfig = CoreConfig(share=0.1, granularity="element")
+    core: CoreConfig = CoreConfig(granularity="element")
+
+    @field_validator("core", mode="before")
+    @classmethod
+    def _of_elements(cls, core: Any) -> Any:
+        """By element also where other options of the core are given."""
+        return {"granularity": "element", **core} if isinstance(core, Mapping) else core

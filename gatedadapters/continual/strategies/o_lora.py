@@ -57,13 +57,13 @@ class OLoRA(Strategy):
                 terms.append((earlier[key] @ own.T).abs().sum())
             return self.orthogonality * torch.stack(terms).sum()
 
-        fitted = run.fit(index, penalty=penalty if earlier and self.orthogonality else None)
+        seconds = run.fit(index, penalty=penalty if earlier and self.orthogonality else None)
         for key, path in paths.items():
             own = path.down.detach().cpu().clone()
             self._earlier[key] = torch.cat([self._earlier[key], own]) if key in self._earlier else own
         elements = sum(p.numel() for p in adapters.weight_parameters())
         adapters.merge_and_detach()
-        return Tuned(elements, fitted.seconds, merged=True)
+        return Tuned(elements, seconds, merged=True)
 
     def remember(self, run: Run, index: int, folder: Path) -> None:
         """All directions taken."""

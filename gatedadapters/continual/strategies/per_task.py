@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 from gatedadapters.adapters import get_adapters
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.attachment import detach
+from gatedadapters.continual.result import ADAPTER
 from gatedadapters.continual.strategies.base import Tuned
 from gatedadapters.continual.strategies.gated import Searching
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run
 
-ADAPTER = "adapter"
-
 
 class PerTask(Searching):
     """Each task is searched under the budget on the untouched backbone and served with its own adapter. A task that is
-    not trained yet is answered by the backbone alone.
+    not trained yet is answered by the backbone alone. Afterwards the adapters lie in the stream's folder, see
+    `StreamResult.shelf`; run without one, the stream leaves its scores alone.
     """
 
     kind = "per_task"

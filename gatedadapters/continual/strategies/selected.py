@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import PrivateAttr
 
 from gatedadapters.config import CoreConfig
-from gatedadapters.continual.core import Core, load_core, save_core
+from gatedadapters.continual.core import Core, load_core, save_core, tensors_in
 from gatedadapters.continual.strategies.base import Strategy, Tuned
 from gatedadapters.errors import ConfigError
 from gatedadapters.masking import apply_mask
@@ -44,11 +44,14 @@ class Selected(Strategy):
         Raises:
             ConfigError: they do not.
         """
-        if self.core.overlap == "exclude_previous" and self.core.share * len(run.stream) > 1:
+        tasks, tensors = len(run.stream), len(self.candidates(run))
+        whole = tensors_in(self.core.share, tensors) if self.core.granularity == "tensor" else 0
+        if self.core.overlap == "exclude_previous" and (self.core.share * tasks > 1 or whole * (tasks - 1) >= tensors):
             raise ConfigError(
                 "exclusive cores of this size do not fit into the model",
-                expected=f"share of at most 1/{len(run.stream)}", got=self.core.share, where=f"{self.kind}: core.share",
-                fix="lower it, or overlap: allow",
+                expected=f"cores of at most 1/{tasks} of what may be chosen",
+                got=f"share {self.core.share}" + (f", {whole} of {tensors} tensors a task" if whole else ""),
+                where=f"{self.kind}: core", fix="lower the share, offer more, or overlap: allow",
             )  # fmt: skip
 
     def begin(self, run: Run) -> None:
@@ -71,10 +74,10 @@ class Selected(Strategy):
         selecting = time.perf_counter() - start
         delta = apply_mask(run.model, core.mask(run.model, run.all_heads), heads=self._kept(run))
         run.require_heads(index)
-        fitted = run.fit(index)
+        seconds = run.fit(index)
         delta.merge()
         self._cores.append(core)
-        return Tuned(core.elements, fitted.seconds, probed + selecting, core)
+        return Tuned(core.elements, seconds, probed + selecting, core)
 
     def candidates(self, run: Run) -> tuple[str, ...]:
         """Names of the tensors that may be chosen."""

@@ -18,4 +18,4 @@ class Sequential(Strategy):
     def tune(self, run: Run, index: int) -> Tuned:
         """Train everything."""
         elements = run.require(run.infos, index)
-        return Tuned(elements, run.fit(index).seconds)
+        return Tuned(elements, run.fit(index))
