@@ -257,11 +257,15 @@ def compute(cell: Cell) -> dict[str, Any]:
         result["direct"] = score(new, test, collate)
     kinds = dict.fromkeys(path.site.sublayer for path in structure.paths)
     shares = {kind: sum(p.params for p in structure.paths if p.site.sublayer == kind) for kind in kinds}
+    blocks = {p.site.block: 0 for p in structure.paths}
+    for p in structure.paths:
+        blocks[p.site.block] += p.params
     return {
         "cell": asdict(cell),
         **result,
         "params": structure.params,
         "params_by_sublayer": shares,
+        "params_by_block": blocks,
         "seconds": round(seconds, 1),
         "total_seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
@@ -288,9 +292,9 @@ def score(model: nn.Module, data: Any, collate: MixedTaskCollator, batch: int = 
     """Accuracy and mean cross-entropy; examples sorted by length, so that little is padding."""
     model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))
-    right, loss, collate_plain = 0, 0.0, Plain(collate)
+    right, loss, collate_plain, device = 0, 0.0, Plain(collate), next(model.parameters()).device
     for start in range(0, len(order), batch):
-        inputs = collate_plain([data[i] for i in order[start : start + batch]])
+        inputs = {k: v.to(device) for k, v in collate_plain([data[i] for i in order[start : start + batch]]).items()}
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
         right += int((logits.argmax(-1) == labels).sum())
@@ -316,23 +320,23 @@ def premise(setting: Setting, task_name: str) -> dict[str, Any]:
 TASKS = ("newsgroups", "rotten_tomatoes", "tweets")
 SWEEP_TASK, DECODER_TASK = "newsgroups", "rotten_tomatoes"
 SEEDS = (0, 1, 2, 3, 4)
-SWEEP_SEEDS, DECODER_SEEDS, RETUNED_SEEDS = (0,), (0, 1), (0, 1)  # vanilla is re-tuned for every seed
+SWEEP_SEEDS, DECODER_SEEDS, RETUNED_SEEDS = (0,), (0, 1), (0, 1)  # vanilla and gated are re-tuned for every seed
 MASKS, DROPS = (0.0, 0.1, 0.2, 0.3), (0.0, 0.05, 0.1, 0.15)
-# name in the tables: (arm, drop)
+# name in the tables: (arm, drop, what it is compared with)
 VARIANTS = {
-    "vanilla": ("uniform", 0.0),
-    "transfer": ("uniform", DROP),
-    "dropout control": ("dropout", 0.0),
-    "attention only": ("attention", 0.0),
-    "gated": ("gated", 0.0),
-    "gated, preferring": ("gated-preferring", 0.0),
-    "gated + transfer": ("gated-preferring", DROP),
+    "vanilla": ("uniform", 0.0, ""),
+    "transfer": ("uniform", DROP, "vanilla"),
+    "dropout control": ("dropout", 0.0, "vanilla"),
+    "attention only": ("attention", 0.0, "vanilla"),
+    "gated": ("gated", 0.0, "vanilla"),
+    "gated + transfer": ("gated", DROP, "gated"),
+    "gated, preferring": ("gated-preferring", 0.0, "gated"),
 }
 
 
 def cell_of(setting: Setting, task: str, variant: str, seed: int, base: str = "old") -> Cell:
     """The cell of a variant."""
-    arm, drop = VARIANTS[variant]
+    arm, drop, _ = VARIANTS[variant]
     return Cell(setting.name, task, arm, seed, base, 0.0, drop)
 
 
@@ -351,6 +355,9 @@ def cells() -> Iterator[Cell]:
         for task in TASKS:
             for variant in VARIANTS:
                 yield cell_of(ENCODER, task, variant, seed)
+    for seed in SEEDS:
+        for task in TASKS:
+            yield cell_of(ENCODER, task, "gated", seed, "new")
     for seed in SWEEP_SEEDS:
         for mask in MASKS:
             for drop in DROPS:
@@ -382,10 +389,23 @@ def run_all(only: list[str], limit: int | None) -> None:
 
 
 def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    """By task and variant: accuracy on both bases, differences to vanilla paired by seed, recovery. Over all tasks, a
-    seed's value is the mean over its tasks, so that the interval counts seeds.
+    """By task and variant: accuracy on both bases, differences to what it is compared with paired by seed, and the share
+    of what re-tuning that would win. Over all tasks, a seed's value is the mean over its tasks, so that the interval
+    counts seeds; of fewer re-tuned ones their number is given.
     """
-    header = ["task", "arm", "seeds", "old", "direct", "re-tuned", "direct - vanilla", "old - vanilla", "recovery"]
+    header = [
+        "task",
+        "arm",
+        "seeds",
+        "old",
+        "direct",
+        "re-tuned",
+        "minus",
+        "direct",
+        "old",
+        "recovery (95 %)",
+        "params",
+    ]
     rows = []
     for names in (*((task,) for task in tasks), *([tasks] if len(tasks) > 1 else [])):
         for variant in VARIANTS:
@@ -398,22 +418,30 @@ def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...])
             old, direct = scores(variant, "old", "old"), scores(variant, "old", "direct")
             if not old:
                 continue
-            vanilla_old, vanilla = scores("vanilla", "old", "old"), scores("vanilla", "old", "direct")
-            retuned = scores("vanilla", "new", "new")
-            closed = sorted(direct.keys() & vanilla.keys() & retuned.keys())
-            recovered = recovery([direct[s] - vanilla[s] for s in closed], [retuned[s] - vanilla[s] for s in closed])
-            differences = [
-                shown([ours[s] - theirs[s] for s in sorted(ours.keys() & theirs)], signed=True)
-                for ours, theirs in ((direct, vanilla), (old, vanilla_old))
-            ]
-            share = "undefined" if recovered.value is None else f"{recovered.value:.0%}"
+            retuned = {s: v for s, v in scores(variant, "new", "new").items() if s in old}
+            number = f" ({len(retuned)})" if 0 < len(retuned) < len(old) else ""
+            other = VARIANTS[variant][2]
+            compared = [other, "", "", ""]
+            if other and (theirs_old := scores(other, "old", "old")):
+                theirs, theirs_retuned = scores(other, "old", "direct"), scores(other, "new", "new")
+                closed = sorted(direct.keys() & theirs.keys() & theirs_retuned.keys())
+                won, gap = [direct[s] - theirs[s] for s in closed], [theirs_retuned[s] - theirs[s] for s in closed]
+                found = recovery(won, gap)
+                compared[1:] = [
+                    *(
+                        shown([a[s] - b[s] for s in sorted(a.keys() & b)], signed=True)
+                        for a, b in ((direct, theirs), (old, theirs_old))
+                    ),
+                    "undefined"
+                    if found.value is None or found.interval is None
+                    else f"{found.value:.0%} ({found.interval[0]:.0%} to {found.interval[1]:.0%})",
+                ]
             sizes = [c["params"] for t in names for s in old if (c := read(cell_of(setting, t, variant, s).file))]
             rows.append([
                 names[0] if len(names) == 1 else "all", variant, str(len(old)), shown(old.values()),
-                shown(direct.values()), shown(scores(variant, "new", "new").values()),
-                *(["", "", ""] if variant == "vanilla" else [*differences, share]), f"{max(sizes):,}",
+                shown(direct.values()), shown(retuned.values()) + number, *compared, f"{max(sizes):,}",
             ])  # fmt: skip
-    return format_table([*header, "params"], rows)
+    return format_table(header, rows)
 
 
 def sweep_table() -> str:
