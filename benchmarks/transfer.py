@@ -257,9 +257,9 @@ def compute(cell: Cell) -> dict[str, Any]:
         result["direct"] = score(new, test, collate)
     kinds = dict.fromkeys(path.site.sublayer for path in structure.paths)
     shares = {kind: sum(p.params for p in structure.paths if p.site.sublayer == kind) for kind in kinds}
-    blocks = {p.site.block: 0 for p in structure.paths}
+    blocks = {p.site.block_index: 0 for p in structure.paths}
     for p in structure.paths:
-        blocks[p.site.block] += p.params
+        blocks[p.site.block_index] += p.params
     return {
         "cell": asdict(cell),
         **result,
@@ -389,23 +389,11 @@ def run_all(only: list[str], limit: int | None) -> None:
 
 
 def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    """By task and variant: accuracy on both bases, differences to what it is compared with paired by seed, and the share
-    of what re-tuning that would win. Over all tasks, a seed's value is the mean over its tasks, so that the interval
-    counts seeds; of fewer re-tuned ones their number is given.
+    """By task and variant: accuracy on both bases, differences to another variant paired by seed, and the share of what
+    re-tuning that one would win. Over all tasks, a seed's value is the mean over its tasks, so that the interval counts
+    seeds; of fewer re-tuned ones their number is given.
     """
-    header = [
-        "task",
-        "arm",
-        "seeds",
-        "old",
-        "direct",
-        "re-tuned",
-        "minus",
-        "direct",
-        "old",
-        "recovery (95 %)",
-        "params",
-    ]
+    header = ["task", "arm", "seeds", "old", "direct", "re-tuned", "beside", "direct - its", "old - its", "recovery"]
     rows = []
     for names in (*((task,) for task in tasks), *([tasks] if len(tasks) > 1 else [])):
         for variant in VARIANTS:
@@ -441,7 +429,7 @@ def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...])
                 names[0] if len(names) == 1 else "all", variant, str(len(old)), shown(old.values()),
                 shown(direct.values()), shown(retuned.values()) + number, *compared, f"{max(sizes):,}",
             ])  # fmt: skip
-    return format_table(header, rows)
+    return format_table([*header, "params"], rows)
 
 
 def sweep_table() -> str:
