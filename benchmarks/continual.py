@@ -93,7 +93,7 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of th
     "per_task": rates(3e-3),
     "joint": (),
     "replay": (),
-    "o_lora": rates(1e-4, 3e-4, 1e-3, 3e-3),
+    "o_lora": rates(3e-4, 1e-3, 3e-3, 1e-2),
     "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
 }
 TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "carried": "l2_fisher-matrices"}  # not tuned again
