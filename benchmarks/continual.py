@@ -96,9 +96,18 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of th
     "o_lora": rates(3e-4, 1e-3, 3e-3, 1e-2),
     "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
 }
+DECODER_SETTINGS = {"l2_fisher": rates(3e-4, 1e-3), "random": rates(1e-3, 3e-3)}  # around what suits the encoder
 TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "carried": "l2_fisher-matrices"}  # not tuned again
 ARMS = tuple(SETTINGS)
 COUNTED_LIKE = {"random": "l2_fisher", "random-matrices": "l2_fisher-matrices", "random-cosine": "cosine"}
+COMPARED = {  # selections: what they are to beat, their own control among them
+    "l2_fisher": ("sequential", "lora", "random"),
+    "l2_fisher-matrices": ("sequential", "lora", "random-matrices", "ewc", "o_lora"),
+    "l2_fisher-elements": ("sequential", "lora", "random-elements"),
+    "cosine": ("sequential", "lora", "random-cosine"),
+    "lota": ("sequential", "lora", "l2_fisher-elements"),
+    "carried": ("sequential", "lora", "random-matrices", "l2_fisher-matrices"),
+}
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,14 @@ def training_of(cell: Cell) -> StreamTrainingConfig:
 
 def variants(cell: Cell) -> list[Cell]:
     """The cell under each setting of its arm; what is selected does not depend on it."""
-    return [Cell(**{**vars(cell), "setting": tuple(setting.items())}) for setting in SETTINGS[cell.arm]]
+    return [
+        Cell(**{**vars(cell), "setting": tuple(setting.items())}) for setting in settings_of(cell.study, cell.arm)
+    ]
+
+
+def settings_of(study: str, arm: str) -> tuple[dict[str, float], ...]:
+    """What an arm is tuned over."""
+    return DECODER_SETTINGS.get(arm, SETTINGS[arm]) if study == "smollm2" else SETTINGS[arm]
 
 
 def counted(cell: Cell) -> list[int] | None:
@@ -257,7 +273,8 @@ def tuning_cells(study: str, arm: str) -> list[Cell]:
     """
     steps, tasks = (10, 2) if study == "smollm2" else (STEPS, 5)
     return [
-        Cell(study, arm, tuple(setting.items()), TUNING_STREAM, steps, tasks, "validation") for setting in SETTINGS[arm]
+        Cell(study, arm, tuple(setting.items()), TUNING_STREAM, steps, tasks, "validation")
+        for setting in settings_of(study, arm)
     ]
 
 
@@ -338,16 +355,15 @@ def table(study: str) -> str:
 
 
 def differences(found: dict[str, tuple[dict[str, float], dict[int, dict[str, Any]]]]) -> list[str]:
-    """Each selection minus full fine-tuning, LoRA and its own control; no table where there is nothing to compare."""
-    controls = {"l2_fisher-elements": "random-elements", **{ours: control for control, ours in COUNTED_LIKE.items()}}
+    """Each selection minus what it is to beat; no table where there is nothing to compare."""
     rows = []
-    for ours, control in controls.items():
-        for theirs in ("sequential", "lora", control):
+    for ours, others in COMPARED.items():
+        for theirs in others:
             if ours in found and theirs in found:
-                mine, others = found[ours][1], found[theirs][1]
-                both = sorted(mine.keys() & others.keys())
+                mine, own = found[ours][1], found[theirs][1]
+                both = sorted(mine.keys() & own.keys())
                 pairs = [
-                    shown((mine[s]["metrics"][n] - others[s]["metrics"][n] for s in both), signed=True)
+                    shown((mine[s]["metrics"][n] - own[s]["metrics"][n] for s in both), signed=True)
                     for n in ("op", "forgetting")
                 ]
                 rows.append([ours, theirs, str(len(both)), *pairs])
@@ -372,21 +388,29 @@ def picture(study: str, folder: Path) -> None:
 def carry(streams: Sequence[int]) -> str:
     """The 6-layer encoder with its own cores, with those of the 3-layer one, and with random ones."""
     run_all("minilm-l6", ("l2_fisher-matrices", "carried", "random-matrices"), streams)
-    ours = TUNED_LIKE["carried"]
-    setting = tuned("minilm-l6", ours, compute_missing=True)
-    assert setting is not None
-    rows = []
-    for stream in streams:
-        own, carried = (stored(Cell("minilm-l6", arm, setting, stream)) for arm in (ours, "carried"))
-        for stage, mine, theirs in zip(own["stages"], own["cores"], carried["cores"], strict=True):
-            both = sum(count for name, count in mine.items() if name in theirs)
-            either = sum(mine.values()) + sum(theirs.values()) - both
-            common = len(mine.keys() & theirs.keys())
-            rows.append([
-                str(stream), stage["task"], f"{len(mine)}", f"{len(theirs)}", f"{common}", f"{both / either:.2f}"
-            ])  # fmt: skip
-    overlap = format_table(["stream", "task", "own tensors", "carried", "common", "Jaccard of elements"], rows)
-    return f"{overlap}\n\n{table('minilm-l6')}"
+    return f"{overlaps()}\n\n{table('minilm-l6')}"
+
+
+def overlaps() -> str:
+    """How much of its own selection the 6-layer encoder is carried, and what chance gives: shares of elements, in
+    per cent; a stream's value is the mean over its tasks.
+    """
+    found, rows = results_of("minilm-l6"), []
+    own = found[TUNED_LIKE["carried"]][1]
+    for arm in ("carried", "random-matrices"):
+        other = found[arm][1]
+        both = sorted(own.keys() & other.keys())
+        shares = [
+            np.mean([jaccard(*cores) for cores in zip(own[s]["cores"], other[s]["cores"], strict=True)]) for s in both
+        ]
+        rows.append([arm, str(len(both)), shown(float(share) for share in shares)])
+    return format_table(["6-layer encoder", "streams", "Jaccard with its own selection"], rows)
+
+
+def jaccard(mine: dict[str, int], theirs: dict[str, int]) -> float:
+    """Of elements selected by tensor, one of the two holding whole tensors."""
+    both = sum(min(count, theirs.get(name, 0)) for name, count in mine.items())
+    return both / (sum(mine.values()) + sum(theirs.values()) - both)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
