@@ -223,9 +223,7 @@ def training_of(cell: Cell) -> StreamTrainingConfig:
 
 def variants(cell: Cell) -> list[Cell]:
     """The cell under each setting of its arm; what is selected does not depend on it."""
-    return [
-        Cell(**{**vars(cell), "setting": tuple(setting.items())}) for setting in settings_of(cell.study, cell.arm)
-    ]
+    return [Cell(**{**vars(cell), "setting": tuple(setting.items())}) for setting in settings_of(cell.study, cell.arm)]
 
 
 def settings_of(study: str, arm: str) -> tuple[dict[str, float], ...]:
@@ -318,7 +316,7 @@ def run_all(study: str, arms: Sequence[str], streams: Sequence[int]) -> None:
                 print(
                     f"{study} {arm} {dict(setting)} stream {cell.stream}: OP {m['op']:.3f}, "
                     f"forgetting {m['forgetting']}, {found['cpu_seconds']} CPU s",
-                    flush=True,
+                    file=sys.stderr,
                 )
 
 
@@ -335,7 +333,9 @@ def results_of(study: str) -> dict[str, tuple[dict[str, float], dict[int, dict[s
 
 
 def table(study: str) -> str:
-    """Every arm from the stored cells, and selections minus what they are to beat, paired by stream; in per cent."""
+    """Every arm from the stored cells, and selections minus what they are to beat, paired by stream; in per cent. CPU
+    seconds are of a whole stream with its scores; what a probe takes is given as a share of the tuning it serves.
+    """
     found, rows = results_of(study), []
     for arm, (setting, results) in found.items():
         metrics = {n: [r["metrics"][n] for r in results.values()] for n in Metrics.__dataclass_fields__}
@@ -344,12 +344,12 @@ def table(study: str) -> str:
         rows.append([
             arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *means,
             f"{np.mean([s['elements'] for s in stages]):,.0f}", f"{np.mean([s['bytes'] for s in stages]):,.0f}",
-            f"{np.mean([sum(s['seconds'] for s in r['stages']) for r in results.values()]):.0f}",
-            f"{np.mean([sum(s['probe_seconds'] for s in r['stages']) for r in results.values()]):.0f}",
+            f"{np.mean([r['cpu_seconds'] for r in results.values()]):.0f}",
+            f"{sum(s['probe_seconds'] for s in stages) / sum(s['seconds'] for s in stages):.0%}",
         ])  # fmt: skip
     header = [
         "arm", "setting", "streams", "OP", "BWT", "FWT", "forgetting", "general delta", "elements / task",
-        "bytes / task", "train s", "probe s",
+        "bytes / task", "CPU s", "probe / tuning",
     ]  # fmt: skip
     return "\n\n".join([format_table(header, rows), *differences(found)])
 

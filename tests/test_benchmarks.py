@@ -98,7 +98,7 @@ def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pyt
     [
         ("search_quality", lambda s: [s.table(), s.compression()]),
         ("forgetting", lambda s: [s.table()]),
-        ("continual", lambda s: [s.table("minilm-l3")]),
+        ("continual", lambda s: [*map(s.table, s.STUDIES), s.overlaps()]),
         ("transfer", lambda s: [s.table()]),
     ],
 )
@@ -107,6 +107,12 @@ def test_readme_shows_the_tables_of_the_stored_cells(name: str, tables: Callable
     lines = [line.rstrip() for table in tables(script(name)) for line in table.splitlines()]
     assert len(lines) > 3
     assert [line for line in lines if line not in readme] == []
+
+
+def test_overlap_of_carried_cores_counts_elements() -> None:
+    jaccard = script("continual").jaccard
+    assert jaccard({"a": 4, "b": 6}, {"a": 4, "c": 2}) == 4 / 12
+    assert jaccard({"a": 4, "b": 6}, {"a": 1}) == 1 / 10  # a random core may hold a part of a tensor
 
 
 def test_inference_cost_says_whether_each_claim_holds() -> None:
