@@ -205,18 +205,21 @@ class StreamResult:
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
             Attached.model_validate_json(attached.read_bytes()).attach(model)
-        found = digest(model)
-        if found not in states:
+        try:
+            found = digest(model)
+            if found not in states:
+                raise ArtifactError(
+                    "the model is in no state of this stream", expected=", ".join(state[:8] for state in states),
+                    got=found[:8], where="StreamResult.restore",
+                    fix="give the base as it was before the stream, or the model that the stream left",
+                )  # fmt: skip
+            start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
+            path = range(start, to) if to > start else range(start - 1, to - 1, -1)
+            lead(model, [Change.load(places[i]) for i in path], states[to])
+        except BaseException:
             if added:
                 detach(model)
-            raise ArtifactError(
-                "the model is in no state of this stream", expected=", ".join(state[:8] for state in states),
-                got=found[:8], where="StreamResult.restore",
-                fix="give the base as it was before the stream, or the model that the stream left",
-            )  # fmt: skip
-        start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
-        path = range(start, to) if to > start else range(start - 1, to - 1, -1)
-        lead(model, [Change.load(places[i]) for i in path], states[to])
+            raise
 
     @property
     def adapters(self) -> dict[str, Path]:

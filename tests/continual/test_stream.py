@@ -291,14 +291,21 @@ def test_a_state_is_restored_from_the_base_and_never_from_a_model_of_another_sta
     assert not moved(was, state(model))
 
 
-def test_adapters_cannot_be_restored_into_another_model(finished: Any) -> None:
+def test_adapters_cannot_be_restored_into_another_model(finished: Any, tmp_path: Path) -> None:
+    """Nor where a stored change is damaged: what was attached for it is taken out again."""
     _, result = finished("lora")
-    other = classifier(seed=1)
-    before = state(other)
-    with pytest.raises(ArtifactError, match="no state of this stream"):
-        result.restore(other, 1)
-    assert not moved(before, state(other))
-    assert all(p.requires_grad for p in other.parameters())
+    assert result.folder is not None
+    damaged = StreamResult.load(shutil.copytree(result.folder, tmp_path / "damaged"))
+    (stage_folder(tmp_path / "damaged", 0) / "change" / "change.safetensors").write_bytes(b"x" * 40)
+    for other, stream, says in (
+        (classifier(seed=1), result, "no state of this stream"),
+        (classifier(), damaged, "cannot be read|damaged|altered"),
+    ):
+        before = state(other)
+        with pytest.raises(ArtifactError, match=says):
+            stream.restore(other, 1)
+        assert not moved(before, state(other))
+        assert all(p.requires_grad for p in other.parameters())
 
 
 def test_adapters_of_all_tasks_are_served_from_one_shelf(finished: Any) -> None:
