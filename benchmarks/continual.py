@@ -244,6 +244,8 @@ def compute(cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as folder:
         result = ga.run_stream(model, stream, strategy, training=training_of(cell), folder=Path(folder) / "stream")
         cores = [{name: len(found) for name, found in core.indices.items()} for _, core in result.cores()]
+    if "source" in result.record.strategy:  # of a smaller model's stream: its name, not where this machine has it
+        result.record.strategy["source"] = Path(result.record.strategy["source"]).name
     return {
         "cell": asdict(cell), **result.to_data(), "reports": [stage.report for stage in result.stages],
         "cores": cores if cell.arm != "lota" else [],

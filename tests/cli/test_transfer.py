@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 import gatedadapters as ga
 from gatedadapters.cli import main, transferring
 from gatedadapters.cli.transferring import Weigh
+from gatedadapters.experiment.runner import Experiment
 from gatedadapters.transfer.sensitivity import weigh_by
 
 
@@ -73,12 +74,23 @@ def test_transfer_writes_table_picture_numbers_and_adapters(
 
 
 def test_a_given_adapter_is_tested_as_it_is_and_its_structure_trained(
-    transfer: Callable[..., Path], configured: Callable[..., Path], tmp_path: Path
+    transfer: Callable[..., Path], configured: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every training begins with the head that the seed gives, whatever was tested or trained before it."""
+    begun: list[torch.Tensor] = []
+    fit = Experiment.fit
+
+    def watched(self: Experiment, *args: Any, **options: Any) -> float:
+        begun.append(next(iter(self.model.heads.parameters())).detach().clone())
+        return fit(self, *args, **options)
+
     assert main(["search", str(configured(tasks=[{"train": "mood.csv"}])), "--out", str(tmp_path / "searched")]) == 0
     adapter = tmp_path / "searched" / "adapter"
     out = tmp_path / "out"
+    monkeypatch.setattr(Experiment, "fit", watched)
     assert main(["transfer", str(transfer(adapter=str(adapter), seeds=[0])), "--out", str(out)]) == 0
+    assert len(begun) == 3
+    assert all(torch.equal(head, begun[0]) for head in begun)
     data = json.loads((out / "metrics.json").read_text())
     saved = json.loads((tmp_path / "searched" / "metrics.json").read_text())["arms"][0]["mean"]
     assert data["given_adapter"][0] == pytest.approx(saved)
@@ -112,6 +124,23 @@ def test_the_transfer_trained_search_alone_prefers_what_transfers(
     assert by_place
     assert not any(by_place.values())  # nothing before the first feed-forward sub-layer hangs on one
     assert max(weighed[0].values()) > 0
+
+
+def test_the_faster_precision_is_found_out_once_for_all_trainings(
+    transfer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def stop(config: Any, *args: Any) -> Any:
+        assert config.training.precision == "bf16"
+        raise Reached
+
+    monkeypatch.setattr(transferring, "use_bf16", lambda config: True)
+    monkeypatch.setattr(transferring, "Bases", stop)
+    config = transferring.TransferConfig.load(transfer(seeds=[0]))
+    with pytest.raises(Reached):
+        transferring.run(config, tmp_path / "out")
 
 
 def test_another_vocabulary_is_refused_by_name(

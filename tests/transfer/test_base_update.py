@@ -37,6 +37,7 @@ from gatedadapters.transfer import (
     recovery,
     simulate_update,
 )
+from gatedadapters.transfer.sensitivity import weigh_by
 from gatedadapters.transfer.shift import outputs, padding
 
 # -- recovery ----------------------------------------------------------------------------------------------
@@ -297,6 +298,17 @@ def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: A
     assert structure.params > 0.19 * bank.dense_cost()
 
 
+def test_no_place_is_pressed_less_than_a_quarter_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model, "lora-all-linear", batch)
+    first, *others = adapters.paths
+    weights: list[torch.Tensor] = []
+    monkeypatch.setattr(type(adapters.bank), "weigh", lambda bank, found: weights.append(found))
+    weigh_by(adapters, {first: 0.0, **dict.fromkeys(others, 2.0)})
+    assert weights[0].min() == 0.25
+    assert weights[0].max() == pytest.approx((len(others) + 1) / len(others))
+
+
 # -- the simulated update ----------------------------------------------------------------------------------
 
 
@@ -373,6 +385,19 @@ def with_delta(model: nn.Module) -> nn.Module:
 def test_simulated_update_is_of_a_base_alone(change: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         simulate_update(change(tiny("llama", head="lm")[0]), tokenizer(), counting(64), length=16, batch_size=4)
+
+
+def test_an_update_counts_the_tokens_it_saw_and_measures_other_text_or_says_why_not() -> None:
+    """Ten pieces to train on, and batches of four: the last of an epoch would be short."""
+    model, _ = tiny("llama", head="lm")
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"].numel()) if m.training else None, with_kwargs=True
+    )
+    text = " ".join(f"w{i % 60}" for i in range(11 * 16))
+    assert simulate_update(model, tokenizer(), [text], steps=6, length=16, batch_size=4).tokens == sum(seen)
+    with pytest.raises(DataError, match="too little other text"):
+        simulate_update(model, tokenizer(), [text], other_texts=["w1 w2"], steps=2, length=16, batch_size=4)
 
 
 def test_frozen_parameters_stay_through_a_simulated_update() -> None:
