@@ -12,10 +12,13 @@ os.environ["MPLBACKEND"] = "agg"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
+import random
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -73,5 +76,25 @@ def on_two_processes() -> Callable[[Path, Path], None]:
                 ranks.append(process)
             codes = [process.wait(timeout=240) for process in ranks]
         assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed_at_checkpoint() -> Callable[[Sequence[str], Path, int], None]:
+    """Runs a command that leaves checkpoints under a folder; SIGKILL comes a random moment after the nth."""
+
+    def run(command: Sequence[str], folder: Path, moment: int) -> None:
+        seen: set[str] = set()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                while process.poll() is None and len(seen) < moment:
+                    for place, names, _ in os.walk(folder):  # a glob fails where the process removes what it lists
+                        seen.update(os.path.join(place, name) for name in names if name.startswith("checkpoint-"))
+                    time.sleep(0.005)
+                time.sleep(random.SystemRandom().random() / 10)
+            finally:
+                process.kill()
+        assert process.returncode == -signal.SIGKILL, f"it ended before it was killed, {len(seen)} of {moment} seen"
 
     return run

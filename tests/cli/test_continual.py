@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,22 +79,13 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
 
 
 def test_a_command_killed_at_a_random_moment_ends_with_the_same_bits(
-    continual: Callable[..., Path], tmp_path: Path
+    continual: Callable[..., Path], killed_at_checkpoint: Callable[..., None], tmp_path: Path
 ) -> None:
     config = continual(compare=["random"], training={**TRAINING, "checkpoint_steps": 1})
     assert main(["continual", str(config), "--out", str(tmp_path / "whole")]) == 0
     out, moment = tmp_path / "killed", random.SystemRandom().randint(1, 12)  # of 16 checkpoints
     command = [sys.executable, "-W", "ignore", "-m", "gatedadapters", "continual", str(config), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seen: set[Path] = set()
-    while process.poll() is None and len(seen) < moment:
-        for place in ("running/*/*", "probes/*.running"):
-            seen.update(out.glob(f"streams/*/*/{place}/checkpoint-*"))
-        time.sleep(0.005)
-    time.sleep(random.SystemRandom().random() / 10)
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, f"checkpoint {moment}"
+    killed_at_checkpoint(command, out, moment)
     assert main(["continual", str(config), "--out", str(out)]) == 0
     for name in ("l2_fisher", "random"):
         wanted, found = (

@@ -1,4 +1,4 @@
-"""What each of two processes runs for `test_distributed.py`: weakened steps under DistributedDataParallel.
+"""What each of two processes runs for `test_ranks.py`: weakened steps under DistributedDataParallel.
 
 RANK=... WORLD_SIZE=2 ... python ranks.py FOLDER
 """
