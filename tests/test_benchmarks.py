@@ -1,9 +1,10 @@
-"""The benchmarks' own arithmetic, and that the README shows what they print."""
+"""The benchmarks' own arithmetic, and that the documents show what they print."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,11 +103,23 @@ def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pyt
         ("transfer", lambda s: [s.table()]),
     ],
 )
-def test_readme_shows_the_tables_of_the_stored_cells(name: str, tables: Callable[[Any], list[str]]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_results_show_the_tables_of_the_stored_cells(name: str, tables: Callable[[Any], list[str]]) -> None:
+    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     lines = [line.rstrip() for table in tables(script(name)) for line in table.splitlines()]
     assert len(lines) > 3
-    assert [line for line in lines if line not in readme] == []
+    assert [line for line in lines if line not in shown] == []
+
+
+def test_readme_names_no_figure_that_the_results_do_not_show() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    _, _, measured = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What was measured")
+    measured, _, _ = measured.partition("\n## ")
+    claims = re.findall(r"\(docs/results.md#([a-z-]+)\)(.*)", measured)
+    assert len(claims) == results.count("\n## ")
+    for anchor, figures in claims:
+        section = next(s for s in results.split("\n## ") if s.partition("\n")[0].lower().replace(" ", "-") == anchor)
+        numbers = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", figures)
+        assert [n for n in numbers if n not in section] == []
 
 
 def test_overlap_of_carried_cores_counts_elements() -> None:
