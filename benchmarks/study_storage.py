@@ -35,7 +35,7 @@ from gatedadapters.studies import Measured, Study
 STORE = Path(__file__).parent / "results" / "study_storage.json"
 MARKER, PAUSE = "STUDY_STORAGE_MARKER", 0.1
 FACTORS = {"noise.ratio": {"low": 0.0, "high": 1.0, "points": 10}}
-SEARCH = {"model": "none", "tasks": [{"train": "none.csv"}], "noise": {"kind": "label"}}
+SEARCH = {"model": "none", "tasks": [{"train": "none.csv"}], "noise": {"kind": "label", "ratio": 0}}
 
 
 def config(name: str, seeds: int) -> StudyConfig:

@@ -59,7 +59,7 @@ CASES = {"minilm-l6": minilm, "smollm2": smollm2}
 
 
 def search(model: nn.Module, case: Case, steps: int) -> ga.Adapters:
-    """LoRA at every linear map, cut to an eighth of its parameters in one short run; what is left differs in rank."""
+    """LoRA at every linear map, cut to a fifth of its parameters in one short run; what is left differs in rank."""
     adapters = ga.attach(model, "lora-all-linear", case.batch)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gatedadapters"
 LAYERS = (
     {"errors"},
-    {"config", "html", "intervals", "precision", "safe_files"},
+    {"config", "devices", "html", "intervals", "plugins", "precision", "safe_files"},
     {"backbone", "gates", "paths"},
     {
         *("structure", "selection", "fingerprint", "routing", "hooks", "weight_hooks", "saving", "merging", "adapters"),

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import gatedadapters as ga
-from gatedadapters.config import SearchConfig, StudyConfig, TransferConfig
+from gatedadapters.config import ContinualConfig, SearchConfig, SelectConfig, StudyConfig, TransferConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -96,4 +96,6 @@ def test_the_example_configurations_are_valid() -> None:
     assert study.search.tasks == config.tasks
     transfer = TransferConfig.load(EXAMPLES / "transfer.yaml")
     assert (transfer.model, transfer.update) == ("bundled:minilm-l6", "bundled:minilm-l6-update")
+    assert SelectConfig.load(EXAMPLES / "select.yaml").domain.answer == "answer"
+    assert len(ContinualConfig.load(EXAMPLES / "continual.yaml").tasks) == 3
     assert yaml.safe_load((EXAMPLES / "search.yaml").read_text())["tasks"][0]["train"] == "reviews.csv"

@@ -87,7 +87,7 @@ def _metrics(
     data = {
         "versions": versions(),
         "lora": str(lora.where),
-        "config": config.model_dump(mode="json"),
+        "config": config.as_written(),
         "classes": task.classes,
         "examples": {"train": len(task.train), "test": len(task.split("test"))},
         "arms": [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from gatedadapters.cli import compress, continual, plan, quickstart, report, search, select, show, study, transfer
 from gatedadapters.errors import GatedAdaptersError
+from gatedadapters.plugins import load_plugins
 
 COMMANDS = (quickstart, search, compress, select, continual, transfer, study, report, plan, show)
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 where it went well, 2 where something was wrong with what it was given."""
     options = parser().parse_args(arguments)
     try:
+        load_plugins()
         options.run(options)
     except GatedAdaptersError as error:
         print(f"gatedadapters {options.command}: {type(error).__name__}\n{error}", file=sys.stderr)

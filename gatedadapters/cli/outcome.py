@@ -71,7 +71,7 @@ class Outcome:
         """Every number, with what is needed to get it again."""
         data = {
             "versions": versions(),
-            "config": config.model_dump(mode="json"),
+            "config": config.as_written(),
             "examples": {t.name: {"train": len(t.train), "test": len(t.split("test"))} for t in tasks},
             "arms": [
                 {
@@ -138,7 +138,7 @@ def run(config: SearchConfig, folder: Path, *, overwrite: bool = False) -> Outco
 
     def written() -> Outcome:
         found = Outcome(tuple(arms), baseline, time.perf_counter() - start, left_out)
-        (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (folder / CONFIG).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
         (folder / METRICS).write_text(found.to_json(config, tasks), encoding="utf-8")
         (folder / TABLE).write_text(found.table() + "\n", encoding="utf-8")
         return found

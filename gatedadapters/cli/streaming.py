@@ -77,7 +77,7 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    text = yaml.safe_dump(config.as_written(folder.absolute(), exclude_defaults=True), sort_keys=False)
     strategies = _named([resolve(part) for part in (config.strategy, *config.compare)])
     parts = {path.name for path in folder.glob(f".{CONFIG}.*")}  # of a process that was killed as it wrote one
     check_free(folder, OUTPUTS | parts, overwrite=overwrite or _goes_on(folder, text))
@@ -122,7 +122,7 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
         if cores := found[0].cores():
             save_core_png(cores, folder / PICTURES / f"{name}-cores.png")
     data = {
-        "versions": versions(), "config": config.model_dump(mode="json"),
+        "versions": versions(), "config": config.as_written(),
         "streams": {name: [result.to_data() for result in found] for name, found in results.items()},
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -77,7 +77,7 @@ class Transferred:
         """Every number, with what is needed to get it again."""
         data: dict[str, Any] = {
             "versions": versions(),
-            "config": config.model_dump(mode="json"),
+            "config": config.as_written(),
             **self.report.to_data(),
             "given_adapter": self.saved,
             "shift": self.shift.to_data(),
@@ -219,7 +219,7 @@ def run(config: TransferConfig, folder: Path, *, overwrite: bool = False) -> Tra
     assert shift is not None
     result = Transferred(TransferReport(tuple(scores)), shift, saved, time.perf_counter() - start)
     save_shift_png(shift, folder / PICTURE, title=f"what the update moved: {config.model} to {config.update}")
-    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    (folder / CONFIG).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
     (folder / METRICS).write_text(result.to_json(config), encoding="utf-8")
     (folder / TABLE).write_text(result.table() + "\n", encoding="utf-8")
     return result

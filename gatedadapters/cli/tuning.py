@@ -22,6 +22,7 @@ from gatedadapters.data.language import (
     sample_passages,
     split_passages,
 )
+from gatedadapters.devices import on_cpu
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.experiment.setup import training_arguments
@@ -61,7 +62,7 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
         args = training_arguments(
             training, scratch, bf16=training.precision == "bf16", logs=20,
-            use_cpu=training.device == "cpu" or not torch.cuda.is_available(),
+            use_cpu=on_cpu(training.device),
         )  # fmt: skip
         trainer = SelectiveTrainer(
             model=model,
@@ -79,7 +80,7 @@ def run(config: SelectConfig, folder: Path, *, overwrite: bool = False) -> Repor
     report = trainer.report()
     trainer.delta.save(folder / DELTA, overwrite=overwrite)
     metrics = {
-        "versions": versions(), "config": config.model_dump(mode="json"), "before": report.before,
+        "versions": versions(), "config": config.as_written(), "before": report.before,
         "after": report.after, "free": report.free, "params": report.params,
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from gatedadapters.errors import ArtifactError, ConfigError
 
@@ -29,6 +31,11 @@ class Config(BaseModel):
     # pydantic: this is no constructor of its own kind; fields are validated in place, errors keep the key's whole path
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    def changed_fields(self, names: Collection[str]) -> list[str]:
+        """Those of `names` that are not at their default."""
+        defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in names}
+        return sorted(name for name, default in defaults.items() if getattr(self, name) != default)
+
     @classmethod
     def parse(cls, data: Any, *, where: str) -> Self:
         """Validate plain data read at `where` (a file, an argument).
@@ -45,6 +52,9 @@ class Config(BaseModel):
 class FileConfig(Config):
     """A configuration that a command reads from a YAML file."""
 
+    _folder: Path | None = PrivateAttr(None)
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # by path: how the file names it
+
     @classmethod
     def load(cls, file: str | Path) -> Self:
         """Read a YAML file; relative paths in it count from its folder.
@@ -53,11 +63,69 @@ class FileConfig(Config):
             ConfigError: unreadable file, unknown or invalid keys.
         """
         path = Path(file)
-        return cls.parse(read_yaml(path), where=str(path)).from_folder(path.absolute().parent)
+        return cls.read(read_yaml(path), path.absolute().parent, where=str(path))
+
+    @classmethod
+    def read(cls, data: Any, folder: Path | None, *, where: str) -> Self:
+        """Validate plain data whose relative paths count from `folder` (None: from the current one).
+
+        Raises:
+            ConfigError: unknown or invalid keys.
+        """
+        given = cls.parse(data, where=where)
+        if folder is None:
+            return given
+        found = given.from_folder(folder)
+        before, after = given.model_dump(mode="json"), found.model_dump(mode="json")
+        found._folder, found._written = folder, dict(_changed_texts(before, after))
+        return found
 
     def from_folder(self, folder: Path) -> Self:
         """The same with relative paths counted from `folder`; of a configuration without paths, itself."""
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they were read."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @property
+    def folder(self) -> Path | None:
+        """What relative paths of the file count from; None where it comes from no file."""
+        return self._folder
+
+    def as_written(self, folder: Path | None = None, **options: Any) -> dict[str, Any]:
+        """Plain data with the file's relative paths as it names them, the same wherever it lies; absolute ones stay.
+
+        Args:
+            folder: name them as they count from there instead.
+            options: of pydantic's `model_dump`.
+        """
+        names = self._written if folder is None else {path: os.path.relpath(path, folder) for path in self._written}
+        data: dict[str, Any] = _renamed(self.model_dump(mode="json", **options), names)
+        return data
+
+
+def _changed_texts(before: Any, after: Any) -> Iterator[tuple[str, str]]:
+    """Every text of plain data that differs from its place in data of the same shape: (after, before)."""
+    if isinstance(before, dict):
+        for key in before:
+            yield from _changed_texts(before[key], after[key])
+    elif isinstance(before, list):
+        for one, other in zip(before, after, strict=True):
+            yield from _changed_texts(one, other)
+    elif isinstance(before, str) and before != after:
+        yield after, before
+
+
+def _renamed(data: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(data, dict):
+        return {key: _renamed(value, names) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_renamed(value, names) for value in data]
+    return names.get(data, data) if isinstance(data, str) else data
 
 
 def found_in(folder: Path, name: str) -> str:
@@ -72,6 +140,11 @@ def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] =
     """Turn pydantic's report into one of ours: expected / got / where / what to do."""
     problems = []
     for item in error.errors():
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):  # of one made while this one was checked: it says what to do
+            return ConfigError(
+                inner.message, expected=inner.expected, got=inner.got, where=f"{where}: {inner.where}", fix=inner.fix
+            )
         place = ".".join(str(part) for part in item["loc"]) or "(top level)"
         problems.append(f"{place}: {item['msg']} (got {item['input']!r:.80})")
     return ConfigError(

@@ -41,7 +41,7 @@ class ProbeConfig(Config):
 
 
 class CoreConfig(Config):
-    """How much of the model is a task's core.
+    """How much of the model is a task's core: what moves while it is tuned, all else is frozen.
 
     Attributes:
         share: of the tensors (granularity `tensor`) or of the elements (`element`) that may be chosen.
@@ -123,6 +123,8 @@ class ContinualConfig(FileConfig):
     def _consistent(self) -> ContinualConfig:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
+        if self.training.changed_fields({"seed"}):
+            raise ValueError("training.seed: each stream has its own, give seeds")
         if len({task.answer is None for task in self.tasks if task.bundled is None}) > 1:
             raise ValueError("either all tables have an answer column or none has")
         if self.orders > math.factorial(len(self.tasks)):

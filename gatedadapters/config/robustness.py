@@ -12,10 +12,10 @@ class CorruptionConfig(Config):
 
     Attributes:
         kind: a registered name, see `gatedadapters.robustness`.
-        ratio: how much, in [0, 1].
+        ratio: how much, in [0, 1]; 0 is nothing, which a study may vary.
         seed: of what is chosen.
     """
 
     kind: str
-    ratio: float = Field(0.0, ge=0, le=1)
+    ratio: float = Field(ge=0, le=1)
     seed: int = 0

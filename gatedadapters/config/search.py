@@ -43,6 +43,9 @@ class TaskConfig(Config):
     def _one_source(self) -> TaskConfig:
         if (self.train is None) == (self.bundled is None):
             raise ValueError("give either train (a table) or bundled (the name of a bundled task)")
+        unread = self.changed_fields({"validation", "test", "text", "pair", "label"})
+        if self.bundled is not None and unread:
+            raise ValueError(f"a bundled task has splits and columns of its own: leave {', '.join(unread)} out")
         return self
 
     @property
@@ -137,9 +140,14 @@ class SearchConfig(FileConfig):
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
 
-    def to_yaml(self) -> str:
-        """Text that `load` reads back, without what is left at its default."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+    def to_yaml(self, folder: FilePath | None = None) -> str:
+        """Text that `load` reads back, without what is left at its default.
+
+        Args:
+            folder: what is written where: relative paths are named as they count from there; default: whole paths.
+        """
+        whole = self.model_dump(mode="json", exclude_defaults=True)
+        data = whole if folder is None else self.as_written(folder, exclude_defaults=True)
         if isinstance(self.space, SearchSpace):  # what kind a path has is a default of its class
             data["space"] = self.space.model_dump(mode="json", exclude_none=True)
         return yaml.safe_dump(data, sort_keys=False)

@@ -15,7 +15,7 @@ class SelectionConfig(Config):
 
     Attributes:
         kind: the score.
-        core: share of elements that stay fixed.
+        core: share of elements that stay fixed. (The core of a task, in continual tuning, is what moves: `CoreConfig`.)
         contrast: λ, how much importance for the domain counts against importance in general.
         scope: whether the share holds over all tensors or in each.
         include, exclude: roles or names of parameters.
@@ -58,6 +58,9 @@ class CorpusConfig(Config):
     def _one_source(self) -> CorpusConfig:
         if (self.file is None) == (self.bundled is None):
             raise ValueError("give either file or bundled (the name of a bundled corpus)")
+        unread = self.changed_fields({"text", "answer"})
+        if unread and (self.bundled is not None or FilePath(self.file or "").suffix.lower() == ".txt"):
+            raise ValueError(f"only a table has columns: leave {', '.join(unread)} out, or give a table")
         return self
 
 
@@ -70,6 +73,8 @@ class TuningConfig(Config):
         learning_rate: linear decay after a warm-up of `warmup` of the steps.
         max_length: tokens of a block, or after which a text is cut.
         precision: `bf16` trains under autocast.
+        device: `auto` takes what accelerate finds.
+        seed: of data splits, what is drawn in training, and batches.
     """
 
     steps: int = Field(200, gt=0)

@@ -10,9 +10,9 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, config_error, read_yaml
+from gatedadapters.config.base import Config, read_yaml
 from gatedadapters.config.search import SearchConfig
 from gatedadapters.config.space import presets_folder
 from gatedadapters.errors import ConfigError
@@ -21,6 +21,8 @@ Value = bool | int | float | str
 Side = Literal["gated", "uniform", "full"]
 Objective = Literal["score", "params", "gap"]
 PENALTY, PERTURBATION = "penalty.", "perturbation."
+_FREE = {"seeds", "trials", "retries", "description", "version"}  # may change between runs of one study
+_OTHER = {"sensitivity": "optimise", "optimise": "sensitivity"}
 
 
 class Factor(Config):
@@ -139,6 +141,11 @@ class StudyConfig(Config):
                 raise ValueError("uniform LoRA has the size of the budget: give the search a budget, not a penalty")
         if self.mode == "optimise":
             self._check_optimisation()
+        other = {"design"} if self.mode == "optimise" else {"trials", "objectives", "constraints", "prune"}
+        if unread := self.changed_fields(other):
+            raise ValueError(
+                f"mode: {self.mode} has no {', '.join(unread)}; say mode: {_OTHER[self.mode]}, or leave it out"
+            )
         return self
 
     def _check_sides(self, path: str, factor: Factor) -> None:
@@ -176,12 +183,16 @@ class StudyConfig(Config):
         return changed(self.search, {**self.sides[side], **changes})
 
     @classmethod
-    def load(cls, preset_or_file: str | FilePath, *, search: SearchConfig | None = None) -> Self:
+    def load(
+        cls, preset_or_file: str | FilePath, *, search: SearchConfig | None = None, name: str | None = None
+    ) -> Self:
         """Read a preset by name or a YAML file; relative paths in it count from its folder.
 
         Args:
             preset_or_file: `"sensitivity"`, or a path that ends in .yaml.
-            search: what is studied, in place of what the file says.
+            search: what is studied, in place of what the file says; noise and perturbation that it lacks stay those of
+                the file.
+            name: of the study, in place of what the file says.
 
         Raises:
             ConfigError: unknown preset, unreadable file, unknown factor, invalid value.
@@ -197,18 +208,32 @@ class StudyConfig(Config):
         data = read_yaml(path)
         if isinstance(data, dict):
             given, folder = data.get("search"), path.absolute().parent
-            if search is not None:
-                data = {**data, "search": search}
-            elif isinstance(given, str):
-                data = {**data, "search": SearchConfig.load(folder / given)}
+            if isinstance(given, str):
+                given = SearchConfig.load(folder / given)
             elif given is not None:
-                data = {**data, "search": SearchConfig.parse(given, where=f"{path}: search").from_folder(folder)}
+                given = SearchConfig.read(given, folder, where=f"{path}: search")
+            if search is not None and given is not None:
+                kept = {
+                    part: getattr(given, part) for part in ("noise", "perturbation") if getattr(search, part) is None
+                }
+                search = search.model_copy(update={part: value for part, value in kept.items() if value is not None})
+            changes = {"search": search or given, "name": name}
+            data = {**data, **{field: value for field, value in changes.items() if value is not None}}
         return cls.parse(data, where=str(path))
 
-    def to_yaml(self) -> str:
-        """Text that `load` reads back."""
+    def as_written(self) -> dict[str, Any]:
+        """Plain data with paths of the search as its file names them: the same on every machine."""
+        return {**self.model_dump(mode="json"), "search": self.search.as_written()}
+
+    def to_yaml(self, folder: FilePath | None = None) -> str:
+        """Text that `load` reads back, with relative paths as they count from `folder` (default: whole paths)."""
         data = self.model_dump(mode="json", exclude_defaults=True, exclude={"search"})
-        return yaml.safe_dump({**data, "search": yaml.safe_load(self.search.to_yaml())}, sort_keys=False)
+        return yaml.safe_dump({**data, "search": yaml.safe_load(self.search.to_yaml(folder))}, sort_keys=False)
+
+
+def differing(earlier: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """The fields in which plain data of two studies make them two; seeds and the number of trials may grow."""
+    return sorted(n for n in earlier.keys() | mine.keys() if n not in _FREE and earlier.get(n) != mine.get(n))
 
 
 def study_presets() -> tuple[str, ...]:
@@ -222,7 +247,7 @@ def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
     Raises:
         ConfigError: no such field, or no such value.
     """
-    data: dict[str, Any] = search.model_dump(mode="json", exclude_unset=True)
+    data = search.as_written(exclude_unset=True)
     if not isinstance(search.space, str):
         data["space"] = search.space.model_dump(mode="json", exclude_none=True)
     for path, value in changes.items():
@@ -249,16 +274,13 @@ def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
                     at[name] = {}
                 at = at[name]
         at[last] = value
-    try:
-        return type(search).model_validate(data)
-    except ValidationError as error:
-        named = ", ".join(f"{path} = {value}" for path, value in changes.items())
-        raise config_error(error, where=named or "search") from None
+    named = ", ".join(f"{path} = {value}" for path, value in changes.items())
+    return type(search).read(data, search.folder, where=named or "search")
 
 
 def value_of(search: SearchConfig, path: str) -> Value | None:
     """What stands at a dotted path; None where nothing does."""
-    at: Any = search.model_dump(mode="json")
+    at: Any = search.as_written()
     if path.startswith("budget.") and search.limit is None:
         return None
     for name in path.split("."):

@@ -83,7 +83,7 @@ class TransferConfig(SearchConfig):
         prefer_transferable: the search of the transfer-trained arm prefers places that hang less on feed-forward
             knowledge (`gatedadapters.transfer.prefer_transferable`).
         weakening: probabilities of knowledge masking and dropping.
-        seeds: one training of each arm for each.
+        seeds: one training of each arm for each; `training.seed` draws the splits of the tables, for all of them.
         shift_texts: how many test texts the shift of activations is measured on.
     """
 
@@ -104,6 +104,12 @@ class TransferConfig(SearchConfig):
             raise ValueError("penalty, noise and perturbation belong to a search or a study, not to a transfer")
         if self.search and self.adapter is not None:
             raise ValueError("give either search: true or an adapter whose structure is trained")
+        if self.adapter is not None and self.changed_fields({"space"}):
+            raise ValueError("give either a space or an adapter whose structure is trained")
+        if not self.search and (unread := self.changed_fields({"budget", "schedule"})):
+            raise ValueError(
+                f"{' and '.join(unread)}: what a search keeps and when; without search: true, all is trained"
+            )
         if self.prefer_transferable and not self.search:
             raise ValueError("prefer_transferable is about what a search keeps: it needs search: true")
         if len(set(self.seeds)) != len(self.seeds):

@@ -40,6 +40,7 @@ from gatedadapters.continual.states import Change, Snapshot, digest, state_of
 from gatedadapters.continual.strategies import Strategy, Tuned, resolve
 from gatedadapters.continual.tasks import Task, TaskStream
 from gatedadapters.continual.tensors import tensors_of
+from gatedadapters.devices import on_cpu
 from gatedadapters.errors import ArtifactError, AttachError, ConfigError
 from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.delta import find_delta
@@ -130,8 +131,7 @@ class Run:
         on_stage: OnStage | None = None,
     ) -> None:
         self.model, self.stream, self.strategy, self.training = model, stream, strategy, training
-        if training.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
+        self._use_cpu = on_cpu(training.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError(
                 "a stream is run by one process", expected="WORLD_SIZE 1", got=os.environ["WORLD_SIZE"],
@@ -238,7 +238,7 @@ class Run:
         t = self.training
         return Recipe(
             steps, t.batch_size, t.learning_rate, t.head_learning_rate, "linear", t.warmup, t.weight_decay,
-            t.precision == "bf16", t.device == "cpu" or not torch.cuda.is_available(), t.checkpoint_steps,
+            t.precision == "bf16", self._use_cpu, t.checkpoint_steps,
         )  # fmt: skip
 
     def probe(self, index: int, config: ProbeConfig, *, elements: bool) -> Probe:

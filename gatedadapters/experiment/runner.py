@@ -21,8 +21,9 @@ from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchS
 from gatedadapters.config.search import Rival
 from gatedadapters.config.study import Side
 from gatedadapters.data import MixedTaskCollator, TextTask, task_sampler
+from gatedadapters.devices import on_cpu
 from gatedadapters.errors import BudgetError
-from gatedadapters.experiment.setup import build_model, on_cpu, training_arguments, use_bf16
+from gatedadapters.experiment.setup import build_model, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.robustness import (
     Corruption,
@@ -259,7 +260,7 @@ class Experiment:
             callbacks.append(noise)
         progress.set_description(name)
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
-            args = training_arguments(training, scratch, bf16=self.bf16, use_cpu=on_cpu(self.config), logs=60)
+            args = training_arguments(training, scratch, bf16=self.bf16, use_cpu=on_cpu(training.device), logs=60)
             common: dict[str, Any] = {
                 "model": self.model,
                 "args": args,

@@ -24,6 +24,7 @@ from gatedadapters.config.search import TrainingConfig
 from gatedadapters.config.select import TuningConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
+from gatedadapters.devices import on_cpu
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiment.models import is_causal, located, reading, shape_and_tokenizer
 from gatedadapters.training import MultiTaskClassifier
@@ -146,21 +147,9 @@ def use_bf16(config: SearchConfig) -> bool:
     training = config.training
     if training.precision != "auto":
         return training.precision == "bf16"
-    if on_cpu(config):
+    if on_cpu(training.device):
         return 1.3 * _seconds(torch.bfloat16) < _seconds(torch.float32)
     return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported())
-
-
-def on_cpu(config: SearchConfig) -> bool:
-    """Whether there is nothing faster than the CPU, or it was asked for.
-
-    Raises:
-        ConfigError: a GPU was asked for and there is none.
-    """
-    wanted = config.training.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
-    return wanted == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _seconds(dtype: torch.dtype) -> float:

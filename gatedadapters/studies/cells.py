@@ -79,7 +79,7 @@ def trainings(config: StudyConfig) -> list[Training]:
 
 def training_key(side: Side, search: SearchConfig) -> str:
     """Names a training by everything that its result depends on."""
-    data = search.model_dump(mode="json", exclude={"perturbation", "compare", "version"})
+    data = search.as_written(exclude={"perturbation", "compare", "version"})
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
     return f"{side}-{search.training.seed}-{digest[:12]}"
 

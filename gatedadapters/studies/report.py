@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
+import yaml
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
+from gatedadapters.config.study import differing
 from gatedadapters.errors import StudyError
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.selection import versions
@@ -26,10 +28,10 @@ from gatedadapters.studies.results import MEAN, Curve, Point
 if TYPE_CHECKING:
     from gatedadapters.studies.study import Study
 
-HTML, MARKDOWN = "report.html", "report.md"
+HTML, MARKDOWN, STUDY = "report.html", "report.md", "study.yaml"
 _MOST = 20  # best trials that get a file
 FILES = frozenset(
-    {HTML, MARKDOWN, "sensitivity.png", "importance.png", "pareto.png", "parallel.png"}
+    {HTML, MARKDOWN, STUDY, "sensitivity.png", "importance.png", "pareto.png", "parallel.png"}
     | {f"best-{index}.yaml" for index in range(1, _MOST + 1)}
 )
 _STYLE = """
@@ -85,15 +87,27 @@ def write(study: Study, folder: Path, *, overwrite: bool) -> Path:
         )  # fmt: skip
     best = study.front()[:_MOST]
     blocks = _blocks(study, best)
-    with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+    with whole_folder(folder, files=FILES, overwrite=overwrite or _is_of(study, folder)) as new:
         for block in blocks:
             if isinstance(block, Picture):
                 (new / block.file).write_bytes(block.png)
         (new / HTML).write_text(as_html(study.config.name, blocks), encoding="utf-8")
         (new / MARKDOWN).write_text(as_markdown(study.config.name, blocks), encoding="utf-8")
         for index, trial in enumerate(best, 1):
-            (new / f"best-{index}.yaml").write_text(results.search_of(trial).to_yaml(), encoding="utf-8")
+            search = results.search_of(trial, study.config.search.folder)
+            (new / f"best-{index}.yaml").write_text(search.to_yaml(folder.absolute()), encoding="utf-8")
+        (new / STUDY).write_text(study.config.to_yaml(folder.absolute()), encoding="utf-8")
     return folder / HTML
+
+
+def _is_of(study: Study, folder: Path) -> bool:
+    """Whether what `folder` holds is a report of this study."""
+    try:
+        earlier = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    mine = yaml.safe_load(study.config.to_yaml(folder.absolute()))
+    return isinstance(earlier, dict) and not differing(earlier, mine)
 
 
 def summary_html(study: Study) -> str:
@@ -148,13 +162,13 @@ def _blocks(study: Study, best: Sequence[FrozenTrial]) -> list[Block]:
     blocks += [Text(f"Trials: {results.progress(study)}. Every score is taken after pruning."), *_findings(study)]
     blocks += [Heading("Best configurations"), Text(_what_is_best(study))]
     for index, trial in enumerate(best, 1):
-        search = results.search_of(trial)
+        search = results.search_of(trial, config.search.folder)
         values = ", ".join(f"{name} {results.shown(value)}" for name, value in trial.params.items())
         score = f"{100 * results.mean(trial.user_attrs['scores']):.1f} %, {trial.user_attrs['params']:,} parameters"
         blocks.append(Text(f"best-{index}.yaml, trial {trial.number}: {score}; {values}"))
-        blocks.append(Text(search.to_yaml().rstrip(), verbatim=True))
+        blocks.append(Text(search.to_yaml(search.folder).rstrip(), verbatim=True))
     blocks += [*_failures(study), Heading("Environment"), _environment(study)]
-    return [*blocks, Heading("The study"), Text(config.to_yaml().rstrip(), verbatim=True)]
+    return [*blocks, Heading("The study"), Text(config.to_yaml(config.search.folder).rstrip(), verbatim=True)]
 
 
 def _findings(study: Study) -> list[Block]:

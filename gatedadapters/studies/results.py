@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def note(
 ) -> None:
     """Keep everything of a trial beside its values."""
     by_key = dict(zip(map(perturbation_key, perturbations), measured.perturbed, strict=True))
-    asked = search.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    asked = search.as_written(exclude_unset=True, exclude_none=True)  # another machine may read it
     if not isinstance(search.space, str):  # what kind a path has is a default of its class
         asked["space"] = search.space.model_dump(mode="json", exclude_none=True)
     kept = {
@@ -111,9 +112,9 @@ def note(
         trial.set_user_attr(name, value)
 
 
-def search_of(trial: FrozenTrial) -> SearchConfig:
-    """The search that a trial ran, ready to run again."""
-    return SearchConfig.parse(trial.user_attrs["search"], where=f"trial {trial.number}")
+def search_of(trial: FrozenTrial, folder: Path | None = None) -> SearchConfig:
+    """The search that a trial ran, ready to run again; its paths count from `folder`, that of the study's search."""
+    return SearchConfig.read(trial.user_attrs["search"], folder, where=f"trial {trial.number}")
 
 
 def complete(study: optuna.Study) -> list[FrozenTrial]:

@@ -36,12 +36,13 @@ def check_workers(where: object, workers: int) -> None:
         )  # fmt: skip
 
 
-def open_storage(where: str | Path) -> BaseStorage:
+def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
     """A storage by its file name or URL.
 
     Args:
         where: a file (a journal, made where there is none), `grpc://HOST:PORT` (a proxy, started with
             `optuna.storages.run_grpc_proxy_server`), or any URL that Optuna takes: `postgresql://...`, `mysql://...`.
+        create: make a journal where there is none.
 
     Raises:
         StudyError: it cannot be reached or used.
@@ -52,7 +53,7 @@ def open_storage(where: str | Path) -> BaseStorage:
             return _proxy(text)
         if "://" in text:
             return _database(text)
-        return _journal(Path(text))
+        return _journal(Path(text), create)
     except StudyError:
         raise
     except Exception as error:  # each back end and driver has errors of its own
@@ -63,11 +64,16 @@ def open_storage(where: str | Path) -> BaseStorage:
         ) from error  # fmt: skip
 
 
-def _journal(path: Path) -> BaseStorage:
+def _journal(path: Path, create: bool) -> BaseStorage:
     if not path.parent.is_dir():
         raise StudyError(
             "the storage cannot be reached", expected="a file in a folder that exists", got="no such folder",
             where=f"storage {path}", fix="make the folder, or give another file",
+        )  # fmt: skip
+    if not create and not path.is_file():
+        raise StudyError(
+            "there is no such storage", expected="the journal of a study that was run", got="no such file",
+            where=f"storage {path}", fix="name the storage it was run with, or run it first",
         )  # fmt: skip
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:

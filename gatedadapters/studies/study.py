@@ -15,8 +15,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial
 
 from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
-from gatedadapters.config.study import Objective, Value, value_of
+from gatedadapters.config.study import Objective, Value, differing, value_of
 from gatedadapters.errors import StudyError
+from gatedadapters.plugins import load_plugins
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.selection import versions
 from gatedadapters.studies import queue, results
@@ -26,7 +27,6 @@ from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
-_FREE = {"seeds", "trials", "retries", "description", "version"}  # may change between runs of one study
 DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
     "score": "maximize",
     "params": "minimize",
@@ -44,19 +44,26 @@ class Study:
         storage: a file name (a journal), any URL that Optuna takes, `grpc://HOST:PORT`, or a storage of Optuna's;
             default: `NAME.journal` in the current folder.
         measure: what scores a trial, in place of `objective.measure`; with several workers it must be importable.
+        create: make the study where the storage holds none of its name.
 
     Raises:
-        StudyError: the storage cannot be used, or holds a study of this name over another space.
+        StudyError: the storage cannot be used, or holds a study of this name over another space, or none and `create`
+            is False.
         ConfigError: an unknown noise or perturbation.
     """
 
     def __init__(
-        self, config: StudyConfig, *, storage: str | Path | BaseStorage | None = None, measure: Measure | None = None
+        self,
+        config: StudyConfig,
+        *,
+        storage: str | Path | BaseStorage | None = None,
+        measure: Measure | None = None,
+        create: bool = True,
     ) -> None:
         self.config, self._measure = config, measure
         self.storage = storage if storage is not None else f"{config.name}.journal"
         _check_kinds(config)
-        self.optuna = self._open(self.storage if isinstance(self.storage, BaseStorage) else open_storage(self.storage))
+        self.optuna = self._open(create)
 
     @classmethod
     def load(
@@ -65,13 +72,18 @@ class Study:
         *,
         search: SearchConfig | str | Path | None = None,
         storage: str | Path | BaseStorage | None = None,
+        name: str | None = None,
+        create: bool = True,
     ) -> Self:
         """A study by the name of a preset or by a YAML file.
 
         Args:
             preset_or_file: `"sensitivity"`, `"optimise"`, or a path that ends in .yaml.
-            search: what is studied, or its YAML file, in place of what the study says.
+            search: what is studied, or its YAML file, in place of what the study says; noise and perturbation that it
+                lacks stay those of the study.
             storage: see the class.
+            name: of the study, in place of what its file says.
+            create: see the class.
 
         Raises:
             ConfigError: unknown preset, unreadable file, unknown factor, invalid value.
@@ -79,7 +91,7 @@ class Study:
         """
         if isinstance(search, (str, Path)):
             search = SearchConfig.load(search)
-        return cls(StudyConfig.load(preset_or_file, search=search), storage=storage)
+        return cls(StudyConfig.load(preset_or_file, search=search, name=name), storage=storage, create=create)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -182,10 +194,14 @@ class Study:
 
     def best(self) -> list[SearchConfig]:
         """The front as searches that are ready to run."""
-        return [results.search_of(trial) for trial in self.front()]
+        return [results.search_of(trial, self.config.search.folder) for trial in self.front()]
 
     def report(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write `report.html` (self-contained), `report.md` with its pictures, and the best configurations.
+        """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best configurations.
+
+        Args:
+            folder: of the report; an earlier one of this study is replaced.
+            overwrite: replace that of another study, too.
 
         Raises:
             StudyError: no trial is complete.
@@ -208,8 +224,7 @@ class Study:
 
         done = results.complete(self.optuna)
         made_with = [
-            flat({"side": trial.user_attrs["side"], **results.search_of(trial).model_dump(mode="json")})
-            for trial in done
+            flat({"side": trial.user_attrs["side"], **results.search_of(trial).as_written()}) for trial in done
         ]
         columns = dict.fromkeys((name for values in made_with for name in values), "none")
         for trial, values in zip(done, made_with, strict=True):
@@ -231,18 +246,24 @@ class Study:
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
-    def _open(self, storage: BaseStorage, worker: int = 0) -> optuna.Study:
+    def _open(self, create: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        config = self.config
+        config, where = self.config, self.storage
+        storage = where if isinstance(where, BaseStorage) else open_storage(where, create=create)
         multi = config.mode == "optimise"
         directions = [DIRECTIONS[name] for name in (config.objectives if multi else ("score",))]
+        if not create and config.name not in optuna.get_all_study_names(storage):
+            raise StudyError(
+                "there is no such study", expected=f"a study {config.name!r}", got="none of that name",
+                where=f"storage {where}", fix="name the storage it was run with, or run it first",
+            )  # fmt: skip
         try:
             study = optuna.create_study(storage=storage, study_name=config.name, directions=directions)
-            study.set_user_attr(CONFIG, {"config": config.model_dump(mode="json"), "versions": versions()})
+            study.set_user_attr(CONFIG, {"config": config.as_written(), "versions": versions()})
         except DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=config.name)
             self._check_same(study)
-        study.sampler, study.pruner = _sampler(config, worker), _pruner(config)
+        study.sampler, study.pruner = _sampler(config, worker=0), _pruner(config)
         return study
 
     def _check_same(self, study: optuna.Study) -> None:
@@ -252,19 +273,20 @@ class Study:
                 "a study of this name is there already, and is not one of ours", expected="a new name",
                 got=repr(self.config.name), where=f"storage {self.storage}", fix="choose another name or storage",
             )  # fmt: skip
-        ours = self.config.model_dump(mode="json")
-        differ = [name for name in ours if name not in _FREE and stored.get(name) != ours[name]]
+        ours = self.config.as_written()
+        differ = differing(stored, ours)
         if differ:
             raise StudyError(
                 "a study of this name over another space is there already",
                 expected=f"the same {', '.join(differ)} as stored: {_short(stored, differ)}",
                 got=_short(ours, differ), where=f"study {self.config.name!r} in {self.storage}",
-                fix="give the study another name; what is stored stays as it is",
+                fix="give the study another name (--name) or --storage; what is stored stays as it is",
             )  # fmt: skip
 
 
 def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:
     """What each of several processes does."""
+    load_plugins()
     study = Study(config, storage=storage, measure=measure)
     study.optuna.sampler = _sampler(config, index)
     try:
@@ -302,7 +324,7 @@ def _check_kinds(config: StudyConfig) -> None:
         given: CorruptionConfig | None = getattr(config.search, head)
         named = [*([] if given is None else [given.kind]), *kinds.get(f"{head}.kind", ())]
         for kind in named:
-            asked = CorruptionConfig(kind=str(kind))
+            asked = CorruptionConfig(kind=str(kind), ratio=0)
             where = f"{head}: kind"
             corruption(asked, where=where) if only is None else corruption(asked, only=only, where=where)
 

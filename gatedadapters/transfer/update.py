@@ -28,6 +28,7 @@ from gatedadapters.fingerprint import is_own
 
 Piece = dict[str, list[int]]
 Collate = Callable[[list[Piece]], dict[str, Tensor]]
+_HELD_OUT = 64  # pieces at most: a loss is known well enough, and measuring it twice costs less than training
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,8 @@ def simulate_update(
     """Train all of `model` on with its own objective, in place, so that it becomes a second version of itself.
 
     Masked language modelling for encoders, causal for decoders, by transformers' Trainer. The texts are joined, cut
-    into pieces of `length` tokens, and a tenth of the pieces is held out. Keep the old version before: a deep copy, or
-    `from_pretrained` again.
+    into pieces of `length` tokens, and a tenth of the pieces is held out, at most 64. Keep the old version before: a
+    deep copy, or `from_pretrained` again.
 
     Args:
         model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM), nothing attached. Frozen
@@ -113,7 +114,7 @@ def simulate_update(
     objective = _objective(model)
     _check_bare(model)
     pieces = _pieces(tokenizer, texts, length)
-    held_out = max(1, len(pieces) // 10)
+    held_out = min(max(1, len(pieces) // 10), _HELD_OUT)
     if len(pieces) - held_out < batch_size:
         raise DataError(
             "there is too little text to train on",
@@ -145,7 +146,6 @@ def simulate_update(
             use_cpu=next(model.parameters()).device.type == "cpu",
             save_strategy="no",
             report_to="none",
-            disable_tqdm=True,
             logging_steps=steps,
             dataloader_pin_memory=False,
             dataloader_drop_last=True,  # every step is as large as the report says

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,11 @@ def test_a_run_that_was_stopped_before_anything_was_computed_goes_on(
         streaming.run(config, out)
     assert (out / "continual.yaml").read_text() == whole
     assert not list(out.glob(".*"))
+    moved = tmp_path.with_name(f"{tmp_path.name} moved")  # tables and results together
+    shutil.copytree(tmp_path, moved)
+    (moved / "out" / "metrics.json").touch()
+    with pytest.raises(Reached):
+        streaming.run(ContinualConfig.load(moved / "continual.yaml"), moved / "out")
     (out / "notes.txt").touch()
     assert main(["continual", str(continual()), "--out", str(out)]) == 2
     assert "notes.txt" in capsys.readouterr().err

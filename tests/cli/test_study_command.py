@@ -26,8 +26,8 @@ def studied(tables: Path, configured: Configured, monkeypatch: pytest.MonkeyPatc
     def write(**changes: object) -> Path:
         configured(
             space="lora-all-linear",
-            noise={"kind": "token_replacement"},
-            perturbation={"kind": "nearest_embedding"},
+            noise={"kind": "token_replacement", "ratio": 0},
+            perturbation={"kind": "nearest_embedding", "ratio": 0},
             schedule={"warmup": 0.0, "ramp": 0.25, "prune": 0.7},
             training={"steps": 8, "batch_size": 4, "gate_learning_rate": 3.0, "precision": "fp32", "device": "cpu"},
         )
@@ -161,7 +161,8 @@ def test_what_is_wrong_is_named(studied: Callable[..., Path], tables: Path, caps
     assert "no-such" in refused(["study", "no-such"], capsys)
     assert "--workers" in refused(["study", str(path), "--workers", "0"], capsys)
     assert "SQLite" in refused(["study", str(path), "--storage", "sqlite:///x.db", "--workers", "2"], capsys)
-    assert "nothing to report" in refused(["report", str(path), "--storage", "new.journal"], capsys)
+    assert "no such storage" in refused(["report", str(path), "--storage", "new.journal"], capsys)
+    assert not Path("new.journal").exists()
     studied(factors={"nonsense": {"values": [1]}})
     assert "penalty.weight" in refused(["study", str(path)], capsys)
     studied(factors={"noise.ratio": {"low": 0.3, "high": 0.1}})

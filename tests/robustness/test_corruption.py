@@ -214,9 +214,9 @@ def test_configuration_names_kinds_and_keeps_training_noise_out_of_evaluation() 
     found = robustness.corruption(CorruptionConfig(kind="typos", ratio=0.2, seed=3))
     assert (type(found), found.ratio, found.seed) == (Typos, 0.2, 3)
     with pytest.raises(ConfigError, match=r"label.*typos(.|\n)*nonsense"):
-        robustness.corruption(CorruptionConfig(kind="nonsense"))
+        robustness.corruption(CorruptionConfig(kind="nonsense", ratio=0))
     with pytest.raises(ConfigError, match="training only"):
-        robustness.corruption(CorruptionConfig(kind="label"), only=Perturbation)
+        robustness.corruption(CorruptionConfig(kind="label", ratio=0), only=Perturbation)
     with pytest.raises(ConfigError, match="ratio"):
         CorruptionConfig.parse({"kind": "label", "ratio": 1.2}, where="test")
 

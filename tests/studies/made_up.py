@@ -18,8 +18,8 @@ SEARCH: dict[str, Any] = {
     "model": "nowhere",
     "tasks": [{"train": "a.csv"}, {"train": "b.csv"}],
     "budget": {"fraction": 0.25},
-    "noise": {"kind": "label"},
-    "perturbation": {"kind": "typos"},
+    "noise": {"kind": "label", "ratio": 0.0},
+    "perturbation": {"kind": "typos", "ratio": 0.0},
     "training": {"steps": 100},
 }
 FACTORS: dict[str, Any] = {

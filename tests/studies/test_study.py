@@ -9,12 +9,13 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 from made_up import FACTORS, SEARCH, config, measure, score
 from optuna.trial import TrialState
 from scipy import stats
 
 import gatedadapters as ga
-from gatedadapters.config import SearchConfig
+from gatedadapters.config import SearchConfig, StudyConfig
 from gatedadapters.errors import ArtifactError, ConfigError, StudyError
 from gatedadapters.studies import Measured, Study, open_storage, storage
 from gatedadapters.studies.results import Curve, half_width, search_of, student
@@ -145,6 +146,30 @@ def test_a_study_of_the_same_name_over_another_space_is_refused(tmp_path: Path) 
     assert len(before.trials) == 2
 
 
+def test_a_study_goes_on_where_its_folder_was_moved_to(tmp_path: Path) -> None:
+    for folder in ("alice", "bob"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "study.yaml").write_text(yaml.safe_dump(config().model_dump(mode="json")))
+    loaded = [StudyConfig.load(tmp_path / folder / "study.yaml") for folder in ("alice", "bob")]
+    assert loaded[0].search.tasks != loaded[1].search.tasks
+    first, second = (Study(each, storage=tmp_path / "study.journal", measure=measure) for each in loaded)
+    first.run()
+    assert len(second.run().trials) == len(first.trials)
+    assert second.best()[0].tasks == loaded[1].search.tasks
+    assert first.best()[0].tasks == loaded[0].search.tasks
+
+
+def test_a_study_that_is_only_looked_at_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no such storage"):
+        Study(config(), storage=tmp_path / "new.journal", create=False)
+    assert not (tmp_path / "new.journal").exists()
+    study(tmp_path).run(1)
+    with pytest.raises(StudyError, match="no such study"):
+        Study(config(name="mistyped"), storage=tmp_path / "study.journal", create=False)
+    assert optuna.get_all_study_names(open_storage(tmp_path / "study.journal")) == [config().name]
+    assert len(Study(config(), storage=tmp_path / "study.journal", create=False).trials) == 1
+
+
 def test_storages_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_WAIT", 1)
     with pytest.raises(StudyError, match=r"SQLite.*(?s:.*)journal"):
@@ -174,9 +199,9 @@ def test_an_unreachable_database_is_named_without_its_password() -> None:
 
 def test_unknown_noise_is_refused_before_anything_is_stored(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such noise"):
-        study(tmp_path, search={**SEARCH, "noise": {"kind": "nonsense"}})
+        study(tmp_path, search={**SEARCH, "noise": {"kind": "nonsense", "ratio": 0}})
     with pytest.raises(ConfigError, match="training only"):
-        study(tmp_path, search={**SEARCH, "perturbation": {"kind": "label"}})
+        study(tmp_path, search={**SEARCH, "perturbation": {"kind": "label", "ratio": 0}})
     with pytest.raises(ConfigError, match="no such noise"):
         study(tmp_path, factors={"noise.kind": {"values": ["label", "nonsense"]}})
     assert not list(tmp_path.iterdir())
@@ -209,9 +234,12 @@ def test_the_report_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     assert best == found.best()
     assert len(best) == 2
     assert best[0].penalty is None
+    found.report(tmp_path / "report")  # its own is replaced, another study's is not
+    other = study(tmp_path, name="other", search={**SEARCH, "tasks": tasks}).run()
     with pytest.raises(ArtifactError, match="already"):
-        found.report(tmp_path / "report")
-    found.report(tmp_path / "report", overwrite=True)
+        other.report(tmp_path / "report")
+    assert found.report(tmp_path / "report").read_text() == page
+    other.report(tmp_path / "report", overwrite=True)
     assert "14 complete" in repr(found)
     assert "noise.ratio" in str(found)
     assert "data:image/png" in found._repr_html_()
