@@ -189,6 +189,37 @@ def test_a_parameter_used_by_its_parent_or_several_times_is_found_out() -> None:
     assert found.record.details["one_by_one"] == ["a.weight"]
 
 
+class Experts(nn.Module):
+    """Each token goes to one of two experts, which sees all of its tokens in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+        out = x.clone()
+        for number, expert in enumerate(self.experts):
+            chosen = kind == number
+            if chosen.any():
+                out[chosen] = expert(x[chosen])
+        return out.flatten(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_get_no_token_at_first_are_scored_all_the_same(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Experts().double()
+    kinds = torch.zeros(3, 4, 6, dtype=torch.int64)
+    kinds[1, 2:] = torch.randint(0, 2, (2, 6))  # not the two examples that are compared
+    kinds[2] = torch.randint(0, 2, (4, 6))
+    batches = [{"x": torch.randn(4, 6, 4, dtype=torch.float64), "kind": kind} for kind in kinds]
+    loss = lambda m, b: m(b["x"], b["kind"]).square().sum(1)  # noqa: E731
+    found = ga.score(model, batches, kind="fisher", loss=loss)
+    wanted = one_at_a_time(model, [{**batch, "labels": batch["x"]} for batch in batches], loss, torch.square)
+    assert_close(found, wanted)
+    assert len(found.record.details["one_by_one"]) == 4
+
+
 def test_gradients_need_memory_for_one_tensor_at_a_time() -> None:
     model, batches = scored("llama", batches=1)
     held = []

@@ -6,8 +6,8 @@ differentiated once more by themselves, vectorised over examples. Where a parame
 between blocks), an example's parts are added before they are squared.
 
 All this rests on how modules lay examples out, which cannot be seen from shapes alone. Therefore the first two examples
-are also done one by one, and parameters for which the results disagree are done one by one throughout: position tables
-shared by all examples, fused experts that mix the tokens of a batch.
+that reach a parameter are also done one by one, and parameters for which the results disagree are done one by one
+throughout: position tables shared by all examples, experts that mix the tokens of a batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -53,8 +54,10 @@ class PerExample:
 
     def __init__(self, run: Run, reduce: Reduce) -> None:
         self.run, self.reduce = run, reduce
-        self.singly: frozenset[str] | None = None  # parameters done one example at a time; None: not known yet
+        self.unknown = set(run.parameters)  # no gradient of theirs has been compared yet
+        self.singly: set[str] = set()  # done one example at a time
         self.owned = _owned(run)
+        self.largest = 0.0  # mean size of a gradient that was compared
 
     def add(self, batch: Batch) -> None:
         """One batch.
@@ -66,26 +69,29 @@ class PerExample:
         if examples == 1:
             self._one_by_one(batch, self.run.parameters, self._total)
             return
-        if self.singly is None:
-            self.singly = self._compare(batch)
-        together = [name for name in self.run.parameters if name not in self.singly]
-        if together:
-            self._together(batch, together, self._total)
-        if self.singly:
-            self._one_by_one(batch, self.singly, self._total)
+        if len(self.unknown) == len(self.run.parameters):
+            self._compare(batch)
+        together = set(self.run.parameters) - self.unknown - self.singly
+        failed, reached = self._together(batch, together, self._total)
+        self.singly |= failed
+        late = self.unknown & reached  # an expert that gets its first tokens, say
+        if self.singly or late:
+            self._one_by_one(batch, self.singly | late, self._total)
+        if late:
+            self._compare(batch)
 
     def finish(self) -> None:
         """From sums to means."""
         for total in self.run.totals.values():
             total /= self.run.examples
-        self.run.details["one_by_one"] = sorted(self.singly or ())
+        self.run.details["one_by_one"] = sorted(self.singly)
 
     def _total(self, name: str, part: Tensor) -> None:
         total = self.run.totals[name]
         total += part.to(total)
 
-    def _compare(self, batch: Batch) -> frozenset[str]:
-        """The parameters whose gradients of two examples do not come out the same both ways."""
+    def _compare(self, batch: Batch) -> None:
+        """See which of the unknown parameters' gradients of two examples come out the same both ways."""
         two = example(batch, 0, 2)
         sums: list[dict[str, float]] = [{}, {}]
 
@@ -97,19 +103,20 @@ class PerExample:
 
             return use
 
-        names = list(self.run.parameters)
-        failed = self._together(two, names, projection(sums[0]))
-        self._one_by_one(two, names, projection(sums[1]))
+        failed, _ = self._together(two, self.unknown, projection(sums[0]))
+        self._one_by_one(two, self.unknown, projection(sums[1]))
         loose = any(p.element_size() < 4 for p in self.run.parameters.values())
-        each = {n: [found.get(n, 0.0) / p.numel() for found in sums] for n, p in self.run.parameters.items()}
+        sizes = {name: self.run.parameters[name].numel() for name in self.unknown}
+        each = {name: [found.get(name, 0.0) / size for found in sums] for name, size in sizes.items()}
         precision = min(torch.finfo(p.dtype).eps for p in self.run.parameters.values())
-        # biases of keys have a gradient of rounding errors alone
-        noise = 1e-4 * precision * max(max(pair) for pair in each.values())
+        self.largest = max(self.largest, *(max(pair) for pair in each.values()))
+        noise = 1e-4 * precision * self.largest  # biases of keys have a gradient of rounding errors alone
         tolerance = 5e-2 if loose else 1e-3
         differ = failed | {n for n, (a, b) in each.items() if abs(a - b) > tolerance * max(a, b) + noise}
         if differ:
             logger.info("gradients of single examples one by one for %s", ", ".join(sorted(differ)))
-        return frozenset(differ)
+        self.singly |= differ
+        self.unknown -= differ | {name for name, pair in each.items() if any(pair)}
 
     # -- one by one ----------------------------------------------------------------------------------------------------
 
@@ -125,27 +132,35 @@ class PerExample:
 
     # -- together ------------------------------------------------------------------------------------------------------
 
-    def _together(self, batch: Batch, names: list[str], use: Callable[[str, Tensor], None]) -> set[str]:
-        """Returns names of parameters that could not be done."""
-        pass_ = _Pass(self, names, size_of(batch), use)
+    def _together(
+        self, batch: Batch, names: set[str], use: Callable[[str, Tensor], None]
+    ) -> tuple[set[str], set[str]]:
+        """Returns names of parameters that could not be done, and of unknown ones that have a gradient."""
+        pass_, reached = _Pass(self, names, batch, use), set[str]()
+
+        def arrived(name: str, parameter: Tensor) -> None:
+            if name in self.unknown and parameter.grad is not None and bool(parameter.grad.any()):
+                reached.add(name)
+            parameter.grad = None
+
         with ExitStack() as stack:
             for module in self.owned:
                 stack.callback(module.register_forward_hook(pass_.seen, with_kwargs=True).remove)
             losses = self.run.losses(batch)
             pass_.open = False
-            handles = [p.register_post_accumulate_grad_hook(_discard) for p in self.run.parameters.values()]
-            for handle in handles:
-                stack.callback(handle.remove)
+            for name, parameter in self.run.parameters.items():
+                stack.callback(parameter.register_post_accumulate_grad_hook(partial(arrived, name)).remove)
             losses.sum().backward()
         pass_.settle_rest()
-        return pass_.failed
+        return pass_.failed, reached
 
 
 class _Pass:
     """One forward and backward pass over a batch, with every use of every parameter noted."""
 
-    def __init__(self, owner: PerExample, names: list[str], examples: int, use: Callable[[str, Tensor], None]) -> None:
-        self.owner, self.names, self.examples, self.use = owner, set(names), examples, use
+    def __init__(self, owner: PerExample, names: set[str], batch: Batch, use: Callable[[str, Tensor], None]) -> None:
+        self.owner, self.names, self.examples, self.use = owner, names, size_of(batch), use
+        self.lengths = _lengths(batch)
         self.open = True
         self.uses: dict[str, list[Use]] = {}
         self.done: set[str] = set()
@@ -199,7 +214,7 @@ class _Pass:
         parameter = self.owner.run.parameters[name]
         try:
             total = self._sum(parameter, uses)
-        except MaskError:
+        except (MaskError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
             self.failed.add(name)  # one by one, then; what is seen of it is never wrong, only slower
@@ -282,7 +297,8 @@ class _Pass:
 
     def _by_example(self, value: Tensor) -> Tensor:
         """(examples, tokens, width), whether the module saw that, (examples, width) or all tokens in one row."""
-        if len(value) != self.examples and len(value) % self.examples:
+        each, rest = divmod(len(value), self.examples)
+        if rest or (each > 1 and self.lengths and each not in self.lengths):  # an expert gets some tokens of each
             raise ValueError("examples are not the first dimension")
         return value.reshape(self.examples, -1, value.shape[-1])
 
@@ -339,5 +355,9 @@ def example(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     }
 
 
-def _discard(parameter: Tensor) -> None:
-    parameter.grad = None
+def _lengths(batch: Batch) -> set[int]:
+    """How many tokens an example may have; nothing where the batch does not tell, as images do not."""
+    examples = size_of(batch)
+    shapes = [value.shape for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1]
+    tells = all(len(shape) < 4 and shape[0] == examples for shape in shapes)
+    return {shape[1] for shape in shapes} if tells else set()
