@@ -99,6 +99,13 @@ class Adapters(nn.Module):
         if bank is not None:
             bank.refresh()  # compiled code takes what it finds
 
+    def end_forward(self) -> None:
+        """Called after each forward of the model. What is called by itself next, as `generate` calls an encoder, goes
+        by the task that is set, not by that call's ids; where a backward may come, checkpointed blocks need those.
+        """
+        if not torch.is_grad_enabled():
+            self.routed = self._task
+
     def gate(self, key: str) -> tuple[bool, Tensor | None]:
         """(whether path `key` is open, its gate for the present batch: None, (g,) or (batch, g))."""
         per_task = self.bank.take(key) if self.bank is not None else cast(Path, self.paths[key]).routing
@@ -312,7 +319,7 @@ class Adapters(nn.Module):
         Raises:
             AttachError: already compact, or the structure names other candidates.
         """
-        bank = self._gates()
+        bank, model = self._gates(), self.model
         structure = structure or self.structure or self.discretize()
         if task is not None:
             structure = structure.for_task(task)
@@ -333,7 +340,6 @@ class Adapters(nn.Module):
             else:
                 path.scale_units(own[rows[0]])
             survivors[record.key] = path
-        model = self.model
         self._unhook()
         self.paths = nn.ModuleDict(survivors)
         self.bank = self.pressure = None

@@ -45,9 +45,8 @@ class ModelHook:
 
 
 class OutputAnchor:
-    """After the model ran with every gate drawn as 0: hangs the gates on its output, at no change of value.
-
-    Without it such a step of a model without heads could not be differentiated, and under DistributedDataParallel the
+    """After the model ran. Where every gate was drawn as 0 it hangs the gates on the output, at no change of value:
+    without it such a step of a model without heads could not be differentiated, and under DistributedDataParallel the
     penalty would be the gates' second contribution, after they were counted as unused.
     """
 
@@ -57,6 +56,7 @@ class OutputAnchor:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model."""
+        self.adapters.end_forward()
         bank = self.adapters.bank
         learning = bank is not None and not bank.frozen and self.adapters.training and torch.is_grad_enabled()
         if bank is None or not learning or not self.adapters.enabled or any(bank.open_paths.values()):

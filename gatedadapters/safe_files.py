@@ -39,7 +39,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
     """
     target = Path(folder).resolve()  # a rename would put a folder in the place of a link
-    _check_free(target, files, overwrite)
+    check_free(target, files, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     scratch.mkdir()
@@ -47,7 +47,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
-        _check_free(target, files, overwrite)  # somebody else may have been faster
+        check_free(target, files, overwrite)  # somebody else may have been faster
         if target.exists() and any(target.iterdir()):
             _exchange(scratch, target)
         else:
@@ -160,7 +160,8 @@ def opened(path: str | Path) -> Iterator[Any]:
         ) from error
 
 
-def _check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
+def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
+    """Raise where `whole_folder` would: see there."""
     if target.is_dir():
         held = sorted(path.name for path in target.iterdir())
         foreign = [name for name in held if name not in files]

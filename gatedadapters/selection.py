@@ -71,8 +71,14 @@ def kept_mask(structure: Structure, bank: GateBank, paths: Iterable[tuple[str, P
     """The inverse of `build_structure`: (tasks, units), 1 where the structure keeps a unit.
 
     Raises:
-        AttachError: the structure names other candidates than `paths`.
+        AttachError: the structure names other candidates than `paths`, or other tasks.
     """
+    foreign = [task for task in structure.tasks if task not in tasks]
+    if foreign:
+        raise AttachError(
+            "this structure was made for other tasks", expected=f"tasks among {', '.join(tasks)}",
+            got=", ".join(foreign), where="prune / compact", fix="attach(model, structure) builds a structure directly",
+        )  # fmt: skip
     kept, sizes = torch.zeros_like(bank.kept), {key: path.units for key, path in paths}
     for record in structure.paths:
         where = bank.slices.get(record.key)

@@ -9,7 +9,9 @@ from torch import nn
 from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts.load import load_adapters
 from gatedadapters.masking import SparseDelta, get_delta, load_delta
-from gatedadapters.safe_files import whole_folder
+from gatedadapters.masking.delta import FILES as DELTA_FILES
+from gatedadapters.safe_files import check_free, whole_folder
+from gatedadapters.saving import FILES as ADAPTER_FILES
 from gatedadapters.structure import format_table
 
 ADAPTERS, DELTA = "adapters", "delta"
@@ -23,6 +25,8 @@ def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False)
         ArtifactError: the adapters are not compact, or the folder is not free.
     """
     adapters, delta = get_adapters(model), get_delta(model)
+    for part, files in ((ADAPTERS, ADAPTER_FILES), (DELTA, DELTA_FILES)):
+        check_free(Path(folder).resolve() / part, files, overwrite)  # what a user keeps in there is not replaced, too
     with whole_folder(folder, files={ADAPTERS, DELTA}, overwrite=overwrite) as new:
         adapters.save(new / ADAPTERS)
         delta.save(new / DELTA)

@@ -241,6 +241,13 @@ class Shelf(nn.Module):
             self._typed_members()[name].begin_forward(own, None if rows else batch)
         self._announce(groups)
 
+    def end_forward(self) -> None:
+        """Called after each forward of the model: parts of it that are called by themselves go by what is active."""
+        if not torch.is_grad_enabled():
+            for member in self._typed_members().values():
+                member.end_forward()
+            self._announce(self._groups(self._names))
+
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
@@ -329,6 +336,7 @@ class Shelf(nn.Module):
         pop = "task_ids" not in inspect.signature(model.forward).parameters
         hook = _ShelfHook(cast(Any, self), pop_task_ids=pop)
         self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_ShelfDone(self)))
         self._handles += hook_embedding(self, model)
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -391,6 +399,18 @@ class _ShelfHook(ModelHook):
         self.adapters.begin_forward(kwargs.get("task_ids"), batch_size(args, kwargs), names)
         taken = {"adapter_names", "task_ids"} if self.pop_task_ids else {"adapter_names"}
         return args, {name: value for name, value in kwargs.items() if name not in taken}
+
+
+class _ShelfDone:
+    """After the model ran."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model."""
+        self.shelf.end_forward()
 
 
 class _SharedInput(InputHook):

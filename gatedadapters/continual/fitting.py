@@ -20,7 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.continual.tasks import Collate
 from gatedadapters.errors import TrainingError
 from gatedadapters.training import GatedTrainer
-from gatedadapters.training.trainer import check_launch, split_groups
+from gatedadapters.training.checked import check_launch
+from gatedadapters.training.trainer import split_groups
 
 COMPLETE = "complete"
 CHECKPOINT_STEPS = 200  # unless said otherwise

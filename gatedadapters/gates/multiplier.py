@@ -33,6 +33,7 @@ class Pressure(nn.Module):
     """
 
     multipliers: Tensor
+    start: Tensor  # steps that the gates had made before
     _ramps: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
     SMALLEST, LARGEST = 1e-2, 1e3
 
@@ -51,6 +52,7 @@ class Pressure(nn.Module):
             self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
         self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
+        self.register_buffer("start", bank.step.detach().clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # bf16 holds no step of the ascent below 0.4 %: only the device follows, as for gates
@@ -61,7 +63,7 @@ class Pressure(nn.Module):
         """Share of training done, in [0, 1]; 1 where the length of training is unknown."""
         if not self.total_steps:
             return 1.0
-        return min(1.0, (int(bank.step) - 1) / self.total_steps) if int(bank.step) else 0.0
+        return min(1.0, max(0, int(bank.step - self.start) - 1) / self.total_steps)
 
     def target(self, bank: GateBank) -> float:
         """Where the expected cost should be now, in units of cost.

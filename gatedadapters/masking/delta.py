@@ -55,6 +55,8 @@ class SparseDelta(nn.Module):
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
+        self._as_written: frozenset[str] = frozenset()  # while a state dict is loaded: weights that it did not hold
+        nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
         _DELTAS.add(self)
 
@@ -428,11 +430,20 @@ def _changed(names: Sequence[str], how: str) -> TrainingError:
     )
 
 
+def _before_loading(delta: SparseDelta, *args: Any) -> None:
+    """Before the values of a state dict are loaded, after the backbone's: which weights the delta wrote last."""
+    parts = delta.items() if delta.applied else ()
+    delta._as_written = frozenset(name for name, part in parts if not bool(part.differs()))
+
+
 def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
-    """After a state dict was loaded: the weights hold what was trained, or the base; anything else is refused."""
+    """After a state dict was loaded: weights that it held are those that were trained, or the base's; anything else is
+    refused.
+    """
     if not delta.applied:
         return
-    foreign = [n for n, part in delta.items() if bool(part.differs()) and bool(part.differs(part.originals))]
+    loaded = [(name, part) for name, part in delta.items() if name not in delta._as_written]
+    foreign = [n for n, part in loaded if bool(part.differs()) and bool(part.differs(part.originals))]
     if foreign:
         raise _changed(foreign, "a state dict of another backbone was loaded")
     delta.write()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.errors import TaskError, TrainingError
+
+MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata: whose elements and whose weights
 
 
 class CheckedTrainer(Trainer):
@@ -58,6 +64,91 @@ class CheckedTrainer(Trainer):
         self._check_checkpoint(str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
-    @abstractmethod
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Only what is trained; the backbone is the user's."""
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        os.makedirs(folder, exist_ok=True)
+        state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
+        trained = {key: value.detach().contiguous().cpu() for key, value in state.items() if self._is_trained(key)}
+        part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
+        save_file(trained, part, metadata={"format": "pt", **self._origin()})
+        os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
     def _check_checkpoint(self, folder: str) -> None:
         """Refuse, before anything is changed, a checkpoint of something else than what is trained."""
+        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        if not os.path.isfile(file):
+            return  # the Trainer says what it looked for
+        found, metadata = _read_header(file)
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
+        wrong = [
+            f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
+            for key in sorted(wanted.keys() | found.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        # masks of one scope per tensor have equal counts everywhere, so that shapes alone do not tell them apart
+        wrong = wrong or [f"values of another {k}" for k, own in self._origin().items() if metadata.get(k) != own]
+        if wrong:
+            raise TrainingError(
+                "this checkpoint is of something else than what is trained",
+                expected="what is attached to this model, and its heads",
+                got="; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""),
+                where=file,
+                fix="attach and select with the space, tasks, heads, penalty, data and seed it was made with",
+            )
+
+    @abstractmethod
+    def _is_trained(self, key: str) -> bool:
+        """Whether a key of the model's state dict is trained, and so part of a checkpoint."""
+
+    @abstractmethod
+    def _origin(self) -> dict[str, str]:
+        """What the values of a checkpoint belong to beyond their names and shapes, by what it is."""
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Raise where hooks and gates would not survive how the model is wrapped, by arguments or by the launcher."""
+    wrapped = {
+        "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
+        "FSDP": bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP"),
+        "DeepSpeed": bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED"),
+    }
+    for name, is_on in wrapped.items():
+        if is_on:
+            raise TrainingError(
+                "gated models are not trained this way",
+                expected="one device, or one process per device (DistributedDataParallel)",
+                got=name,
+                where="TrainingArguments",
+                fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
+            )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "y", "t", "on"}
+
+
+def _read_header(file: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by name, and the metadata, of a checkpoint's weights.
+
+    Raises:
+        TrainingError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+            return shapes, stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            "this checkpoint cannot be read",
+            expected="a safetensors file",
+            got=str(error),
+            where=file,
+            fix="resume from an earlier checkpoint",
+        ) from error

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters import html
+from gatedadapters.adapters import NAME as ADAPTERS
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
 from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, score, select
-from gatedadapters.masking.delta import find_delta
+from gatedadapters.masking.delta import NAME, find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.structure import format_table
-from gatedadapters.training.checked import CheckedTrainer
-from gatedadapters.training.trainer import MASK, check_launch, fits_mask, read_header
+from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
 
@@ -102,8 +100,21 @@ class SelectiveTrainer(CheckedTrainer):
                 "nothing says what the model must not lose", expected="general_dataset=, or mask=", got="neither",
                 where="SelectiveTrainer", fix="pass data that represents what the model is to keep",
             )  # fmt: skip
+        if hasattr(model, ADAPTERS):
+            raise TrainingError(
+                "this model has adapters, which SelectiveTrainer neither trains nor keeps",
+                expected="a model without adapters, or with a sparse delta beside them in a GatedTrainer",
+                got=f"model.{ADAPTERS}", where="SelectiveTrainer(model=)",
+                fix="detach or merge them first, or apply_mask and train both with GatedTrainer",
+            )  # fmt: skip
         held_out = {"domain": eval_dataset, "general": general_eval_dataset}
         self.held_out = {part: data for part, data in held_out.items() if data is not None}
+        if self.held_out and (args.bf16_full_eval or args.fp16_full_eval):
+            raise TrainingError(
+                "evaluation before training would round the weights that are trained",
+                expected="evaluation in the type that is trained in", got="bf16_full_eval or fp16_full_eval",
+                where="TrainingArguments", fix="leave it out; bf16=True is as fast",
+            )  # fmt: skip
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = (
                 True  # a tensor may take no part in a step, as experts that are not chosen
@@ -131,15 +142,16 @@ class SelectiveTrainer(CheckedTrainer):
         return get_delta(self.module)
 
     def select(self) -> Mask:
-        """Score general and domain data, and select. Every process scores the same batches and selects the same."""
+        """Score general and domain data, and select. All processes score the same; the first one's mask holds."""
         chosen, scores = self.selection, []
         for data in (self.general_dataset, self.train_dataset):
             batches = islice(self._batches(data), chosen.batches) if self._needs_data else None
             scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
-        return select(
+        found = select(
             *scores, core=chosen.core, contrast=chosen.contrast if self._needs_data else 0.0, scope=chosen.scope,
             include=chosen.include, exclude=chosen.exclude,
         )  # fmt: skip
+        return _of_the_first(found)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Score, select and apply where that is not done yet, evaluate, train, evaluate."""
@@ -183,42 +195,23 @@ class SelectiveTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what is trained; the backbone is the user's."""
-        if not self.args.should_save:
-            return
-        folder = str(output_dir if output_dir is not None else self.args.output_dir)
-        os.makedirs(folder, exist_ok=True)
-        state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
-        trained = {
-            key: value.detach().contiguous().cpu()
-            for key, value in state.items()
-            if "sparse_delta." in key or key in self.delta.head_names
-        }
-        part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
-        save_file(trained, part, metadata={"format": "pt", MASK: self.delta.mask.digest})
-        os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+    def _is_trained(self, key: str) -> bool:
+        return key.startswith(f"{NAME}.") or key in self.delta.head_names
 
-    def _check_checkpoint(self, folder: str) -> None:
-        """Refuse, before anything is changed, values that belong to other elements."""
-        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
-        if os.path.isfile(file) and not fits_mask(read_header(file)[1], self.delta):
-            raise _another_mask("the elements that this run selected", "values of other elements", file)
+    def _origin(self) -> dict[str, str]:
+        return {BACKBONE: self.delta.mask.identity.values, MASK: self.delta.mask.digest}
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The backbone's keys are absent by design; anything else is refused."""
-        missing = [key for key in load_result.missing_keys if "sparse_delta." in key]
-        if missing or load_result.unexpected_keys:
-            expected, got = ", ".join(missing[:2]), ", ".join(load_result.unexpected_keys[:2])
-            raise _another_mask(expected or "the delta's values", got or "nothing of it", "resume")
+        """The backbone's keys are absent by design; the others were checked before loading."""
 
 
-def _another_mask(expected: str, got: str, where: str) -> TrainingError:
-    return TrainingError(
-        "this checkpoint is of another mask", expected=expected, got=got, where=where,
-        fix="resume with the same data, selection and seed",
-    )  # fmt: skip
+def _of_the_first(mask: Mask) -> Mask:
+    """The mask of the first process: on GPUs gradients differ in their last bits, and near-ties fall differently."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return mask
+    held = [mask]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def _exp(loss: float) -> float:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
@@ -23,10 +19,8 @@ from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
-from gatedadapters.training.checked import CheckedTrainer
+from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 from gatedadapters.training.multitask import MultiTaskClassifier
-
-MASK = "mask"  # key of a checkpoint's metadata: digest of the elements that its values belong to
 
 
 class ConstantFactor:
@@ -264,52 +258,12 @@ class GatedTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what is trained: adapters, gates and heads. The backbone is the user's and never changes."""
-        folder = str(output_dir if output_dir is not None else self.args.output_dir)
-        if not self.args.should_save:
-            return
-        os.makedirs(folder, exist_ok=True)
-        state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
-        trained = {k: v.detach().contiguous().cpu() for k, v in state.items() if self._is_trained(k)}
-        part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
-        metadata = {"format": "pt", "backbone": self.adapters.identity.values}
-        if self.delta is not None:
-            metadata[MASK] = self.delta.mask.digest
-        save_file(trained, part, metadata=metadata)
-        os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The backbone's keys are absent by design; the others were checked before loading."""
 
-    def _check_checkpoint(self, folder: str) -> None:
-        """Refuse, before anything is changed, a checkpoint that is not of these adapters on this backbone."""
-        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
-        if not os.path.isfile(file):
-            return  # the Trainer says what it looked for
-        found, metadata = read_header(file)
-        state = self.accelerator.unwrap_model(self.model).state_dict()
-        wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
-        wrong = [
-            f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
-            for key in sorted(wanted.keys() | found.keys())
-            if found.get(key) != wanted.get(key)
-        ]
-        if not wrong and metadata.get("backbone") != self.adapters.identity.values:
-            wrong.append("weights of another backbone")
-        if not wrong and self.delta is not None and not fits_mask(metadata, self.delta):
-            wrong.append("values of another mask")
-        if wrong:
-            raise TrainingError(
-                "this checkpoint is of other adapters",
-                expected="the attached adapters, gates and heads",
-                got="; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""),
-                where=file,
-                fix="attach with the search space, tasks, heads, penalty and mask that the checkpoint was made with",
-            )
+    def _origin(self) -> dict[str, str]:
+        mask = {} if self.delta is None else {MASK: self.delta.mask.digest}
+        return {BACKBONE: self.adapters.identity.values, **mask}
 
     def _is_trained(self, key: str) -> bool:
         heads = (*self.adapters.head_names, *(self.delta.head_names if self.delta is not None else ()))
@@ -337,52 +291,6 @@ def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
     return budget.model_copy(update={"params": budget.params - delta.params})
 
 
-def read_header(file: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by name, and the metadata, of a checkpoint's weights.
-
-    Raises:
-        TrainingError: the file cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-            return shapes, stored.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            "this checkpoint cannot be read",
-            expected="a safetensors file",
-            got=str(error),
-            where=file,
-            fix="resume from an earlier checkpoint",
-        ) from error
-
-
-def fits_mask(metadata: Mapping[str, str], delta: SparseDelta) -> bool:
-    """Whether a checkpoint's values belong to the elements of `delta`; where it is too old to say, its shapes decide.
-
-    Masks of one scope per tensor have equal counts everywhere, so that shapes tell nothing.
-    """
-    return metadata.get(MASK) is None or metadata[MASK] == delta.mask.digest
-
-
-def check_launch(args: TrainingArguments) -> None:
-    """Raise where hooks and gates would not survive how the model is wrapped."""
-    wrapped = {
-        "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
-        "FSDP": bool(args.fsdp),
-        "DeepSpeed": bool(args.deepspeed),
-    }
-    for name, is_on in wrapped.items():
-        if is_on:
-            raise TrainingError(
-                "gated models are not trained this way",
-                expected="one device, or one process per device (DistributedDataParallel)",
-                got=name,
-                where="TrainingArguments",
-                fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
-            )
-
-
 def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> None:
     """Raise where checkpoints would lose the adapters, or gates could not compare the penalty with the loss."""
     if adapters.model not in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
@@ -391,7 +299,7 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> No
             expected="the model that ga.attach was called on", got=type(model).__name__, where="GatedTrainer(model=)",
             fix="attach to the whole model, or train the part",
         )  # fmt: skip
-    if args.fp16:
+    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the second as the launcher asks for it
         raise TrainingError(
             "gates cannot learn under loss scaling: the penalty follows the size of the loss's gradients",
             expected="bf16 or fp32", got="fp16", where="TrainingArguments", fix="bf16=True",

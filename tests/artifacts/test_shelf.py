@@ -168,6 +168,20 @@ def test_generation_follows_the_active_adapters_and_mixtures_also_with_beams(fam
     assert len({tuple(value.flatten().tolist()) for value in each.values()}) > 1
 
 
+def test_an_encoder_called_by_itself_goes_by_what_is_active_not_by_the_last_call(tmp_path: Path) -> None:
+    case = Case(tmp_path, "bart", "lm")
+    model, shelf = case.shelf()
+    inputs = {"input_ids": case.batch["input_ids"][:2], "attention_mask": case.batch["attention_mask"][:2]}
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    shelf.activate("b")
+    wanted = model.generate(**inputs, **options)
+    encoded = model.get_encoder()(**inputs).last_hidden_state
+    with torch.no_grad():
+        model(**inputs, decoder_input_ids=inputs["input_ids"], adapter_names=["a", "a"])
+        assert torch.equal(model.get_encoder()(**inputs).last_hidden_state, encoded)
+    assert torch.equal(model.generate(**inputs, **options), wanted)
+
+
 def test_disabled_is_the_backbone_with_its_own_heads(classifier: Case) -> None:
     model, shelf = classifier.shelf()
     for name in ("b", None):

@@ -119,6 +119,21 @@ def test_pruning_is_due_at_its_share_of_the_steps_and_only_once() -> None:
     assert float(pressure.term(bank)) == 0.0
 
 
+def test_a_pressure_counts_the_steps_from_when_it_was_set() -> None:
+    bank = at(bank_of(), 0.5, 100)  # gates that were trained before
+    pressure = Pressure(bank, Budget(fraction=0.5), Schedule(prune=0.65), total_steps=200)
+    assert pressure.progress(bank) == 0.0
+    before = int(bank.step)
+    due = []
+    for step in range(1, 201):
+        bank.step.fill_(before + step)
+        due += [step] if pressure.prune_is_due(bank) else []
+    assert due == list(range(131, 201))
+    resumed = Pressure(bank_of(), Budget(fraction=0.5), Schedule(prune=0.65), total_steps=200)
+    resumed.load_state_dict(pressure.state_dict())
+    assert resumed.progress(bank) == pressure.progress(bank) == 199 / 200
+
+
 # -- a budget over a whole search --------------------------------------------------------------------------
 
 

@@ -51,9 +51,18 @@ def trained(folder: Path, *, processes: int) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
+def chosen(folder: Path, rank: int) -> str:
+    """The mask of a process whose scores came out otherwise than the first one's."""
+    model, _ = tiny("llama", head="lm")
+    selection = ga.SelectionConfig(kind="random", seed=rank)
+    trainer = ga.SelectiveTrainer(model, arguments(folder), train_dataset=examples(16), selection=selection)
+    return trainer.select().digest
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    state = trained(folder / "shared", processes=2)
+    state: dict[str, Any] = trained(folder / "shared", processes=2)
+    state["mask"] = chosen(folder / "chosen", torch.distributed.get_rank())
     torch.save(state, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

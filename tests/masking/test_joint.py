@@ -12,7 +12,7 @@ from masked_recipes import assert_same_bits, counted_mask, random_mask, snapshot
 from safetensors.torch import load_file
 
 import gatedadapters as ga
-from gatedadapters.errors import BudgetError, TrainingError
+from gatedadapters.errors import ArtifactError, BudgetError, TrainingError
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken
 
@@ -46,6 +46,13 @@ def test_one_budget_counts_both_and_one_folder_holds_both(tmp_path: Path) -> Non
     assert f"{delta.params:,}" in table
     ga.save_joint(model, tmp_path / "both")
     output = model.eval()(**batch)[0]
+    notes = tmp_path / "both" / "adapters" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes.txt"):
+        ga.save_joint(model, tmp_path / "both", overwrite=True)
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    ga.save_joint(model, tmp_path / "both", overwrite=True)
     fresh, _ = tiny("llama", head="lm")
     again, tuned = ga.load_joint(fresh, tmp_path / "both")
     assert torch.equal(fresh(**batch)[0], output)
@@ -184,7 +191,7 @@ def test_a_joint_checkpoint_of_another_mask_is_refused_and_nothing_is_changed(tm
     checkpoint = str(tmp_path / "a" / "checkpoint-1")
     other = trainer(tmp_path / "b", seed=1)
     before = snapshot(other.model)
-    with pytest.raises(TrainingError, match="values of another mask"):
+    with pytest.raises(TrainingError, match="another mask"):
         other.train(resume_from_checkpoint=checkpoint)
     assert_same_bits(other.model, before)
     trainer(tmp_path / "c", seed=0).train(resume_from_checkpoint=checkpoint)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from masked_processes import arguments, examples, trained
 from masked_recipes import assert_same_bits, counted_mask, random_mask, snapshot
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
@@ -70,8 +70,6 @@ def test_a_checkpoint_of_a_mask_with_the_same_counts_is_refused_and_nothing_is_c
     with pytest.raises(TrainingError, match=r"another mask[\s\S]*checkpoint-1"):
         other.train(resume_from_checkpoint=str(checkpoint))
     assert_same_bits(other.module, before)
-    stored = checkpoint / "model.safetensors"
-    save_file(load_file(stored), stored, metadata={"format": "pt"})  # as before masks were recorded
     trainer(tmp_path / "c", seed=0).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -83,6 +81,67 @@ def test_a_mask_of_ones_own_needs_no_general_data(tmp_path: Path) -> None:
     assert trainer.delta.mask == mask
     with pytest.raises(TrainingError, match="must not lose"):
         ga.SelectiveTrainer(tiny("llama", head="lm")[0], arguments(tmp_path), train_dataset=examples(8))
+
+
+def test_the_best_model_is_loaded_in_the_end_where_it_is_not_the_last(tmp_path: Path) -> None:
+    model, _ = tiny("llama", head="lm")
+    before = snapshot(model)
+    settings = {
+        "max_steps": 4, "learning_rate": 1e-2, "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_domain_loss",
+    }  # fmt: skip
+    trainer = ga.SelectiveTrainer(
+        model, arguments(tmp_path, **settings), train_dataset=examples(8), eval_dataset=examples(8),
+        mask=counted_mask(model),
+    )  # fmt: skip
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert best.name != "checkpoint-4"
+    stored = load_file(best / "model.safetensors")
+    for name, value in trainer.delta.state_dict().items():
+        assert torch.equal(value, stored[f"sparse_delta.{name}"])
+    again, _ = tiny("llama", head="lm")
+    delta = ga.apply_mask(again, trainer.delta.mask)
+    delta.load_state_dict(trainer.delta.state_dict())
+    assert_same_bits(again, snapshot(model))
+    trainer.delta.remove()
+    assert_same_bits(model, before)
+
+
+def test_a_checkpoint_of_another_base_or_without_its_heads_is_refused(tmp_path: Path) -> None:
+    def trainer(folder: Path, *, seed: int = 0, heads: tuple[str, ...] = ()) -> ga.SelectiveTrainer:
+        torch.manual_seed(seed)
+        model, _ = tiny("llama", head="lm", seed=seed)
+        settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        selection = ga.SelectionConfig(kind="random", include=("q", "v"))
+        return ga.SelectiveTrainer(
+            model, arguments(folder, **settings), train_dataset=examples(8), selection=selection, heads=heads
+        )
+
+    trainer(tmp_path / "a").train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-1")
+    with pytest.raises(TrainingError, match="another backbone"):
+        trainer(tmp_path / "b", seed=1).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(TrainingError, match=r"lm_head.weight missing"):
+        trainer(tmp_path / "c", heads=("lm_head",)).train(resume_from_checkpoint=checkpoint)
+    trainer(tmp_path / "d").train(resume_from_checkpoint=checkpoint)
+
+
+def test_what_would_spoil_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("llama", head="lm")
+    given: dict[str, Any] = {"train_dataset": examples(8), "mask": counted_mask(model)}
+    with pytest.raises(TrainingError, match="would round the weights"):
+        ga.SelectiveTrainer(model, arguments(tmp_path, bf16_full_eval=True), eval_dataset=examples(8), **given)
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        args = arguments(tmp_path)
+        with monkeypatch.context() as launched:
+            launched.setenv(variable, "true")
+            with pytest.raises(TrainingError, match=name):
+                ga.SelectiveTrainer(model, args, **given)
+    ga.attach(model, "lora-all-linear", batch)
+    with pytest.raises(TrainingError, match=r"neither trains nor keeps[\s\S]*GatedTrainer"):
+        ga.SelectiveTrainer(model, arguments(tmp_path), **given)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_a_step(tmp_path: Path) -> None:
@@ -102,6 +161,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_does(
     on_two_processes(Path(__file__).with_name("masked_processes.py"), tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     single = trained(tmp_path / "single", processes=1)
+    assert first.pop("mask") == second.pop("mask")
     assert first.keys() == single.keys()
     for name, value in single.items():
         assert torch.equal(first[name], second[name]), name

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model, XLNetConfig, XLNetModel
 
 import gatedadapters as ga
-from gatedadapters.errors import GatedAdaptersError, PathError, TaskError, TrainingError
+from gatedadapters.errors import AttachError, GatedAdaptersError, PathError, TaskError, TrainingError
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken
 from gatedadapters.training import MultiTaskClassifier
@@ -75,6 +75,23 @@ def test_ids_are_those_of_the_models_own_tasks_in_whatever_order_they_were_attac
         model(IDS, task_ids=torch.tensor([1]))
 
 
+def test_an_encoder_called_by_itself_goes_by_the_task_that_is_set_not_by_the_last_call() -> None:
+    model, batch = tiny("bart", head="lm")
+    adapters = ga.attach(model, "lora-all-linear", batch, tasks=("a", "b"))
+    awaken(adapters.paths)
+    assert adapters.bank is not None
+    adapters.set_task("b")
+    ids = batch["input_ids"][:2]
+    with torch.no_grad():
+        adapters.bank.log_alpha[0] = -5.0  # a's are closed
+        wanted = model.get_encoder()(ids).last_hidden_state
+        model(ids, decoder_input_ids=ids, task_ids=torch.tensor([0, 0]))
+        assert torch.equal(model.get_encoder()(ids).last_hidden_state, wanted)
+        assert model.get_encoder()(ids[:1]).last_hidden_state.shape[0] == 1
+        with adapters.disabled():
+            assert not torch.equal(model.get_encoder()(ids).last_hidden_state, wanted)
+
+
 class Outer(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -90,6 +107,25 @@ def test_what_would_lose_adapters_or_mislead_gates_is_refused(tmp_path: Any) -> 
     args.fp16 = True
     with pytest.raises(GatedAdaptersError, match="loss scaling"):
         ga.GatedTrainer(model, args, train_dataset=labelled([4], [2]))
+    args = arguments(tmp_path)
+    args.mixed_precision = "fp16"  # as `accelerate launch --mixed_precision fp16` sets it
+    with pytest.raises(GatedAdaptersError, match="loss scaling"):
+        ga.GatedTrainer(model, args, train_dataset=labelled([4], [2]))
+
+
+def test_a_structure_of_other_tasks_and_detached_adapters_are_refused_and_nothing_changes() -> None:
+    model, batch = tiny("bert")
+    adapters = ga.attach(model, "lora-all-linear", batch)
+    other = ga.attach(tiny("bert")[0], "lora-all-linear", batch, tasks=("a", "b")).discretize()
+    with pytest.raises(AttachError, match=r"other tasks[\s\S]*a, b"):
+        adapters.compact(other)
+    sizes = {name: path.units for name, path in adapters.typed_paths()}
+    wanted = adapters.discretize(ga.Budget(fraction=0.2))
+    ga.detach(model)
+    with pytest.raises(AttachError, match="detached"):
+        adapters.compact(wanted)
+    assert {name: path.units for name, path in adapters.typed_paths()} == sizes
+    assert adapters.structure is None
 
 
 def test_a_structure_fixed_by_hand_is_the_same_after_loading() -> None:

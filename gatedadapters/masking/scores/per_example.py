@@ -132,9 +132,7 @@ class PerExample:
 
     # -- together ------------------------------------------------------------------------------------------------------
 
-    def _together(
-        self, batch: Batch, names: set[str], use: Callable[[str, Tensor], None]
-    ) -> tuple[set[str], set[str]]:
+    def _together(self, batch: Batch, names: set[str], use: Callable[[str, Tensor], None]) -> tuple[set[str], set[str]]:
         """Returns names of parameters that could not be done, and of unknown ones that have a gradient."""
         pass_, reached = _Pass(self, names, batch, use), set[str]()
 
