@@ -250,21 +250,26 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         config, where = self.config, self.storage
         storage = where if isinstance(where, BaseStorage) else open_storage(where, create=create)
-        multi = config.mode == "optimise"
-        directions = [DIRECTIONS[name] for name in (config.objectives if multi else ("score",))]
-        if not create and config.name not in optuna.get_all_study_names(storage):
-            raise StudyError(
-                "there is no such study", expected=f"a study {config.name!r}", got="none of that name",
-                where=f"storage {where}", fix="name the storage it was run with, or run it first",
-            )  # fmt: skip
-        try:
-            study = optuna.create_study(storage=storage, study_name=config.name, directions=directions)
-            study.set_user_attr(CONFIG, {"config": config.as_written(), "versions": versions()})
-        except DuplicatedStudyError:
-            study = optuna.load_study(storage=storage, study_name=config.name)
-            self._check_same(study)
+        if config.name not in optuna.get_all_study_names(storage):
+            if not create:
+                raise StudyError(
+                    "there is no such study", expected=f"a study {config.name!r}", got="none of that name",
+                    where=f"storage {where}", fix="name the storage it was run with, or run it first",
+                )  # fmt: skip
+            self._create(storage)
+        study = optuna.load_study(storage=storage, study_name=config.name)
+        self._check_same(study)
         study.sampler, study.pruner = _sampler(config, worker=0), _pruner(config)
         return study
+
+    def _create(self, storage: BaseStorage) -> None:
+        objectives = self.config.objectives if self.config.mode == "optimise" else ("score",)
+        directions = [DIRECTIONS[name] for name in objectives]
+        try:
+            study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
+        except DuplicatedStudyError:  # another machine was faster
+            return
+        study.set_user_attr(CONFIG, {"config": self.config.as_written(), "versions": versions()})
 
     def _check_same(self, study: optuna.Study) -> None:
         stored = _stored_config(study)

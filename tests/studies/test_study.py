@@ -167,7 +167,11 @@ def test_a_study_that_is_only_looked_at_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no such study"):
         Study(config(name="mistyped"), storage=tmp_path / "study.journal", create=False)
     assert optuna.get_all_study_names(open_storage(tmp_path / "study.journal")) == [config().name]
-    assert len(Study(config(), storage=tmp_path / "study.journal", create=False).trials) == 1
+    before = (tmp_path / "study.journal").read_bytes()
+    seen = Study(config(), storage=tmp_path / "study.journal", create=False)
+    assert len(seen.trials) == 1
+    seen.report(tmp_path / "report")
+    assert (tmp_path / "study.journal").read_bytes() == before
 
 
 def test_storages_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
