@@ -50,6 +50,7 @@ from gatedadapters.structure import format_table
 from gatedadapters.transfer import activation_shift, prefer_transferable, recovery, simulate_update
 
 STORE = Path(__file__).parent / "results" / "transfer"
+UPDATE = "smollm2-update.json"  # how large the update is that `folder_of` makes
 CANDIDATE_RANK, SHARE = 16, 0.25  # every arm: the parameters of LoRA rank 4 at every linear map
 DROP = 0.1
 
@@ -202,7 +203,7 @@ def folder_of(name: str) -> Path:
             model.save_pretrained(built)
             tokenizer.save_pretrained(built)
             built.rename(target)
-        store(STORE / "smollm2-update.json", report.to_data())
+        store(STORE / UPDATE, report.to_data())
     return target
 
 
@@ -458,6 +459,16 @@ def table() -> str:
                 f"{setting.name}: the update moved feed-forward outputs by {moved['feed_forward']:.1%}, attention's by "
                 f"{moved['attention']:.1%}: {more}, as the method presumes they are"
             )
+    if (STORE / UPDATE).exists():
+        made = json.loads((STORE / UPDATE).read_text())
+        losses = " and ".join(
+            f"the loss on {text} from {made[key][0]:.2f} to {made[key][1]:.2f}"
+            for text, key in (("held-out dialogue", "loss"), ("news", "other_loss"))
+        )
+        parts.append(
+            f"smollm2's update: {made['steps']} steps, {made['tokens']:,} tokens of dialogue; weights moved by "
+            f"{made['weight_shift']:.1%}, {losses}"
+        )
     parts.append(arms_table(ENCODER, TASKS, SEEDS))
     if any(made.file.exists() for made in cells() if made.mask):
         parts.append(f"{SWEEP_TASK}, accuracy on the old / the new base:\n{sweep_table()}")
