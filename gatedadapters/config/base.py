@@ -103,9 +103,14 @@ class FileConfig(Config):
             folder: name them as they count from there instead.
             options: of pydantic's `model_dump`.
         """
-        names = self._written if folder is None else {path: os.path.relpath(path, folder) for path in self._written}
+        names = self._written if folder is None else {path: _counted_from(folder, path) for path in self._written}
         data: dict[str, Any] = _renamed(self.model_dump(mode="json", **options), names)
         return data
+
+
+def _counted_from(folder: Path, path: str) -> str:
+    """As the system finds it, which follows links before it goes up."""
+    return os.path.relpath(Path(path).parent.resolve() / Path(path).name, folder.resolve())
 
 
 def _changed_texts(before: Any, after: Any) -> Iterator[tuple[str, str]]:

@@ -103,6 +103,11 @@ def test_a_configuration_written_elsewhere_names_the_same_files(tmp_path: Path) 
     again = SearchConfig.load(out / "search.yaml")
     assert [Path(str(t.train)).resolve() for t in again.tasks] == [tmp_path / "alice" / "a.csv"]
     assert Path(again.model).resolve() == tmp_path / "alice" / "base"
+    (tmp_path / "linked").symlink_to(out, target_is_directory=True)
+    (out / "linked.yaml").write_text(search.to_yaml(tmp_path / "linked"))
+    linked = SearchConfig.load(tmp_path / "linked" / "linked.yaml")
+    assert Path(str(linked.tasks[0].train)).resolve() == tmp_path / "alice" / "a.csv"
+    assert Path(str(linked.tasks[0].train)).is_file()
     absolute = SearchConfig.parse({**SEARCH, "tasks": [{"train": "/data/a.csv"}]}, where="test").from_folder(tmp_path)
     assert "/data/a.csv" in absolute.to_yaml(out)
 

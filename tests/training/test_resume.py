@@ -114,7 +114,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "other places": (lambda: gated_classifier(CLASSES, space="attention-only"), r"bank\.kept \(2, 36\) for \(2, 96\)"),
     "other tasks": (lambda: gated_classifier({"a": 3, "c": 2}), r"heads\.b"),
     "more classes": (lambda: gated_classifier({"a": 4, "b": 2}), r"heads\.a\.bias \(3,\) for \(4,\)"),
-    "another backbone": (lambda: gated_classifier(CLASSES, seed=1), "weights of another backbone"),
+    "another backbone": (lambda: gated_classifier(CLASSES, seed=1), "values of another backbone"),
 }
 
 
