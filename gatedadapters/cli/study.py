@@ -44,9 +44,8 @@ def load(options: argparse.Namespace, *, create: bool) -> Study:
     """The study that was named."""
     from gatedadapters.studies import Study  # training takes seconds to import
 
-    return Study.load(
-        options.config, search=options.search, storage=options.storage, name=options.name, create=create
-    )  # fmt: skip
+    given = {"search": options.search, "storage": options.storage, "name": options.name}
+    return Study.load(options.config, **given, create=create)
 
 
 def report(study: Study, options: argparse.Namespace) -> None:

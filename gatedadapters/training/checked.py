@@ -103,6 +103,9 @@ class CheckedTrainer(Trainer):
                 fix="attach and select with the space, tasks, heads, penalty, data and seed it was made with",
             )
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The backbone's keys are absent by design; the others were checked before loading."""
+
     @abstractmethod
     def _is_trained(self, key: str) -> bool:
         """Whether a key of the model's state dict is trained, and so part of a checkpoint."""

@@ -201,9 +201,6 @@ class SelectiveTrainer(CheckedTrainer):
     def _origin(self) -> dict[str, str]:
         return {BACKBONE: self.delta.mask.identity.values, MASK: self.delta.mask.digest}
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The backbone's keys are absent by design; the others were checked before loading."""
-
 
 def _of_the_first(mask: Mask) -> Mask:
     """The mask of the first process: on GPUs gradients differ in their last bits, and near-ties fall differently."""

@@ -258,9 +258,6 @@ class GatedTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The backbone's keys are absent by design; the others were checked before loading."""
-
     def _origin(self) -> dict[str, str]:
         mask = {} if self.delta is None else {MASK: self.delta.mask.digest}
         return {BACKBONE: self.adapters.identity.values, **mask}
