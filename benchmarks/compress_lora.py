@@ -35,8 +35,8 @@ import gatedadapters as ga
 from gatedadapters.artifacts import singular_values
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiment.runner import evaluate
-from gatedadapters.selection import versions
+from gatedadapters.experiments.arms import evaluate
+from gatedadapters.reporting.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 STORE, SCRATCH = RESULTS / "compress_lora", RESULTS / "tmp" / "compress_lora"

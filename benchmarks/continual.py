@@ -54,8 +54,8 @@ from gatedadapters.continual.fitting import Recipe, fit
 from gatedadapters.continual.measures import nearest_class
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_choices, load_encoder, load_smollm2, load_task
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "continual"
 TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity"), "medical_specialty"
@@ -216,9 +216,13 @@ def small_stream(cell: Cell) -> Path:
 def training_of(cell: Cell) -> StreamTrainingConfig:
     """How each task is tuned."""
     return StreamTrainingConfig(
-        steps=cell.steps, batch_size=4 if cell.study == "smollm2" else BATCH, learning_rate=dict(cell.setting)["rate"],
-        seed=cell.stream, device="cpu", checkpoint_steps=None,
-    )  # fmt: skip
+        steps=cell.steps,
+        batch_size=4 if cell.study == "smollm2" else BATCH,
+        learning_rate=dict(cell.setting)["rate"],
+        seed=cell.stream,
+        device="cpu",
+        checkpoint_steps=None,
+    )
 
 
 def variants(cell: Cell) -> list[Cell]:
@@ -247,11 +251,14 @@ def compute(cell: Cell) -> dict[str, Any]:
     if "source" in result.record.strategy:  # of a smaller model's stream: its name, not where this machine has it
         result.record.strategy["source"] = Path(result.record.strategy["source"]).name
     return {
-        "cell": asdict(cell), **result.to_data(), "reports": [stage.report for stage in result.stages],
+        "cell": asdict(cell),
+        **result.to_data(),
+        "reports": [stage.report for stage in result.stages],
         "cores": cores if cell.arm != "lota" else [],
-        "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -343,16 +350,32 @@ def table(study: str) -> str:
         metrics = {n: [r["metrics"][n] for r in results.values()] for n in Metrics.__dataclass_fields__}
         means = [shown(v for v in metrics[n] if v is not None) for n in metrics]
         stages = [stage for r in results.values() for stage in r["stages"]]
-        rows.append([
-            arm, " ".join(f"{v:g}" for v in setting.values()), str(len(results)), *means,
-            f"{np.mean([s['elements'] for s in stages]):,.0f}", f"{np.mean([s['bytes'] for s in stages]):,.0f}",
-            f"{np.mean([r['cpu_seconds'] for r in results.values()]):.0f}",
-            f"{sum(s['probe_seconds'] for s in stages) / sum(s['seconds'] for s in stages):.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                arm,
+                " ".join(f"{v:g}" for v in setting.values()),
+                str(len(results)),
+                *means,
+                f"{np.mean([s['elements'] for s in stages]):,.0f}",
+                f"{np.mean([s['bytes'] for s in stages]):,.0f}",
+                f"{np.mean([r['cpu_seconds'] for r in results.values()]):.0f}",
+                f"{sum(s['probe_seconds'] for s in stages) / sum(s['seconds'] for s in stages):.0%}",
+            ]
+        )
     header = [
-        "arm", "setting", "streams", "OP", "BWT", "FWT", "forgetting", "general delta", "elements / task",
-        "bytes / task", "CPU s", "probe / tuning",
-    ]  # fmt: skip
+        "arm",
+        "setting",
+        "streams",
+        "OP",
+        "BWT",
+        "FWT",
+        "forgetting",
+        "general delta",
+        "elements / task",
+        "bytes / task",
+        "CPU s",
+        "probe / tuning",
+    ]
     return "\n\n".join([format_table(header, rows), *differences(found)])
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gatedadapters.attachment import candidates
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import SearchSpace
 from gatedadapters.config.space import Where
 from gatedadapters.paths.lora import LoRAOptions
 from gatedadapters.paths.weight_lora import WeightLoRAOptions
+from gatedadapters.supernet.attach import candidates
 from gatedadapters.testing.backbones import FAMILIES, tiny
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -70,10 +70,10 @@ def everything() -> SearchSpace:
 
 def ours(layout: Layout) -> dict[str, str]:
     """Weights that a candidate stands at, by full name; the rest of the layout with the reason."""
-    found, misfits = candidates(everything(), layout)
+    found, skipped_sites = candidates(everything(), layout)
     points = (site.tap for _, site in found.values())
     reached = {f"{point.module}.{point.parameter or 'weight'}": "" for point in points}
-    left = {misfit.module: misfit.reason for misfit in misfits} | {u.name: u.reason for u in layout.unknown}
+    left = {skipped.module: skipped.reason for skipped in skipped_sites} | {u.name: u.reason for u in layout.unknown}
     return {**left, **reached}
 
 

@@ -40,8 +40,8 @@ from gatedadapters.data import ChoiceExample, MixedTaskCollator, MixedTaskDatase
 from gatedadapters.data.bundled import load_choices, load_corpus, load_encoder, load_smollm2, load_task
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_passages
 from gatedadapters.masking.scores.losses import task_losses
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "forgetting"
 BATCH, LENGTH = 8, 40
@@ -53,9 +53,21 @@ RATES = {  # of the encoder, of a decoder
 WHOLE_TENSORS = ("full", "ewc", "last")
 TUNING_SEED = 100
 ARMS = (
-    "zero", "full", "last", "lora", "shira", "supertuning", "ewc", "random", "inverse", "taylor", "fisher", "contrast",
-    "gated", "joint",
-)  # fmt: skip
+    "zero",
+    "full",
+    "last",
+    "lora",
+    "shira",
+    "supertuning",
+    "ewc",
+    "random",
+    "inverse",
+    "taylor",
+    "fisher",
+    "contrast",
+    "gated",
+    "joint",
+)
 DECIDING = ("zero", "full", "lora", "random", "contrast")
 STUDIES = ("grimm", "friends", "openbookqa", "medmcqa", "piqa", "encoder")
 Batch = dict[str, Tensor]
@@ -216,9 +228,12 @@ def encoder_problem(cell: Cell) -> Problem:
         os.replace(part, start)
     heads = tuple(n for n, _ in model.named_parameters() if n.startswith("heads.") and new.name in n)
     return Problem(
-        model, stream(items("train", 1), collate), before,
-        lambda m, split: {"domain": accuracy(m, split, 1), "general": accuracy(m, split, 0)}, heads,
-    )  # fmt: skip
+        model,
+        stream(items("train", 1), collate),
+        before,
+        lambda m, split: {"domain": accuracy(m, split, 1), "general": accuracy(m, split, 0)},
+        heads,
+    )
 
 
 ENCODER_TASKS = ("newsgroups", "rotten_tomatoes")
@@ -242,9 +257,14 @@ def stream(data: Any, collate: Any, size: int = BATCH) -> Callable[[int], Iterat
 
 
 def fit(
-    model: nn.Module, trained: list[nn.Parameter], batches: Iterator[Batch], rate: float, steps: int,
-    penalty: Callable[[], Tensor] | None = None, more: Sequence[dict[str, Any]] = (),
-) -> None:  # fmt: skip
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    batches: Iterator[Batch],
+    rate: float,
+    steps: int,
+    penalty: Callable[[], Tensor] | None = None,
+    more: Sequence[dict[str, Any]] = (),
+) -> None:
     """AdamW, linear decay after a warm-up of 6 %, clipped."""
     optimizer = torch.optim.AdamW([{"params": trained}, *more], lr=rate, weight_decay=0.0)
     warmup = max(1, round(0.06 * steps))
@@ -366,9 +386,12 @@ def compute(cell: Cell) -> dict[str, Any]:
     model, count = tuned(problem, cell)
     seconds = time.perf_counter() - began
     return {
-        "cell": asdict(cell), "scores": problem.scores(model, cell.split), "trained": count,
-        "seconds": round(seconds, 1), "versions": versions(),
-    }  # fmt: skip
+        "cell": asdict(cell),
+        "scores": problem.scores(model, cell.split),
+        "trained": count,
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+    }
 
 
 def run(cell: Cell) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaModel
 
 import gatedadapters as ga
 from gatedadapters.data.bundled import load_encoder
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "inference_cost"
 RANK, BATCH, LENGTH, WARM_UP = 8, 8, 128, 1
@@ -47,9 +47,13 @@ RATIOS = {
 def backbones() -> dict[str, Callable[[], nn.Module]]:
     """MiniLM-L6 as released, and a 12-layer Llama-like model of about 50 M parameters."""
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         vocab_size=8192,
-    )  # fmt: skip
+    )
     return {"minilm-l6": lambda: load_encoder("minilm-l6")[0], "llama-12": lambda: LlamaModel(config)}
 
 
@@ -106,10 +110,13 @@ def cell(name: str, bf16: bool, rounds: int) -> dict[str, Any]:
         for label, (a, b) in RATIOS.items()
     }
     result = {
-        "model": name, "precision": precision, "rounds": rounds,
-        "cpu_seconds": {side: statistics.median(values) for side, values in times.items()}, "ratio": ratio,
+        "model": name,
+        "precision": precision,
+        "rounds": rounds,
+        "cpu_seconds": {side: statistics.median(values) for side, values in times.items()},
+        "ratio": ratio,
         "versions": versions(),
-    }  # fmt: skip
+    }
     STORE.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".part")
     scratch.write_text(json.dumps(result, indent=1) + "\n")

@@ -28,8 +28,8 @@ from transformers import PrinterCallback, TrainingArguments
 import gatedadapters as ga
 from gatedadapters.data.bundled import load_encoder
 from gatedadapters.inspection import TensorBoardInspector
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "inspection_cost.json"
 BATCH, LENGTH, TASKS = 32, 32, {"one": 2, "two": 3}
@@ -74,9 +74,16 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         inspector = Counted(Path(folder) / "run")
         args = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, logging_steps=max(1, steps // 60),
-            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=5e-3,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            logging_steps=max(1, steps // 60),
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            learning_rate=5e-3,
+        )
         callbacks = [inspector] if inspected else []
         budget = ga.Budget(fraction=0.125)
         trainer = ga.GatedTrainer(model=model, args=args, train_dataset=data, budget=budget, callbacks=callbacks)

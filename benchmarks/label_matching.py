@@ -15,9 +15,15 @@ from gatedadapters.data import TextTask
 
 SCALE = 20.0
 NAMES = {  # of classes whose labels are no words
-    "acq": "acquisition of a company", "earn": "earnings", "money-fx": "foreign exchange", "ship": "shipping",
-    "fresh": "a good film", "rotten": "a bad film", "plot": "the plot of a film", "review": "a review of a film",
-}  # fmt: skip
+    "acq": "acquisition of a company",
+    "earn": "earnings",
+    "money-fx": "foreign exchange",
+    "ship": "shipping",
+    "fresh": "a good film",
+    "rotten": "a bad film",
+    "plot": "the plot of a film",
+    "review": "a review of a film",
+}
 
 
 class Nearest(nn.Module):

@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 import gatedadapters as ga
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.selection import versions
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "search_quality"
 MAX_LENGTH, TEST = 32, 1000

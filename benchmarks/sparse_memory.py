@@ -33,8 +33,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatedadapters as ga
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "sparse_memory"
 DENSITY, LENGTH = 0.01, 128
@@ -53,9 +53,14 @@ def build(size: str) -> LlamaForCausalLM:
     hidden, intermediate, layers, vocabulary = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64, vocab_size=vocabulary, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).train()
 
 
@@ -115,9 +120,12 @@ def memory(side: str, size: str, tokens: int, checkpoint: bool, steps: int = 3) 
     step = Step(side, model, model.config.vocab_size, tokens, checkpoint)
     losses = [step() for _ in range(steps)]
     return {
-        "peak_bytes": _status("VmHWM") - loaded, "loaded_bytes": loaded, "params": parameters,
-        "trained": sum(p.numel() for p in step.trained), "losses": losses,
-    }  # fmt: skip
+        "peak_bytes": _status("VmHWM") - loaded,
+        "loaded_bytes": loaded,
+        "params": parameters,
+        "trained": sum(p.numel() for p in step.trained),
+        "losses": losses,
+    }
 
 
 def _status(field: str) -> int:
@@ -204,8 +212,20 @@ def table() -> str:
         for clock in ("wall", "cpu"):
             row += [_ratio(timed[clock], "masked", other) if timed else "" for other in ("full", "shira")]
         rows.append(row)
-    header = ["M params", "tokens", "checkpointed", "full MB", "masked MB", "SHiRA MB", "memory / full",
-              "memory / SHiRA", "time / full", "time / SHiRA", "CPU s / full", "CPU s / SHiRA"]  # fmt: skip
+    header = [
+        "M params",
+        "tokens",
+        "checkpointed",
+        "full MB",
+        "masked MB",
+        "SHiRA MB",
+        "memory / full",
+        "memory / SHiRA",
+        "time / full",
+        "time / SHiRA",
+        "CPU s / full",
+        "CPU s / SHiRA",
+    ]
     return format_table(header, rows)
 
 

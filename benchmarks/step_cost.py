@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaModel
 import gatedadapters as ga
 from gatedadapters.data.bundled import load_encoder
 from gatedadapters.gates import GateBank, Group
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "step_cost.json"
 RANK, BATCH, LENGTH = 8, 8, 128
@@ -42,9 +42,13 @@ CLOCKS = ("cpu", "wall")
 def backbones() -> dict[str, Callable[[], nn.Module]]:
     """MiniLM-L6 as released, and a 12-layer Llama-like model of about 50 M parameters."""
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         vocab_size=8192,
-    )  # fmt: skip
+    )
     return {"MiniLM-L6": lambda: load_encoder("minilm-l6")[0], "Llama-like, 12 layers": lambda: LlamaModel(config)}
 
 
@@ -187,9 +191,16 @@ def measure(rounds: int, precisions: list[str]) -> list[dict[str, Any]]:
             )
             saved = {side: saved_bytes(steps[side]) for side in ("peft LoRA", "gated")}
             results.append(
-                {"model": name, "precision": "bf16 autocast" if bf16 else "fp32", "seconds": medians["cpu"],
-                 "ratio": ratio, "wall_seconds": medians["wall"], "wall_ratio": wall_ratio, "saved_bytes": saved}
-            )  # fmt: skip
+                {
+                    "model": name,
+                    "precision": "bf16 autocast" if bf16 else "fp32",
+                    "seconds": medians["cpu"],
+                    "ratio": ratio,
+                    "wall_seconds": medians["wall"],
+                    "wall_ratio": wall_ratio,
+                    "saved_bytes": saved,
+                }
+            )
             print(
                 f"{name}, {results[-1]['precision']}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratio.items()),
                 flush=True,
@@ -225,14 +236,29 @@ def main() -> None:
     STORE.write_text(json.dumps(report, indent=1) + "\n")
     results, bank, attach = (report[key] for key in ("results", "bank_10k_seconds", "attach_10k_seconds"))
     slowest = min(r["seconds"]["gated"] for r in results)
-    header = ["model", "precision", "gated CPU s", "peft CPU s", "gated / peft", "gated / frozen", "peft / frozen",
-              "80 % closed / open", "saved MB gated", "saved MB peft"]  # fmt: skip
+    header = [
+        "model",
+        "precision",
+        "gated CPU s",
+        "peft CPU s",
+        "gated / peft",
+        "gated / frozen",
+        "peft / frozen",
+        "80 % closed / open",
+        "saved MB gated",
+        "saved MB peft",
+    ]
     rows = [
-        [r["model"], r["precision"], f"{r['seconds']['gated']:.3f}", f"{r['seconds']['peft LoRA']:.3f}",
-         *(f"{r['ratio'][k]:.2f}" for k in ("gated / peft", "gated / frozen", "peft / frozen", "closed / open")),
-         *(f"{r['saved_bytes'][k] / 1e6:.1f}" for k in ("gated", "peft LoRA"))]
+        [
+            r["model"],
+            r["precision"],
+            f"{r['seconds']['gated']:.3f}",
+            f"{r['seconds']['peft LoRA']:.3f}",
+            *(f"{r['ratio'][k]:.2f}" for k in ("gated / peft", "gated / frozen", "peft / frozen", "closed / open")),
+            *(f"{r['saved_bytes'][k] / 1e6:.1f}" for k in ("gated", "peft LoRA")),
+        ]
         for r in results
-    ]  # fmt: skip
+    ]
     print(format_table(header, rows))
     print(f"gate bank, 10,000 gates: {1000 * bank:.2f} ms CPU, {bank / slowest:.1%} of the fastest gated step above")
     print(f"attaching 10,000 candidates: {attach:.2f} s CPU")

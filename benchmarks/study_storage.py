@@ -28,8 +28,8 @@ from optuna.trial import TrialState
 from postgresql import binaries, running_server
 
 from gatedadapters.config import SearchConfig, StudyConfig
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 from gatedadapters.studies import Measured, Study
 
 STORE = Path(__file__).parent / "results" / "study_storage.json"

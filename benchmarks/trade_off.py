@@ -33,9 +33,18 @@ def trade_off(found: Mapping[tuple[str, float], Arms], arms: Sequence[str], file
                 ours, colour = arm in OURS, colormaps["tab20"](number)
                 (x, dx), (y, dy) = (zip(*side, strict=True) for side in zip(*marks, strict=True))
                 axis.errorbar(
-                    x, y, xerr=dx, yerr=dy, label=arm, marker="o" if ours else "s", ms=8 if ours else 6, lw=0.7,
-                    mfc=colour if ours else "white", color=colour, elinewidth=0.7,
-                )  # fmt: skip
+                    x,
+                    y,
+                    xerr=dx,
+                    yerr=dy,
+                    label=arm,
+                    marker="o" if ours else "s",
+                    ms=8 if ours else 6,
+                    lw=0.7,
+                    mfc=colour if ours else "white",
+                    color=colour,
+                    elinewidth=0.7,
+                )
         unit = "points" if study == "encoder" else "nats per token"
         axis.axhline(0, color="0.6", lw=0.8)
         axis.set(xlabel=f"gained in the domain, {unit}", ylabel=f"change in general, {unit}", title=study)

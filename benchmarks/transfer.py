@@ -45,8 +45,8 @@ import gatedadapters as ga
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_corpus, load_task, model_folder
 from gatedadapters.data.bundled.models import cache_folder
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 from gatedadapters.transfer import activation_shift, prefer_transferable, recovery, simulate_update
 
 STORE = Path(__file__).parent / "results" / "transfer"
@@ -195,9 +195,15 @@ def folder_of(name: str) -> Path:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
         report = simulate_update(
-            model, tokenizer, load_corpus("friends"), steps=80, learning_rate=5e-4, batch_size=4, length=128,
+            model,
+            tokenizer,
+            load_corpus("friends"),
+            steps=80,
+            learning_rate=5e-4,
+            batch_size=4,
+            length=128,
             other_texts=load_corpus("xsum")[:40],
-        )  # fmt: skip
+        )
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / "model"
             model.save_pretrained(built)
@@ -236,11 +242,20 @@ def compute(cell: Cell) -> dict[str, Any]:
     set_seed(cell.seed)
     options = ARMS[cell.arm](model, cell, batches)
     args = TrainingArguments(
-        output_dir=str(STORE / ".scratch" / str(os.getpid())), max_steps=setting.steps, learning_rate=setting.rate,
-        per_device_train_batch_size=setting.batch, warmup_steps=round(0.06 * setting.steps), weight_decay=0.0,
-        seed=cell.seed, use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no",
-        logging_steps=setting.steps, disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(STORE / ".scratch" / str(os.getpid())),
+        max_steps=setting.steps,
+        learning_rate=setting.rate,
+        per_device_train_batch_size=setting.batch,
+        warmup_steps=round(0.06 * setting.steps),
+        weight_decay=0.0,
+        seed=cell.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=setting.steps,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     trainer = ga.GatedTrainer(model, args, train_dataset=data, data_collator=Plain(collate), **options)
     began = time.perf_counter()
     with ga.weaken_knowledge(model, mask=cell.mask, drop=cell.drop):  # exactly nothing where both are 0
@@ -426,10 +441,18 @@ def arms_table(setting: Setting, tasks: tuple[str, ...], seeds: tuple[int, ...])
                     else f"{found.value:.0%} ({found.interval[0]:.0%} to {found.interval[1]:.0%})",
                 ]
             sizes = [c["params"] for t in names for s in old if (c := read(cell_of(setting, t, variant, s).file))]
-            rows.append([
-                names[0] if len(names) == 1 else "all", variant, str(len(old)), shown(old.values()),
-                shown(direct.values()), shown(retuned.values()) + number, *compared, f"{max(sizes):,}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    names[0] if len(names) == 1 else "all",
+                    variant,
+                    str(len(old)),
+                    shown(old.values()),
+                    shown(direct.values()),
+                    shown(retuned.values()) + number,
+                    *compared,
+                    f"{max(sizes):,}",
+                ]
+            )
     return format_table([*header, "params"], rows)
 
 

@@ -24,8 +24,8 @@ from torch import nn
 
 import gatedadapters as ga
 from gatedadapters.data.bundled import load_encoder
-from gatedadapters.selection import versions
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Path(__file__).parent / "results" / "weakening_cost.json"
 RANK, BATCH, LENGTH = 8, 8, 128

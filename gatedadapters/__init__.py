@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts import (
     Shelf,
     budget_report,
@@ -15,7 +14,6 @@ from gatedadapters.artifacts import (
     load_joint,
     save_joint,
 )
-from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.config import L0, Budget, GateConfig, Ramp, Schedule, SearchSpace, SelectionConfig
 from gatedadapters.masking import (
@@ -31,6 +29,8 @@ from gatedadapters.masking import (
     train_last_blocks,
 )
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters, get_adapters
+from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gatedadapters.adapters import Adapters
+from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
-from gatedadapters.fingerprint import fingerprint
 from gatedadapters.paths import LoRA, Path, Scale
 from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
+from gatedadapters.supernet.adapters import Adapters
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BACKBONE = "backbone"  # key of the weights' metadata: digest of the backbone's values, for import_peft
@@ -71,9 +71,12 @@ def export_peft(
     broken = [name for name, value in (tensors | saved).items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise ArtifactError(
-            "an adapter with values that are not finite is no use to anyone", expected="finite weights",
-            got=f"inf or nan in {', '.join(broken[:3])}", where="export_peft", fix="train again with a lower rate",
-        )  # fmt: skip
+            "an adapter with values that are not finite is no use to anyone",
+            expected="finite weights",
+            got=f"inf or nan in {', '.join(broken[:3])}",
+            where="export_peft",
+            fix="train again with a lower rate",
+        )
     shape = getattr(model, "config", None)
     config = {
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},

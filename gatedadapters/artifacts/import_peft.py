@@ -10,16 +10,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.adapters import Adapters
 from gatedadapters.artifacts.load import Base
 from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
-from gatedadapters.attachment import DEFAULT_TASK, check_free, find_heads, install, supernet
 from gatedadapters.backbone import Layout, LinearMap, discover
+from gatedadapters.backbone.fingerprint import backbone_fingerprint, fingerprint
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
-from gatedadapters.fingerprint import backbone_fingerprint, fingerprint
 from gatedadapters.paths import LoRA, Point, Site
 from gatedadapters.paths.lora import LoRAOptions
+from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.attach import DEFAULT_TASK, check_free, find_heads, install, supernet
 
 OUTSIDE = "outside"  # the sub-layer of maps that lie in no block: poolers, heads, embedding projections
 
@@ -69,9 +69,12 @@ def import_peft(
     own = fingerprint(model, skip=frozenset(saved)).values
     if lora.backbone not in (None, own) and not prefix and base == "same":
         raise ArtifactError(
-            "this LoRA was exported from a backbone with other weights", expected=f"values {lora.backbone}"[:15],
-            got=f"values {own}"[:15], where=lora.where, fix="load that backbone, or accept this with base='updated'",
-        )  # fmt: skip
+            "this LoRA was exported from a backbone with other weights",
+            expected=f"values {lora.backbone}"[:15],
+            got=f"values {own}"[:15],
+            where=lora.where,
+            fix="load that backbone, or accept this with base='updated'",
+        )
     layout = discover(model, sample)
     found: dict[str, tuple[PathOptions, Site]] = {}
     sources: dict[str, Matrices] = {}
@@ -193,14 +196,20 @@ def _check_heads(model: nn.Module, saved: Mapping[str, Tensor], where: FilePath)
         if name not in state or state[name].shape != value.shape:
             got = tuple(state[name].shape) if name in state else "no such parameter"
             raise ArtifactError(
-                "the model's heads are not those that were saved", expected=f"{name} {tuple(value.shape)}", got=got,
-                where=where, fix="build the model in the class, and with the number of classes, it was trained with",
-            )  # fmt: skip
+                "the model's heads are not those that were saved",
+                expected=f"{name} {tuple(value.shape)}",
+                got=got,
+                where=where,
+                fix="build the model in the class, and with the number of classes, it was trained with",
+            )
         if name in tied:
             raise ArtifactError(
-                "a saved module is tied to another one here", expected="a head of its own", got=name, where=where,
+                "a saved module is tied to another one here",
+                expected="a head of its own",
+                got=name,
+                where=where,
                 fix="load the model with tie_word_embeddings=False",
-            )  # fmt: skip
+            )
 
 
 def _space(maps: Mapping[str, Matrices], gates: GateConfig) -> SearchSpace:
@@ -214,6 +223,9 @@ def _space(maps: Mapping[str, Matrices], gates: GateConfig) -> SearchSpace:
 
 def _foreign(where: FilePath, expected: str, got: str) -> ArtifactError:
     return ArtifactError(
-        "this LoRA was trained on another model", expected=expected, got=got, where=where,
+        "this LoRA was trained on another model",
+        expected=expected,
+        got=got,
+        where=where,
         fix="build the model in the class it was trained with; see base_model_name_or_path in its adapter_config.json",
-    )  # fmt: skip
+    )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.artifacts.load import load_adapters
 from gatedadapters.masking import SparseDelta, get_delta, load_delta
 from gatedadapters.masking.delta import FILES as DELTA_FILES
+from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import check_free, whole_folder
-from gatedadapters.saving import FILES as ADAPTER_FILES
-from gatedadapters.structure import format_table
+from gatedadapters.structure.folder import FILES as ADAPTER_FILES
+from gatedadapters.supernet.adapters import Adapters, get_adapters
 
 ADAPTERS, DELTA = "adapters", "delta"
 

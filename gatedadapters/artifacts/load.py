@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.adapters import Adapters
-from gatedadapters.attachment import attach, check_free
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
-from gatedadapters.fingerprint import backbone_fingerprint
 from gatedadapters.paths import Site, path_class
 from gatedadapters.safe_files import leftovers, read_tensors
-from gatedadapters.saving import STRUCTURE, WEIGHTS, state
-from gatedadapters.structure import Fingerprint, Structure
+from gatedadapters.structure import Structure
+from gatedadapters.structure.folder import STRUCTURE, WEIGHTS, state
+from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.attach import attach, check_free
 
 Base = Literal["same", "updated"]
 """Whether saved adapters insist on the backbone they were made on, or accept a newer release of it."""

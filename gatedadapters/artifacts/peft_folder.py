@@ -20,12 +20,35 @@ from gatedadapters.safe_files import read_all
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Fields that say how it was made, or how it is stored, and do not change what a trained LoRA computes.
-_HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type", "inference_mode", "peft_type",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
-    "modules_to_save", "init_lora_weights", "eva_config", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "megatron_core", "qalora_group_size", "runtime_config", "ephemeral_gpu_offload",
-})  # fmt: skip
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "peft_version",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_type",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "eva_config",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "ephemeral_gpu_offload",
+    }
+)
 _WAYS_OUT = {
     "bias": "trained biases are part of the backbone; train the LoRA with bias='none'",
     "use_dora": "merge it into the backbone with peft; DoRA is no low-rank map",
@@ -213,9 +236,12 @@ def _unknown_key(name: str, where: Path) -> ArtifactError:
     }
     kind = next((text for part, text in what.items() if part in name), "a key of no LoRA")
     return _error(
-        "a weight that no plain LoRA has", "lora_A.weight, lora_B.weight and modules_to_save", f"{name} ({kind})",
-        where / WEIGHTS, "restore the file, or train the LoRA without it",
-    )  # fmt: skip
+        "a weight that no plain LoRA has",
+        "lora_A.weight, lora_B.weight and modules_to_save",
+        f"{name} ({kind})",
+        where / WEIGHTS,
+        "restore the file, or train the LoRA without it",
+    )
 
 
 def _error(

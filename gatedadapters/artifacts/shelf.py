@@ -11,12 +11,14 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts.load import Base, read_saved
-from gatedadapters.attachment import build, check_free
+from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
-from gatedadapters.freezing import settle, trained_originally
-from gatedadapters.hooks import (
+from gatedadapters.paths.base import holds_examples
+from gatedadapters.structure.folder import state
+from gatedadapters.supernet.adapters import NAME, Adapters
+from gatedadapters.supernet.attach import build, check_free
+from gatedadapters.supernet.hooks import (
     RUNNING,
     InputHook,
     ModelHook,
@@ -27,8 +29,6 @@ from gatedadapters.hooks import (
     place,
     point_hooks,
 )
-from gatedadapters.paths.base import holds_examples
-from gatedadapters.saving import state
 
 Names = str | Sequence[str | None] | None
 
@@ -84,7 +84,7 @@ class Shelf(nn.Module):
         shelf = cls(model)
         try:
             model.add_module(NAME, shelf)
-            settle(model, shelf._required_grad)
+            apply_requires_grad(model, shelf._required_grad)
             shelf._hook()
             for name, folder in folders.items():
                 shelf.add(name, folder, base=base)
@@ -102,14 +102,19 @@ class Shelf(nn.Module):
         """
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ArtifactError(
-                expected="a name without dots that no module has itself", got=repr(name), where="Shelf.add",
+                expected="a name without dots that no module has itself",
+                got=repr(name),
+                where="Shelf.add",
                 fix="choose another name",
-            )  # fmt: skip
+            )
         if name in self.members:
             raise ArtifactError(
-                "the name is taken", expected=f"other names than {', '.join(self.members)}", got=repr(name),
-                where="Shelf.add", fix=f"choose another name, or call shelf.remove({name!r}) first",
-            )  # fmt: skip
+                "the name is taken",
+                expected=f"other names than {', '.join(self.members)}",
+                got=repr(name),
+                where="Shelf.add",
+                fix=f"choose another name, or call shelf.remove({name!r}) first",
+            )
         model = self.model
         with self._bare():
             structure, tensors = read_saved(model, folder, base=base)
@@ -119,9 +124,11 @@ class Shelf(nn.Module):
         if at_weight:
             raise ArtifactError(
                 "paths at weights change them for a whole batch, and cannot take turns with others",
-                expected="paths at what modules take or return", got=at_weight[0], where=f"Shelf.add({name!r})",
+                expected="paths at what modules take or return",
+                got=at_weight[0],
+                where=f"Shelf.add({name!r})",
                 fix="load_adapters(model, folder) for these alone, or search without weight_lora",
-            )  # fmt: skip
+            )
         for head in member.head_names:
             worn = model.get_parameter(head).requires_grad_()
             member.aside.append(nn.Parameter(torch.empty_like(worn), requires_grad=False))
@@ -164,7 +171,7 @@ class Shelf(nn.Module):
         self._handles.clear()
         self._places.clear()
         delattr(model, NAME)
-        settle(model, self._required_grad)
+        apply_requires_grad(model, self._required_grad)
         self._model.clear()
         return model
 
@@ -230,9 +237,12 @@ class Shelf(nn.Module):
         each = names is not None and not isinstance(names, str)
         if each and not _fit(cast(Sequence[Any], names), batch, exactly=given):
             raise TaskError(
-                "adapter names do not match the batch", expected=f"{batch or 'as many'} names, one per example",
-                got=repr(names), where="adapter_names", fix="name each example's adapters, None for the backbone",
-            )  # fmt: skip
+                "adapter names do not match the batch",
+                expected=f"{batch or 'as many'} names, one per example",
+                got=repr(names),
+                where="adapter_names",
+                fix="name each example's adapters, None for the backbone",
+            )
         groups = self._groups(names, batch=batch)
         if given and self._enabled and groups != ((self._seated, None),):
             self._check_headless([*(name for name, _ in groups), *([self._seated] if self._seated else [])])
@@ -313,10 +323,12 @@ class Shelf(nn.Module):
         headed = [name for name in dict.fromkeys(names) if self._typed_members()[name].head_names]
         if headed:
             raise TaskError(
-                "the model wears one set of task heads at a time", expected="adapters without task heads in a mixture",
-                got=f"{', '.join(headed)} with heads of their own", where="adapter_names",
+                "the model wears one set of task heads at a time",
+                expected="adapters without task heads in a mixture",
+                got=f"{', '.join(headed)} with heads of their own",
+                where="adapter_names",
                 fix="give each its own batch with shelf.using(name); attach(heads=()) trains and saves none",
-            )  # fmt: skip
+            )
 
     def _all_known(self, names: Names) -> bool:
         return {None, *self.members}.issuperset([names] if names is None or isinstance(names, str) else names)
@@ -324,9 +336,12 @@ class Shelf(nn.Module):
     def _known(self, name: str, where: str) -> None:
         if name not in self.members:
             raise ArtifactError(
-                "no such adapters on the shelf", expected=f"one of {', '.join(self.members) or 'none'}",
-                got=repr(name), where=where, fix="call shelf.add(name, folder) first",
-            )  # fmt: skip
+                "no such adapters on the shelf",
+                expected=f"one of {', '.join(self.members) or 'none'}",
+                got=repr(name),
+                where=where,
+                fix="call shelf.add(name, folder) first",
+            )
 
     def _typed_members(self) -> Mapping[str, Adapters]:
         return cast(Mapping[str, Adapters], self.members)
@@ -366,10 +381,11 @@ class Rows:
             raise PathError(
                 "adapter names do not match the batch",
                 expected=f"a multiple of {self.examples} rows (one run each), examples first",
-                got=f"shape {tuple(tensor.shape)}", where="adapter_names",
+                got=f"shape {tuple(tensor.shape)}",
+                where="adapter_names",
                 fix="packed batches, models with positions first, and points that carry no examples (relative "
                 "positions) need one name for all",
-            )  # fmt: skip
+            )
         return tensor.reshape(self.examples, -1, tensor.shape[-1])
 
     def on(self, device: torch.device) -> slice | Tensor:

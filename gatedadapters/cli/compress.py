@@ -44,8 +44,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do it."""
     from gatedadapters.artifacts.peft_folder import read_peft
-    from gatedadapters.cli.compression import compress  # training takes seconds to import
-    from gatedadapters.experiment.setup import load_tasks
+    from gatedadapters.experiments.compress import compress  # training takes seconds to import
+    from gatedadapters.experiments.setup import load_tasks
 
     lora = read_peft(options.lora)
     config = configuration(options, lora.config)
@@ -104,9 +104,12 @@ def ordered(task: TextTask, names: Sequence[str] | None) -> TextTask:
         return task
     if sorted(names) != sorted(task.classes):
         raise DataError(
-            "these are not the classes of the table", expected=", ".join(task.classes), got=", ".join(names),
-            where="--classes", fix="name each label of the table once",
-        )  # fmt: skip
+            "these are not the classes of the table",
+            expected=", ".join(task.classes),
+            got=", ".join(names),
+            where="--classes",
+            fix="name each label of the table once",
+        )
     place = [names.index(name) for name in task.classes]
 
     def turned(examples: Examples) -> Examples:

@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do it; a run that was stopped goes on where it was."""
-    from gatedadapters.cli import streaming  # training takes seconds to import
+    from gatedadapters.experiments import continual as streaming  # training takes seconds to import
 
     config = ContinualConfig.load(options.config)
     folder = options.out or Path(options.config.stem)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from gatedadapters.cli import compress, continual, plan, quickstart, report, search, select, show, study, transfer
+from gatedadapters.config.plugins import load_plugins
 from gatedadapters.errors import GatedAdaptersError
-from gatedadapters.plugins import load_plugins
 
 COMMANDS = (quickstart, search, compress, select, continual, transfer, study, report, plan, show)
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from gatedadapters.attachment import candidates, groups
 from gatedadapters.backbone import discover
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiment.models import is_causal, located, reading
+from gatedadapters.experiments.models import is_causal, located, reading
 from gatedadapters.gates import GateBank, check_budget
-from gatedadapters.structure import column, format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import column
+from gatedadapters.supernet.attach import candidates, groups
 
 _TYPES = {"fp32": 4, "bf16": 2}
 _GRADIENT, _ADAM = 4, 8  # bytes for each fp32 value that is trained
@@ -71,7 +72,7 @@ def plan(model: nn.Module, space: SearchSpace, *, n_tasks: int = 1, budget: Budg
         BudgetError: the budget is below the smallest candidate.
     """
     layout = discover(model)
-    offered, misfits = candidates(space, layout)
+    offered, skipped_sites = candidates(space, layout)
     bank = GateBank(groups(offered, n_tasks), space.gates, tasks=n_tasks, seed=0)
     places: dict[str, dict[str, float]] = {}
     for group in bank.groups:
@@ -106,7 +107,7 @@ def plan(model: nn.Module, space: SearchSpace, *, n_tasks: int = 1, budget: Budg
         "params": dense,
         "flops": bank.dense_cost("flops"),
         "memory": memory,
-        "misfits": [f"{misfit.kind} at {misfit.module}: {misfit.reason}" for misfit in misfits],
+        "skipped_sites": [f"{skipped.kind} at {skipped.module}: {skipped.reason}" for skipped in skipped_sites],
         "unknown": [f"{unknown.name}: {unknown.reason}" for unknown in layout.unknown],
     }
     if budget is not None:
@@ -140,7 +141,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     ]
     if "budget" in found:
         blocks.append(_budget_text(found["budget"]))
-    blocks += _listed("does not fit, left out", found["misfits"])
+    blocks += _listed("does not fit, left out", found["skipped_sites"])
     blocks += _listed("not understood, left alone", found["unknown"])
     return "\n\n".join(blocks)
 

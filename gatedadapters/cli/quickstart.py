@@ -39,7 +39,7 @@ def configuration(options: argparse.Namespace) -> SearchConfig:
 
 def run(options: argparse.Namespace) -> None:
     """Do it."""
-    from gatedadapters.cli import outcome  # training takes seconds to import
+    from gatedadapters.experiments import search as outcome  # training takes seconds to import
 
     config = configuration(options)
     folder = options.out or next(f for f in map(_name, count(1)) if not f.exists())

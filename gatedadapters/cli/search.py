@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do it."""
-    from gatedadapters.cli import outcome  # training takes seconds to import
+    from gatedadapters.experiments import search as outcome  # training takes seconds to import
 
     config = SearchConfig.load(options.config)
     folder = options.out or Path(options.config.stem)

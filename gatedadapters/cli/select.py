@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do it."""
-    from gatedadapters.cli import tuning  # training takes seconds to import
+    from gatedadapters.experiments import select as tuning  # training takes seconds to import
 
     config = SelectConfig.load(options.config)
     folder = options.out or Path(options.config.stem)

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from gatedadapters.errors import ArtifactError
-from gatedadapters.saving import STRUCTURE, WEIGHTS
-from gatedadapters.structure import Structure, format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import Structure
+from gatedadapters.structure.folder import STRUCTURE, WEIGHTS
 
 ADAPTER = "adapter"  # its folder among the results of a search
 

@@ -170,9 +170,11 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            expected="a readable YAML file", got=f"{type(error).__name__}: {error}", where=str(path),
+            expected="a readable YAML file",
+            got=f"{type(error).__name__}: {error}",
+            where=str(path),
             fix="check the path and the syntax",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def read_record(kind: type[Record], file: Path, *, what: str, expected: str, writer: str) -> Record:
@@ -192,15 +194,20 @@ def read_record(kind: type[Record], file: Path, *, what: str, expected: str, wri
         data = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"this is not {what}", expected=expected, got=str(error), where=file.parent,
+            f"this is not {what}",
+            expected=expected,
+            got=str(error),
+            where=file.parent,
             fix=f"give the folder that {writer} wrote",
-        ) from error  # fmt: skip
+        ) from error
     version = data.get("version") if isinstance(data, dict) else None
     if version != 1:
         raise ArtifactError(
-            expected=f"{what} of version 1", got=f"version {version!r}", where=file.parent,
+            expected=f"{what} of version 1",
+            got=f"version {version!r}",
+            where=file.parent,
             fix="read it with the release that wrote it",
-        )  # fmt: skip
+        )
     try:
         return kind.parse(data, where=str(file))
     except ValueError as error:

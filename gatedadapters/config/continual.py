@@ -136,10 +136,12 @@ class ContinualConfig(FileConfig):
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""
         changes: dict[str, object] = {
-            "tasks": tuple(task.from_folder(folder) for task in self.tasks), "model": found_in(folder, self.model),
-            "general": self.general and self.general.from_folder(folder), "strategy": _placed(self.strategy, folder),
+            "tasks": tuple(task.from_folder(folder) for task in self.tasks),
+            "model": found_in(folder, self.model),
+            "general": self.general and self.general.from_folder(folder),
+            "strategy": _placed(self.strategy, folder),
             "compare": tuple(_placed(strategy, folder) for strategy in self.compare),
-        }  # fmt: skip
+        }
         return self.model_copy(update=changes)
 
 

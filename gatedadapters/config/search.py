@@ -155,8 +155,9 @@ class SearchConfig(FileConfig):
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""
         changes: dict[str, Any] = {
-            "tasks": tuple(task.from_folder(folder) for task in self.tasks), "model": found_in(folder, self.model)
-        }  # fmt: skip
+            "tasks": tuple(task.from_folder(folder) for task in self.tasks),
+            "model": found_in(folder, self.model),
+        }
         if isinstance(self.space, str) and self.space.endswith((".yaml", ".yml")):
             changes["space"] = str(folder / self.space)
         return self.model_copy(update=changes)

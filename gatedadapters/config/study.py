@@ -202,9 +202,11 @@ class StudyConfig(Config):
             path = presets_folder() / "studies" / f"{preset_or_file}.yaml"
             if not path.is_file():
                 raise ConfigError(
-                    expected=f"a preset ({', '.join(study_presets())}) or a YAML file", got=repr(str(preset_or_file)),
-                    where="StudyConfig.load", fix="use one of the presets, or the path of a file ending in .yaml",
-                )  # fmt: skip
+                    expected=f"a preset ({', '.join(study_presets())}) or a YAML file",
+                    got=repr(str(preset_or_file)),
+                    where="StudyConfig.load",
+                    fix="use one of the presets, or the path of a file ending in .yaml",
+                )
         data = read_yaml(path)
         if isinstance(data, dict):
             given, folder = data.get("search"), path.absolute().parent
@@ -265,9 +267,12 @@ def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
             if isinstance(at, list):
                 if int(name) >= len(at):
                     raise ConfigError(
-                        "no such factor", expected=f"a number below {len(at)}", got=name, where=path,
+                        "no such factor",
+                        expected=f"a number below {len(at)}",
+                        got=name,
+                        where=path,
                         fix="numbers count from 0",
-                    )  # fmt: skip
+                    )
                 at = at[int(name)]
             else:
                 if at.get(name) is None:
@@ -316,6 +321,9 @@ def _check_path(path: str) -> None:
     known = sorted(set(field_paths()))
     if re.sub(r"\.\d+(?=\.|$)", ".N", path) not in known or path in {"version", "compare", "training.seed"}:
         raise ConfigError(
-            "no such factor", expected=f"a dotted path of a search: {', '.join(known)}", got=repr(path),
-            where="factors", fix="penalty.weight is the sparsity weight; N stands for a number; seeds go into seeds",
-        )  # fmt: skip
+            "no such factor",
+            expected=f"a dotted path of a search: {', '.join(known)}",
+            got=repr(path),
+            where="factors",
+            fix="penalty.weight is the sparsity weight; N stands for a number; seeds go into seeds",
+        )

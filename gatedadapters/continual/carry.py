@@ -31,9 +31,12 @@ def carry_core(core: Core, larger: Mapping[str, TensorInfo]) -> Core:
     partial = [name for name, found in core.indices.items() if len(found) != core.infos[name].numel]
     if partial:
         raise MaskError(
-            "only whole tensors are carried to another model", expected="a core of granularity tensor",
-            got=f"{len(partial)} tensors selected in part", where=partial[0], fix="select by tensor",
-        )  # fmt: skip
+            "only whole tensors are carried to another model",
+            expected="a core of granularity tensor",
+            got=f"{len(partial)} tensors selected in part",
+            where=partial[0],
+            fix="select by tensor",
+        )
     counterparts: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for name, info in core.infos.items():
         depth = -1.0 if info.depth is None else info.depth
@@ -49,8 +52,10 @@ def carry_core(core: Core, larger: Mapping[str, TensorInfo]) -> Core:
                 indices[name] = torch.arange(info.numel)
     if not matched or not indices:
         raise MaskError(
-            "the two models have no selected place in common", expected="two sizes of one family",
-            got=f"{matched} of {len(larger)} tensors with a counterpart", where="carry_core",
+            "the two models have no selected place in common",
+            expected="two sizes of one family",
+            got=f"{matched} of {len(larger)} tensors with a counterpart",
+            where="carry_core",
             fix="carry between models of one family",
-        )  # fmt: skip
+        )
     return Core(indices, larger, f"{core.kind}, carried")

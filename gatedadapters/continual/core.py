@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.continual.probing import Probe
 from gatedadapters.continual.tensors import TensorInfo
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking import Mask
 from gatedadapters.masking.selection import lowest
-from gatedadapters.structure import Fingerprint, format_table
+from gatedadapters.reporting.tables import format_table
 
 CORE = "core.json"
 Kind = Literal["l2_fisher", "cosine", "delta"]
@@ -141,9 +142,12 @@ def select_core(
     """
     if kind == "cosine" and len(probes) < 2:
         raise MaskError(
-            "cosine compares the updates of tasks", expected="probes of two tasks or more", got=len(probes),
-            where="select_core", fix="use l2_fisher for a single task",
-        )  # fmt: skip
+            "cosine compares the updates of tasks",
+            expected="probes of two tasks or more",
+            got=len(probes),
+            where="select_core",
+            fix="use l2_fisher for a single task",
+        )
     every, infos = infos, _restricted(infos, candidates)
     if granularity == "tensor":
         used = {name for core in previous for name in core.indices}
@@ -165,9 +169,12 @@ def select_core(
         indices = {name: found for name, found in indices.items() if len(found)}
     if not indices:
         raise MaskError(
-            "nothing is left for this task's core", expected="parameters that no earlier task has chosen",
-            got=f"{len(previous)} earlier tasks have all", where="select_core", fix="lower share=, or overlap='allow'",
-        )  # fmt: skip
+            "nothing is left for this task's core",
+            expected="parameters that no earlier task has chosen",
+            got=f"{len(previous)} earlier tasks have all",
+            where="select_core",
+            fix="lower share=, or overlap='allow'",
+        )
     return Core(indices, every, kind, scores)
 
 
@@ -208,9 +215,12 @@ def random_core(
     available = sum(free.values())
     if not 0 < elements <= available:
         raise MaskError(
-            "so many elements are not there to choose", expected=f"1..{available:,}", got=f"{elements:,}",
-            where="random_core", fix="lower the number",
-        )  # fmt: skip
+            "so many elements are not there to choose",
+            expected=f"1..{available:,}",
+            got=f"{elements:,}",
+            where="random_core",
+            fix="lower the number",
+        )
     if granularity == "element":
         keys = {name: torch.rand(info.numel, generator=generator) for name, info in allowed.items()}
         for name, key in keys.items():
@@ -251,9 +261,12 @@ def load_core(folder: Path) -> Core:
         infos = {name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in data["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            "this is no stored core", expected=f"{CORE} beside a mask", got=error, where=folder,
+            "this is no stored core",
+            expected=f"{CORE} beside a mask",
+            got=error,
+            where=folder,
             fix="give the folder of a stream whose strategy selects cores",
-        ) from error  # fmt: skip
+        ) from error
     indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
     return Core(indices, infos, str(mask.origin["kind"]), data["scores"])
 

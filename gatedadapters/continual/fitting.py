@@ -79,9 +79,12 @@ class _Staged(Trainer):
             loss = loss + self.penalty()
         if model.training and not bool(torch.isfinite(loss).all()):
             raise TrainingError(
-                "the loss is not finite", expected="a finite loss", got=str(float(loss.detach().mean())),
-                where=f"optimiser step {self.state.global_step}", fix="lower the learning rate or the penalty",
-            )  # fmt: skip
+                "the loss is not finite",
+                expected="a finite loss",
+                got=str(float(loss.detach().mean())),
+                where=f"optimiser step {self.state.global_step}",
+                fix="lower the learning rate or the penalty",
+            )
         return (loss, outputs) if return_outputs else loss
 
 
@@ -162,8 +165,10 @@ def fit(
         dataloader_pin_memory=False,
     )
     options: dict[str, Any] = {
-        "train_dataset": data, "data_collator": collate, "callbacks": [_MarkComplete()],
-    }  # fmt: skip
+        "train_dataset": data,
+        "data_collator": collate,
+        "callbacks": [_MarkComplete()],
+    }
     check_launch(args)
     model.train()
     trainer: _Staged = (

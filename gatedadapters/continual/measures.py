@@ -81,9 +81,11 @@ def question_once(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
         return batch  # windows and recurrent states cannot be given to several rows
     cache.batch_repeat_interleave(len(ids))
     return {
-        "input_ids": ids[:, length:], "attention_mask": batch["attention_mask"], "labels": labels[:, length:],
+        "input_ids": ids[:, length:],
+        "attention_mask": batch["attention_mask"],
+        "labels": labels[:, length:],
         "past_key_values": cache,
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()

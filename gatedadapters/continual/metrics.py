@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 
 from gatedadapters.errors import DataError
-from gatedadapters.intervals import Interval
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.intervals import Interval
+from gatedadapters.reporting.tables import format_table
 
 Matrix = Sequence[Sequence[float]]
 """One row for every stage; `(T, T)`, or `(1, T)` where all tasks were learned at once."""

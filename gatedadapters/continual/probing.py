@@ -29,7 +29,7 @@ from gatedadapters.masking import Scores, score
 from gatedadapters.masking.scores import Batch
 from gatedadapters.masking.scores.base import BatchScore, Loss
 from gatedadapters.masking.scores.losses import token_losses
-from gatedadapters.precision import widened
+from gatedadapters.paths.precision import widened
 from gatedadapters.safe_files import leftovers, opened, whole_folder, write_tensors
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
@@ -108,9 +108,12 @@ class Probe:
         """
         if not (self.folder / FISHER).is_dir():
             raise ArtifactError(
-                "this probe holds no squared gradients by element", expected="probe(elements=True)",
-                got="elements=False", where=self.folder, fix="probe again",
-            )  # fmt: skip
+                "this probe holds no squared gradients by element",
+                expected="probe(elements=True)",
+                got="elements=False",
+                where=self.folder,
+                fix="probe again",
+            )
         return Scores.load(self.folder / FISHER)
 
     @classmethod
@@ -125,16 +128,22 @@ class Probe:
             record = ProbeRecord.model_validate_json((path / RECORD).read_bytes())
         except (OSError, ValidationError) as error:
             raise ArtifactError(
-                "this is no probe", expected=f"{RECORD} and {DELTAS}", got=str(error).splitlines()[0], where=path,
+                "this is no probe",
+                expected=f"{RECORD} and {DELTAS}",
+                got=str(error).splitlines()[0],
+                where=path,
                 fix="give the folder that probe wrote",
-            ) from error  # fmt: skip
+            ) from error
         with opened(path / DELTAS) as stored:
             names = set(stored.keys())
         if names != set(record.norms):
             raise ArtifactError(
-                "the deltas of a probe are not those of its record", expected=f"{len(record.norms)} tensors",
-                got=f"{len(names)}", where=path, fix="keep the files together",
-            )  # fmt: skip
+                "the deltas of a probe are not those of its record",
+                expected=f"{len(record.norms)} tensors",
+                got=f"{len(names)}",
+                where=path,
+                fix="keep the files together",
+            )
         return cls(record, path)
 
 
@@ -179,10 +188,15 @@ def probe(
     began, start, running = time.perf_counter(), digest(model), path.with_name(f"{path.name}.running")
     base = recipe or Recipe(1, config.batch_size, config.learning_rate, checkpoint_steps=CHECKPOINT_STEPS)
     request = {
-        "task": task.identity(), "start": start, "seed": seed, "config": config.model_dump(mode="json"),
-        "heads": sorted(heads), "own_head": sorted(own_head), "elements": elements,
+        "task": task.identity(),
+        "start": start,
+        "seed": seed,
+        "config": config.model_dump(mode="json"),
+        "heads": sorted(heads),
+        "own_head": sorted(own_head),
+        "elements": elements,
         "training": {"head_learning_rate": base.head_learning_rate, "bf16": base.bf16},
-    }  # fmt: skip
+    }
     for left in (*leftovers(path), *leftovers(running)):  # of a process that was killed as it wrote the result
         shutil.rmtree(left, ignore_errors=True)
     if path.is_dir() and any(path.iterdir()):
@@ -195,9 +209,17 @@ def probe(
     data = _part(task.train, config.fraction, seed)
     steps = config.steps or math.ceil(config.epochs * math.ceil(len(data) / config.batch_size))
     own = Recipe(
-        steps, config.batch_size, config.learning_rate, base.head_learning_rate, "cosine", config.warmup, 0.0,
-        base.bf16, base.use_cpu, base.checkpoint_steps,
-    )  # fmt: skip
+        steps,
+        config.batch_size,
+        config.learning_rate,
+        base.head_learning_rate,
+        "cosine",
+        config.warmup,
+        0.0,
+        base.bf16,
+        base.use_cpu,
+        base.checkpoint_steps,
+    )
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     snapshot = Snapshot(running / "start.safetensors", model)
@@ -205,9 +227,14 @@ def probe(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in infos or name in own_head)
         fit(
-            model, data, task.collate, own, folder=running, seed=phase_seed(seed, f"probe {task.name}"),
+            model,
+            data,
+            task.collate,
+            own,
+            folder=running,
+            seed=phase_seed(seed, f"probe {task.name}"),
             heads=sorted(own_head),
-        )  # fmt: skip
+        )
         for parameter in model.parameters():
             parameter.grad = None  # before the squared gradients take as much
         with whole_folder(path, files=FILES) as new:
@@ -220,9 +247,17 @@ def probe(
                 del found
                 shutil.rmtree(new / FISHER)
             record = ProbeRecord(
-                task=task.name, start=start, seed=seed, config=config, steps=steps, examples=len(data),
-                seconds=round(time.perf_counter() - began, 2), norms=norms, fisher=fisher, request=request,
-            )  # fmt: skip
+                task=task.name,
+                start=start,
+                seed=seed,
+                config=config,
+                steps=steps,
+                examples=len(data),
+                seconds=round(time.perf_counter() - began, 2),
+                norms=norms,
+                fisher=fisher,
+                request=request,
+            )
             (new / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     finally:
         snapshot.restore(model)
@@ -250,9 +285,12 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> N
     if found != wanted:
         place, there, own = difference(found, wanted)
         raise ArtifactError(
-            f"the folder holds another probe: its {place.removeprefix('.')} differs", expected=own, got=there,
-            where=where, fix="give another folder, or remove this one",
-        )  # fmt: skip
+            f"the folder holds another probe: its {place.removeprefix('.')} differs",
+            expected=own,
+            got=there,
+            where=where,
+            fix="give another folder, or remove this one",
+        )
 
 
 def _part(data: Any, fraction: float, seed: int) -> Any:
@@ -266,9 +304,12 @@ def _part(data: Any, fraction: float, seed: int) -> Any:
 def _batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batch]:
     """At most `fisher_batches` batches of the training data."""
     loader: DataLoader[Any] = DataLoader(
-        task.train, config.fisher_batch_size, shuffle=True, collate_fn=task.collate,
+        task.train,
+        config.fisher_batch_size,
+        shuffle=True,
+        collate_fn=task.collate,
         generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+    )
     for _, batch in zip(range(config.fisher_batches), loader, strict=False):
         yield batch
 

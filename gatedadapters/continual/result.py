@@ -11,16 +11,17 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field, ValidationError
 from torch import nn
 
-from gatedadapters.adapters import NAME as ADAPTERS
-from gatedadapters.adapters import Adapters
 from gatedadapters.artifacts import Shelf
-from gatedadapters.attachment import attach, detach
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import CORE, Core, load_core
 from gatedadapters.continual.metrics import Metrics
 from gatedadapters.continual.states import Change, digest, lead, read_record
 from gatedadapters.errors import ArtifactError
-from gatedadapters.structure import Structure, format_table
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import NAME as ADAPTERS
+from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.attach import attach, detach
 
 STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
 ATTACHED, ADAPTER = "attached.json", "adapter"
@@ -132,9 +133,12 @@ class StreamResult:
             ]
         except (OSError, ValidationError) as error:
             raise ArtifactError(
-                "this is no finished stream", expected=f"{STREAM} and every stage", got=str(error).splitlines()[0],
-                where=path, fix="run it again: it goes on where it stopped",
-            ) from error  # fmt: skip
+                "this is no finished stream",
+                expected=f"{STREAM} and every stage",
+                got=str(error).splitlines()[0],
+                where=path,
+                fix="run it again: it goes on where it stopped",
+            ) from error
         return cls(record, baseline, found, path)
 
     @classmethod
@@ -196,9 +200,12 @@ class StreamResult:
         last = len(self.stages)
         if self.folder is None or not self.record.keep or not 0 <= to <= last:
             raise ArtifactError(
-                "there is no such state to restore", expected=f"states 0..{last} of a stream run with folder= and keep",
-                got=f"state {to}", where=self.folder or "a stream without a folder", fix="run it with folder=",
-            )  # fmt: skip
+                "there is no such state to restore",
+                expected=f"states 0..{last} of a stream run with folder= and keep",
+                got=f"state {to}",
+                where=self.folder or "a stream without a folder",
+                fix="run it with folder=",
+            )
         places = [stage_folder(self.folder, i) / CHANGE for i in range(last)]
         states = [read_record(places[0]).before, *(read_record(place).after for place in places)]
         attached = places[0].parent / MEMORY / ATTACHED
@@ -209,10 +216,12 @@ class StreamResult:
             found = digest(model)
             if found not in states:
                 raise ArtifactError(
-                    "the model is in no state of this stream", expected=", ".join(state[:8] for state in states),
-                    got=found[:8], where="StreamResult.restore",
+                    "the model is in no state of this stream",
+                    expected=", ".join(state[:8] for state in states),
+                    got=found[:8],
+                    where="StreamResult.restore",
                     fix="give the base as it was before the stream, or the model that the stream left",
-                )  # fmt: skip
+                )
             start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
             path = range(start, to) if to > start else range(start - 1, to - 1, -1)
             lead(model, [Change.load(places[i]) for i in path], states[to])
@@ -224,9 +233,11 @@ class StreamResult:
     @property
     def adapters(self) -> dict[str, Path]:
         """Under `per_task` the folder of each task's adapter; see `shelf`."""
-        places = {} if self.folder is None else {
-            stage.task: stage_folder(self.folder, i) / MEMORY / ADAPTER for i, stage in enumerate(self.stages)
-        }  # fmt: skip
+        places = (
+            {}
+            if self.folder is None
+            else {stage.task: stage_folder(self.folder, i) / MEMORY / ADAPTER for i, stage in enumerate(self.stages)}
+        )
         return {task: place for task, place in places.items() if place.is_dir()}
 
     def shelf(self, model: nn.Module) -> Shelf:
@@ -240,9 +251,12 @@ class StreamResult:
         """
         if not self.adapters:
             raise ArtifactError(
-                "no task of this stream has adapters of its own", expected="a stream of per_task, run with folder=",
-                got=self.strategy, where="StreamResult.shelf", fix="restore a state instead",
-            )  # fmt: skip
+                "no task of this stream has adapters of its own",
+                expected="a stream of per_task, run with folder=",
+                got=self.strategy,
+                where="StreamResult.shelf",
+                fix="restore a state instead",
+            )
         shelf = Shelf.load(model, self.adapters)
         for adapters in shelf.members.values():
             cast(Adapters, adapters).follows_ids = False  # each serves its task, whatever id that has
@@ -270,10 +284,17 @@ class StreamResult:
         rows = [["nothing", *(f"{s:.3f}" for s in self.baseline.scores), *extra, "0", "", "", ""]]
         for stage in self.stages:
             own = [] if stage.general is None else [f"{stage.general:.3f}"]
-            rows.append([
-                stage.task, *(f"{s:.3f}" for s in stage.scores), *own, f"{stage.elements:,}", f"{stage.seconds:.0f}",
-                f"{stage.probe_seconds:.0f}", f"{stage.bytes:,}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    stage.task,
+                    *(f"{s:.3f}" for s in stage.scores),
+                    *own,
+                    f"{stage.elements:,}",
+                    f"{stage.seconds:.0f}",
+                    f"{stage.probe_seconds:.0f}",
+                    f"{stage.bytes:,}",
+                ]
+            )
         m = self.metrics
         shown = {"OP": m.op, "BWT": m.bwt, "FWT": m.fwt, "forgetting": m.forgetting, "general delta": m.general_delta}
         line = ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)

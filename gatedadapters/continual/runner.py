@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gatedadapters.adapters import NAME as ADAPTERS
-from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.attachment import attach, check_free, detach, find_heads
+from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.config import ProbeConfig, SearchSpace, StreamTrainingConfig
 from gatedadapters.continual.core import Core, save_core
 from gatedadapters.continual.digests import difference
@@ -40,13 +38,15 @@ from gatedadapters.continual.states import Change, Snapshot, digest, state_of
 from gatedadapters.continual.strategies import Strategy, Tuned, resolve
 from gatedadapters.continual.tasks import Task, TaskStream
 from gatedadapters.continual.tensors import tensors_of
-from gatedadapters.devices import on_cpu
 from gatedadapters.errors import ArtifactError, AttachError, ConfigError
-from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.delta import find_delta
+from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import leftovers, whole_folder
-from gatedadapters.selection import versions
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import NAME as ADAPTERS
+from gatedadapters.supernet.adapters import Adapters, get_adapters
+from gatedadapters.supernet.attach import attach, check_free, detach, find_heads
+from gatedadapters.training.devices import on_cpu
 
 Watch = Callable[[str], None]
 OnStage = Callable[[StreamResult], None]
@@ -98,7 +98,7 @@ def run_stream(
         place = Path(folder) if folder is not None else Path(scratch) / "stream"
         run = Run(
             model, stream, chosen, training or StreamTrainingConfig(), place, keep=keep, watch=watch, on_stage=on_stage
-        )  # fmt: skip
+        )
         result = run.run()
     if folder is None:
         result.folder = None
@@ -134,16 +134,22 @@ class Run:
         self._use_cpu = on_cpu(training.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError(
-                "a stream is run by one process", expected="WORLD_SIZE 1", got=os.environ["WORLD_SIZE"],
-                where="run_stream", fix="start it without torchrun; several streams may run side by side",
-            )  # fmt: skip
+                "a stream is run by one process",
+                expected="WORLD_SIZE 1",
+                got=os.environ["WORLD_SIZE"],
+                where="run_stream",
+                fix="start it without torchrun; several streams may run side by side",
+            )
         self.folder, self.keep, self.seed, self.now = folder, keep, training.seed, 0
         self._watch, self._on_stage = watch or (lambda _: None), on_stage
         if find_delta(model) is not None:
             raise AttachError(
-                "a stream starts from a plain model", expected="no sparse delta", got="model.sparse_delta",
-                where="run_stream", fix="remove or merge it first",
-            )  # fmt: skip
+                "a stream starts from a plain model",
+                expected="no sparse delta",
+                got="model.sparse_delta",
+                where="run_stream",
+                fix="remove or merge it first",
+            )
         check_free(model)
         self.heads = stream.check(model)
         own = find_heads(model, None) if any(task.classes for task in stream) else ()
@@ -228,36 +234,59 @@ class Run:
         self._watch(f"{task.name}: {phase}")
         heads = [n for i in (range(index, index + 1) if heads_of is None else heads_of) for n in self.heads[i]]
         return fit(
-            self.model, task.train if data is None else data, task.collate,
-            self.recipe((steps or training.steps) * length), folder=self.running / phase,
-            seed=phase_seed(self.seed, f"{phase} {task.name}"), heads=heads, penalty=penalty, gated=gated,
-        )  # fmt: skip
+            self.model,
+            task.train if data is None else data,
+            task.collate,
+            self.recipe((steps or training.steps) * length),
+            folder=self.running / phase,
+            seed=phase_seed(self.seed, f"{phase} {task.name}"),
+            heads=heads,
+            penalty=penalty,
+            gated=gated,
+        )
 
     def recipe(self, steps: int) -> Recipe:
         """The configured training."""
         t = self.training
         return Recipe(
-            steps, t.batch_size, t.learning_rate, t.head_learning_rate, "linear", t.warmup, t.weight_decay,
-            t.precision == "bf16", self._use_cpu, t.checkpoint_steps,
-        )  # fmt: skip
+            steps,
+            t.batch_size,
+            t.learning_rate,
+            t.head_learning_rate,
+            "linear",
+            t.warmup,
+            t.weight_decay,
+            t.precision == "bf16",
+            self._use_cpu,
+            t.checkpoint_steps,
+        )
 
     def probe(self, index: int, config: ProbeConfig, *, elements: bool) -> Probe:
         """A warm start of a task from the model as it is; read where it was taken already."""
         task = self.stream[index]
         self._watch(f"{task.name}: probe")
         return probe(
-            self.model, task, self.folder / "probes" / f"{index:03d}", config, heads=self.all_heads,
-            own_head=frozenset(self.heads[index]), elements=elements, seed=phase_seed(self.seed, task.name),
+            self.model,
+            task,
+            self.folder / "probes" / f"{index:03d}",
+            config,
+            heads=self.all_heads,
+            own_head=frozenset(self.heads[index]),
+            elements=elements,
+            seed=phase_seed(self.seed, task.name),
             recipe=self.recipe(1),
-        )  # fmt: skip
+        )
 
     def batches(self, index: int, size: int) -> Iterator[dict[str, Tensor]]:
         """Training data of a task in shuffled batches, once."""
         task = self.stream[index]
         yield from DataLoader(
-            task.train, size, shuffle=True, collate_fn=task.collate,
+            task.train,
+            size,
+            shuffle=True,
+            collate_fn=task.collate,
             generator=torch.Generator().manual_seed(phase_seed(self.seed, f"batches {task.name}")),
-        )  # fmt: skip
+        )
 
     def snapshot(self, name: str) -> Snapshot:
         """A copy of the model's state, in a file of this stage."""
@@ -365,11 +394,18 @@ class Run:
                 save_core(core, new / MEMORY, self.identity)
             adapter = sum(f.stat().st_size for f in (new / MEMORY / ADAPTER).glob("*"))
             record = StageRecord(
-                task=task, scores=scores, general=general, elements=tuned.elements, tensors=tensors,
-                seconds=round(tuned.seconds, 2), probe_seconds=round(tuned.probe_seconds, 2),
-                evaluation_seconds=round(time.perf_counter() - start, 2), bytes=adapter or own.nbytes,
-                state=change.record.after, report="\n\n".join(map(str, parts)),
-            )  # fmt: skip
+                task=task,
+                scores=scores,
+                general=general,
+                elements=tuned.elements,
+                tensors=tensors,
+                seconds=round(tuned.seconds, 2),
+                probe_seconds=round(tuned.probe_seconds, 2),
+                evaluation_seconds=round(time.perf_counter() - start, 2),
+                bytes=adapter or own.nbytes,
+                state=change.record.after,
+                report="\n\n".join(map(str, parts)),
+            )
             (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.running, ignore_errors=True)
 
@@ -403,13 +439,17 @@ class Run:
     def _record(self) -> StreamRecord:
         general = self.stream.general
         return StreamRecord(
-            tasks=[task.identity() for task in self.stream], general=None if general is None else general.identity(),
+            tasks=[task.identity() for task in self.stream],
+            general=None if general is None else general.identity(),
             strategy=self.strategy.identity(),
             training=self.training.model_dump(mode="json", exclude={"checkpoint_steps"}),
-            seed=self.seed, keep=self.keep, base=digest(self.model),
-            elements=sum(info.numel for info in self.infos.values()), stages=self.strategy.stages(self),
+            seed=self.seed,
+            keep=self.keep,
+            base=digest(self.model),
+            elements=sum(info.numel for info in self.infos.values()),
+            stages=self.strategy.stages(self),
             versions=versions(),
-        )  # fmt: skip
+        )
 
     def _check_folder(self, record: StreamRecord) -> None:
         """See that what the folder holds is this stream.
@@ -423,9 +463,12 @@ class Run:
             held = [name for name in held if name not in ("running", *(part.name for part in self._parts()))]
             if held:
                 raise ArtifactError(
-                    "the folder holds files of others", expected="a new or an empty folder, or a stream to go on with",
-                    got=", ".join(held[:3]), where=self.folder, fix="give another folder",
-                )  # fmt: skip
+                    "the folder holds files of others",
+                    expected="a new or an empty folder, or a stream to go on with",
+                    got=", ".join(held[:3]),
+                    where=self.folder,
+                    fix="give another folder",
+                )
             return
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
@@ -439,9 +482,11 @@ class Run:
                 key, expected, got = difference(earlier.get(part), mine[part])
                 raise ArtifactError(
                     f"the folder holds a stream with other {_WORDS.get(part, part)}",
-                    expected=expected, got=got, where=f"{file}: {part}{key}",
+                    expected=expected,
+                    got=got,
+                    where=f"{file}: {part}{key}",
                     fix="go on with the same arguments, or give another folder",
-                )  # fmt: skip
+                )
 
     def _put_back(self, start: Snapshot) -> None:
         """The model as it was, whatever is attached."""

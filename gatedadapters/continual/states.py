@@ -129,9 +129,12 @@ class Change:
         found = digest(model)
         if found != start:
             raise ArtifactError(
-                "the model is in another state than this change begins at", expected=start[:8], got=found[:8],
-                where="Change.apply", fix="load the base as it was, and apply the changes in their order",
-            )  # fmt: skip
+                "the model is in another state than this change begins at",
+                expected=start[:8],
+                got=found[:8],
+                where="Change.apply",
+                fix="load the base as it was, and apply the changes in their order",
+            )
         lead(model, [self], end)
 
     @torch.no_grad()
@@ -163,9 +166,12 @@ class Change:
         short = [n for n, e in record.tensors.items() if len(values.get(f"bits.{n}", ())) != e.count]
         if values.keys() != wanted or short:
             raise ArtifactError(
-                "a stored change is damaged", expected=f"{len(wanted)} tensors", got=f"{len(values)}", where=folder,
+                "a stored change is damaged",
+                expected=f"{len(wanted)} tensors",
+                got=f"{len(values)}",
+                where=folder,
                 fix="restore the folder",
-            )  # fmt: skip
+            )
         return cls(record, values)
 
 
@@ -179,9 +185,12 @@ def read_record(folder: Path) -> ChangeRecord:
         return ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            "this is no stored change", expected=f"{RECORD} and {BITS}", got=str(error).splitlines()[0],
-            where=folder, fix="keep the folder of a stream as it was written, with keep=True",
-        ) from error  # fmt: skip
+            "this is no stored change",
+            expected=f"{RECORD} and {BITS}",
+            got=str(error).splitlines()[0],
+            where=folder,
+            fix="keep the folder of a stream as it was written, with keep=True",
+        ) from error
 
 
 def lead(model: nn.Module, changes: Sequence[Change], end: str) -> None:
@@ -197,9 +206,12 @@ def lead(model: nn.Module, changes: Sequence[Change], end: str) -> None:
         for change in reversed(changes):
             change.flip(model)
         raise ArtifactError(
-            "stored changes do not lead to the state that was recorded", expected=end[:8], got=found[:8],
-            where="StreamResult.restore", fix="restore the folder of the stream; its files were changed",
-        )  # fmt: skip
+            "stored changes do not lead to the state that was recorded",
+            expected=end[:8],
+            got=found[:8],
+            where="StreamResult.restore",
+            fix="restore the folder of the stream; its files were changed",
+        )
 
 
 def _bits(value: Tensor) -> Tensor:

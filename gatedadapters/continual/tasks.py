@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gatedadapters.attachment import find_heads
 from gatedadapters.continual.digests import data_digest
 from gatedadapters.continual.measures import ChoiceAccuracy, accuracy, exact_match, nearest_class, prompt
 from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
 from gatedadapters.errors import DataError, TaskError
+from gatedadapters.supernet.attach import find_heads
 from gatedadapters.training import MultiTaskClassifier
 
 Measure = Callable[[nn.Module, "Task"], float]
@@ -58,10 +58,15 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """What tells this task from another: names, sizes, and a digest of every example."""
         return {
-            "name": self.name, "train": len(self.train), "held_out": len(self.held_out),
-            "classes": list(self.classes), "heads": list(self.heads), "measure": _name(self.measure),
-            "collate": _name(self.collate), "data": data_digest(self.train, self.held_out),
-        }  # fmt: skip
+            "name": self.name,
+            "train": len(self.train),
+            "held_out": len(self.held_out),
+            "classes": list(self.classes),
+            "heads": list(self.heads),
+            "measure": _name(self.measure),
+            "collate": _name(self.collate),
+            "data": data_digest(self.train, self.held_out),
+        }
 
 
 class TaskStream(Sequence[Task]):
@@ -85,9 +90,12 @@ class TaskStream(Sequence[Task]):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise TaskError(
-                "two tasks have one name", expected="distinct names", got=", ".join(repeated), where="TaskStream",
+                "two tasks have one name",
+                expected="distinct names",
+                got=", ".join(repeated),
+                where="TaskStream",
                 fix="name them apart",
-            )  # fmt: skip
+            )
         for task in self.tasks:
             _check_data(task)
         if general is not None:
@@ -111,9 +119,11 @@ class TaskStream(Sequence[Task]):
         """The same tasks in another order."""
         if sorted(order) != list(range(len(self))):
             raise TaskError(
-                expected=f"each of 0..{len(self) - 1} once", got=list(order), where="TaskStream.ordered",
+                expected=f"each of 0..{len(self) - 1} once",
+                got=list(order),
+                where="TaskStream.ordered",
                 fix="give a permutation",
-            )  # fmt: skip
+            )
         return TaskStream([self.tasks[i] for i in order], self.general)
 
     def check(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -128,10 +138,12 @@ class TaskStream(Sequence[Task]):
             width = model.get_parameter(heads[index][-1]).shape[0] if heads[index] else len(task.classes)
             if task.classes and width != len(task.classes):
                 raise TaskError(
-                    "a head and its task's classes do not fit", expected=f"{len(task.classes)} classes",
-                    got=f"{width} outputs of {heads[index][-1]}", where=f"task {task.name!r}",
+                    "a head and its task's classes do not fit",
+                    expected=f"{len(task.classes)} classes",
+                    got=f"{width} outputs of {heads[index][-1]}",
+                    where=f"task {task.name!r}",
                     fix="build the model with this task's classes",
-                )  # fmt: skip
+                )
             for other in range(index):
                 shared = sorted(set(heads[index]) & set(heads[other]))
                 if shared and self.tasks[other].classes != task.classes:
@@ -141,7 +153,7 @@ class TaskStream(Sequence[Task]):
                         got=f"{', '.join(self.tasks[other].classes[:4])} and {', '.join(task.classes[:4])}",
                         where=f"{shared[0]}: tasks {self.tasks[other].name!r} and {task.name!r}",
                         fix="use MultiTaskClassifier, which has one head per task",
-                    )  # fmt: skip
+                    )
         return heads
 
 
@@ -161,9 +173,11 @@ def classification_tasks(
     """
     if model.tasks != tuple(task.name for task in tasks):
         raise TaskError(
-            expected=", ".join(model.tasks), got=", ".join(task.name for task in tasks), where="classification_tasks",
+            expected=", ".join(model.tasks),
+            got=", ".join(task.name for task in tasks),
+            where="classification_tasks",
             fix="build the model with these tasks in this order",
-        )  # fmt: skip
+        )
     collate = MixedTaskCollator(tokenizer)
     data = {part: MixedTaskDataset(tasks, tokenizer, part, max_length) for part in ("train", split)}
     found, ends = [], dict.fromkeys(data, 0)
@@ -224,11 +238,12 @@ def check_mixing(tasks: Sequence[Task], kind: str) -> None:
     for task in tasks[1:]:
         if task.collate is not first and (_name(task.collate), _state(task.collate)) != (_name(first), _state(first)):
             raise TaskError(
-                "tasks that are trained together make batches of different kinds", expected="one collate for all",
+                "tasks that are trained together make batches of different kinds",
+                expected="one collate for all",
                 got=f"{_name(first)} and {_name(task.collate)}",
                 where=f"strategy {kind}: tasks {tasks[0].name!r} and {task.name!r}",
                 fix="put what differs, such as task_ids, into the examples",
-            )  # fmt: skip
+            )
 
 
 def _state(function: Any) -> Any:
@@ -248,26 +263,34 @@ def _check_data(task: Task) -> None:
         _check_part(task, data, part)
     if task.measure is accuracy and not task.classes:
         raise TaskError(
-            "a task that is scored by accuracy does not name its classes", expected="two classes or more", got="none",
-            where=f"task {task.name!r}", fix="give Task(classes=), or another measure=",
-        )  # fmt: skip
+            "a task that is scored by accuracy does not name its classes",
+            expected="two classes or more",
+            got="none",
+            where=f"task {task.name!r}",
+            fix="give Task(classes=), or another measure=",
+        )
     if not task.classes:
         return
     labels = _labels(task, task.train, "training")
     if len(task.classes) < 2 or len(set(labels)) < 2:
         raise TaskError(
-            "a task has one class", expected="examples of two classes or more",
-            got=f"{len(set(labels))} of {len(task.classes)}", where=f"task {task.name!r}",
+            "a task has one class",
+            expected="examples of two classes or more",
+            got=f"{len(set(labels))} of {len(task.classes)}",
+            where=f"task {task.name!r}",
             fix="leave it out, or give it examples of another class",
-        )  # fmt: skip
+        )
     if task.measure is accuracy:  # others read what they like
         labels += _labels(task, task.held_out, "evaluation")
     outside = [label for label in labels if not 0 <= label < len(task.classes)]
     if outside:
         raise DataError(
-            "a label lies outside the task's classes", expected=f"0..{len(task.classes) - 1}", got=outside[0],
-            where=f"task {task.name!r}", fix="check the label column",
-        )  # fmt: skip
+            "a label lies outside the task's classes",
+            expected=f"0..{len(task.classes) - 1}",
+            got=outside[0],
+            where=f"task {task.name!r}",
+            fix="check the label column",
+        )
 
 
 def _check_general(task: Task) -> None:
@@ -283,14 +306,20 @@ def _check_general(task: Task) -> None:
 def _check_part(task: Task, data: Any, part: str, *, may_be_empty: bool = False) -> None:
     if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
-            f"the {part} data of a task cannot be indexed", expected="len and integer indices",
-            got=type(data).__name__, where=f"task {task.name!r}", fix="put the examples into a list",
-        )  # fmt: skip
+            f"the {part} data of a task cannot be indexed",
+            expected="len and integer indices",
+            got=type(data).__name__,
+            where=f"task {task.name!r}",
+            fix="put the examples into a list",
+        )
     if data is None or not (may_be_empty or len(data)):
         raise DataError(
-            f"a task has no {part} data", expected="at least one example", got="none", where=f"task {task.name!r}",
+            f"a task has no {part} data",
+            expected="at least one example",
+            got="none",
+            where=f"task {task.name!r}",
             fix="give it a table or a split",
-        )  # fmt: skip
+        )
 
 
 def _labels(task: Task, data: Any, part: str) -> list[int]:
@@ -306,7 +335,10 @@ def _labels(task: Task, data: Any, part: str) -> list[int]:
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             got = ", ".join(map(str, data[index])) if isinstance(data[index], Mapping) else type(data[index]).__name__
             raise DataError(
-                f"an example of a task's {part} data has no label", expected="an index of a class under labels",
-                got=got, where=f"task {task.name!r}, {part} example {index}", fix="name that column labels",
-            ) from error  # fmt: skip
+                f"an example of a task's {part} data has no label",
+                expected="an index of a class under labels",
+                got=got,
+                where=f"task {task.name!r}, {part} example {index}",
+                fix="name that column labels",
+            ) from error
     return found

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gatedadapters.backbone import discover
+from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import LayoutError
-from gatedadapters.fingerprint import is_own
 from gatedadapters.masking.roles import roles_of
 
 

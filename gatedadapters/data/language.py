@@ -80,9 +80,12 @@ def split_passages(
     distinct = list(dict.fromkeys(passages))
     if len(distinct) < 2:
         raise DataError(
-            "this is too little text to hold some out", expected="at least two different texts", got=len(distinct),
-            where=where, fix="add texts; in a .txt file put an empty line between paragraphs",
-        )  # fmt: skip
+            "this is too little text to hold some out",
+            expected="at least two different texts",
+            got=len(distinct),
+            where=where,
+            fix="add texts; in a .txt file put an empty line between paragraphs",
+        )
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(len(distinct) - 1, max(1, round(held_out * len(distinct))))
     return [distinct[i] for i in order[count:]], [distinct[i] for i in order[:count]]

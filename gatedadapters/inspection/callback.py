@@ -14,13 +14,13 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from gatedadapters.adapters import Adapters, get_adapters
 from gatedadapters.config import L0, Budget, Schedule
 from gatedadapters.config.base import Config
 from gatedadapters.errors import AttachError
 from gatedadapters.inspection.tensorboard import TensorBoardWriter
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters, get_adapters
 
 
 class TensorBoardInspector(TensorBoardCallback):

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gatedadapters.continual import Core, StreamResult
-from gatedadapters.html import INK
 from gatedadapters.inspection.matrix import matrix_picture
 from gatedadapters.inspection.picture import quiet, save_figure
+from gatedadapters.reporting.html import INK
 
 
 def stream_picture(result: StreamResult, *, title: str | None = None) -> Figure:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gatedadapters.adapters import Adapters
 from gatedadapters.config import Budget
 from gatedadapters.gates import GateBank
 from gatedadapters.paths import Path
 from gatedadapters.structure import column
+from gatedadapters.supernet.adapters import Adapters
 
 Cell = tuple[int, str]
 Name = TypeVar("Name")

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from gatedadapters.errors import DataError
-from gatedadapters.html import INK
 from gatedadapters.inspection.picture import COLOURS, quiet
+from gatedadapters.reporting.html import INK
 
 
 def matrix_picture(
@@ -31,9 +31,12 @@ def matrix_picture(
     stages = names if rows is None else rows
     if found.shape != (len(stages), len(names)) or not found.size:
         raise DataError(
-            "this is no matrix of tasks by tasks", expected=f"shape ({len(stages)}, {len(names)}), at least (1, 1)",
-            got=str(found.shape), where="matrix", fix="give one row and one column for each name",
-        )  # fmt: skip
+            "this is no matrix of tasks by tasks",
+            expected=f"shape ({len(stages)}, {len(names)}), at least (1, 1)",
+            got=str(found.shape),
+            where="matrix",
+            fix="give one row and one column for each name",
+        )
     width, height = (max(3.0, 0.55 * count + 1.6) for count in (len(names), len(stages)))
     figure = Figure(figsize=(width + 0.6, height), layout="constrained")
     axes = figure.subplots()

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from gatedadapters.html import INK, NOTHING, SHADES
+from gatedadapters.reporting.html import INK, NOTHING, SHADES
 from gatedadapters.structure import Structure
 
 Panel = tuple[str, dict[tuple[int, str], tuple[int, int]]]
@@ -59,9 +59,13 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
     for spare in axes.flat[len(panels) :]:
         spare.set_axis_off()
     bar = figure.colorbar(
-        ScalarMappable(norm, COLOURS), ax=axes, fraction=0.3 / size[0], aspect=20, shrink=min(1.0, 2.6 / size[1]),
+        ScalarMappable(norm, COLOURS),
+        ax=axes,
+        fraction=0.3 / size[0],
+        aspect=20,
+        shrink=min(1.0, 2.6 / size[1]),
         pad=0.1 / size[0],
-    )  # fmt: skip
+    )
     quiet(bar, "share of the offered\nunits kept (grey: none)")
     figure.suptitle(title or _size(structure), color=INK, fontsize=11, fontweight="bold")
     return figure
@@ -138,9 +142,16 @@ def _draw(
     for kind, members in groupby(columns, key=lambda label: label.rpartition(" ")[2]):
         start, end = end, end + len(list(members))
         place.annotate(
-            kind, ((start + end - 1) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-            textcoords="offset points", ha="center", va="bottom", fontsize=7, color=_FAINT,
-        )  # fmt: skip
+            kind,
+            ((start + end - 1) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            color=_FAINT,
+        )
         if start:
             place.axvline(start - 0.5, color=_FAINT, linewidth=0.8)
     if name:

@@ -19,18 +19,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as protos
 
-from gatedadapters.adapters import Adapters
 from gatedadapters.config.base import Config
 from gatedadapters.continual import StreamResult
 from gatedadapters.gates import GateBank
-from gatedadapters.html import NOTHING
 from gatedadapters.inspection.continual import core_picture, stream_picture
 from gatedadapters.inspection.gates import GateView
 from gatedadapters.inspection.heat_map import HeatMap
 from gatedadapters.inspection.matrix import matrix_picture
 from gatedadapters.inspection.picture import pixels
 from gatedadapters.masking import Mask
+from gatedadapters.reporting.html import NOTHING
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters
 
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#b2182b", NOTHING, "#1f5fa6"])
 _OPEN = "share of the units open"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.adapters import NAME as ADAPTERS
-from gatedadapters.adapters import Adapters
 from gatedadapters.errors import AttachError, MaskError
+from gatedadapters.supernet.adapters import NAME as ADAPTERS
+from gatedadapters.supernet.adapters import Adapters
 
 
 def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
@@ -18,9 +18,12 @@ def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, 
     missing = [name for name in names if name not in parameters]
     if missing:
         raise MaskError(
-            "the model lacks parameters that the mask selects from", expected=missing[0], got="no such parameter",
-            where=where, fix="use the model the mask was made for",
-        )  # fmt: skip
+            "the model lacks parameters that the mask selects from",
+            expected=missing[0],
+            got="no such parameter",
+            where=where,
+            fix="use the model the mask was made for",
+        )
     return parameters
 
 
@@ -29,21 +32,28 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
     if not weight.is_floating_point() or not plain or weight.element_size() < 2:
         raise MaskError(
-            "these weights cannot be tuned element by element", expected="floating-point parameters of 16 bits or more",
-            got=f"{weight.dtype} ({type(weight).__name__})", where=name,
+            "these weights cannot be tuned element by element",
+            expected="floating-point parameters of 16 bits or more",
+            got=f"{weight.dtype} ({type(weight).__name__})",
+            where=name,
             fix="load the model without quantisation, or exclude them from the mask",
-        )  # fmt: skip
+        )
     if tuple(weight.shape) != shape:
         raise MaskError(
-            "a tensor has another shape than the mask says", expected=shape, got=tuple(weight.shape), where=name,
+            "a tensor has another shape than the mask says",
+            expected=shape,
+            got=tuple(weight.shape),
+            where=name,
             fix="use the model the mask was made for",
-        )  # fmt: skip
+        )
     if not weight.is_contiguous() or weight.device.type == "meta":
         raise MaskError(
-            "these weights cannot be written in place", expected="a contiguous tensor with memory",
-            got="meta" if weight.device.type == "meta" else "strides of another layout", where=name,
+            "these weights cannot be written in place",
+            expected="a contiguous tensor with memory",
+            got="meta" if weight.device.type == "meta" else "strides of another layout",
+            where=name,
             fix="make it contiguous before",
-        )  # fmt: skip
+        )
 
 
 def check_heads(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
@@ -51,9 +61,12 @@ def check_heads(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
     for name, value in values.items():
         if name in parameters and parameters[name].shape != value.shape:
             raise MaskError(
-                "a task head has another shape than what was learned for it", expected=tuple(value.shape),
-                got=tuple(parameters[name].shape), where=name, fix="use a model with as many classes",
-            )  # fmt: skip
+                "a task head has another shape than what was learned for it",
+                expected=tuple(value.shape),
+                got=tuple(parameters[name].shape),
+                where=name,
+                fix="use a model with as many classes",
+            )
 
 
 def check_adapters(model: nn.Module, names: set[str]) -> None:
@@ -63,13 +76,18 @@ def check_adapters(model: nn.Module, names: set[str]) -> None:
     for attribute, what in taken.items():
         for name in sorted(names.intersection(getattr(adapters, attribute, ()))):
             raise AttachError(
-                f"the mask selects elements of a {what}", expected="a weight of the backbone's own", got=name,
-                where=type(model).__name__, fix="exclude it from the mask, or unmerge or detach the adapters first",
-            )  # fmt: skip
+                f"the mask selects elements of a {what}",
+                expected="a weight of the backbone's own",
+                got=name,
+                where=type(model).__name__,
+                fix="exclude it from the mask, or unmerge or detach the adapters first",
+            )
     for key, path in adapters.typed_paths() if isinstance(adapters, Adapters) else ():
         if path.site.at_weight and str(path.site.write) in names:
             raise AttachError(
-                "an adapter's path stands at this weight", expected="a weight of the backbone's own",
-                got=f"path {key}", where=str(path.site.write),
+                "an adapter's path stands at this weight",
+                expected="a weight of the backbone's own",
+                got=f"path {key}",
+                where=str(path.site.write),
                 fix="exclude it from the mask, or search without weight_lora",
-            )  # fmt: skip
+            )

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gatedadapters.attachment import find_heads
+from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
+from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
-from gatedadapters.fingerprint import DELTA, fingerprint
-from gatedadapters.freezing import settle, trained_originally
-from gatedadapters.hooks import hook_embedding
 from gatedadapters.masking.checks import check_adapters, check_heads, check_tensor, tunable
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
 from gatedadapters.masking.tuned import Tuned
 from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
-from gatedadapters.structure import Fingerprint
+from gatedadapters.supernet.attach import find_heads
+from gatedadapters.supernet.hooks import hook_embedding
 
 NAME = DELTA
 VALUES = "values.safetensors"
@@ -103,8 +102,10 @@ class SparseDelta(nn.Module):
         return Mask.from_indices(
             {name: part.pattern.indices() for name, part in self.items()},
             {name: part.pattern.shape for name, part in self.items()},
-            identity=self.identity, roles=self.roles, origin=self.origin,
-        )  # fmt: skip
+            identity=self.identity,
+            roles=self.roles,
+            origin=self.origin,
+        )
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own task heads, trained and saved along."""
@@ -193,9 +194,11 @@ class SparseDelta(nn.Module):
         """
         if dtype not in DTYPES.values():
             raise ArtifactError(
-                expected="torch.float32 or torch.bfloat16", got=str(dtype), where="SparseDelta.save(dtype=)",
+                expected="torch.float32 or torch.bfloat16",
+                got=str(dtype),
+                where="SparseDelta.save(dtype=)",
                 fix="choose one of them",
-            )  # fmt: skip
+            )
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
         with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
@@ -232,10 +235,12 @@ class SparseDelta(nn.Module):
                     raise _changed([name], "another parameter was put in its place")
             if part.weight.requires_grad:
                 raise TrainingError(
-                    "a tuned parameter is trained in full beside its delta", expected="requires_grad=False",
-                    got="requires_grad=True: an optimiser may move elements that the mask keeps", where=name,
+                    "a tuned parameter is trained in full beside its delta",
+                    expected="requires_grad=False",
+                    got="requires_grad=True: an optimiser may move elements that the mask keeps",
+                    where=name,
                     fix="parameter.requires_grad_(False); to train all of it, remove the delta first",
-                )  # fmt: skip
+                )
         parts = [(name, part) for name, part in self.items() if not part.pending]
         if parts:
             home = parts[0][1].values.device
@@ -268,7 +273,7 @@ class SparseDelta(nn.Module):
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
-            settle(model, required)
+            apply_requires_grad(model, required)
             self.write()
             with torch.no_grad():
                 for name in self.head_values.keys() & set(head_names):
@@ -294,7 +299,7 @@ class SparseDelta(nn.Module):
         self._handles.clear()
         if getattr(model, NAME, None) is self:
             delattr(model, NAME)
-        settle(model, self._required_grad)
+        apply_requires_grad(model, self._required_grad)
         self._model.clear()
         return model
 
@@ -306,9 +311,12 @@ class RefuseCompilation:
         """Forward pre-hook of the model."""
         if torch.compiler.is_compiling():
             raise TrainingError(
-                "a model with a sparse delta is not compiled", expected="the model as it is", got="torch.compile",
-                where=type(module).__name__, fix="delta.merge() or .remove() first",
-            )  # fmt: skip
+                "a model with a sparse delta is not compiled",
+                expected="the model as it is",
+                got="torch.compile",
+                where=type(module).__name__,
+                fix="delta.merge() or .remove() first",
+            )
 
 
 def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = None) -> SparseDelta:
@@ -365,9 +373,12 @@ def _built(
     """A delta for `model`, which is not touched, and the names of its heads."""
     if find_delta(model) is not None:
         raise AttachError(
-            "this model has a sparse delta already", expected="a model without one", got="model.sparse_delta",
-            where=type(model).__name__, fix="model.sparse_delta.remove() or .merge() first",
-        )  # fmt: skip
+            "this model has a sparse delta already",
+            expected="a model without one",
+            got="model.sparse_delta",
+            where=type(model).__name__,
+            fix="model.sparse_delta.remove() or .merge() first",
+        )
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
         raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
@@ -380,9 +391,12 @@ def _built(
     overlap = [name for name in selected if name in head_names]
     if overlap:
         raise MaskError(
-            "the mask selects elements of a head that is trained in full", expected="elements of the backbone",
-            got=overlap[0], where=where, fix="exclude heads from the mask, or pass heads=()",
-        )  # fmt: skip
+            "the mask selects elements of a head that is trained in full",
+            expected="elements of the backbone",
+            got=overlap[0],
+            where=where,
+            fix="exclude heads from the mask, or pass heads=()",
+        )
     tuned = {}
     for name in selected:
         weight = parameters[name]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import MaskError
-from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.mask import check_backbone
 from gatedadapters.masking.scores import Scores
 

@@ -66,6 +66,9 @@ def decode(coding: str, data: Tensor, size: int, *, where: str = "mask") -> Tens
         if not len(codes) or (ends[-1] and positions[-1] < size):
             return torch.from_numpy(positions)
     raise ArtifactError(
-        "the positions of a mask do not decode", expected=f"positions below {size:,}",
-        got=f"{len(raw):,} bytes of code {coding!r}", where=where, fix="restore the file",
-    )  # fmt: skip
+        "the positions of a mask do not decode",
+        expected=f"positions below {size:,}",
+        got=f"{len(raw):,} bytes of code {coding!r}",
+        where=where,
+        fix="restore the file",
+    )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from gatedadapters.attachment import find_heads
 from gatedadapters.backbone import discover
 from gatedadapters.errors import MaskError
+from gatedadapters.supernet.attach import find_heads
 
 
 def train_last_blocks(

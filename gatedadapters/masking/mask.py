@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gatedadapters import html
+from gatedadapters.backbone.fingerprint import Fingerprint, fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
-from gatedadapters.fingerprint import fingerprint
 from gatedadapters.masking.encoding import Coding, decode, encode
+from gatedadapters.reporting import html
+from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import read_bytes, whole_folder, write_tensors
-from gatedadapters.structure import Fingerprint, format_table
 
 RECORD, CODES = "mask.json", "mask.safetensors"
 FILES = frozenset({RECORD, CODES})
@@ -80,9 +80,12 @@ class Mask:
             found = indices.get(name, torch.empty(0, dtype=torch.int64))
             coding, codes[name] = encode(found, torch.Size(shape).numel())
             records[name] = TensorRecord(
-                shape=tuple(shape), count=len(found), coding=coding, bytes=len(codes[name]),
+                shape=tuple(shape),
+                count=len(found),
+                coding=coding,
+                bytes=len(codes[name]),
                 role=(roles or {}).get(name, ""),
-            )  # fmt: skip
+            )
         return cls(MaskRecord(fingerprint=identity, origin=dict(origin or {}), tensors=records), codes)
 
     @classmethod
@@ -158,9 +161,12 @@ class Mask:
         found = decode(record.coding, self._codes[name], torch.Size(record.shape).numel(), where=name)
         if len(found) != record.count:
             raise ArtifactError(
-                "a mask is damaged", expected=f"{record.count:,} positions", got=f"{len(found):,}", where=name,
+                "a mask is damaged",
+                expected=f"{record.count:,} positions",
+                got=f"{len(found):,}",
+                where=name,
                 fix="restore the file",
-            )  # fmt: skip
+            )
         return found
 
     def dense(self, name: str) -> Tensor:
@@ -275,9 +281,12 @@ class Mask:
         """
         path = Path(folder)
         record = read_record(
-            MaskRecord, path / RECORD, what="a saved mask", expected=f"a folder with {RECORD} and {CODES}",
+            MaskRecord,
+            path / RECORD,
+            what="a saved mask",
+            expected=f"a folder with {RECORD} and {CODES}",
             writer="Mask.save",
-        )  # fmt: skip
+        )
         codes = read_bytes(path / CODES, {name: tensor.bytes for name, tensor in record.tensors.items()})
         mask = cls(record, codes)
         for name in mask.names:
@@ -372,9 +381,11 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> No
     if differ:
         raise MaskError(
             f"made for another backbone ({' and '.join(differ)} differ)",
-            expected=_described(wanted), got=_described(found), where=where,
+            expected=_described(wanted),
+            got=_described(found),
+            where=where,
             fix="use the backbone it was made for, as it was then: no delta in it, not cast to float16, the same heads",
-        )  # fmt: skip
+        )
 
 
 def _described(identity: Fingerprint) -> str:
@@ -386,18 +397,24 @@ def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     if value.dtype == torch.bool:
         if tuple(value.shape) != shape:
             raise MaskError(
-                "a bool mask has another shape", expected=shape, got=tuple(value.shape), where=name,
+                "a bool mask has another shape",
+                expected=shape,
+                got=tuple(value.shape),
+                where=name,
                 fix="pass the parameter's shape, or flat positions",
-            )  # fmt: skip
+            )
         return value.reshape(-1).nonzero().flatten().cpu()
     found = value.reshape(-1).cpu().long().sort().values
     if value.is_floating_point() or (
         len(found) and (found[0] < 0 or found[-1] >= size or bool((found.diff() == 0).any()))
     ):
         raise MaskError(
-            "these are no positions of elements", expected=f"distinct integers in 0..{size - 1}",
-            got=f"{value.dtype}, {int(value.min())}..{int(value.max())}", where=name, fix="pass flat positions",
-        )  # fmt: skip
+            "these are no positions of elements",
+            expected=f"distinct integers in 0..{size - 1}",
+            got=f"{value.dtype}, {int(value.min())}..{int(value.max())}",
+            where=name,
+            fix="pass flat positions",
+        )
     return found
 
 

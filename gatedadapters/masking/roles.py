@@ -57,10 +57,12 @@ def chosen(
             found = {name for name, role in roles.items() if role == pattern or fnmatchcase(name, pattern)}
             if not found:
                 raise MaskError(
-                    "this matches no parameter", got=repr(pattern), where=where,
+                    "this matches no parameter",
+                    got=repr(pattern),
+                    where=where,
                     expected=f"a role among {', '.join(sorted(set(roles.values())))}, or a name",
                     fix="names may hold * and ?, as in *.mlp.*",
-                )  # fmt: skip
+                )
             names |= found
         return names
 

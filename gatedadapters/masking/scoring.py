@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.attachment import find_heads
+from gatedadapters.backbone.fingerprint import fingerprint, is_own
 from gatedadapters.errors import MaskError
-from gatedadapters.fingerprint import fingerprint, is_own
 from gatedadapters.masking.roles import chosen, roles_of
 from gatedadapters.masking.scores import Batch, Loss, Run, Score, Scores, score_class
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.masking.scores.per_example import size_of
 from gatedadapters.masking.scores.storage import ScoresRecord, allocated, file_names, sharded, write_record
 from gatedadapters.safe_files import whole_folder
+from gatedadapters.supernet.attach import find_heads
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -62,18 +62,23 @@ def score(
     method = score_class(kind)() if isinstance(kind, str) else kind
     if any("sparse_delta" in name.split(".") for name, _ in model.named_modules()):
         raise MaskError(
-            "this model has a sparse delta in it", expected="the backbone alone", got="model.sparse_delta",
-            where="score", fix="model.sparse_delta.remove() or .merge() first",
-        )  # fmt: skip
+            "this model has a sparse delta in it",
+            expected="the backbone alone",
+            got="model.sparse_delta",
+            where="score",
+            fix="model.sparse_delta.remove() or .merge() first",
+        )
     head_names = find_heads(model, heads)
     stream = iter(batches) if batches is not None and method.needs_data else iter([{}] if not method.needs_data else [])
     first = next(stream, None)
     if first is None:
         raise MaskError(
-            "there is no data to score by", expected="at least one batch",
-            got="none" if batches is not None else "batches=None", where=f"score(kind={method.kind!r})",
+            "there is no data to score by",
+            expected="at least one batch",
+            got="none" if batches is not None else "batches=None",
+            where=f"score(kind={method.kind!r})",
             fix="pass a DataLoader or a list of batches; a generator is used up after one pass",
-        )  # fmt: skip
+        )
     home = next(model.parameters()).device
     sample = {k: v[:1].to(home) for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _LABELS}
     roles = roles_of(model, sample or None)
@@ -84,9 +89,12 @@ def score(
     for name, parameter in parameters.items():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise MaskError(
-                "these weights have no gradients", expected="floating-point parameters of 16 bits or more",
-                got=str(parameter.dtype), where=name, fix="load the model without quantisation, or exclude=[...] them",
-            )  # fmt: skip
+                "these weights have no gradients",
+                expected="floating-point parameters of 16 bits or more",
+                got=str(parameter.dtype),
+                where=name,
+                fix="load the model without quantisation, or exclude=[...] them",
+            )
     entries = sharded({name: tuple(p.shape) for name, p in parameters.items()}, own)
     record = ScoresRecord(kind=method.kind, fingerprint=fingerprint(model, skip=frozenset(head_names)), tensors=entries)
     with ExitStack() as stack:
@@ -159,13 +167,18 @@ def _check(run: Run, method: Score) -> None:
         low: Any = total.amin() if total.numel() else top
         if not bool(torch.isfinite(top)) or float(low) < 0 or not bool(torch.isfinite(low)):
             raise MaskError(
-                "a score is not a finite number of at least 0", expected="finite scores",
-                got=f"between {float(low):.3g} and {float(top):.3g}", where=f"{name} ({method.kind})",
+                "a score is not a finite number of at least 0",
+                expected="finite scores",
+                got=f"between {float(low):.3g} and {float(top):.3g}",
+                where=f"{name} ({method.kind})",
                 fix="look for examples with an infinite loss",
-            )  # fmt: skip
+            )
         largest = max(largest, float(top))
     if largest == 0.0:
         raise MaskError(
-            "all scores are 0", expected="a loss that depends on the weights", got="no gradient anywhere",
-            where=f"{method.kind}, {run.batches} batches", fix="check the labels: are all of them ignored (-100)?",
-        )  # fmt: skip
+            "all scores are 0",
+            expected="a loss that depends on the weights",
+            got="no gradient anywhere",
+            where=f"{method.kind}, {run.batches} batches",
+            fix="check the labels: are all of them ignored (-100)?",
+        )

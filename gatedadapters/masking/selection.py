@@ -70,16 +70,22 @@ def select(
         missing = sorted(set(general.names) ^ set(domain.names))
         if missing:
             raise MaskError(
-                "the two scores cover different parameters", expected="the same parameters in both", got=missing[0],
-                where="select", fix="score with the same include= and exclude=",
-            )  # fmt: skip
+                "the two scores cover different parameters",
+                expected="the same parameters in both",
+                got=missing[0],
+                where="select",
+                fix="score with the same include= and exclude=",
+            )
     names = chosen(general.roles, include, exclude, where="select")
     for scores in (general, domain):
         if scores is not None and not any(bool(scores[name].any()) for name in names):
             raise MaskError(
-                "all scores are 0", expected="scores that tell elements apart", got="zeros", where=scores.kind,
+                "all scores are 0",
+                expected="scores that tell elements apart",
+                got="zeros",
+                where=scores.kind,
                 fix="check the data they were made from",
-            )  # fmt: skip
+            )
     with ExitStack() as stack:
         keys = _combined(general, domain if contrast else None, contrast, names, stack)
         if scope == "tensor":
@@ -89,14 +95,21 @@ def select(
             indices = lowest(keys, round(free * total))
     if not any(len(found) for found in indices.values()):
         raise MaskError(
-            "the mask would select nothing", expected="at least one free element", got=f"a free share of {free:g}",
-            where="select", fix="lower core=",
-        )  # fmt: skip
+            "the mask would select nothing",
+            expected="at least one free element",
+            got=f"a free share of {free:g}",
+            where="select",
+            fix="lower core=",
+        )
     origin = {
-        "general": general.kind, "domain": None if domain is None else domain.kind, "free": free, "contrast": contrast,
-        "scope": scope, "include": None if include is None else list(include),
+        "general": general.kind,
+        "domain": None if domain is None else domain.kind,
+        "free": free,
+        "contrast": contrast,
+        "scope": scope,
+        "include": None if include is None else list(include),
         "exclude": None if exclude is None else list(exclude),
-    }  # fmt: skip
+    }
     shapes = {name: tuple(general[name].shape) for name in names}
     return Mask.from_indices(indices, shapes, identity=general.identity, roles=general.roles, origin=origin)
 

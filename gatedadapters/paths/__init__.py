@@ -1,10 +1,11 @@
 """Candidate paths, one file per kind. To add one: write its file, and name its class here."""
 
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Misfit, Path, Point, Site
+from gatedadapters.paths.base import Path
 from gatedadapters.paths.bottleneck import Parallel, Serial
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.scale import Scale
+from gatedadapters.paths.site import Point, Site, SkippedSite
 from gatedadapters.paths.weight_lora import WeightLoRA
 
 _KINDS: dict[str, type[Path]] = {}
@@ -31,15 +32,15 @@ for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale):
 
 __all__ = [
     "LoRA",
-    "Misfit",
     "Parallel",
     "Path",
     "Point",
     "Scale",
     "Serial",
     "Site",
+    "SkippedSite",
     "WeightLoRA",
     "path_class",
     "path_kinds",
     "register",
-]  # fmt: skip
+]

@@ -1,124 +1,18 @@
-"""The contract every candidate path meets."""
+"""The contract every candidate path meets, and what its implementations share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.backbone import Block, Layout, LinearMap, Sublayer
+from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-
-Side = Literal["input", "output"]
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One module of the layout and the side tapped; for side `weight`, its `parameter` itself."""
-
-    module: str
-    side: Literal[Side, "weight"]
-    parameter: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.parameter or self.side}"
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
-
-    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). Where a
-    map has no module boundary of its own, tap and write are its weight: (out, in), or (in, out) if `transposed`, for
-    a stack of `experts` with those in front; `host` is the module that uses it.
-    """
-
-    tap: Point
-    write: Point
-    width_in: int
-    width_out: int
-    block: str
-    block_index: int
-    sublayer: str
-    role: str
-    traffic: float = 1.0
-    experts: int = 0
-    transposed: bool = False
-    host: str = ""
-
-    def __post_init__(self) -> None:
-        if self.tap.side == "output" and self.tap != self.write:
-            raise PathError(
-                "what taps an output must write there",
-                expected=f"tap and write at {self.tap}",
-                got=f"write at {self.write}",
-                where=f"block {self.block_index}, {self.sublayer}",
-                fix="tap the input of the module that follows",
-            )
-
-    @classmethod
-    def at_map(cls, block: Block, sublayer: Sublayer, linear: LinearMap, *, tap: Side, write: Side) -> Self:
-        """The site of a path around one linear map."""
-        sides = {"input": linear.in_features, "output": linear.out_features}
-        return cls(
-            Point(linear.name, tap),
-            Point(linear.name, write),
-            sides[tap],
-            sides[write],
-            block.name,
-            block.index,
-            sublayer.kind,
-            linear.role,
-            linear.traffic,
-        )
-
-    @property
-    def at_weight(self) -> bool:
-        """Whether paths change a weight here, not what a module takes or returns."""
-        return self.write.side == "weight"
-
-    @property
-    def weight_name(self) -> str:
-        """At a weight: its name inside the host."""
-        return str(self.write).removeprefix(f"{self.host}.")
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """At a weight: its shape as it is stored."""
-        matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
-        return (self.experts, *matrix) if self.experts else matrix
-
-    @property
-    def is_sublayer(self) -> bool:
-        """Whether this is a sub-layer as a whole, not one linear map in it."""
-        return not self.role
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        return cls(**{**data, "tap": Point(**data["tap"]), "write": Point(**data["write"])})
-
-
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """A selected place where a path cannot go, and why; reported, never dropped silently.
-
-    `instead` names the kind made for such places: where a space offers that one too, nothing is amiss.
-    """
-
-    kind: str
-    module: str
-    reason: str
-    instead: str = ""
+from gatedadapters.paths.site import Site, SkippedSite
 
 
 class Path(nn.Module, ABC):
@@ -146,7 +40,7 @@ class Path(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """Every place of `layout` that `options.at` selects, in order of the blocks."""
 
     @classmethod
@@ -224,68 +118,6 @@ class Path(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.site.tap} -> {self.site.write}, units={self.units}"
-
-
-def map_sites(
-    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = ""
-) -> Iterator[Site | Misfit]:
-    """Sites around every selected linear map; those inside a module that does more are reported, with the kind that
-    takes such places `instead`.
-    """
-    for block, sublayer, linear in selected_maps(options, layout):
-        if linear.host:
-            reason = f"{linear.host} multiplies with it and does more: no module takes its input and returns its output"
-            reason += f"; {instead} can go there" if instead else ""
-            yield Misfit(kind, f"{linear.name}.{linear.parameter}", reason, instead)
-        else:
-            yield Site.at_map(block, sublayer, linear, tap=tap, write=write)
-
-
-def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
-    """Every map of the blocks that `options.at` selects, then those outside them where it names `outside`."""
-    outside = layout.maps_outside() if "outside" in (options.at.sublayers or ()) else ()
-    for block, sublayer, linear in (*layout.maps(), *outside):
-        name = linear.name if linear.kind != "experts" else f"{linear.name}.{linear.parameter}"
-        if selected(options, layout, block, sublayer, name, linear.role):
-            yield block, sublayer, linear
-
-
-def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str) -> Iterator[Site | Misfit]:
-    """Sites that write where a selected sub-layer returns, before the residual addition; roles do not apply."""
-    for block in layout.blocks:
-        for sublayer in block.sublayers:
-            if not selected(options, layout, block, sublayer, sublayer.name, None):
-                continue
-            reader = sublayer.reader if tap == "input" else sublayer.writer
-            if reader is None or sublayer.writer is None:
-                yield Misfit(kind, sublayer.name, "where this sub-layer reads or writes the hidden state is unknown")
-                continue
-            traffic = max((m.traffic for m in sublayer.maps if m.name == sublayer.writer), default=float(block.calls))
-            yield Site(
-                Point(reader, tap),
-                Point(sublayer.writer, "output"),
-                sublayer.width,
-                sublayer.width,
-                block.name,
-                block.index,
-                sublayer.kind,
-                "",
-                traffic,
-            )
-
-
-def selected(
-    options: PathOptions, layout: Layout, block: Block, sublayer: Sublayer, module: str, role: str | None
-) -> bool:
-    """Whether `options.at` selects this module."""
-    return options.at.accepts(
-        module=module,
-        block=block.index,
-        n_blocks=len(layout.blocks),
-        stack=block.stack,
-        sublayer=sublayer.kind,
-        role=role,
-    )
 
 
 def check_width(path: Path, tensor: Tensor, width: int, side: str) -> None:

@@ -20,18 +20,10 @@ from torch.nn import functional as F
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import (
-    Misfit,
-    Path,
-    Site,
-    check_width,
-    joined,
-    joined_gates,
-    new_parameter,
-    resized,
-    sublayer_sites,
-)
+from gatedadapters.paths.base import Path, check_width, joined, joined_gates, new_parameter, resized
 from gatedadapters.paths.low_rank import in_its_own_type
+from gatedadapters.paths.placing import sublayer_sites
+from gatedadapters.paths.site import Site, SkippedSite
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -136,7 +128,7 @@ class Serial(Bottleneck):
     stage = 2
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """The output of every selected sub-layer."""
         return sublayer_sites(options, layout, tap="output", kind=cls.kind)
 
@@ -148,6 +140,6 @@ class Parallel(Bottleneck):
     stage = 3
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """Every selected sub-layer: taps its input, adds to its output."""
         return sublayer_sites(options, layout, tap="input", kind=cls.kind)

@@ -16,19 +16,11 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import (
-    Misfit,
-    Path,
-    Site,
-    check_width,
-    joined,
-    joined_gates,
-    map_sites,
-    new_parameter,
-    resized,
-)
+from gatedadapters.paths.base import Path, check_width, joined, joined_gates, new_parameter, resized
 from gatedadapters.paths.low_rank import low_rank
-from gatedadapters.precision import widened
+from gatedadapters.paths.placing import map_sites
+from gatedadapters.paths.precision import widened
+from gatedadapters.paths.site import Site, SkippedSite
 
 
 class LoRAOptions(PathOptions):
@@ -60,7 +52,7 @@ class LoRA(Path):
         self.up = new_parameter(site.width_out, options.rank)
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """Every selected linear map: reads its input, adds to its output."""
         return map_sites(options, layout, tap="input", write="output", kind=cls.kind, instead="weight_lora")
 

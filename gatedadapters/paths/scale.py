@@ -15,7 +15,9 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Misfit, Path, Side, Site, check_width, map_sites, new_parameter, per_token
+from gatedadapters.paths.base import Path, check_width, new_parameter, per_token
+from gatedadapters.paths.placing import map_sites
+from gatedadapters.paths.site import Side, Site, SkippedSite
 
 
 class ScaleOptions(PathOptions):
@@ -39,7 +41,7 @@ class Scale(Path):
         self.shift = new_parameter(site.width_out)
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """One side of every selected linear map."""
         assert isinstance(options, ScaleOptions)
         return map_sites(options, layout, tap=options.side, write=options.side, kind=cls.kind)

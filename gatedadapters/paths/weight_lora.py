@@ -26,11 +26,13 @@ from torch import Tensor
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-from gatedadapters.paths.base import Misfit, Path, Point, Site, new_parameter, selected_maps
+from gatedadapters.paths.base import Path, new_parameter
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.low_rank_sum import LowRankSum
-from gatedadapters.precision import widened
+from gatedadapters.paths.placing import selected_maps
+from gatedadapters.paths.precision import widened
+from gatedadapters.paths.site import Point, Site, SkippedSite
 
 
 class WeightLoRAOptions(PathOptions):
@@ -98,20 +100,30 @@ class WeightLoRA(LoRA):
             self.register_buffer(name, index, persistent=False)  # the options say it too
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """Every selected map that `lora` finds no tap for."""
         for block, sublayer, linear in selected_maps(options, layout):
             if not linear.host:
                 continue
             if not f"{linear.name}.".startswith(f"{linear.host}."):
                 reason = f"used by {linear.host}, which does not contain it"
-                yield Misfit(cls.kind, f"{linear.name}.{linear.parameter}", reason)
+                yield SkippedSite(cls.kind, f"{linear.name}.{linear.parameter}", reason)
                 continue
             weight = Point(linear.name, "weight", linear.parameter)
             yield Site(
-                weight, weight, linear.in_features, linear.out_features, block.name, block.index, sublayer.kind,
-                linear.role, linear.traffic, linear.experts, linear.transposed, linear.host,
-            )  # fmt: skip
+                weight,
+                weight,
+                linear.in_features,
+                linear.out_features,
+                block.name,
+                block.index,
+                sublayer.kind,
+                linear.role,
+                linear.traffic,
+                linear.experts,
+                linear.transposed,
+                linear.host,
+            )
 
     @classmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:

@@ -59,9 +59,12 @@ def corruption(config: CorruptionConfig, *, only: type[Corruption] = Corruption,
     known = [kind for kind, found in _KINDS.items() if issubclass(found, only)]
     if config.kind not in known:
         raise ConfigError(
-            "no such noise or perturbation", expected=", ".join(known), got=repr(config.kind), where=where,
+            "no such noise or perturbation",
+            expected=", ".join(known),
+            got=repr(config.kind),
+            where=where,
             fix="labels, embeddings and gradients are spoilt in training only" if config.kind in _KINDS else "name one",
-        )  # fmt: skip
+        )
     return _KINDS[config.kind](config.ratio, seed=config.seed)
 
 

@@ -129,6 +129,9 @@ def corrupt_batch(
 def cannot(corruption: Corruption, what: str, other: str) -> ConfigError:
     """The error for a corruption in the wrong place."""
     return ConfigError(
-        f"this corruption does not act on {what}", expected="one that does", got=corruption.kind,
-        where=type(corruption).__name__, fix=f"use {other}",
-    )  # fmt: skip
+        f"this corruption does not act on {what}",
+        expected="one that does",
+        got=corruption.kind,
+        where=type(corruption).__name__,
+        fix=f"use {other}",
+    )

@@ -45,9 +45,12 @@ class Corruption(ABC):
     def __init__(self, ratio: float, *, seed: int = 0) -> None:
         if not 0 <= ratio <= 1:  # also where it is not a number
             raise ConfigError(
-                "no such share", expected="a ratio in [0, 1]", got=ratio, where=f"{self.kind}: ratio",
+                "no such share",
+                expected="a ratio in [0, 1]",
+                got=ratio,
+                where=f"{self.kind}: ratio",
                 fix="0 changes nothing, 1 everything that may be changed",
-            )  # fmt: skip
+            )
         self.ratio, self.seed = float(ratio), int(seed)
 
     def __repr__(self) -> str:
@@ -148,9 +151,12 @@ class Vocabulary:
         """
         if self.embedding is None:
             raise ConfigError(
-                "nothing says which tokens are alike", expected="a vocabulary with the model's embedding", got="none",
-                where="nearest_embedding", fix="Vocabulary.of(tokenizer, model)",
-            )  # fmt: skip
+                "nothing says which tokens are alike",
+                expected="a vocabulary with the model's embedding",
+                got="none",
+                where="nearest_embedding",
+                fix="Vocabulary.of(tokenizer, model)",
+            )
         fresh = [token for token in np.unique(ids).tolist() if token not in self._nearest]
         if fresh:
             table = nn.functional.normalize(self.embedding[: self.size], dim=-1)

@@ -24,9 +24,12 @@ class LabelNoise(Noise):
         """
         if n_classes < 2:
             raise ConfigError(
-                "a label cannot be wrong", expected="2 classes or more", got=n_classes, where=self.kind,
+                "a label cannot be wrong",
+                expected="2 classes or more",
+                got=n_classes,
+                where=self.kind,
                 fix="give the number of classes of the task",
-            )  # fmt: skip
+            )
         draw, noisy = self.generator(key), list(labels)
         for index in self.choose(range(len(noisy)), draw):
             drawn = int(draw.integers(0, n_classes - 1))

@@ -124,9 +124,12 @@ class TokenMasking(TokenPerturbation):
         """Mask them."""
         if vocabulary.mask is None:
             raise ConfigError(
-                "tokens cannot be masked", expected="a tokenizer with a mask token", got="none",
-                where=self.kind, fix="use token_replacement or token_deletion",
-            )  # fmt: skip
+                "tokens cannot be masked",
+                expected="a tokenizer with a mask token",
+                got="none",
+                where=self.kind,
+                fix="use token_replacement or token_deletion",
+            )
         ids[chosen] = vocabulary.mask
         return ids
 

@@ -16,8 +16,8 @@ from transformers.training_args import TrainingArguments
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.study import Side
 from gatedadapters.data import TextTask
-from gatedadapters.experiment.runner import Experiment
-from gatedadapters.experiment.setup import load_tasks
+from gatedadapters.experiments.arms import Experiment
+from gatedadapters.experiments.setup import load_tasks
 from gatedadapters.studies.measured import Measured, Report
 
 REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial says how it fares

@@ -84,15 +84,25 @@ def pareto(config: StudyConfig, trials: Sequence[FrozenTrial], best: Sequence[Fr
     place = figure.subplots()
     third = [trial.values[2] for trial in trials] if len(config.objectives) > 2 else None
     dots = place.scatter(
-        [t.values[1] for t in trials], [t.values[0] for t in trials], s=26, linewidth=0, zorder=2,
+        [t.values[1] for t in trials],
+        [t.values[0] for t in trials],
+        s=26,
+        linewidth=0,
+        zorder=2,
         **({"c": third, "cmap": "viridis"} if third is not None else {"color": _FAINT}),
-    )  # fmt: skip
+    )
     if third is not None:
         figure.colorbar(dots, label=_OBJECTIVES[config.objectives[2]])
     place.scatter(
-        [t.values[1] for t in best], [t.values[0] for t in best], s=70, facecolors="none",
-        edgecolors=_COLOURS["gated"], linewidth=1.6, label="Pareto front", zorder=3,
-    )  # fmt: skip
+        [t.values[1] for t in best],
+        [t.values[0] for t in best],
+        s=70,
+        facecolors="none",
+        edgecolors=_COLOURS["gated"],
+        linewidth=1.6,
+        label="Pareto front",
+        zorder=3,
+    )
     place.set_xlabel(_OBJECTIVES[second])
     place.set_ylabel(_OBJECTIVES[first])
     place.legend(frameon=False, fontsize=8)

@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatedadapters.config.study import differing
 from gatedadapters.errors import StudyError
+from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import whole_folder
-from gatedadapters.selection import versions
 from gatedadapters.studies import plots, queue, results
 from gatedadapters.studies.results import MEAN, Curve, Point
 
@@ -82,9 +82,12 @@ def write(study: Study, folder: Path, *, overwrite: bool) -> Path:
     """See `Study.report`; returns the HTML file."""
     if not results.complete(study.optuna):
         raise StudyError(
-            "there is nothing to report", expected="at least one complete trial", got=results.progress(study),
-            where=f"study {study.config.name!r} in {study.storage}", fix=_advice(study.optuna),
-        )  # fmt: skip
+            "there is nothing to report",
+            expected="at least one complete trial",
+            got=results.progress(study),
+            where=f"study {study.config.name!r} in {study.storage}",
+            fix=_advice(study.optuna),
+        )
     best = study.front()[:_MOST]
     blocks = _blocks(study, best)
     with whole_folder(folder, files=FILES, overwrite=overwrite or _is_of(study, folder)) as new:
@@ -177,19 +180,27 @@ def _findings(study: Study) -> list[Block]:
     if curves:
         blocks += [
             Heading("Sensitivity"),
-            Picture("sensitivity.png", "Accuracy by factor; bands: 95 % t intervals over seeds",
-                    _png(plots.sensitivity(config, curves))),
+            Picture(
+                "sensitivity.png",
+                "Accuracy by factor; bands: 95 % t intervals over seeds",
+                _png(plots.sensitivity(config, curves)),
+            ),
             *_curve_tables(study, curves),
-        ]  # fmt: skip
+        ]
     found = study.importances()
     if found:
         blocks += [
             Heading("Importance"),
             Text("PED-ANOVA: the share of each factor in reaching the best quarter of the trials, by target."),
             Picture("importance.png", "Importance of each factor, by target", _png(plots.importance(found))),
-            Table(["factor", *found], [[path, *(f"{found[t].get(path, math.nan):.2f}" for t in found)]
-                                       for path in next(iter(found.values()))]),
-        ]  # fmt: skip
+            Table(
+                ["factor", *found],
+                [
+                    [path, *(f"{found[t].get(path, math.nan):.2f}" for t in found)]
+                    for path in next(iter(found.values()))
+                ],
+            ),
+        ]
     elif curves:
         rows = [[c.factor, c.side, f"{100 * c.drop:.1f}"] for c in curves if c.task == MEAN]
         blocks += [

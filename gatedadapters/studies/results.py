@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
 from gatedadapters.config.study import PERTURBATION, Objective, Side, Value, value_of
-from gatedadapters.structure import format_table
+from gatedadapters.reporting.tables import format_table
 from gatedadapters.studies import queue
 from gatedadapters.studies.cells import Cell, cells, perturbation_key
 from gatedadapters.studies.measured import Measured

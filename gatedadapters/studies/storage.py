@@ -26,14 +26,20 @@ def check_workers(where: object, workers: int) -> None:
     """
     if workers > 1 and isinstance(where, BaseStorage):
         raise StudyError(
-            "several workers need a storage that they can all open", expected="a file name or a URL",
-            got=type(where).__name__, where="storage", fix="give the name of a journal file",
-        )  # fmt: skip
+            "several workers need a storage that they can all open",
+            expected="a file name or a URL",
+            got=type(where).__name__,
+            where="storage",
+            fix="give the name of a journal file",
+        )
     if workers > 1 and str(where).startswith(SQLITE):
         raise StudyError(
-            "SQLite locks up under several workers", expected="a journal file, or the URL of a database server",
-            got=f"{where} with {workers} workers", where="storage", fix="give a file name ending in .journal",
-        )  # fmt: skip
+            "SQLite locks up under several workers",
+            expected="a journal file, or the URL of a database server",
+            got=f"{where} with {workers} workers",
+            where="storage",
+            fix="give a file name ending in .journal",
+        )
 
 
 def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
@@ -58,31 +64,42 @@ def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
         raise
     except Exception as error:  # each back end and driver has errors of its own
         raise StudyError(
-            "the storage cannot be reached", expected="a file, grpc://HOST:PORT, or the URL of a database",
-            got=f"{type(error).__name__}: {_first_line(error)}", where=f"storage {_without_password(text)}",
+            "the storage cannot be reached",
+            expected="a file, grpc://HOST:PORT, or the URL of a database",
+            got=f"{type(error).__name__}: {_first_line(error)}",
+            where=f"storage {_without_password(text)}",
             fix="check the address, the server, and that its driver is installed (gatedadapters[postgresql])",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _journal(path: Path, create: bool) -> BaseStorage:
     if not path.parent.is_dir():
         raise StudyError(
-            "the storage cannot be reached", expected="a file in a folder that exists", got="no such folder",
-            where=f"storage {path}", fix="make the folder, or give another file",
-        )  # fmt: skip
+            "the storage cannot be reached",
+            expected="a file in a folder that exists",
+            got="no such folder",
+            where=f"storage {path}",
+            fix="make the folder, or give another file",
+        )
     if not create and not path.is_file():
         raise StudyError(
-            "there is no such storage", expected="the journal of a study that was run", got="no such file",
-            where=f"storage {path}", fix="name the storage it was run with, or run it first",
-        )  # fmt: skip
+            "there is no such storage",
+            expected="the journal of a study that was run",
+            got="no such file",
+            where=f"storage {path}",
+            fix="name the storage it was run with, or run it first",
+        )
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             start = file.read(1)
         if start != b"{":
             raise StudyError(
-                "this file is no journal", expected="one JSON object a line", got=f"a file that starts with {start!r}",
-                where=f"storage {path}", fix="give another file; a database is named by a URL",
-            )  # fmt: skip
+                "this file is no journal",
+                expected="one JSON object a line",
+                got=f"a file that starts with {start!r}",
+                where=f"storage {path}",
+                fix="give another file; a database is named by a URL",
+            )
     return JournalStorage(JournalFileBackend(str(path)))
 
 

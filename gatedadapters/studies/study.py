@@ -15,11 +15,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial
 
 from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
+from gatedadapters.config.plugins import load_plugins
 from gatedadapters.config.study import Objective, Value, differing, value_of
 from gatedadapters.errors import StudyError
-from gatedadapters.plugins import load_plugins
+from gatedadapters.reporting.versions import versions
 from gatedadapters.robustness import Perturbation, corruption
-from gatedadapters.selection import versions
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import Training, parameters, trainings
 from gatedadapters.studies.measured import Measure, Report
@@ -253,9 +253,12 @@ class Study:
         if config.name not in optuna.get_all_study_names(storage):
             if not create:
                 raise StudyError(
-                    "there is no such study", expected=f"a study {config.name!r}", got="none of that name",
-                    where=f"storage {where}", fix="name the storage it was run with, or run it first",
-                )  # fmt: skip
+                    "there is no such study",
+                    expected=f"a study {config.name!r}",
+                    got="none of that name",
+                    where=f"storage {where}",
+                    fix="name the storage it was run with, or run it first",
+                )
             self._create(storage)
         study = optuna.load_study(storage=storage, study_name=config.name)
         self._check_same(study)
@@ -275,18 +278,22 @@ class Study:
         stored = _stored_config(study)
         if stored is None:
             raise StudyError(
-                "a study of this name is there already, and is not one of ours", expected="a new name",
-                got=repr(self.config.name), where=f"storage {self.storage}", fix="choose another name or storage",
-            )  # fmt: skip
+                "a study of this name is there already, and is not one of ours",
+                expected="a new name",
+                got=repr(self.config.name),
+                where=f"storage {self.storage}",
+                fix="choose another name or storage",
+            )
         ours = self.config.as_written()
         differ = differing(stored, ours)
         if differ:
             raise StudyError(
                 "a study of this name over another space is there already",
                 expected=f"the same {', '.join(differ)} as stored: {_short(stored, differ)}",
-                got=_short(ours, differ), where=f"study {self.config.name!r} in {self.storage}",
+                got=_short(ours, differ),
+                where=f"study {self.config.name!r} in {self.storage}",
                 fix="give the study another name (--name) or --storage; what is stored stays as it is",
-            )  # fmt: skip
+            )
 
 
 def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:

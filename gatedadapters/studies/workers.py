@@ -98,10 +98,12 @@ def work_together(
                 done = _finished(study)
                 if deaths > workers * (1 + config.retries):
                     raise StudyError(
-                        "workers die before they finish a trial", expected="processes that live",
+                        "workers die before they finish a trial",
+                        expected="processes that live",
                         got=f"{deaths} deaths in a row, the last with exit code {process.exitcode}",
-                        where=f"study {config.name}", fix="look for memory that runs out; take fewer workers",
-                    )  # fmt: skip
+                        where=f"study {config.name}",
+                        fix="look for memory that runs out; take fewer workers",
+                    )
                 if queue.trials_of(study, TrialState.WAITING, TrialState.RUNNING):
                     start(index)
     finally:  # an interruption or an error, else none is left

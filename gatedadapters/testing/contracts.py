@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from gatedadapters.adapters import Adapters, get_adapters
-from gatedadapters.attachment import attach, detach
 from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace
 from gatedadapters.errors import PathError
-from gatedadapters.paths import Misfit, Path, Site, path_class
+from gatedadapters.paths import Path, Site, SkippedSite, path_class
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters, get_adapters
+from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.testing.backbones import tiny
 from gatedadapters.testing.helpers import (
     Batch,
@@ -230,7 +230,7 @@ class PathContract:
         model, batch = tiny(family)
         modules = dict(model.named_modules())
         for place in path_class(option).sites(option, discover(model, batch)):
-            if isinstance(place, Misfit):
+            if isinstance(place, SkippedSite):
                 assert place.reason
             else:
                 assert place.tap.module in modules

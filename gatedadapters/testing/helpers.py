@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.adapters import Adapters
+from gatedadapters.supernet.adapters import Adapters
 
 Batch = Mapping[str, Tensor]
 

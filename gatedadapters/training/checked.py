@@ -42,10 +42,11 @@ class CheckedTrainer(Trainer):
             width = getattr(getattr(self.model, "config", None), "num_labels", None)
             raise TaskError(
                 "a label lies outside the head",
-                expected="a label below the number of classes" if width is None else f"0..{width - 1}", got=error,
+                expected="a label below the number of classes" if width is None else f"0..{width - 1}",
+                got=error,
                 where=f"optimiser step {self.state.global_step}",
                 fix="check the label column and the model's num_labels",
-            ) from error  # fmt: skip
+            ) from error
         if model.training and not bool(torch.isfinite(loss).all()):
             raise TrainingError(
                 "the loss is not finite",

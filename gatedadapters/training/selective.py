@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from gatedadapters import html
-from gatedadapters.adapters import NAME as ADAPTERS
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
 from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, score, select
 from gatedadapters.masking.delta import NAME, find_delta
 from gatedadapters.masking.scores import score_class
-from gatedadapters.structure import format_table
+from gatedadapters.reporting import html
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.supernet.adapters import NAME as ADAPTERS
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
@@ -97,24 +97,30 @@ class SelectiveTrainer(CheckedTrainer):
         self.measured: list[dict[str, float]] = []
         if mask is None and general_dataset is None and find_delta(model) is None and self._needs_data:
             raise TrainingError(
-                "nothing says what the model must not lose", expected="general_dataset=, or mask=", got="neither",
-                where="SelectiveTrainer", fix="pass data that represents what the model is to keep",
-            )  # fmt: skip
+                "nothing says what the model must not lose",
+                expected="general_dataset=, or mask=",
+                got="neither",
+                where="SelectiveTrainer",
+                fix="pass data that represents what the model is to keep",
+            )
         if hasattr(model, ADAPTERS):
             raise TrainingError(
                 "this model has adapters, which SelectiveTrainer neither trains nor keeps",
                 expected="a model without adapters, or with a sparse delta beside them in a GatedTrainer",
-                got=f"model.{ADAPTERS}", where="SelectiveTrainer(model=)",
+                got=f"model.{ADAPTERS}",
+                where="SelectiveTrainer(model=)",
                 fix="detach or merge them first, or apply_mask and train both with GatedTrainer",
-            )  # fmt: skip
+            )
         held_out = {"domain": eval_dataset, "general": general_eval_dataset}
         self.held_out = {part: data for part, data in held_out.items() if data is not None}
         if self.held_out and (args.bf16_full_eval or args.fp16_full_eval):
             raise TrainingError(
                 "evaluation before training would round the weights that are trained",
-                expected="evaluation in the type that is trained in", got="bf16_full_eval or fp16_full_eval",
-                where="TrainingArguments", fix="leave it out; bf16=True is as fast",
-            )  # fmt: skip
+                expected="evaluation in the type that is trained in",
+                got="bf16_full_eval or fp16_full_eval",
+                where="TrainingArguments",
+                fix="leave it out; bf16=True is as fast",
+            )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = (
                 True  # a tensor may take no part in a step, as experts that are not chosen
@@ -148,9 +154,13 @@ class SelectiveTrainer(CheckedTrainer):
             batches = islice(self._batches(data), chosen.batches) if self._needs_data else None
             scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
         found = select(
-            *scores, core=chosen.core, contrast=chosen.contrast if self._needs_data else 0.0, scope=chosen.scope,
-            include=chosen.include, exclude=chosen.exclude,
-        )  # fmt: skip
+            *scores,
+            core=chosen.core,
+            contrast=chosen.contrast if self._needs_data else 0.0,
+            scope=chosen.scope,
+            include=chosen.include,
+            exclude=chosen.exclude,
+        )
         return _of_the_first(found)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,9 +194,12 @@ class SelectiveTrainer(CheckedTrainer):
     def _batches(self, data: Any) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.selection.seed)
         loader: DataLoader[Any] = DataLoader(
-            self._removed(data), batch_size=self.selection.batch_size, shuffle=True, generator=generator,
+            self._removed(data),
+            batch_size=self.selection.batch_size,
+            shuffle=True,
+            generator=generator,
             collate_fn=self.data_collator,
-        )  # fmt: skip
+        )
         for batch in loader:
             yield dict(batch)
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
-from gatedadapters.adapters import NAME, get_adapters
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
 from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
+from gatedadapters.supernet.adapters import NAME, get_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 from gatedadapters.training.multitask import MultiTaskClassifier
 
@@ -78,9 +78,11 @@ class GatedTrainer(CheckedTrainer):
             if budget is None and penalty is None and isinstance(earlier, Budget) and earlier.params is not None:
                 raise TrainingError(
                     "whether this budget is for the adapters alone or for the sparse delta too is not said",
-                    expected="a joint budget where both are trained", got=f"attach(penalty={earlier!r})",
-                    where="GatedTrainer", fix="pass budget= here for both together, or penalty= for the adapters alone",
-                )  # fmt: skip
+                    expected="a joint budget where both are trained",
+                    got=f"attach(penalty={earlier!r})",
+                    where="GatedTrainer",
+                    fix="pass budget= here for both together, or penalty= for the adapters alone",
+                )
             if budget is not None and budget.params is not None:
                 budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
@@ -293,14 +295,19 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> No
     if adapters.model not in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
         raise TrainingError(
             "the adapters are attached to a part of this model, and its checkpoints would lose them",
-            expected="the model that ga.attach was called on", got=type(model).__name__, where="GatedTrainer(model=)",
+            expected="the model that ga.attach was called on",
+            got=type(model).__name__,
+            where="GatedTrainer(model=)",
             fix="attach to the whole model, or train the part",
-        )  # fmt: skip
+        )
     if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the second as the launcher asks for it
         raise TrainingError(
             "gates cannot learn under loss scaling: the penalty follows the size of the loss's gradients",
-            expected="bf16 or fp32", got="fp16", where="TrainingArguments", fix="bf16=True",
-        )  # fmt: skip
+            expected="bf16 or fp32",
+            got="fp16",
+            where="TrainingArguments",
+            fix="bf16=True",
+        )
 
 
 def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatedadapters import html
-from gatedadapters.adapters import NAME, Adapters
 from gatedadapters.artifacts import load_adapters
-from gatedadapters.attachment import detach, find_heads
 from gatedadapters.config import WeakeningConfig
-from gatedadapters.intervals import Interval, t_quantile
-from gatedadapters.structure import format_table
+from gatedadapters.reporting import html
+from gatedadapters.reporting.intervals import Interval, t_quantile
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.supernet.adapters import NAME, Adapters
+from gatedadapters.supernet.attach import detach, find_heads
 from gatedadapters.transfer.shift import check_versions
 from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 

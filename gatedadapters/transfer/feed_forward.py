@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gatedadapters.adapters import get_adapters
 from gatedadapters.backbone import Block, Layout, Sublayer, discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import default_sample, device_of
 from gatedadapters.errors import AttachError, LayoutError
+from gatedadapters.supernet.adapters import get_adapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from typing import cast
 
 import torch
 
-from gatedadapters.adapters import Adapters
 from gatedadapters.backbone import discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
 from gatedadapters.gates import GateBank
 from gatedadapters.paths import Path
+from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative, routed
 from gatedadapters.transfer.weakening import weaken_knowledge
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gatedadapters import html
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import DataError, LayoutError
-from gatedadapters.hooks import first_tensor
-from gatedadapters.structure import column, format_table
+from gatedadapters.reporting import html
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import column
+from gatedadapters.supernet.hooks import first_tensor
 
 Batch = Mapping[str, Tensor]
 

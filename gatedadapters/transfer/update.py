@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from gatedadapters.attachment import check_free
 from gatedadapters.backbone import discover
+from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.errors import AttachError, DataError, TrainingError
-from gatedadapters.fingerprint import is_own
+from gatedadapters.supernet.attach import check_free
 
 Piece = dict[str, list[int]]
 Collate = Callable[[list[Piece]], dict[str, Tensor]]
@@ -126,9 +126,12 @@ def simulate_update(
     other = _pieces(tokenizer, other_texts, length)[:held_out]
     if other_texts and not other:
         raise DataError(
-            "there is too little other text to measure a loss on", expected=f"a piece of {length} tokens", got="none",
-            where="simulate_update(other_texts=)", fix="give more, or a smaller length",
-        )  # fmt: skip
+            "there is too little other text to measure a loss on",
+            expected=f"a piece of {length} tokens",
+            got="none",
+            where="simulate_update(other_texts=)",
+            fix="give more, or a smaller length",
+        )
     masked = objective == "masked"
     collate = _collator(tokenizer, masked, mask_share, seed)
     parts = [part for part in (pieces[:held_out], other) if part]

@@ -44,7 +44,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gatedadapters.config import Ramp, WeakeningConfig
 from gatedadapters.errors import AttachError, ConfigError, LayoutError
-from gatedadapters.hooks import InputHook, OutputHook, first_tensor, replace_first
+from gatedadapters.supernet.hooks import InputHook, OutputHook, first_tensor, replace_first
 from gatedadapters.transfer.feed_forward import FeedForward, feed_forwards
 
 

@@ -39,8 +39,9 @@ def size(model: nn.Module) -> int:
 
 def larger() -> nn.Module:
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-                                vocab_size=2000)).eval()  # fmt: skip
+    return BertModel(
+        BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, vocab_size=2000)
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,11 @@ def test_a_reader_that_ignores_the_patterns_computes_the_same(tmp_path: Path, fa
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
     assert config["r"] == config["lora_alpha"]
     assert (config["bias"], config["modules_to_save"], config["use_rslora"], config["use_dora"]) == (
-        "none", None, False, False,
-    )  # fmt: skip
+        "none",
+        None,
+        False,
+        False,
+    )
     plain, _ = tiny(family, head="lm")
     add_by_plain_reader(plain, tmp_path / "peft")
     torch.testing.assert_close(output(plain, batch), expected, atol=1e-5, rtol=0)
@@ -208,7 +211,7 @@ AT_WEIGHTS: dict[str, object] = {"kind": "weight_lora", "rank": 2}
         ("qwen3_next", (NO_ROUTERS,), ["it reserves their names", "gate_proj", "layers.0.mlp.shared_expert"]),
         ("mamba", (LORA,), ["it reserves their names", "out_proj", "layers.0.mixer.out_proj"]),
     ],
-)  # fmt: skip
+)
 def test_what_peft_cannot_express_is_refused_by_name(
     tmp_path: Path, family: str, paths: tuple[dict[str, object], ...], says: list[str]
 ) -> None:

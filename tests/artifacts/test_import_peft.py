@@ -368,7 +368,7 @@ half_renamed = renamed(f"{QUERY}.lora_A", "layer.1.query.lora_A")
         (added("bert.encoder.layer.0.attention.self.smuggled", 32), ["smuggled", "a key of no LoRA"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
-)  # fmt: skip
+)
 def test_a_foreign_or_damaged_folder_is_refused_and_the_model_left_alone(
     tmp_path: Path,
     bert_folder: tuple[Path, Tensor, dict[str, Tensor]],

@@ -101,7 +101,7 @@ def test_paths_at_weights_are_refused_a_place_beside_others(tmp_path: Path) -> N
 
 
 def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gatedadapters import hooks
+    from gatedadapters.supernet import hooks
 
     model, shelf = bert.shelf()
     ran: dict[str, set[int]] = {}

@@ -193,7 +193,8 @@ def test_the_quick_start_runs_on_the_real_encoder_and_real_tasks(
 def test_the_quick_start_takes_four_tasks_by_default_and_the_next_free_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gatedadapters.cli import outcome, quickstart
+    from gatedadapters.cli import quickstart
+    from gatedadapters.experiments import search as outcome
 
     given = []
     monkeypatch.setattr(outcome, "run", lambda config, folder, overwrite: given.append((config, folder)))

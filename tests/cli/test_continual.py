@@ -16,7 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gatedadapters as ga
-from gatedadapters.cli import streaming
+from gatedadapters.experiments import continual as streaming
 from gatedadapters.cli.main import main
 from gatedadapters.config import ContinualConfig
 from gatedadapters.errors import ConfigError
@@ -43,8 +43,11 @@ def continual(tables: Path, encoder: Path) -> Callable[..., Path]:
 
 
 def test_one_command_ends_with_matrix_pictures_table_and_states(
-    continual: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], width: Callable[[Path], int],
-) -> None:  # fmt: skip
+    continual: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    width: Callable[[Path], int],
+) -> None:
     out = tmp_path / "out"
     config = continual(compare=["random"], general={**ANIMAL, "name": "general"})
     assert main(["continual", str(config), "--out", str(out)]) == 0
@@ -63,9 +66,8 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
     assert [task.score(model) for task in stream] == result.matrix[-1]
     shown = scores_shown(out / "tensorboard" / "l2_fisher" / "seed-0-order-0")
     assert shown == [
-        [(0, first), *enumerate(later, 1)]
-        for first, *later in zip(result.baseline.scores, *result.matrix, strict=True)
-    ]  # fmt: skip
+        [(0, first), *enumerate(later, 1)] for first, *later in zip(result.baseline.scores, *result.matrix, strict=True)
+    ]
     before = {p: p.stat().st_mtime_ns for p in (out / "streams").rglob("*") if p.is_file()}
     assert main(["continual", str(config), "--out", str(out)]) == 0  # finished: only read
     assert {p: p.stat().st_mtime_ns for p in before if p.name != "stream.json"}.items() <= before.items()
@@ -152,23 +154,40 @@ def test_a_random_core_has_the_elements_of_the_first_strategy_unless_it_has_a_si
     def run(model: Any, stream: Any, strategy: Any, **options: Any) -> ga.StreamResult:
         given[options["folder"].parent.name] = strategy
         stage = {
-            "scores": [0.5, 0.5], "general": None, "tensors": None, "seconds": 0, "probe_seconds": 0,
-            "evaluation_seconds": 0, "bytes": 0, "state": "",
-        }  # fmt: skip
-        return ga.StreamResult.of({
-            "record": {
-                "tasks": [{"name": "mood"}, {"name": "animal"}], "general": None, "strategy": {"kind": strategy.kind},
-                "training": {}, "seed": 0, "keep": True, "base": "", "elements": 9, "stages": 2,
-            },
-            "baseline": {"scores": [0.5, 0.5], "general": None},
-            "stages": [{**stage, "task": "mood", "elements": 70}, {**stage, "task": "animal", "elements": 80}],
-        })  # fmt: skip
+            "scores": [0.5, 0.5],
+            "general": None,
+            "tensors": None,
+            "seconds": 0,
+            "probe_seconds": 0,
+            "evaluation_seconds": 0,
+            "bytes": 0,
+            "state": "",
+        }
+        return ga.StreamResult.of(
+            {
+                "record": {
+                    "tasks": [{"name": "mood"}, {"name": "animal"}],
+                    "general": None,
+                    "strategy": {"kind": strategy.kind},
+                    "training": {},
+                    "seed": 0,
+                    "keep": True,
+                    "base": "",
+                    "elements": 9,
+                    "stages": 2,
+                },
+                "baseline": {"scores": [0.5, 0.5], "general": None},
+                "stages": [{**stage, "task": "mood", "elements": 70}, {**stage, "task": "animal", "elements": 80}],
+            }
+        )
 
     monkeypatch.setattr(streaming, "run_stream", run)
     compared = [
-        "random", *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
-        {"kind": "random", "elements": [3, 4]}, {"kind": "random", "core": {"include": ["*.attention.self.key.bias"]}},
-    ]  # fmt: skip
+        "random",
+        *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
+        {"kind": "random", "elements": [3, 4]},
+        {"kind": "random", "core": {"include": ["*.attention.self.key.bias"]}},
+    ]
     config = ContinualConfig.load(continual(strategy={"kind": "gated", "space": space}, compare=compared))
     streaming.run(config, tmp_path / "out")
     sizes = [strategy.elements for name, strategy in given.items() if name != "gated"]
@@ -191,8 +210,11 @@ def scores_shown(run: Path) -> list[list[tuple[int, float]]]:
 def test_orders_are_distinct_and_no_more_than_there_are(continual: Callable[..., Path]) -> None:
     config = ContinualConfig.load(continual(orders=2, seeds=[3, 4]))
     assert [(seed, order) for _, seed, order in streaming._streams(config)] == [
-        (3, [0, 1]), (3, [1, 0]), (4, [0, 1]), (4, [1, 0])
-    ]  # fmt: skip
+        (3, [0, 1]),
+        (3, [1, 0]),
+        (4, [0, 1]),
+        (4, [1, 0]),
+    ]
     with pytest.raises(ConfigError, match="2 tasks have 2 orders"):
         ContinualConfig.load(continual(orders=3))
 
@@ -237,9 +259,12 @@ def test_a_table_of_questions_is_cut_by_seed_not_to_its_first_rows(decoder: Path
     for part in ("train", "test"):
         (tmp_path / f"{part}.csv").write_text("\n".join(["text,answer", *rows]))
     task = {
-        "train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv"), "answer": "answer", "max_train": 12,
+        "train": str(tmp_path / "train.csv"),
+        "test": str(tmp_path / "test.csv"),
+        "answer": "answer",
+        "max_train": 12,
         "max_test": 8,
-    }  # fmt: skip
+    }
     config = ContinualConfig.parse({"model": str(decoder), "tasks": [task], "strategy": "sequential"}, where="test")
     (found,) = streaming.build(config, seed=0)[1]
     for data, count in ((found.train, 12), (found.held_out, 8)):
@@ -260,9 +285,12 @@ def test_a_table_of_questions_is_cut_by_seed_not_to_its_first_rows(decoder: Path
     ],
 )
 def test_bad_configurations_are_refused_before_any_compute(
-    change: dict[str, Any], message: str, continual: Callable[..., Path], tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+    continual: Callable[..., Path],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert main(["continual", str(continual(**change)), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,8 @@ from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiment.models import shape_and_tokenizer
-from gatedadapters.experiment.setup import build_model, load_tasks
+from gatedadapters.experiments.models import shape_and_tokenizer
+from gatedadapters.experiments.setup import build_model, load_tasks
 
 Configured = Callable[..., Path]
 
@@ -60,9 +60,16 @@ def test_an_encoder_decoder_that_wants_more_than_texts_is_refused(
     tables: Path, encoder: Path, configured: Configured
 ) -> None:
     shape = M2M100Config(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=128,
+    )
     M2M100Model(shape).save_pretrained(tables / "translator")
     for file in encoder.glob("tokenizer*"):
         shutil.copy(file, tables / "translator")

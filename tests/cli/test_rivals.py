@@ -10,7 +10,7 @@ import pytest
 
 from gatedadapters.cli import main
 from gatedadapters.errors import TrainingError
-from gatedadapters.experiment.runner import Experiment
+from gatedadapters.experiments.arms import Experiment
 
 Configured = Callable[..., Path]
 TRAINING = {"steps": 4, "batch_size": 4, "precision": "fp32", "device": "cpu"}
@@ -35,9 +35,13 @@ def test_an_empty_structure_has_no_rivals(tables: Path, encoder: Path) -> None:
     task = {"train": str(tables / "mood.csv")}
     training = {**TRAINING, "steps": 40, "gate_learning_rate": 5.0, "max_length": 16}
     config = {
-        "model": str(encoder), "tasks": [task], "penalty": {"weight": 1e6}, "training": training,
-        "compare": ["uniform", "random"], "schedule": {"warmup": 0, "ramp": 0.1, "prune": 0.9},
-    }  # fmt: skip
+        "model": str(encoder),
+        "tasks": [task],
+        "penalty": {"weight": 1e6},
+        "training": training,
+        "compare": ["uniform", "random"],
+        "schedule": {"warmup": 0, "ramp": 0.1, "prune": 0.9},
+    }
     (tables / "empty.yaml").write_text(json.dumps(config))
     assert main(["search", str(tables / "empty.yaml"), "--out", str(tables / "out")]) == 0
     metrics = json.loads((tables / "out" / "metrics.json").read_text())

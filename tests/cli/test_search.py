@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import gatedadapters as ga
 from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
-from gatedadapters.experiment.runner import evaluate
-from gatedadapters.experiment.setup import load_tasks
+from gatedadapters.experiments.arms import evaluate
+from gatedadapters.experiments.setup import load_tasks
 
 Configured = Callable[..., Path]
 
@@ -71,7 +71,7 @@ def test_a_search_over_two_tables_leaves_an_adapter_that_scores_what_was_printed
 
 
 def test_uniform_lora_gives_every_map_its_rank_before_any_gets_more(encoder: Path) -> None:
-    from gatedadapters.experiment.runner import rank_scores, uniform_space
+    from gatedadapters.experiments.arms import rank_scores, uniform_space
 
     model = AutoModel.from_pretrained(encoder)
     each = 4 * 64 + 2 * 80  # parameters of one rank at the maps of one layer

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import gatedadapters as ga
 from gatedadapters.cli.main import main
-from gatedadapters.cli.tuning import _passages
 from gatedadapters.config import CorpusConfig, SelectConfig
 from gatedadapters.data.language import LanguageDataset, Passage, read_passages, split_passages
 from gatedadapters.errors import ConfigError, DataError
+from gatedadapters.experiments.select import _passages
 
 
 @pytest.fixture

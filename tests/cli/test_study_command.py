@@ -86,8 +86,8 @@ def test_sides_start_from_the_same_heads_and_leave_the_model_as_it_was(
     import torch
     from tqdm.auto import tqdm
 
-    from gatedadapters.experiment.runner import Experiment
-    from gatedadapters.experiment.setup import load_tasks
+    from gatedadapters.experiments.arms import Experiment
+    from gatedadapters.experiments.setup import load_tasks
 
     studied()
     config = SearchConfig.load(tables / "search.yaml")

@@ -14,9 +14,10 @@ import yaml
 from transformers import AutoModel, AutoTokenizer
 
 import gatedadapters as ga
-from gatedadapters.cli import main, transferring
-from gatedadapters.cli.transferring import Weigh
-from gatedadapters.experiment.runner import Experiment
+from gatedadapters.cli import main
+from gatedadapters.experiments import transfer as transferring
+from gatedadapters.experiments.arms import Experiment
+from gatedadapters.experiments.transfer import Weigh
 from gatedadapters.transfer.sensitivity import weigh_by
 
 
@@ -51,9 +52,12 @@ def transfer(tables: Path, encoder: Path, update: Path) -> Callable[..., Path]:
 
 
 def test_transfer_writes_table_picture_numbers_and_adapters(
-    transfer: Callable[..., Path], update: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    transfer: Callable[..., Path],
+    update: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     width: Callable[[Path], int],
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "out"
     assert main(["transfer", str(transfer()), "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -18,9 +18,14 @@ from gatedadapters.testing.backbones import VOCABULARY, tiny
 
 CLASSES = {"a": 3, "b": 2, "c": 3}
 TRAINING = StreamTrainingConfig(
-    steps=4, batch_size=4, learning_rate=1e-2, head_learning_rate=2e-2, weight_decay=0.1, device="cpu",
+    steps=4,
+    batch_size=4,
+    learning_rate=1e-2,
+    head_learning_rate=2e-2,
+    weight_decay=0.1,
+    device="cpu",
     checkpoint_steps=None,
-)  # fmt: skip
+)
 RESUMED = TRAINING.model_copy(update={"checkpoint_steps": 2})
 PROBE = {"steps": 2, "batch_size": 4, "fisher_batches": 2, "learning_rate": 1e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -59,9 +64,13 @@ def tasks(**changes: Any) -> list[ga.Task]:
     found = []
     for index, (name, width) in enumerate(CLASSES.items()):
         data: dict[str, Any] = {
-            "name": name, "train": rows(index, width, 12, seed=0), "held_out": rows(index, width, 10, seed=1),
-            "collate": collate, "classes": tuple("xyz"[:width]), "heads": (f"heads.{name}",),
-        }  # fmt: skip
+            "name": name,
+            "train": rows(index, width, 12, seed=0),
+            "held_out": rows(index, width, 10, seed=1),
+            "collate": collate,
+            "classes": tuple("xyz"[:width]),
+            "heads": (f"heads.{name}",),
+        }
         found.append(ga.Task(**(data | (changes if index == 1 else {}))))
     return found
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.spatial.distance import cosine as cosine_distance
 
+from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import ProbeConfig
 from gatedadapters.continual import Probe, TensorInfo, carry_core, random_core, select_core
 from gatedadapters.continual.core import Core, load_core, save_core, tensors_in
@@ -18,7 +19,6 @@ from gatedadapters.continual.probing import ProbeRecord
 from gatedadapters.errors import MaskError
 from gatedadapters.masking import Scores
 from gatedadapters.masking.scores.storage import ScoresRecord, sharded
-from gatedadapters.structure import Fingerprint
 
 IDENTITY = Fingerprint(model_class="Made", shapes="s", values="v", heads=())
 SHAPES = {"emb": (50, 4), "l.0.w": (8, 8), "l.0.n": (8,), "l.1.w": (8, 8), "l.1.n": (8,), "dead": (6,)}
@@ -51,14 +51,20 @@ def made(tmp_path: Path, *, moved: float = 1.0) -> list[Probe]:
         folder = tmp_path / str(task)
         folder.mkdir()
         save_file(deltas, folder / "deltas.safetensors")
-        Scores(
-            ScoresRecord(kind="batch_fisher", fingerprint=IDENTITY, tensors=sharded(SHAPES, {})), squares
-        ).save(folder / "fisher")  # fmt: skip
+        Scores(ScoresRecord(kind="batch_fisher", fingerprint=IDENTITY, tensors=sharded(SHAPES, {})), squares).save(
+            folder / "fisher"
+        )
         record = ProbeRecord(
-            task=str(task), start="", seed=0, config=ProbeConfig(), steps=1, examples=1, seconds=0.0,
+            task=str(task),
+            start="",
+            seed=0,
+            config=ProbeConfig(),
+            steps=1,
+            examples=1,
+            seconds=0.0,
             norms={name: float(d.double().norm()) for name, d in deltas.items()},
             fisher={name: float(s.double().mean()) for name, s in squares.items()},
-        )  # fmt: skip
+        )
         (folder / "probe.json").write_text(record.model_dump_json())
         found.append(Probe.load(folder))
     return found
@@ -107,13 +113,18 @@ def test_elements_are_the_exact_global_top(kind: str, probes: list[Probe]) -> No
         S = 0.5 * scaled(np.abs(own)) + 0.5 * scaled(F)
     else:
         parts = [
-            np.mean([
-                deltas[2][n].double() * deltas[u][n].double() * deltas[2][n].numel()
-                / (deltas[2][n].double().norm() * deltas[u][n].double().norm())
-                for u in (0, 1)
-            ], axis=0).ravel()
+            np.mean(
+                [
+                    deltas[2][n].double()
+                    * deltas[u][n].double()
+                    * deltas[2][n].numel()
+                    / (deltas[2][n].double().norm() * deltas[u][n].double().norm())
+                    for u in (0, 1)
+                ],
+                axis=0,
+            ).ravel()
             for n in names
-        ]  # fmt: skip
+        ]
         S = -np.concatenate(parts)
     total = sum(math.prod(shape) for shape in SHAPES.values())
     count = round(0.1 * total)
@@ -193,8 +204,10 @@ def test_shares_are_of_the_whole_backbone_also_where_few_tensors_may_be_chosen(
     assert chosen.elements == (round(0.5 * 136) if granularity == "element" else sum(map(len, chosen.indices.values())))
 
 
-@pytest.mark.parametrize(("share", "count", "tensors"), [(0.1, 579, 57), (0.1, 707, 70), (0.15, 291, 43), (0.1, 10, 1),
-                                                         (0.7, 10, 7), (0.29, 100, 29), (0.1, 3, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "count", "tensors"),
+    [(0.1, 579, 57), (0.1, 707, 70), (0.15, 291, 43), (0.1, 10, 1), (0.7, 10, 7), (0.29, 100, 29), (0.1, 3, 1)],
+)
 def test_a_share_of_tensors_is_rounded_down_as_released(share: float, count: int, tensors: int) -> None:
     assert tensors_in(share, count) == tensors
 
@@ -241,8 +254,10 @@ def test_a_core_is_carried_by_role_and_relative_depth() -> None:
         carried = carry_core(small, infos(blocks))
         half = blocks // 2
         assert set(carried.indices) == {
-            "emb", *(f"l.{b}.w" for b in range(half)), *(f"l.{b}.n" for b in range(half, blocks))
-        }  # fmt: skip
+            "emb",
+            *(f"l.{b}.w" for b in range(half)),
+            *(f"l.{b}.n" for b in range(half, blocks)),
+        }
     middle = carry_core(small, infos(3))  # the middle block of three lies between the two: the earlier one counts
     assert set(middle.indices) == {"emb", "l.0.w", "l.1.w", "l.2.n"}
     with pytest.raises(MaskError, match="only whole tensors"):

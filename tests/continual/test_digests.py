@@ -38,12 +38,18 @@ def set_at(index: int, key: str, value: Any) -> Callable[[list[dict[str, Any]]],
 def examples() -> list[dict[str, Any]]:
     return [
         {
-            "ids": [1, 2, i], "pixels": torch.zeros(5000), "half": torch.ones(3, dtype=torch.bfloat16),
-            "array": np.zeros(5000), "image": image(i % 7), "nested": ({"a": [torch.zeros(2)]}, None),
-            "record": Record(torch.zeros(3)), "plain": Plain(i), "flags": {"x", "y"},
+            "ids": [1, 2, i],
+            "pixels": torch.zeros(5000),
+            "half": torch.ones(3, dtype=torch.bfloat16),
+            "array": np.zeros(5000),
+            "image": image(i % 7),
+            "nested": ({"a": [torch.zeros(2)]}, None),
+            "record": Record(torch.zeros(3)),
+            "plain": Plain(i),
+            "flags": {"x", "y"},
         }
         for i in range(150)
-    ]  # fmt: skip
+    ]
 
 
 CHANGES = {
@@ -76,8 +82,10 @@ def test_what_differs_between_records_is_named() -> None:
     assert difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 3]}}) == (".b.c[1]", "2", "3")
     one, other = {"name": "one", "size": 3}, {"train": "other.csv"}
     assert difference({"tasks": [one, other]}, {"tasks": [other, one]}) == (
-        ".tasks (order)", "one, other.csv", "other.csv, one"
-    )  # fmt: skip
+        ".tasks (order)",
+        "one, other.csv",
+        "other.csv, one",
+    )
     assert difference([one], [{**one, "size": 4}]) == ("[0].size", "3", "4")
     assert difference([one], [one, other]) == ("", "one", "one, other.csv")
     assert difference({}, {"keep": False}) == (".keep", "null", "false")

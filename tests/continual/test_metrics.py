@@ -7,7 +7,7 @@ import pytest
 
 from gatedadapters.continual import Metrics, intervals, metrics_table
 from gatedadapters.errors import DataError
-from gatedadapters.intervals import Interval
+from gatedadapters.reporting.intervals import Interval
 
 R = [[0.9, 0.3, 0.2], [0.7, 0.8, 0.4], [0.6, 0.9, 0.7]]
 BASELINE = [0.1, 0.2, 0.3]

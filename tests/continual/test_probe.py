@@ -153,11 +153,16 @@ def test_few_batches_are_averaged_over_those_that_ran(tmp_path: Path) -> None:
     model, task = classifier(dropout=0.0), tasks()[0]  # 12 examples: 6 batches of 2
     few, many = (
         ga.probe(
-            model, task, tmp_path / str(count), CONFIG.model_copy(update={"fisher_batches": count}), heads=HEADS,
-            own_head=OWN, recipe=RECIPE,
+            model,
+            task,
+            tmp_path / str(count),
+            CONFIG.model_copy(update={"fisher_batches": count}),
+            heads=HEADS,
+            own_head=OWN,
+            recipe=RECIPE,
         )
         for count in (6, 150)
-    )  # fmt: skip
+    )
     assert few.record.fisher == many.record.fisher
 
 

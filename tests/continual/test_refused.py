@@ -89,7 +89,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
     "duplicate names": (lambda: tasks(name="a"), TaskError, "two tasks have one name"),
     "one class": (lambda: tasks(classes=("x",)), TaskError, "a task has one class"),
     "one class in the data": (
-        lambda: tasks(train=[row | {"labels": 0} for row in rows(1, 2, 12, seed=0)]), TaskError, "has one class"
+        lambda: tasks(train=[row | {"labels": 0} for row in rows(1, 2, 12, seed=0)]),
+        TaskError,
+        "has one class",
     ),
     "a label outside": (lambda: tasks(train=rows(1, 4, 12, seed=0)), DataError, "outside the task's classes"),
     "no training data": (lambda: tasks(train=[]), DataError, "no training data"),
@@ -99,19 +101,25 @@ BAD: dict[str, tuple[Callable[[], Any], type[GatedAdaptersError], str]] = {
     "data without a length": (lambda: tasks(train=Endless()), DataError, "cannot be indexed"),
     "general task that nothing is known of": (lambda: with_general(train=[]), DataError, "no training data"),
     "general task without labels": (
-        lambda: with_general(held_out=no_labels(4, seed=0)), DataError, "evaluation data has no label"
+        lambda: with_general(held_out=no_labels(4, seed=0)),
+        DataError,
+        "evaluation data has no label",
     ),
     "no evaluation data": (lambda: tasks(held_out=[]), DataError, "no evaluation data"),
     "colliding label spaces": (lambda: tasks(heads=("heads.a",)), TaskError, "do not fit|collide"),
     "colliding label spaces of one size": (
-        lambda: tasks(heads=("heads.a",), classes=("u", "v", "w")), TaskError, "label spaces collide"
+        lambda: tasks(heads=("heads.a",), classes=("u", "v", "w")),
+        TaskError,
+        "label spaces collide",
     ),
     "the model's one head": (
-        lambda: [ga.Task(**{**vars(task), "heads": ()}) for task in tasks()], TaskError, "label spaces collide|fit"
+        lambda: [ga.Task(**{**vars(task), "heads": ()}) for task in tasks()],
+        TaskError,
+        "label spaces collide|fit",
     ),
     "no such head": (lambda: tasks(heads=("heads.z",)), AttachError, "heads.z"),
     "classes not named": (lambda: tasks(classes=(), heads=()), TaskError, "does not name its classes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -350,8 +350,10 @@ def test_a_stopped_stream_ends_with_the_bits_of_one_that_was_not(kind: str, fini
     assert [stage.state for stage in found.stages] == [stage.state for stage in wanted.stages]
     assert not moved(state(whole), state(model))
     assert sorted(p.name for p in (tmp_path / "stream").iterdir() if p.name != "probes") == [
-        "baseline.json", "stages", "stream.json"
-    ]  # fmt: skip
+        "baseline.json",
+        "stages",
+        "stream.json",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["per_task", "sequential"])
@@ -435,11 +437,15 @@ def test_cores_of_a_small_model_are_carried_to_a_larger_one(finished: Any, tmp_p
     _, small = finished("l2_fisher")
     backbone = BertModel(
         BertConfig(
-            vocab_size=99, hidden_size=40, num_hidden_layers=6, num_attention_heads=4, intermediate_size=56,
+            vocab_size=99,
+            hidden_size=40,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=56,
             max_position_embeddings=64,
         ),
         add_pooling_layer=False,
-    )  # fmt: skip
+    )
     model = ga.MultiTaskClassifier(backbone, CLASSES)
     copy = tmp_path / "small"
     shutil.copytree(small.folder, copy)

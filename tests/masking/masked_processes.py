@@ -32,10 +32,18 @@ def examples(size: int, *, seed: int = 0) -> list[dict[str, Any]]:
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     """Quick, quiet steps on the CPU."""
     settings: dict[str, Any] = {
-        "output_dir": str(folder), "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
-        "dataloader_pin_memory": False, "logging_strategy": "no", "weight_decay": 0.1,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "weight_decay": 0.1,
+    }
     return TrainingArguments(**(settings | changes))
 
 

@@ -28,9 +28,13 @@ def test_one_budget_counts_both_and_one_folder_holds_both(tmp_path: Path) -> Non
     budget = delta.params + 500
     args = arguments(tmp_path / "run", max_steps=10, learning_rate=1e-2, save_strategy="steps", save_steps=10)
     trainer = ga.GatedTrainer(
-        model, args, train_dataset=examples(24), budget=ga.Budget(params=budget), delta_learning_rate=3e-3,
+        model,
+        args,
+        train_dataset=examples(24),
+        budget=ga.Budget(params=budget),
+        delta_learning_rate=3e-3,
         schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
-    )  # fmt: skip
+    )
     trainer.train()
     groups = trainer.optimizer.param_groups
     (own,) = [group for group in groups if any(p is next(delta.parameters()) for p in group["params"])]
@@ -127,9 +131,13 @@ def test_a_joint_run_resumes_bit_for_bit(at: int, tmp_path: Path) -> None:
         delta = ga.apply_mask(model, mask)  # it alone trains the head
         args = arguments(folder, max_steps=8, learning_rate=1e-2, save_strategy="steps", save_steps=3)
         trainer = ga.GatedTrainer(
-            model, args, train_dataset=labelled(24), budget=ga.Budget(params=delta.params + 100),
-            delta_learning_rate=3e-3, schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
-        )  # fmt: skip
+            model,
+            args,
+            train_dataset=labelled(24),
+            budget=ga.Budget(params=delta.params + 100),
+            delta_learning_rate=3e-3,
+            schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
+        )
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
 

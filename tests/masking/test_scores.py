@@ -51,9 +51,22 @@ def assert_close(found: ga.Scores, wanted: dict[str, Tensor], tolerance: float =
 
 
 FAMILIES = (
-    "bert", "electra", "deberta_v2", "modernbert", "albert", "gpt2", "opt", "bloom", "llama", "gemma2", "mixtral",
-    "gpt_oss", "mamba", "t5", "bart",
-)  # fmt: skip
+    "bert",
+    "electra",
+    "deberta_v2",
+    "modernbert",
+    "albert",
+    "gpt2",
+    "opt",
+    "bloom",
+    "llama",
+    "gemma2",
+    "mixtral",
+    "gpt_oss",
+    "mamba",
+    "t5",
+    "bart",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,8 +170,15 @@ def test_answer_only_labels_score_the_answer_alone() -> None:
 
 
 def test_a_model_that_reads_pictures_predicts_the_next_token_too() -> None:
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}  # fmt: skip
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 50,
+    }
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
     model = Gemma3ForConditionalGeneration(config).eval()

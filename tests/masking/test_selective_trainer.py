@@ -21,11 +21,14 @@ def test_one_call_scores_selects_tunes_and_reports(tmp_path: Path) -> None:
     model, _ = tiny("llama", head="lm")
     before = snapshot(model)
     trainer = ga.SelectiveTrainer(
-        model, arguments(tmp_path, max_steps=10, learning_rate=1e-2), train_dataset=examples(24, seed=0),
-        general_dataset=examples(24, seed=1), eval_dataset=examples(8, seed=0),
+        model,
+        arguments(tmp_path, max_steps=10, learning_rate=1e-2),
+        train_dataset=examples(24, seed=0),
+        general_dataset=examples(24, seed=1),
+        eval_dataset=examples(8, seed=0),
         general_eval_dataset=examples(8, seed=1),
         selection=ga.SelectionConfig(core=0.9, exclude=("norm",)),
-    )  # fmt: skip
+    )
     with pytest.raises(TrainingError, match="nothing to report"):
         trainer.report()
     trainer.train()
@@ -87,14 +90,23 @@ def test_the_best_model_is_loaded_in_the_end_where_it_is_not_the_last(tmp_path: 
     model, _ = tiny("llama", head="lm")
     before = snapshot(model)
     settings = {
-        "max_steps": 4, "learning_rate": 1e-2, "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1,
-        "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
         "metric_for_best_model": "eval_domain_loss",
-    }  # fmt: skip
+    }
     trainer = ga.SelectiveTrainer(
-        model, arguments(tmp_path, **settings), train_dataset=examples(8), eval_dataset=examples(8),
+        model,
+        arguments(tmp_path, **settings),
+        train_dataset=examples(8),
+        eval_dataset=examples(8),
         mask=counted_mask(model),
-    )  # fmt: skip
+    )
     trainer.train()
     best = Path(str(trainer.state.best_model_checkpoint))
     assert best.name != "checkpoint-4"

@@ -44,9 +44,10 @@ def test_switching_on_a_classifier_brings_each_ones_head_and_each_can_be_saved_m
     base = snapshot(model)
     backbone = random_mask(model, names={n for n in base if n.startswith("bert.")})
     mask = ga.Mask.build(
-        model, {n: backbone.dense(n) for n in backbone.names},
+        model,
+        {n: backbone.dense(n) for n in backbone.names},
         heads=frozenset({"classifier.weight", "classifier.bias"}),
-    )  # fmt: skip
+    )
     states, deltas = [], []
     for lr in (1e-2, 3e-2):
         delta = ga.apply_mask(model, mask)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatedadapters.paths.base import Point, Site
 from gatedadapters.paths.lora import LoRA, LoRAOptions
+from gatedadapters.paths.site import Point, Site
 from gatedadapters.testing.helpers import awaken
 
 

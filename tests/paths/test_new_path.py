@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from gatedadapters import SearchSpace, attach
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths import Misfit, Path, Site, register
-from gatedadapters.paths.base import check_width, per_token, sublayer_sites
+from gatedadapters.paths import Path, Site, SkippedSite, register
+from gatedadapters.paths.base import check_width, per_token
+from gatedadapters.paths.placing import sublayer_sites
 from gatedadapters.testing import PathContract, tiny
 
 
@@ -43,7 +44,7 @@ class GroupedShift(Path):
         self.writes = nn.Parameter(torch.zeros(options.groups, site.width_out))
 
     @classmethod
-    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | Misfit]:
+    def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         return sublayer_sites(options, layout, tap="input", kind=cls.kind)
 
     @classmethod

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gatedadapters as ga
-from gatedadapters.attachment import candidates
 from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, SearchSpace
 from gatedadapters.config.space import Where
 from gatedadapters.errors import ArtifactError, PathError, TaskError
 from gatedadapters.paths.low_rank_sum import LowRankSum
 from gatedadapters.paths.weight_lora import WeightLoRA, WeightLoRAOptions
+from gatedadapters.supernet.attach import candidates
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken
 
@@ -345,11 +345,11 @@ def test_all_linear_reaches_experts_and_lora_alone_says_what_it_leaves() -> None
     found, left = candidates(alone, layout)
     assert all("experts" not in key for key in found)
     inside = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    assert {misfit.module for misfit in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside}
-    assert all("weight_lora can go there" in misfit.reason for misfit in left)
+    assert {skipped.module for skipped in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside}
+    assert all("weight_lora can go there" in skipped.reason for skipped in left)
     half = SearchSpace(paths=(*alone.paths, WeightLoRAOptions(at=Where(roles=("down",)))))
     _, left = candidates(half, layout)
-    assert {misfit.module for misfit in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside[:2]}
+    assert {skipped.module for skipped in left} == {f"layers.{i}.mlp.{name}" for i in range(2) for name in inside[:2]}
 
 
 @pytest.mark.parametrize("experts", [(), (0, 4), (-1,)])

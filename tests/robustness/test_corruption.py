@@ -158,9 +158,17 @@ def test_a_resumed_run_meets_the_same_noise_although_its_epochs_end_within_a_ste
     def run(checkpoint: Path | None) -> torch.Tensor:
         model, _ = tiny("bert", head="classification")
         args = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            save_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=0.01, seed=1,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_steps=3,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            learning_rate=0.01,
+            seed=1,
+        )
         Trainer(model, args, train_dataset=rows, callbacks=[NoiseCallback(EmbeddingNoise(0.5))]).train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
         )
@@ -174,9 +182,16 @@ def trained(tmp_path: Path, noise: NoiseCallback | None) -> dict[str, torch.Tens
     model, _ = tiny("bert", head="classification")
     adapters = ga.attach(model, "lora-all-linear")
     args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True, learning_rate=0.01, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=0.01,
+        dataloader_pin_memory=False,
+    )
     hooks = len(model.get_input_embeddings()._forward_hooks)
     callbacks = [noise] if noise is not None else []
     rows = [{name: torch.tensor(value) for name, value in feature.items()} for feature in features()]

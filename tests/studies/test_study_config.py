@@ -56,7 +56,7 @@ def test_study_presets_are_apart_from_adapter_spaces() -> None:
         ({**OPTIMISE, "objectives": ["gap"]}, "robustness gap needs"),
         ({"search": "search.yaml"}, "StudyConfig.load"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_study_names_what_is_wrong(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s)(?=.*{named}).*expected:.*where:.*test"):
         config(**changes)

@@ -23,9 +23,14 @@ def run(kind: str, folder: Path, batch: int, pieces: int, *, penalty: Any, look:
     args = arguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=pieces, **changes)
     watch = Watch(look or (lambda model, optimizer: None))
     trainer = ga.GatedTrainer(
-        model, args, train_dataset=data, penalty=penalty, schedule=schedule, gate_learning_rate=gate_rate,
+        model,
+        args,
+        train_dataset=data,
+        penalty=penalty,
+        schedule=schedule,
+        gate_learning_rate=gate_rate,
         callbacks=[watch],
-    )  # fmt: skip
+    )
     trainer.train()
     return model, watch.seen, trainer
 

@@ -67,10 +67,16 @@ def test_the_best_model_is_one_after_the_prune(tmp_path: Path) -> None:
     """The metric says the first evaluation was best, while everything was still open."""
     falling = iter(range(100, 0, -1))
     trainer = run(
-        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="made_up", greater_is_better=True,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="made_up",
+        greater_is_better=True,
         options={"compute_metrics": lambda prediction: {"made_up": float(next(falling))}},
-    )  # fmt: skip
+    )
     assert trainer.state.best_global_step == 8  # pruned in the seventh step
     assert trainer.adapters.bank.frozen
     assert trainer.adapters.structure.params <= 0.3 * trainer.adapters.bank.dense_cost()
@@ -84,13 +90,19 @@ def test_the_best_model_is_one_after_the_prune(tmp_path: Path) -> None:
 def test_without_a_prune_the_best_of_all_is_loaded_and_cut_to_the_budget(tmp_path: Path) -> None:
     falling = iter(range(100, 0, -1))
     trainer = run(
-        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="made_up", greater_is_better=True,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="made_up",
+        greater_is_better=True,
         options={
             "compute_metrics": lambda prediction: {"made_up": float(next(falling))},
             "schedule": ga.Schedule(warmup=0, ramp=0.5, prune=None),
         },
-    )  # fmt: skip
+    )
     assert trainer.state.best_global_step == 2
     assert int(trainer.adapters.bank.step) == 2
     assert trainer.adapters.compact().params <= 0.3 * 2760

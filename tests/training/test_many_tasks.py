@@ -26,10 +26,13 @@ def train(
     folder: Path, *, model: Any = None, data: Any = None, temperature: float | None = None, **changes: Any
 ) -> Any:
     trainer = ga.GatedTrainer(
-        model or gated_classifier(CLASSES), arguments(folder, **changes), schedule=SOON,
-        train_dataset=Labelled(SIZES, WIDTHS) if data is None else data, budget=ga.Budget(fraction=0.4),
+        model or gated_classifier(CLASSES),
+        arguments(folder, **changes),
+        schedule=SOON,
+        train_dataset=Labelled(SIZES, WIDTHS) if data is None else data,
+        budget=ga.Budget(fraction=0.4),
         task_temperature=temperature,
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer
 
@@ -203,9 +206,13 @@ def test_sampling_goes_on_where_a_resumed_run_left_off(tmp_path: Path) -> None:
     model = gated_classifier(CLASSES)
     calls = spy(model)
     trainer = ga.GatedTrainer(
-        model, arguments(tmp_path / "2", per_device_train_batch_size=8, max_steps=16), schedule=SOON,
-        train_dataset=Labelled([48, 8, 8], WIDTHS), budget=ga.Budget(fraction=0.4), task_temperature=2.0,
-    )  # fmt: skip
+        model,
+        arguments(tmp_path / "2", per_device_train_batch_size=8, max_steps=16),
+        schedule=SOON,
+        train_dataset=Labelled([48, 8, 8], WIDTHS),
+        budget=ga.Budget(fraction=0.4),
+        task_temperature=2.0,
+    )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert [call["task_ids"].tolist() for call in calls] == whole[10:]
 

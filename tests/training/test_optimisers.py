@@ -35,9 +35,14 @@ def rates(model: Any, optimizer: Any) -> tuple[list[float], float, float]:
 def run(folder: Path, *, gate_rate: float | None = None, **changes: Any) -> tuple[ga.GatedTrainer, list[Any]]:
     watch = Watch(rates)
     trainer = ga.GatedTrainer(
-        gated_classifier(), arguments(folder, **changes), train_dataset=labelled([40]), budget=ga.Budget(fraction=0.3),
-        schedule=SOON, gate_learning_rate=gate_rate, callbacks=[watch],
-    )  # fmt: skip
+        gated_classifier(),
+        arguments(folder, **changes),
+        train_dataset=labelled([40]),
+        budget=ga.Budget(fraction=0.3),
+        schedule=SOON,
+        gate_learning_rate=gate_rate,
+        callbacks=[watch],
+    )
     trainer.train()
     return trainer, watch.seen
 
@@ -68,10 +73,13 @@ def test_paths_learn_at_the_rate_of_what_the_budget_keeps_and_heads_at_the_full_
 
     watch = Watch(look)
     trainer = ga.GatedTrainer(
-        gated_classifier(), arguments(tmp_path, lr_scheduler_type="constant", max_steps=40),
-        train_dataset=labelled([40]), budget=ga.Budget(fraction=0.1),
-        schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6), callbacks=[watch],
-    )  # fmt: skip
+        gated_classifier(),
+        arguments(tmp_path, lr_scheduler_type="constant", max_steps=40),
+        train_dataset=labelled([40]),
+        budget=ga.Budget(fraction=0.1),
+        schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6),
+        callbacks=[watch],
+    )
     trainer.train()
     shares = [seen["paths"] / 1e-2 for seen in watch.seen]
     assert [seen["heads"] for seen in watch.seen] == [1e-2] * 40
@@ -86,9 +94,13 @@ def test_paths_learn_at_the_rate_of_what_the_budget_keeps_and_heads_at_the_full_
 def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> None:
     watch = Watch(rates)
     trainer = ga.GatedTrainer(
-        gated_classifier(), arguments(tmp_path, lr_scheduler_type="constant"), train_dataset=labelled([40]),
-        penalty=ga.L0(weight=0.1), schedule=SOON, callbacks=[watch],
-    )  # fmt: skip
+        gated_classifier(),
+        arguments(tmp_path, lr_scheduler_type="constant"),
+        train_dataset=labelled([40]),
+        penalty=ga.L0(weight=0.1),
+        schedule=SOON,
+        callbacks=[watch],
+    )
     trainer.train()
     assert {rate for weights, _, _ in watch.seen for rate in weights} == {1e-2}
 
@@ -96,13 +108,24 @@ def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> 
 def test_a_plateau_lowers_the_rate_of_weights_only(tmp_path: Path) -> None:
     watch = Watch(rates)
     args = arguments(
-        tmp_path, lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0, "factor": 0.1},
-        eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=True,
-    )  # fmt: skip
+        tmp_path,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.1},
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
     trainer = ga.GatedTrainer(
-        gated_classifier(), args, train_dataset=labelled([40]), eval_dataset=labelled([8], seed=1),
-        budget=ga.Budget(fraction=0.3), schedule=SOON, gate_learning_rate=0.2, callbacks=[watch],
-    )  # fmt: skip
+        gated_classifier(),
+        args,
+        train_dataset=labelled([40]),
+        eval_dataset=labelled([8], seed=1),
+        budget=ga.Budget(fraction=0.3),
+        schedule=SOON,
+        gate_learning_rate=0.2,
+        callbacks=[watch],
+    )
     trainer.train()
     assert {gate for _, gate, _ in watch.seen} == {0.2}
     assert watch.seen[-1][0][0] < 1e-2
@@ -174,9 +197,13 @@ def test_an_optimiser_of_ones_own_works_and_one_without_the_gates_is_refused(tmp
         groups += [{"params": adapters.gate_parameters(), "lr": 0.3, "weight_decay": 0.0}] * gates
         optimizer = torch.optim.AdamW(groups)
         return ga.GatedTrainer(
-            model, arguments(tmp_path), train_dataset=labelled([40]), optimizers=(optimizer, None),
-            budget=ga.Budget(fraction=0.3), schedule=SOON,
-        )  # fmt: skip
+            model,
+            arguments(tmp_path),
+            train_dataset=labelled([40]),
+            optimizers=(optimizer, None),
+            budget=ga.Budget(fraction=0.3),
+            schedule=SOON,
+        )
 
     good = trainer(gates=True)
     good.train()

@@ -26,9 +26,12 @@ def run(folder: Path, penalty: Any, *, resume: Path | None = None, model: Any = 
     model = model or gated_classifier(CLASSES, dropout=0.2)
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1, "warmup_steps": 2}
     trainer = ga.GatedTrainer(
-        model, arguments(folder, **(settings | changes)), train_dataset=labelled([8, 8], [3, 2]), penalty=penalty,
+        model,
+        arguments(folder, **(settings | changes)),
+        train_dataset=labelled([8, 8], [3, 2]),
+        penalty=penalty,
         schedule=SOON,
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 

@@ -48,10 +48,17 @@ def test_a_hidden_state_with_positions_first_takes_one_task_at_a_time(kind: str)
 @pytest.mark.parametrize("batch", [2, 3, 8])
 def test_points_that_carry_no_examples_are_refused_whatever_the_batch(batch: int) -> None:
     config = DebertaV2Config(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        relative_attention=True, position_buckets=256, share_att_key=True, pos_att_type=["p2c", "c2p"],
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        relative_attention=True,
+        position_buckets=256,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
         max_position_embeddings=512,
-    )  # fmt: skip
+    )
     model = DebertaV2Model(config).eval()
     awaken(ga.attach(model, "encoder-mixed", tasks=("a", "b")).paths)
     with pytest.raises(PathError, match="relative positions"):

@@ -89,9 +89,13 @@ def t5(block: Any, x: Tensor, drop: bool, mask: Mask, *args: Any, **kw: Any) -> 
     cross = None
     if len(block.layer) == 3:
         h, cross, _ = block.layer[1](
-            h, key_value_states=given["memory"], attention_mask=given["memory_mask"],
-            position_bias=given["memory_bias"], past_key_values=cache, **kw,
-        )  # fmt: skip
+            h,
+            key_value_states=given["memory"],
+            attention_mask=given["memory_mask"],
+            position_bias=given["memory_bias"],
+            past_key_values=cache,
+            **kw,
+        )
     if not drop:
         n, inner = block.layer[-1].layer_norm(h), block.layer[-1].DenseReluDense
         h = h + inner.wo(mask(F.gelu(inner.wi_0(n), approximate="tanh") * inner.wi_1(n)))
@@ -104,6 +108,17 @@ def moe(block: Any, x: Tensor, drop: bool, mask: Mask, **kw: Any) -> Tensor:
 
 
 ORACLES: dict[str, Callable[..., Any]] = {
-    "llama": llama, "qwen3": llama, "gemma2": gemma2, "bert": bert, "roberta": bert, "gpt2": gpt2, "gptj": gptj,
-    "gpt_neox": gpt_neox, "phi": phi, "opt": opt, "t5": t5, "qwen2_moe": moe, "mixtral": moe,
-}  # fmt: skip
+    "llama": llama,
+    "qwen3": llama,
+    "gemma2": gemma2,
+    "bert": bert,
+    "roberta": bert,
+    "gpt2": gpt2,
+    "gptj": gptj,
+    "gpt_neox": gpt_neox,
+    "phi": phi,
+    "opt": opt,
+    "t5": t5,
+    "qwen2_moe": moe,
+    "mixtral": moe,
+}

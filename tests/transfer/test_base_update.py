@@ -123,11 +123,22 @@ def test_padding_of_an_encoder_is_not_taken_for_the_decoder_s() -> None:
 
 def test_shift_is_measured_on_batches_that_no_default_could_replace() -> None:
     settings: Any = {
-        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8,
-        "max_source_positions": 10, "max_target_positions": 10, "vocab_size": 20, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-    }  # fmt: skip
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "num_mel_bins": 8,
+        "max_source_positions": 10,
+        "max_target_positions": 10,
+        "vocab_size": 20,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+    }
     old = WhisperModel(WhisperConfig(**settings)).eval()
     new = copy.deepcopy(old)
     with torch.no_grad():
@@ -256,10 +267,20 @@ def test_sensitivity_is_zero_before_the_first_feed_forward_and_counts_it_after()
 def test_experts_that_are_modules_of_their_own_are_compared_as_a_whole() -> None:
     """Which tokens an expert sees differs between bases, and under a mask."""
     config = SwitchTransformersConfig(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
-        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=64,
-        decoder_start_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+        num_experts=4,
+        expert_capacity=64,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     old, new = SwitchTransformersModel(config).eval(), SwitchTransformersModel(config).eval()
     ids = torch.randint(3, VOCABULARY, (4, 12))

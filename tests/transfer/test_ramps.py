@@ -56,9 +56,16 @@ def test_a_resumed_trainer_goes_on_with_the_ramp(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = tiny("llama", head="lm")[0]
         args = TrainingArguments(
-            str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            save_steps=3, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-        )  # fmt: skip
+            str(tmp_path / "out"),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_steps=3,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
         seen: list[float] = []
         with ga.weaken_knowledge(model, mask=ga.Ramp(end=0.6), drop=ga.Ramp(end=0.5), total_steps=6) as handle:
             trainer = Trainer(model=model, args=args, train_dataset=rows)

@@ -44,22 +44,31 @@ class Carried(Selected):
         """
         if self.core != CoreConfig():
             raise ConfigError(
-                "carried cores are not chosen anew", expected="no core:", got=self.core, where="strategy carried",
+                "carried cores are not chosen anew",
+                expected="no core:",
+                got=self.core,
+                where="strategy carried",
                 fix="set it for the smaller model's stream",
-            )  # fmt: skip
+            )
         folder = Path(self.source)
         earlier = StreamResult.load(folder)
         missing = [name for name in run.stream.names if name not in earlier.tasks]
         if missing:
             raise ConfigError(
-                "the small model's stream lacks a task", expected=missing[0], got=", ".join(earlier.tasks),
-                where=self.source, fix="run it with the same tasks",
-            )  # fmt: skip
+                "the small model's stream lacks a task",
+                expected=missing[0],
+                got=", ".join(earlier.tasks),
+                where=self.source,
+                fix="run it with the same tasks",
+            )
         if len(earlier.stages) != len(earlier.tasks):
             raise ArtifactError(
-                "that stream has no core for each task", expected="a strategy that selects cores",
-                got=earlier.strategy, where=self.source, fix="run l2_fisher or cosine there",
-            )  # fmt: skip
+                "that stream has no core for each task",
+                expected="a strategy that selects cores",
+                got=earlier.strategy,
+                where=self.source,
+                fix="run l2_fisher or cosine there",
+            )
         self._carried = {
             name: carry_core(load_core(stage_folder(folder, index) / MEMORY), run.infos)
             for index, name in enumerate(earlier.tasks)

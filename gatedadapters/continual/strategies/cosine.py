@@ -32,11 +32,17 @@ class Cosine(Probed):
         super().check(run)
         if len(run.stream) < 2:
             raise TaskError(
-                "cosine compares the updates of tasks", expected="two tasks or more", got=len(run.stream),
-                where="strategy cosine", fix="use l2_fisher for a single task",
-            )  # fmt: skip
+                "cosine compares the updates of tasks",
+                expected="two tasks or more",
+                got=len(run.stream),
+                where="strategy cosine",
+                fix="use l2_fisher for a single task",
+            )
         if self.probe.start != "base":
             raise ConfigError(
-                "updates from different models are not compared", expected="probe.start: base", got=self.probe.start,
-                where="strategy cosine", fix="leave it out",
-            )  # fmt: skip
+                "updates from different models are not compared",
+                expected="probe.start: base",
+                got=self.probe.start,
+                where="strategy cosine",
+                fix="leave it out",
+            )

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from gatedadapters.attachment import detach
 from gatedadapters.config import Budget, Schedule, SearchSpace
 from gatedadapters.continual.strategies.base import Strategy, Tuned
 from gatedadapters.errors import ConfigError
 from gatedadapters.paths import Path as AdapterPath
 from gatedadapters.paths import path_class
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.attach import detach
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run
@@ -55,8 +55,10 @@ class Searching(Strategy):
         run.attach(self.resolved_space(), seed=run.phase_seed(index))
         run.require_heads(index)
         options = {
-            "budget": self.budget, "schedule": self.schedule, "gate_learning_rate": self.gate_learning_rate,
-        }  # fmt: skip
+            "budget": self.budget,
+            "schedule": self.schedule,
+            "gate_learning_rate": self.gate_learning_rate,
+        }
         return run.fit(index, phase=phase, steps=steps, gated=options)
 
 
@@ -81,9 +83,12 @@ class Gated(Searching):
         fixed = sorted(kind for kind, path in offered.items() if path.merge_into is AdapterPath.merge_into)
         if fixed:
             raise ConfigError(
-                "these paths cannot become part of the weights", expected="lora or scale", got=", ".join(fixed),
-                where="strategy gated: space", fix="choose another space, or the strategy per_task",
-            )  # fmt: skip
+                "these paths cannot become part of the weights",
+                expected="lora or scale",
+                got=", ".join(fixed),
+                where="strategy gated: space",
+                fix="choose another space, or the strategy per_task",
+            )
 
     def tune(self, run: Run, index: int) -> Tuned:
         """Search, train what stays open, merge."""

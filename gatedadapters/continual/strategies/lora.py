@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gatedadapters.attachment import detach
 from gatedadapters.config import SearchSpace
 from gatedadapters.continual.result import Attached
 from gatedadapters.continual.strategies.base import Strategy, Tuned
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.attach import detach
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run

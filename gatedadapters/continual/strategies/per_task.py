@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gatedadapters.adapters import get_adapters
 from gatedadapters.artifacts import load_adapters
-from gatedadapters.attachment import detach
 from gatedadapters.continual.result import ADAPTER
 from gatedadapters.continual.strategies.base import Tuned
 from gatedadapters.continual.strategies.gated import Searching
+from gatedadapters.supernet.adapters import get_adapters
+from gatedadapters.supernet.attach import detach
 
 if TYPE_CHECKING:
     from gatedadapters.continual.runner import Run

@@ -39,9 +39,15 @@ class Probed(Selected):
     def select(self, run: Run, index: int) -> Core:
         """By the task's probe, and for `cosine` by the others'."""
         return select_core(
-            run.infos, self._probes, self._place(index), kind=self.quantity, share=self.core.share,
-            granularity=self.core.granularity, previous=self.previous, candidates=self.candidates(run),
-        )  # fmt: skip
+            run.infos,
+            self._probes,
+            self._place(index),
+            kind=self.quantity,
+            share=self.core.share,
+            granularity=self.core.granularity,
+            previous=self.previous,
+            candidates=self.candidates(run),
+        )
 
     def _place(self, index: int) -> int:
         """Of a task's probe among those that are there."""

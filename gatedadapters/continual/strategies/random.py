@@ -38,9 +38,11 @@ class Random(Selected):
             len(self.elements) != len(run.stream) or not all(0 < n <= size for n in self.elements)
         ):
             raise ConfigError(
-                expected=f"{len(run.stream)} numbers in 1..{size:,}", got=self.elements,
-                where="strategy random: elements", fix="give one number of elements per task",
-            )  # fmt: skip
+                expected=f"{len(run.stream)} numbers in 1..{size:,}",
+                got=self.elements,
+                where="strategy random: elements",
+                fix="give one number of elements per task",
+            )
 
     def check_share(self, run: Run) -> None:
         """Of numbers given in place of a share, their sum counts.
@@ -53,9 +55,11 @@ class Random(Selected):
         elif self.core.overlap == "exclude_previous" and sum(self.elements) > self._size(run):
             raise ConfigError(
                 "exclusive cores of these sizes do not fit into the model",
-                expected=f"{self._size(run):,} elements together", got=f"{sum(self.elements):,}",
-                where="strategy random: elements", fix="lower them, or overlap: allow",
-            )  # fmt: skip
+                expected=f"{self._size(run):,} elements together",
+                got=f"{sum(self.elements):,}",
+                where="strategy random: elements",
+                fix="lower them, or overlap: allow",
+            )
 
     def select(self, run: Run, index: int) -> Core:
         """By chance."""
@@ -66,9 +70,13 @@ class Random(Selected):
             taken = sum(core.elements for core in self.previous)
             count = max(1, min(round(self.core.share * size), size - taken))
         return random_core(
-            run.infos, count, granularity=self.core.granularity, previous=self.previous,
-            seed=phase_seed(run.seed, f"random {run.stream[index].name}"), candidates=self.candidates(run),
-        )  # fmt: skip
+            run.infos,
+            count,
+            granularity=self.core.granularity,
+            previous=self.previous,
+            seed=phase_seed(run.seed, f"random {run.stream[index].name}"),
+            candidates=self.candidates(run),
+        )
 
     def _size(self, run: Run) -> int:
         """How many elements may be chosen."""

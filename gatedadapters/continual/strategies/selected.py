@@ -51,8 +51,9 @@ class Selected(Strategy):
                 "exclusive cores of this size do not fit into the model",
                 expected=f"cores of at most 1/{tasks} of what may be chosen",
                 got=f"share {self.core.share}" + (f", {whole} of {tensors} tensors a task" if whole else ""),
-                where=f"{self.kind}: core", fix="lower the share, offer more, or overlap: allow",
-            )  # fmt: skip
+                where=f"{self.kind}: core",
+                fix="lower the share, offer more, or overlap: allow",
+            )
 
     def begin(self, run: Run) -> None:
         """Nothing is selected yet."""

@@ -50,10 +50,12 @@ class Run:
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
             got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise MaskError(
-                "this is no loss to score by", expected="a differentiable tensor (examples,), one loss per example",
+                "this is no loss to score by",
+                expected="a differentiable tensor (examples,), one loss per example",
                 got=got + ("" if not isinstance(losses, Tensor) or losses.requires_grad else " without a gradient"),
-                where=f"loss of batch {self.batches}", fix="return losses before averaging over examples",
-            )  # fmt: skip
+                where=f"loss of batch {self.batches}",
+                fix="return losses before averaging over examples",
+            )
         found: Tensor = losses
         return found
 
@@ -128,9 +130,12 @@ def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, 
             check_finite(name, grad, run)
             if name in seen:
                 raise MaskError(
-                    "a gradient came in several parts", expected="one per backward pass", got="a second one",
-                    where=name, fix="switch off re-entrant checkpointing while scoring",
-                )  # fmt: skip
+                    "a gradient came in several parts",
+                    expected="one per backward pass",
+                    got="a second one",
+                    where=name,
+                    fix="switch off re-entrant checkpointing while scoring",
+                )
             seen.add(name)
             use(name, grad)
 
@@ -156,6 +161,9 @@ def check_finite(name: str, grad: Tensor, run: Run) -> None:
     """
     if not bool(torch.isfinite(grad).all()):
         raise MaskError(
-            "a gradient is not finite", expected="finite gradients", got="inf or nan",
-            where=f"{name}, batch {run.batches}", fix="score in fp32 or bf16; look for broken examples in this batch",
-        )  # fmt: skip
+            "a gradient is not finite",
+            expected="finite gradients",
+            got="inf or nan",
+            where=f"{name}, batch {run.batches}",
+            fix="score in fp32 or bf16; look for broken examples in this batch",
+        )

@@ -49,9 +49,12 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         labels = ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
     if labels is None:
         raise MaskError(
-            "there is nothing to compute a loss from", expected="labels in the batch", got=", ".join(batch),
-            where="score", fix='add labels, pass loss=, or use a label-free kind such as "mas"',
-        )  # fmt: skip
+            "there is nothing to compute a loss from",
+            expected="labels in the batch",
+            got=", ".join(batch),
+            where="score",
+            fix='add labels, pass loss=, or use a label-free kind such as "mas"',
+        )
     output = model(**inputs, labels=labels) if needs_labels and "decoder_input_ids" not in inputs else model(**inputs)
     logits = first_tensor(output, "logits").float() if not _is_double(model) else first_tensor(output, "logits")
     if labels.is_floating_point():

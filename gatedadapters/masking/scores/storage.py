@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.safe_files import opened, whole_folder
-from gatedadapters.structure import Fingerprint
 
 RECORD = "scores.json"
 SHARD_BYTES = 2**30
@@ -103,9 +103,12 @@ class Scores:
         """
         path = Path(folder)
         record = read_record(
-            ScoresRecord, path / RECORD, what="a set of saved scores", expected=f"a folder with {RECORD} and shards",
+            ScoresRecord,
+            path / RECORD,
+            what="a set of saved scores",
+            expected=f"a folder with {RECORD} and shards",
             writer="Scores.save",
-        )  # fmt: skip
+        )
         values: dict[str, Tensor] = {}
         for shard in sorted({entry.shard for entry in record.tensors.values()}):
             file = path / shard_name(shard)
@@ -116,9 +119,11 @@ class Scores:
             if described != {name: ("F32", shape) for name, shape in wanted.items()}:
                 raise ArtifactError(
                     "a shard is not the one that belongs to the record beside it",
-                    expected=f"{len(wanted)} fp32 tensors", got=f"{len(described)} tensors", where=file,
+                    expected=f"{len(wanted)} fp32 tensors",
+                    got=f"{len(described)} tensors",
+                    where=file,
                     fix="keep the files together, as they were saved",
-                )  # fmt: skip
+                )
             values |= _mapped(file, mode="c")  # copy on write: what is read cannot be changed by accident
         return cls(record, values)
 

@@ -1,0 +1,1 @@
+"""Placement scores, one file each: a Structure of any budget before any training. None is here yet."""

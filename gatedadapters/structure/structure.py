@@ -1,0 +1,311 @@
+"""The discrete result of a search: plain data, diffable, printable."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path as FilePath
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gatedadapters.backbone.fingerprint import Fingerprint
+from gatedadapters.config import Budget, SearchSpace
+from gatedadapters.config.base import Config
+from gatedadapters.config.space import AnyPathOptions
+from gatedadapters.errors import ArtifactError, TaskError
+from gatedadapters.reporting import html
+from gatedadapters.reporting.tables import format_table
+
+
+class PointRecord(Config):
+    """A `Point` as data."""
+
+    module: str
+    side: Literal["input", "output", "weight"]
+    parameter: str = ""
+
+
+class SiteRecord(Config):
+    """A `Site` as data."""
+
+    tap: PointRecord
+    write: PointRecord
+    width_in: int
+    width_out: int
+    block: str
+    block_index: int
+    sublayer: str
+    role: str
+    traffic: float
+    experts: int = 0
+    transposed: bool = False
+    host: str = ""
+
+
+class KeptPath(Config):
+    """One path that stays.
+
+    Attributes:
+        key: its name among the candidates.
+        options: the candidate's options with the size it keeps.
+        of: the candidate's size.
+        units: which of the candidate's units each task uses.
+        params: parameters stored for it (routing values included where there are several tasks).
+        flops: forward flops per token of what is kept.
+        open_probability: per task, the mean over kept units of P(open) when the Structure was made.
+    """
+
+    key: str
+    options: AnyPathOptions
+    site: SiteRecord
+    of: int
+    units: dict[str, tuple[int, ...]]
+    params: int
+    flops: float
+    open_probability: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KeptPath:
+        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.of or self.options.size != len(self.kept):
+            raise ValueError(f"{self.key}: units {self.units} do not make {self.options.size} of {self.of}")
+        return self
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Units any task uses, sorted: what is stored."""
+        return tuple(sorted({unit for units in self.units.values() for unit in units}))
+
+    @property
+    def kind(self) -> str:
+        """Path kind."""
+        return self.options.kind
+
+
+class Offer(Config):
+    """Candidates of one kind and place in the blocks, whether anything of them stayed or not."""
+
+    sublayer: str
+    role: str
+    kind: str
+    of: int
+    blocks: tuple[int, ...]
+
+
+class Structure(Config):
+    """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal.
+
+    `lineage` names the bases that the weights were carried over from, oldest first (`load_adapters(base="updated")`);
+    only a structure that has one is of version 2.
+    """
+
+    version: Literal[1, 2] = 1
+    fingerprint: Fingerprint
+    lineage: tuple[Fingerprint, ...] = ()
+    space: SearchSpace
+    tasks: tuple[str, ...]
+    paths: tuple[KeptPath, ...]
+    offered: tuple[Offer, ...] = ()
+    dense_params: int
+    seed: int = 0
+    budget: Budget | None = None
+    created_with: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _versioned(self) -> Structure:
+        if self.lineage and self.version == 1:
+            raise ValueError("a structure with a lineage is of version 2")
+        return self
+
+    def carried_to(self, base: Fingerprint) -> Self:
+        """The same structure and weights on an updated base, the present one recorded."""
+        lineage = (*self.lineage, self.fingerprint)
+        return self.model_copy(update={"version": 2, "fingerprint": base, "lineage": lineage})
+
+    @property
+    def params(self) -> int:
+        """Adapter parameters stored."""
+        return sum(path.params for path in self.paths)
+
+    @property
+    def flops(self) -> float:
+        """Adapter flops per token, forward, for a batch that uses everything kept."""
+        return sum(path.flops for path in self.paths)
+
+    def task_params(self, task: str) -> int:
+        """Parameters that one task uses."""
+        return sum(round(p.params * len(p.units.get(task, ())) / len(p.kept)) for p in self.paths)
+
+    def for_task(self, task: str) -> Self:
+        """The part of the structure that one task uses, as a structure of that task alone.
+
+        Raises:
+            TaskError: unknown task.
+        """
+        if task not in self.tasks:
+            raise TaskError(
+                expected=f"one of {', '.join(self.tasks)}",
+                got=repr(task),
+                where="Structure.for_task",
+                fix="name a task",
+            )
+        paths = []
+        for record in self.paths:
+            units = record.units.get(task, ())
+            if units:
+                each = record.params // len(record.kept) - (len(self.tasks) if len(self.tasks) > 1 else 0)
+                paths.append(
+                    record.model_copy(
+                        update={
+                            "units": {task: units},
+                            "params": each * len(units),
+                            "flops": record.flops / len(record.kept) * len(units),
+                            "options": record.options.select([record.kept.index(unit) for unit in units]),
+                            "open_probability": {t: p for t, p in record.open_probability.items() if t == task},
+                        }
+                    )
+                )
+        return self.model_copy(update={"tasks": (task,), "paths": tuple(paths)})
+
+    def sharing(self) -> dict[str, Any]:
+        """How the tasks share the pool: parameters per task, and by how many tasks each stored parameter is used."""
+        by_count: Counter[int] = Counter()
+        for path in self.paths:
+            for unit in path.kept:
+                by_count[sum(unit in units for units in path.units.values())] += path.params // len(path.kept)
+        pairs = {}
+        for i, a in enumerate(self.tasks):
+            for b in self.tasks[i + 1 :]:
+                sets = [{(p.key, u) for p in self.paths for u in p.units.get(t, ())} for t in (a, b)]
+                pairs[f"{a} / {b}"] = len(sets[0] & sets[1]) / max(1, len(sets[0] | sets[1]))
+        return {
+            "params_per_task": {task: self.task_params(task) for task in self.tasks},
+            "params_used_by_n_tasks": dict(sorted(by_count.items())),
+            "overlap": pairs,
+        }
+
+    def diff(self, other: Structure) -> list[str]:
+        """What changed from this structure to `other`, one line per path."""
+        mine, theirs = ({p.key: p for p in s.paths} for s in (self, other))
+        lines = []
+        for key in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(key), theirs.get(key)
+            if a is None and b is not None:
+                lines.append(f"+ {key} ({len(b.kept)} of {b.of})")
+            elif b is None and a is not None:
+                lines.append(f"- {key} ({len(a.kept)} of {a.of})")
+            elif a is not None and b is not None and a.units != b.units:
+                lines.append(f"~ {key} ({len(a.kept)} -> {len(b.kept)} of {b.of})")
+        return lines
+
+    def grid(self, task: str | None = None) -> tuple[list[int], list[str], dict[tuple[int, str], tuple[int, int]]]:
+        """Blocks, columns (sub-layer, role, kind) in order of the forward pass, and (kept, offered) units of each cell.
+
+        Args:
+            task: count what this task uses; default: what any task uses.
+        """
+        cells: dict[tuple[int, str], tuple[int, int]] = {}
+        for offer in self.offered:
+            for block in offer.blocks:
+                _add(cells, (block, column(offer.sublayer, offer.role, offer.kind)), 0, offer.of)
+        for path in self.paths:
+            kept = path.kept if task is None else path.units.get(task, ())
+            place = path.site.block_index, column(path.site.sublayer, path.site.role, path.kind)
+            _add(cells, place, len(kept), 0 if self.offered else path.of)
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return sorted({block for block, _ in cells}), columns, cells
+
+    def table(self) -> str:
+        """One row per block, one column per (sub-layer, role, kind): units kept of units offered."""
+        rows, columns, cells = self.grid()
+        texts = {place: f"{kept}/{of}" if kept else "-" for place, (kept, of) in cells.items()}
+        body = [[str(row), *(texts.get((row, column), "") for column in columns)] for row in rows]
+        return self._title() + "\n" + format_table(["block", *columns], body)
+
+    def _title(self) -> str:
+        share = self.params / self.dense_params if self.dense_params else 0.0
+        return f"{self.params:,} parameters in {len(self.paths)} paths ({share:.1%} of the dense candidates)"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        parts = [self._html(None, f"{self._title()}; colours: the share of the offered units that stays")]
+        if len(self.tasks) > 1:
+            parts += [html.folded(f"{t}: uses {self.task_params(t):,}", self._html(t, "")) for t in self.tasks]
+        return "".join(parts)
+
+    def _html(self, task: str | None, title: str) -> str:
+        blocks, columns, cells = self.grid(task)
+        params = dict.fromkeys(blocks, 0)
+        for path in self.paths:
+            used = len(path.kept) if task is None else len(path.units.get(task, ()))
+            params[path.site.block_index] += round(path.params * used / len(path.kept))
+        texts = {place: f"{kept}/{of}" for place, (kept, of) in cells.items() if kept}
+        shares = {place: kept / of for place, (kept, of) in cells.items()}
+        return html.grid(blocks, columns, texts, shares, title=title, ends=params, end="parameters")
+
+    def to_json(self) -> str:
+        """JSON text, one line per path, so that two structures compare line by line."""
+        data = self.model_dump(mode="json", exclude_none=True, exclude=None if self.lineage else {"lineage"})
+        lines = []
+        for key, value in data.items():
+            if key in {"paths", "offered"} and value:
+                rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value)
+                lines.append(f' "{key}": [\n{rows}\n ]')
+            else:
+                lines.append(f' "{key}": {json.dumps(value, ensure_ascii=False)}')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = "structure") -> Self:
+        """Inverse of `to_json`.
+
+        Raises:
+            ArtifactError: not JSON, another version, unknown or missing keys.
+        """
+        try:
+            data = json.loads(text)
+            version = data.get("version") if isinstance(data, dict) else None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                expected="a Structure as JSON", got=str(error), where=where, fix="is the file truncated or foreign?"
+            ) from error
+        if version not in (1, 2):
+            raise ArtifactError(
+                expected="a Structure of version 1 or 2",
+                got=f"version {version!r}",
+                where=where,
+                fix="read it with the release that wrote it",
+            )
+        try:
+            return cls.parse(data, where=where)
+        except ValueError as error:
+            raise ArtifactError(str(error), where=where) from None
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> Self:
+        """Read a JSON file, or the folder of a saved artefact.
+
+        Raises:
+            ArtifactError: missing, truncated or foreign file.
+        """
+        path = FilePath(file)
+        path = path / "structure.json" if path.is_dir() else path
+        try:
+            return cls.from_json(path.read_bytes(), where=str(path))
+        except OSError as error:
+            raise ArtifactError(
+                expected="a structure.json", got=str(error), where=str(path), fix="give the folder of a saved adapter"
+            ) from error
+
+
+def column(sublayer: str, role: str, kind: str) -> str:
+    """How a place in a block is called in tables and pictures."""
+    short = {"attention": "attn", "feed_forward": "ffn", "cross_attention": "cross", "mixer": "mixer"}
+    return f"{short.get(sublayer, sublayer)}{'.' + role if role else ''} {kind}"
+
+
+def _add(cells: dict[tuple[int, str], tuple[int, int]], place: tuple[int, str], kept: int, offered: int) -> None:
+    before = cells.get(place, (0, 0))
+    cells[place] = before[0] + kept, before[1] + offered

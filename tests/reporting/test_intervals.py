@@ -1,0 +1,26 @@
+"""Intervals are those of Student, by scipy."""
+
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from gatedadapters.reporting.intervals import Interval, t_quantile
+
+
+@pytest.mark.parametrize("degrees", [1, 4, 9, 30, 45, 200])
+def test_quantile_is_student_s(degrees: int) -> None:
+    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
+
+
+def test_interval_is_student_s() -> None:
+    values = [0.71, 0.75, 0.69, 0.8]
+    found = Interval.of(values)
+    oracle = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert found.half is not None
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((oracle.low, oracle.high), abs=1e-4)
+    assert found.text(signed=True) == f"+{found}" == f"+0.738 ± {found.half:.3f}"
+
+
+def test_a_single_value_has_no_interval() -> None:
+    assert str(Interval.of([0.5])) == "0.500"
