@@ -24,6 +24,7 @@ from gatedadapters.continual import (
     Task,
     TaskStream,
     answer_task,
+    check_stream,
     choice_tasks,
     classification_tasks,
     metrics_table,
@@ -32,9 +33,8 @@ from gatedadapters.continual import (
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.measures import nearest_class
 from gatedadapters.continual.result import STREAM
-from gatedadapters.continual.runner import Run
 from gatedadapters.continual.strategies import Strategy, resolve
-from gatedadapters.continual.strategies.random import Random
+from gatedadapters.continual.strategies.random import RandomCores
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
 from gatedadapters.data.language import read_passages, sample_passages, split_passages
@@ -83,7 +83,7 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
     check_free(folder, OUTPUTS | parts, overwrite=overwrite or _goes_on(folder, text))
     model, stream = build(config, config.seeds[0])
     for strategy in strategies.values():  # whatever is wrong with any of them is said before the first is trained
-        Run(model, stream, strategy, config.training, folder / STREAMS, keep=config.keep)
+        check_stream(model, stream, strategy, training=config.training)
     if overwrite:
         for name in (STREAMS, PICTURES, LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -100,10 +100,10 @@ def run(config: ContinualConfig, folder: Path, *, overwrite: bool = False) -> St
             _say(f"{name}, stream {place}: {', '.join(config.tasks[i].title for i in order)}")
             model, stream = build(config, seed)
             main = next(iter(results))
-            if name != main and isinstance(strategy, Random):  # as many elements as what it controls for
+            if name != main and isinstance(strategy, RandomCores):  # as many elements as what it controls for
                 sized = _of_equal_size(strategy, results[main][-1])
                 try:
-                    Run(model, stream.ordered(order), sized, config.training, folder / STREAMS, keep=config.keep)
+                    check_stream(model, stream.ordered(order), sized, training=config.training)
                     strategy = sized
                 except ConfigError as error:  # what it may choose from is smaller than what was trained
                     _say(f"  {name} keeps its share, for {error}")
@@ -258,7 +258,7 @@ def _named(strategies: list[Strategy]) -> dict[str, Strategy]:
     return found
 
 
-def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
+def _of_equal_size(strategy: RandomCores, main: StreamResult) -> RandomCores:
     """A random core with no size of its own has as many elements as the first strategy trained on the same task."""
     fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
     if "elements" in fields or "share" in fields.get("core", {}) or len(main.stages) != len(main.tasks):

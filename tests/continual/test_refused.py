@@ -145,7 +145,7 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
         ({"kind": "l2_fisher", "core": {"exclude": ["boas"]}}, MaskError, "'boas'"),
         ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not chosen anew"),
         ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
-        ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "part of the weights"),
+        ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "merged into the weights"),
         ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),
         ("none such", ConfigError, "no such strategy"),
         ({"kind": "ewc", "wieght": 3}, ConfigError, "wieght"),
