@@ -143,7 +143,7 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
             "1 of 1 tensors a task",
         ),
         ({"kind": "l2_fisher", "core": {"exclude": ["boas"]}}, MaskError, "'boas'"),
-        ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not chosen anew"),
+        ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not selected anew"),
         ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
         ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "merged into the weights"),
         ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),
