@@ -155,7 +155,7 @@ class SelectiveTrainer(CheckedTrainer):
             scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
         found = select(
             *scores,
-            core=chosen.core,
+            protect=chosen.protect,
             contrast=chosen.contrast if self._needs_data else 0.0,
             scope=chosen.scope,
             include=chosen.include,
