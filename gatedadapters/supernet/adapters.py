@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gatedadapters.backbone import Layout
 from gatedadapters.backbone.attached import apply_requires_grad
@@ -18,6 +19,7 @@ from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Path, SkippedSite
+from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.structure import Structure
 from gatedadapters.structure import folder as saving
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
@@ -37,7 +39,7 @@ from gatedadapters.supernet.weight_hooks import hook_weights, restore
 NAME = "gated_adapters"
 
 
-class Adapters(nn.Module):
+class Adapters(nn.Module, StepListener):
     """All trainable state that `attach` puts into a model, registered there as `gated_adapters`.
 
     Attributes:
@@ -49,6 +51,7 @@ class Adapters(nn.Module):
         follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
     """
 
+    turn: ClassVar[Turn] = Turn.PRUNE
     follows_ids = True
     paths: nn.ModuleDict
     bank: GateBank | None
@@ -94,10 +97,7 @@ class Adapters(nn.Module):
         if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
             bank.draw()
             if self.pressure is not None:
-                if self.pressure.prune_is_due(bank):
-                    self.prune(self.discretize())
-                else:
-                    self.pressure.ascend(bank)
+                self.pressure.ascend(bank)
         if bank is not None:
             bank.refresh()  # compiled code takes what it finds
 
@@ -147,6 +147,25 @@ class Adapters(nn.Module):
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+
+    # -- what the clock of optimiser steps calls -----------------------------------------------------------------------
+
+    def watched(self) -> list[nn.Parameter]:
+        """The gates; see `StepListener`."""
+        return self.gate_parameters()
+
+    def training_begins(self, optimizer: Optimizer) -> None:
+        """Prune at once if that is due: release 0.1 saved its checkpoints before it pruned, not after."""
+        self._prune_if_due()
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """Prune if this step completed the schedule's share of training."""
+        self._prune_if_due()
+
+    def _prune_if_due(self) -> None:
+        if self.bank is not None and self.pressure is not None and self.pressure.prune_is_due(self.bank):
+            self.bank.keep_in_range()
+            self.prune(self.discretize())
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -437,8 +456,11 @@ class Adapters(nn.Module):
         for name, hook in point_hooks(self):
             self._handles.append(place(hook, model.get_submodule(name)))
         self._handles += hook_weights(self, model)
+        if self.bank is not None:
+            CLOCK.add(self)
 
     def _unhook(self) -> None:
+        CLOCK.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -477,6 +499,8 @@ class Adapters(nn.Module):
         nn.Module.__setstate__(self, state)
         self.serial = new_serial(self)
         self.announce()
+        if self.bank is not None and self._handles:
+            CLOCK.add(self)
 
 
 def get_adapters(model: nn.Module) -> Adapters:
