@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from gatedadapters.reporting.intervals import t_quantile
 
 
 def store(file: Path, result: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     data = np.array(list(values), dtype=float)
     if len(data) < 2:
         return float(data.mean()) if len(data) else float("nan"), float("nan")
-    return float(data.mean()), float(stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
+    return float(data.mean()), float(t_quantile(len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
 
 
 def shown(values: Iterable[float], *, times: float = 100, signed: bool = False) -> str:
