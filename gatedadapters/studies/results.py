@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
 from gatedadapters.config.study import PERTURBATION, Objective, Side, Value, value_of
+from gatedadapters.reporting.intervals import t_quantile
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.studies import queue
 from gatedadapters.studies.cells import Cell, cells, perturbation_key
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 MEAN = "mean"
 _FEWEST = 8  # trials below which importances mean nothing
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # Student's t, .975, df 1..10
-_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -182,25 +181,7 @@ def _point(value: Value, by_seed: Mapping[int, list[tuple[Mapping[str, float], i
 def half_width(values: Sequence[float]) -> float:
     """Half the width of the 95 % t interval of a mean; nan of one value."""
     n = len(values)
-    return student(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
-
-
-def student(df: int) -> float:
-    """The .975 quantile of Student's t.
-
-    References:
-        Abramowitz and Stegun 26.7.5, above 10 degrees of freedom.
-    """
-    if df <= len(_T):
-        return _T[df - 1]
-    z = _Z
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / float(df) ** power for power, term in enumerate(terms))
+    return t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str, float]]:
