@@ -35,7 +35,7 @@ import gatedadapters as ga
 from gatedadapters.artifacts import singular_values
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiments.arms import evaluate
+from gatedadapters.experiments.evaluation import evaluate
 from gatedadapters.reporting.versions import versions
 
 RESULTS = Path(__file__).parent / "results"

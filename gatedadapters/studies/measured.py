@@ -19,7 +19,7 @@ class Measured:
     Attributes:
         scores: accuracy by task.
         perturbed: the same under each perturbation that was asked for, in their order.
-        params: what is stored; see `Trained`.
+        params: what is stored; see `TrainedSide`.
         seconds: of training.
     """
 

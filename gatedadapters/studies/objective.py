@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import transformers
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -16,8 +15,10 @@ from transformers.training_args import TrainingArguments
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.study import Side
 from gatedadapters.data import TextTask
-from gatedadapters.experiments.arms import Experiment
-from gatedadapters.experiments.setup import load_tasks
+from gatedadapters.experiments.arms import ArmRunner
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.progress import silence_transformers
+from gatedadapters.experiments.sides import trained_side
 from gatedadapters.studies.measured import Measured, Report
 
 REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial says how it fares
@@ -35,7 +36,7 @@ def measure(
 
     Args:
         search: what is trained, its seed included.
-        side: see `Experiment.fitted`.
+        side: see `trained_side`.
         perturbations: of the split that is tested on.
         split: what is tested on.
         report: is told steps and the mean validation accuracy between prune and end; it may raise to stop the trial.
@@ -43,19 +44,18 @@ def measure(
     Raises:
         GatedAdaptersError: whatever is wrong with the search or its data.
     """
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    silence_transformers()
     tasks = list(_tasks(search.model, search.tasks, search.training.seed))
     reporting = [] if report is None else [_Reporting(report, search)]
-    experiment = Experiment(search, tasks, None, perturbations=perturbations, callbacks=reporting)
+    runner = ArmRunner(search, tasks, None, perturbations=perturbations, callbacks=reporting)
     for callback in reporting:
-        callback.experiment = experiment
+        callback.runner = runner
     with (
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
-        experiment.fitted(side, progress) as trained,
+        trained_side(runner, side, progress) as trained,
     ):
-        scores = experiment.score(split)
-        perturbed = tuple(experiment.score(split, perturbation) for perturbation in experiment.perturbations)
+        scores = runner.accuracy(split)
+        perturbed = tuple(runner.accuracy(split, perturbation) for perturbation in runner.perturbations)
         return Measured(scores, perturbed, trained.params, trained.seconds)
 
 
@@ -67,7 +67,7 @@ def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTa
 class _Reporting(TrainerCallback):
     """Says how a trial fares, once its structure is fixed."""
 
-    experiment: Experiment
+    runner: ArmRunner
 
     def __init__(self, report: Report, search: SearchConfig) -> None:
         self.report = report
@@ -77,5 +77,5 @@ class _Reporting(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At some steps."""
         if state.global_step in self.steps:
-            scores = self.experiment.score("validation").values()
+            scores = self.runner.accuracy("validation").values()
             self.report(state.global_step, sum(scores) / len(scores))
