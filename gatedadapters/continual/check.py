@@ -15,7 +15,7 @@ from gatedadapters.continual.tasks import Task, TaskStream, first_example
 from gatedadapters.continual.tensors import tensors_of
 from gatedadapters.errors import AttachError, ConfigError
 from gatedadapters.masking.delta import find_delta
-from gatedadapters.supernet.attach import check_free, find_heads
+from gatedadapters.supernet.attach import check_no_adapters, find_heads
 from gatedadapters.training.devices import on_cpu
 
 
@@ -64,7 +64,7 @@ def check_stream(
             where="run_stream",
             fix="remove or merge it first",
         )
-    check_free(model)
+    check_no_adapters(model)
     heads = stream.check(model)
     others = find_heads(model, None) if any(task.classes for task in stream) else ()
     all_heads = frozenset(name for names in (*heads, others) for name in names)

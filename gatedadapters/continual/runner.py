@@ -44,8 +44,8 @@ from gatedadapters.errors import ArtifactError
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import leftovers, whole_folder, write_text
-from gatedadapters.supernet.adapters import NAME as ADAPTERS
 from gatedadapters.supernet.attach import detach
+from gatedadapters.supernet.supernet import NAME as ADAPTERS
 from gatedadapters.training.devices import on_cpu
 
 OnStage = Callable[[StreamResult], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_each_task_of_a_structure_has_a_table_of_what_it_uses() -> None:
 
 def results() -> dict[str, Any]:
     model, batch = tiny("bert")
-    masks = [ga.select(ga.score(model, kind="random", seed=s), core=0.9, contrast=0.0) for s in (0, 1)]
+    masks = [ga.select(ga.score(model, kind="random", seed=s), protect=0.9, contrast=0.0) for s in (0, 1)]
     other, _ = tiny("bert", seed=1)
     shift = activation_shift(model, other, [batch])
     adapters = ga.attach(model, "lora-all-linear")
@@ -114,7 +115,7 @@ def test_every_result_shows_the_cells_of_its_plain_table() -> None:
 
 
 def test_a_mask_shows_each_block_and_what_lies_outside_the_blocks() -> None:
-    mask = ga.select(ga.score(tiny("t5")[0], kind="random"), core=0.9, contrast=0.0)
+    mask = ga.select(ga.score(tiny("t5")[0], kind="random"), protect=0.9, contrast=0.0)
     blocks, roles, cells = mask.grid()
     assert {"encoder.block.0", "decoder.block.2", "-"} <= set(blocks)
     assert sum(selected for selected, _ in cells.values()) == mask.count()
@@ -128,6 +129,14 @@ def test_text_is_escaped() -> None:
     page = Page(html.table(["<b>", "&"], [["<script>", "1 < 2"]], title="a & b") + html.folded("<i>", "x"))
     assert page.tables == [[["<b>", "&"], ["<script>", "1 < 2"]]]
     assert "a & b" in page.texts
+
+
+def test_columns_of_numbers_are_aligned_on_the_right_and_words_on_the_left() -> None:
+    rows = [["1", "12/16", "gated-0-ab", "-"], ["2", "-0.5 ± 0.1", "word", ""], ["3", "", "1,000", "+3.0%"]]
+    page = Page(html.table(["block", "a", "b", "c"], rows))
+    for styles in page.styles[0]:
+        sides = [match[1] for style in styles if (match := re.search("text-align:(left|right)", style))]
+        assert sides == ["left", "right", "left", "right"]
 
 
 @pytest.mark.parametrize(
