@@ -1,0 +1,160 @@
+"""Every code block of the documentation and of the README runs.
+
+The blocks of a page run in order, in one folder of their own and one namespace. What a fence says decides how:
+
+- ``python`` is executed; with a ``title`` it is a file, written into the folder for a later command;
+- ``yaml``, ``toml`` are files if they have a title, and must parse;
+- ``console`` holds commands after ``$``. ``gatedadapters`` and ``pytest`` run; of others it is checked that what
+  they name is there;
+- ``text`` is output, which is not compared.
+
+The folder holds what ``docs/guides/index.md`` writes, and tiny random models under the hub ids that the guides name.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from packaging.requirements import Requirement
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from gatedadapters.cli.main import main, parser
+from gatedadapters.testing import tiny
+
+ROOT = Path(__file__).parents[2]
+START = ROOT / "docs" / "guides" / "index.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("bert", "base"), "HuggingFaceTB/SmolLM2-135M": ("llama", "lm")}
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, the file it is (if it has a title), its text, and the line it begins at."""
+
+    language: str
+    title: str | None
+    text: str
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    content = page.read_text(encoding="utf-8")
+    found = []
+    for fence in FENCE.finditer(content):
+        language, _, options = fence["info"].partition(" ")
+        title = re.search(r'title="([^"]+)"', options)
+        line = content[: fence.start()].count("\n") + 1
+        found.append(Block(language, title and title[1], textwrap.dedent(fence["body"]), line))
+    return found
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tables that the guides read and models in the place of those on the hub."""
+    folder = tmp_path_factory.mktemp("guides")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_page(START, folder)
+    tokenizer = made_for((folder / name).read_text() for name in ("moods.csv", "questions.csv", "general.txt"))
+    for name, (family, head) in MODELS.items():
+        model, _ = tiny(family, head=head)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def made_for(texts: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows every word of some texts."""
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
+    special = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
+    known = {word: index for index, word in enumerate([*special, *words])}
+    backend = Tokenizer(WordLevel(known, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # guides leave the Trainer's default
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=named)
+def test_every_block_of_the_page_runs(
+    page: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    run_page(page, folder)
+
+
+def run_page(page: Path, folder: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        where = f"{named(page)}, line {block.line}"
+        if block.title is not None:
+            (folder / block.title).write_text(block.text, encoding="utf-8")
+        if block.language == "python" and block.title is None:
+            # blank lines before, so that a traceback shows the lines of the page
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+        elif block.language == "yaml":
+            assert yaml.safe_load(block.text) is not None, where
+        elif block.language == "toml":
+            assert tomllib.loads(block.text), where
+        elif block.language == "console":
+            for command in re.findall(r"^\$ (.*)$", block.text, re.MULTILINE):
+                run_command(shlex.split(command, comments=True), where)
+        else:
+            assert block.language in ("python", "text", ""), f"{where}: a block that no rule runs"
+
+
+def run_command(words: list[str], where: str) -> None:
+    """Run a command, or check that it could be run."""
+    program, *arguments = words
+    if words[:2] == ["gatedadapters", "quickstart"]:  # takes minutes
+        parser().parse_args(arguments)
+    elif program == "gatedadapters":
+        assert main(arguments) == 0, where
+        AcceleratorState._reset_state(True)  # elsewhere a command is a process of its own
+    elif program == "pytest":
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+    elif words[:2] == ["pip", "install"]:
+        check_installable(arguments[1:], where)
+    elif program == "bash":
+        assert (ROOT / arguments[0]).is_file(), where
+    elif program == "tensorboard":
+        assert find_spec("tensorboard") is not None, where
+        folder = Path(arguments[arguments.index("--logdir") + 1])
+        assert list(folder.rglob("events.out.tfevents.*")), f"{where}: nothing to see in {folder}"
+    else:
+        pytest.fail(f"{where}: no rule says how to check {program!r}")
+
+
+def check_installable(words: list[str], where: str) -> None:
+    """This package, with extras that it has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for requirement in (Requirement(word.replace(".[", "gatedadapters[")) for word in words if word[0] not in "-."):
+        assert requirement.name == project["name"], where
+        assert requirement.extras <= project["optional-dependencies"].keys(), where
