@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
 from gatedadapters.config.search import Rival
-from gatedadapters.config.study import Side
+from gatedadapters.config.study import StudySide
 from gatedadapters.data import MixedTaskCollator, TextTask, task_sampler
 from gatedadapters.errors import BudgetError
 from gatedadapters.experiments.setup import build_model, training_arguments, use_bf16
@@ -167,7 +167,7 @@ class Experiment:
         return adapters
 
     @contextmanager
-    def fitted(self, side: Side, progress: tqdm[Any]) -> Iterator[Trained]:
+    def fitted(self, side: StudySide, progress: tqdm[Any]) -> Iterator[Trained]:
         """Within this context the model is what training made of it, pruned and compact; then it is what it was.
 
         Args:

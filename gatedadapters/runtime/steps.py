@@ -36,8 +36,8 @@ class Turn(IntEnum):
     """A sparse delta checks its weights before a step and writes its values into them after it."""
     GATES = 1
     """The gates end their step: they gather saliency, and the next forward pass draws new noise."""
-    SUPERNET = 2
-    """The gates are fixed to a Structure if the schedule says so, and another thread may train the model."""
+    PRUNE = 2
+    """The gates are fixed to a Structure if the schedule says so."""
     RAMP = 3
     """Probabilities that change over training move on."""
 

@@ -42,7 +42,7 @@ class Supernet(nn.Module, StepListener):
         follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
     """
 
-    turn: ClassVar[Turn] = Turn.SUPERNET
+    turn: ClassVar[Turn] = Turn.PRUNE
     follows_ids = True
     paths: nn.ModuleDict
     bank: GateBank | None
@@ -192,32 +192,27 @@ class Supernet(nn.Module, StepListener):
                 where="forward",
                 fix="train a copy.deepcopy(model) in one of them, or let the other thread end its step first",
             )
+        if other is None:
+            CLOCK.add(self)  # to hear of the step's end
         self._trained_in = here
 
-    # -- the end of an optimiser step ----------------------------------------------------------------------------------
+    # -- what the clock of optimiser steps calls -----------------------------------------------------------------------
 
-    def watched(self) -> Iterator[nn.Parameter]:
-        """What is trained; see `StepListener`."""
-        yield from self.parameters()
-        yield from self.head_parameters()
+    def watched(self) -> list[nn.Parameter]:
+        """The gates and what the paths learn; see `StepListener`."""
+        return [*self.gate_parameters(), *self.weight_parameters()]
 
     def training_begins(self, optimizer: Optimizer) -> None:
-        """Prune at once where that is due: checkpoints of release 0.1 were saved before the prune, not after it."""
-        self._prune_if_due()
+        """Prune at once if that is due: release 0.1 saved its checkpoints before it pruned, not after."""
+        self.prune_if_due()
 
     def after_step(self, optimizer: Optimizer | None) -> None:
-        """Let another thread train the model, and prune if this step completed the schedule's share of training."""
+        """Let another thread train the model now, and prune if this step completed the schedule's share of training."""
         self._trained_in = None
-        self._prune_if_due()
+        self.prune_if_due()
 
-    def _prune_if_due(self) -> None:
-        if self.bank is not None and self.pressure is not None and self.pressure.prune_is_due(self.bank):
-            self.bank.keep_in_range()
-            self.prune_now()
-
-    def prune_now(self) -> None:
-        """Fix the Structure that the penalty asks for."""
-        raise NotImplementedError
+    def prune_if_due(self) -> None:
+        """Fix the Structure that the penalty asks for, if the schedule says so; `Adapters` does it."""
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -289,5 +284,5 @@ class Supernet(nn.Module, StepListener):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self.serial = new_serial(self)
-        if self._handles:
+        if self.bank is not None and self._handles:
             CLOCK.add(self)

@@ -180,7 +180,7 @@ def test_listeners_hear_a_step_by_turn_and_then_in_the_order_they_came(clock: St
     log.clear()
     sgd(weight).step()
     assert log == ["delta before", *(f"{name} after" for name in order)]
-    assert list(Turn) == [Turn.DELTA, Turn.GATES, Turn.SUPERNET, Turn.RAMP]
+    assert list(Turn) == [Turn.DELTA, Turn.GATES, Turn.PRUNE, Turn.RAMP]
 
 
 def test_only_optimisers_that_hold_a_watched_parameter_are_heard(clock: StepClock) -> None:

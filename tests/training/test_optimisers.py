@@ -10,6 +10,7 @@ import torch
 from recipes import SOON, Watch, arguments, gated_classifier, labelled
 
 import gatedadapters as ga
+from gatedadapters.errors import TrainingError
 from gatedadapters.training.trainer import default_gate_rate
 
 IMPLEMENTATIONS = {
@@ -208,5 +209,5 @@ def test_an_optimiser_of_ones_own_works_and_one_without_the_gates_is_refused(tmp
     good = trainer(gates=True)
     good.train()
     assert good.adapters.bank.frozen
-    with pytest.raises(ga.adapters.TrainingError, match="leaves the gates out"):
+    with pytest.raises(TrainingError, match="leaves the gates out"):
         trainer(gates=False).train()
