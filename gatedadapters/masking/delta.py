@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
-from gatedadapters.masking.checks import check_adapters, check_heads, check_tensor, tunable
+from gatedadapters.masking.checks import check_adapters, check_head_shapes, check_tensor, tunable
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
@@ -137,7 +137,7 @@ class SparseDelta(nn.Module):
         parameters = tunable(model, [name for name, _ in self.items()], where="reapply")
         for name, part in self.items():
             check_tensor(name, parameters[name], part.pattern.shape)
-        check_heads(self.head_values, parameters)
+        check_head_shapes(self.head_values, parameters)
         self._install(model, head_names)
         return self
 
