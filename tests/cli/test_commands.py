@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import AutoModel
@@ -239,13 +238,12 @@ def test_wrong_usage_ends_with_code_two(arguments: list[str], capsys: pytest.Cap
 
 
 def test_the_module_runs_and_stays_light(tmp_path: Path) -> None:
-    script = (
+    script = tmp_path / "show.py"
+    script.write_text(
         "import runpy, sys; sys.argv = ['gatedadapters', 'show', sys.argv[1]]\n"
         "try: runpy.run_module('gatedadapters', run_name='__main__')\n"
         "except SystemExit as end: print(end.code, sorted({'matplotlib', 'optuna', 'peft'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "2 []"
-    assert "gatedadapters show: ArtifactError\n" in done.stderr
+    printed = processes.run(processes.script, script, str(tmp_path / "nowhere"), log=tmp_path / "log")
+    assert printed.endswith("2 []\n")
+    assert "gatedadapters show: ArtifactError\n" in printed

@@ -6,11 +6,11 @@ import csv
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -87,7 +87,7 @@ def test_a_command_killed_at_a_random_moment_ends_with_the_same_bits(
     config = continual(compare=["random"], training={**TRAINING, "checkpoint_steps": 1})
     assert main(["continual", str(config), "--out", str(tmp_path / "whole")]) == 0
     out, moment = tmp_path / "killed", random.SystemRandom().randint(1, 12)  # of 16 checkpoints
-    command = [sys.executable, "-W", "ignore", "-m", "gatedadapters", "continual", str(config), "--out", str(out)]
+    command = processes.start(processes.module, "gatedadapters", "continual", str(config), "--out", str(out))
     killed_at_checkpoint(command, out, moment)
     assert main(["continual", str(config), "--out", str(out)]) == 0
     for name in ("l2_fisher", "random"):
