@@ -12,7 +12,7 @@ from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
 
-def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
+def parameters_of(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
     """All parameters of the model by name, after a check that `names` are among them.
 
     Raises:
