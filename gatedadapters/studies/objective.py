@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import transformers
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -16,8 +15,10 @@ from transformers.training_args import TrainingArguments
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.study import StudySide
 from gatedadapters.data import TextTask
-from gatedadapters.experiments.arms import Experiment
-from gatedadapters.experiments.setup import load_tasks
+from gatedadapters.experiments.arms import ArmRunner
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.progress import silence_transformers
+from gatedadapters.experiments.sides import trained_side
 from gatedadapters.studies.measured import Measured, ReportProgress
 
 REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation accuracy
@@ -35,7 +36,7 @@ def measure(
 
     Args:
         search: the search, with the seed of this trial.
-        side: see `Experiment.fitted`.
+        side: see `trained_side`.
         perturbations: each is applied to the tested split.
         split: `test` or `validation`.
         report: called with the step and the mean validation accuracy a few times after the prune. It may raise an
@@ -44,19 +45,18 @@ def measure(
     Raises:
         GatedAdaptersError: the search or its data are not valid.
     """
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    silence_transformers()
     tasks = list(_tasks(search.model, search.tasks, search.training.seed))
     reporting = [] if report is None else [_ReportAccuracy(report, search)]
-    experiment = Experiment(search, tasks, None, perturbations=perturbations, callbacks=reporting)
+    runner = ArmRunner(search, tasks, None, perturbations=perturbations, callbacks=reporting)
     for callback in reporting:
-        callback.experiment = experiment
+        callback.runner = runner
     with (
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
-        experiment.fitted(side, progress) as trained,
+        trained_side(runner, side, progress) as trained,
     ):
-        scores = experiment.score(split)
-        perturbed = tuple(experiment.score(split, perturbation) for perturbation in experiment.perturbations)
+        scores = runner.accuracy(split)
+        perturbed = tuple(runner.accuracy(split, perturbation) for perturbation in runner.perturbations)
         return Measured(scores, perturbed, trained.params, trained.seconds)
 
 
@@ -68,7 +68,7 @@ def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTa
 class _ReportAccuracy(TrainerCallback):
     """Reports the validation accuracy at a few steps after the prune: before it, the structure may still change."""
 
-    experiment: Experiment
+    runner: ArmRunner
 
     def __init__(self, report: ReportProgress, search: SearchConfig) -> None:
         self.report = report
@@ -78,5 +78,5 @@ class _ReportAccuracy(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report if this is one of the steps."""
         if state.global_step in self.steps:
-            scores = self.experiment.score("validation").values()
+            scores = self.runner.accuracy("validation").values()
             self.report(state.global_step, sum(scores) / len(scores))

@@ -20,7 +20,7 @@ from benchmarks.studies.compress_lora.cells import MODEL, Cell
 from gatedadapters.artifacts import singular_values
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiments.arms import evaluate
+from gatedadapters.experiments.evaluation import evaluate
 
 BATCH, MAX_LENGTH, TRAIN, TEST, RANK = 16, 40, 1000, 1000, 8
 LORA_STEPS, LORA_RATE, STEPS = 200, 3e-3, 60

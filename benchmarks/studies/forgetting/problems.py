@@ -17,7 +17,7 @@ from benchmarks.studies.forgetting.cells import Cell
 from gatedadapters.data import ChoiceExample, MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_choices, load_corpus, load_encoder, load_smollm2, load_task
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_passages
-from gatedadapters.experiments.arms import evaluate
+from gatedadapters.experiments.evaluation import evaluate
 from gatedadapters.masking.scores.losses import task_losses
 
 BATCH, LENGTH = 8, 40

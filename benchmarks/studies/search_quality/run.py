@@ -29,7 +29,7 @@ from benchmarks.studies.search_quality.cells import ARMS, COMPARISONS, PEFT_ARMS
 from benchmarks.studies.search_quality.table import tables
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiments.arms import evaluate
+from gatedadapters.experiments.evaluation import evaluate
 from gatedadapters.reporting.versions import versions
 
 BATCH, MAX_LENGTH, TEST = 16, 32, 1000

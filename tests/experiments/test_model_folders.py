@@ -1,4 +1,4 @@
-"""Folders of models that a command cannot use as they are."""
+"""Folders of models that a run cannot use as they are."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import M2M100Config, M2M100Model, T5Config, T5ForConditionalGeneration
 
-from gatedadapters.cli import main
+from gatedadapters import experiments
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.models import shape_and_tokenizer
-from gatedadapters.experiments.setup import build_model, load_tasks
+from gatedadapters.experiments.classifiers import build_model, load_tasks
+from gatedadapters.experiments.models import load_shape_and_tokenizer
 
 Configured = Callable[..., Path]
 
@@ -32,15 +32,15 @@ def test_damaged_weights_are_named(tables: Path, encoder: Path, configured: Conf
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, encoder: Path, decoder: Path) -> None:
     for number, whole in enumerate((encoder, decoder)):
-        assert shape_and_tokenizer(str(whole), 16)[1].get_vocab()["dog"] > 0
+        assert load_shape_and_tokenizer(str(whole), 16)[1].get_vocab()["dog"] > 0
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in ("config.json", "model.safetensors"):
             shutil.copy(whole / name, folder)
         with pytest.raises(ConfigError, match=rf"where: +model: {folder}"):
-            shape_and_tokenizer(str(folder), 16)
+            load_shape_and_tokenizer(str(folder), 16)
     with pytest.raises(ConfigError, match=r"(?s)no tokenizer.*tokenizer\.json.*5 special tokens.*save_pretrained"):
-        shape_and_tokenizer(str(tmp_path / "0"), 16)
+        load_shape_and_tokenizer(str(tmp_path / "0"), 16)
 
 
 def test_t5_is_searched_by_its_encoder(tables: Path, encoder: Path, configured: Configured) -> None:
@@ -52,8 +52,7 @@ def test_t5_is_searched_by_its_encoder(tables: Path, encoder: Path, configured: 
         shutil.copy(file, tables / "t5")
     training = {"steps": 3, "batch_size": 4, "precision": "fp32", "device": "cpu", "max_length": 16}
     path = configured(model=str(tables / "t5"), training=training)
-    assert main(["search", str(path), "--out", str(tables / "out")]) == 0
-    assert json.loads((tables / "out" / "metrics.json").read_text())["arms"][0]["params"] > 0
+    assert experiments.search(path, out=tables / "out").arms[0].structure.params > 0
 
 
 def test_an_encoder_decoder_that_wants_more_than_texts_is_refused(
