@@ -92,9 +92,12 @@ def check_adapters(model: nn.Module, names: set[str]) -> None:
         AttachError: naming the weight.
     """
     adapters = getattr(model, ADAPTERS, None)
-    taken = {"head_names": "task head of the adapters", "replaced": "weight that adapters are merged into"}
-    for attribute, what in taken.items():
-        for name in sorted(names.intersection(getattr(adapters, attribute, ()))):
+    if not isinstance(adapters, Adapters):
+        return
+    merged = adapters.merged.originals if adapters.merged is not None else ()
+    taken = {"task head of the adapters": adapters.head_names, "weight that adapters are merged into": merged}
+    for what, taken_names in taken.items():
+        for name in sorted(names.intersection(taken_names)):
             raise AttachError(
                 f"the mask selects elements of a {what}",
                 expected="a weight of the backbone's own",
@@ -102,7 +105,7 @@ def check_adapters(model: nn.Module, names: set[str]) -> None:
                 where=type(model).__name__,
                 fix="exclude it from the mask, or unmerge or detach the adapters first",
             )
-    for key, path in adapters.typed_paths() if isinstance(adapters, Adapters) else ():
+    for key, path in adapters.typed_paths():
         if path.site.at_weight and str(path.site.write) in names:
             raise AttachError(
                 "a path of the adapters changes this weight",
