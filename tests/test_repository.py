@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -105,6 +106,17 @@ assert gatedadapters.__file__.startswith({str(site)!r}), gatedadapters.__file__
 print([gatedadapters.SearchSpace.load(name).name for name in {PRESETS}])
 """)
     assert processes.run(processes.script, script, log=tmp_path / "log").strip() == str(PRESETS)
+
+
+def test_the_source_distribution_leaves_results_out(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"pyproject.toml", "tests/test_repository.py", "benchmarks/__main__.py", "docs/results.md"} <= names
+    assert not [name for name in names if name.startswith(("benchmarks/results", "benchmarks/scratch"))]
 
 
 def test_continuous_integration_runs_the_commands_of_the_readme() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
-from gatedadapters.config.study import Side
+from gatedadapters.config.study import StudySide
 from gatedadapters.studies import Measured
-from gatedadapters.studies.measured import Report
+from gatedadapters.studies.measured import ReportProgress
 
 SEARCH: dict[str, Any] = {
     "model": "nowhere",
@@ -49,11 +49,11 @@ def score(search: SearchConfig, side: str, task: int, ratio: float) -> float:
 
 def measure(
     search: SearchConfig,
-    side: Side,
+    side: StudySide,
     perturbations: Sequence[CorruptionConfig] = (),
     *,
     split: str = "test",
-    report: Report | None = None,
+    report: ReportProgress | None = None,
 ) -> Measured:
     """A result in closed form."""
     if report is not None:
