@@ -12,13 +12,14 @@ os.environ["MPLBACKEND"] = "agg"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
+import gc
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +32,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quick_collections() -> Iterator[None]:
+    """Every Trainer collects garbage three times as it starts, which takes most of a tiny run: of what is imported by
+    then there is none.
+    """
+    import transformers
+
+    assert transformers.Trainer
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") 
         ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another
             one; it says whether its class, its shapes or its values differ.
         AttachError: the model already has adapters.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     check_free(model)
     structure, tensors = read_saved(model, folder, base=base)

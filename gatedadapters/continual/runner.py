@@ -90,7 +90,9 @@ def run_stream(
         TaskError, DataError, ConfigError: tasks or options that do not go together, or several processes, before any
             compute.
         ArtifactError: the folder holds a stream of other tasks, another order, or other settings.
-        Whatever training raises; the model is then bit for bit what it was, and the folder can be gone on with.
+
+    Whatever training raises passes through; the model is then bit for bit what it was, and the folder can be gone
+    on with.
     """
     stream = tasks if isinstance(tasks, TaskStream) else TaskStream(tasks)
     chosen = resolve(dict(strategy) if isinstance(strategy, Mapping) else strategy)

@@ -107,7 +107,7 @@ class MixedTaskCollator:
 
 
 class TaskSampler(Sampler[int]):
-    """Draws indices into a :class:`MixedTaskDataset` with temperature sampling; see :func:`task_sampler`."""
+    """Draws indices into a `MixedTaskDataset` with temperature sampling; see `task_sampler`."""
 
     def __init__(
         self, sizes: Sequence[int], *, temperature: float, batch_size: int, num_samples: int, seed: int

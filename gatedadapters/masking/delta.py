@@ -128,7 +128,8 @@ class SparseDelta(nn.Module):
         Raises:
             AttachError: this delta is in a model already, or `model` has one.
             MaskError: another backbone, or heads of other shapes.
-            The model is left untouched by all of them.
+
+        The model is left untouched by all of them.
         """
         if self.applied:
             raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
@@ -338,7 +339,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     Raises:
         AttachError: the model has a delta already; unknown heads.
         MaskError: the mask selects nothing, is of another model, or selects integer or quantised weights.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     delta, head_names = _built(model, mask, heads, where="apply_mask")
     delta._install(model, head_names)

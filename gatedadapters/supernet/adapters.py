@@ -380,7 +380,8 @@ class Adapters(nn.Module):
             PathError: a path is of a kind that no weight can stand in for.
             TaskError: several tasks, and none of them named.
             ArtifactError: a merged value would not be finite.
-            Nothing is changed by any of them.
+
+        Nothing is changed by any of them.
         """
         report = merging.merge(self, task, keep=True)
         self.announce()
