@@ -317,16 +317,16 @@ def mask_of(problem: Problem, cell: Cell) -> ga.Mask:
     fixed += ["heads.*"] if any(name.startswith("heads.") for name in roles) else []  # of what was learnt before
     options: dict[str, Any] = {"heads": problem.heads, "exclude": fixed, "seed": cell.seed}
     if cell.arm == "random":
-        return ga.select(ga.score(problem.model, kind="random", **options), core=cell.core)
+        return ga.select(ga.score(problem.model, kind="random", **options), protect=cell.core)
     kind = "fisher" if cell.arm == "fisher" else "taylor"
     importance = ga.score(problem.model, general, kind=kind, **options)
     if cell.arm == "inverse":  # what matters most is free
         turned = {name: importance[name].max() - importance[name] for name in importance.names}
-        return ga.select(ga.Scores(importance.record, turned), core=cell.core)
+        return ga.select(ga.Scores(importance.record, turned), protect=cell.core)
     domain = None
     if cell.arm == "contrast":
         domain = ga.score(problem.model, taken(problem.domain, 16), kind=kind, **options)
-    return ga.select(importance, domain, core=cell.core)
+    return ga.select(importance, domain, protect=cell.core)
 
 
 def with_peft(arm: str, problem: Problem, cell: Cell) -> nn.Module:

@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.artifacts.load import Base
 from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
 from gatedadapters.backbone import Layout, LinearMap, discover
 from gatedadapters.backbone.fingerprint import backbone_fingerprint, fingerprint
@@ -18,8 +17,9 @@ from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
 from gatedadapters.paths import LoRA, Point, Site
 from gatedadapters.paths.lora import LoRAOptions
+from gatedadapters.structure.folder import Base
 from gatedadapters.supernet.adapters import Adapters
-from gatedadapters.supernet.attach import DEFAULT_TASK, check_free, find_heads, install, supernet
+from gatedadapters.supernet.attach import DEFAULT_TASK, check_no_adapters, find_heads, gated_candidates, install
 
 OUTSIDE = "outside"  # the sub-layer of maps that lie in no block: poolers, heads, embedding projections
 
@@ -61,7 +61,7 @@ def import_peft(
 
     The model is left untouched by all of them.
     """
-    check_free(model)
+    check_no_adapters(model)
     lora = read_peft(folder)
     prefix = _prefix(model, lora)
     maps = {prefix + name: value for name, value in lora.maps.items()}
@@ -86,7 +86,7 @@ def import_peft(
     head_names = find_heads(model, heads)
     parameters = {name for name, _ in model.named_parameters()}
     head_names += tuple(name for name in saved if name in parameters and name not in head_names)
-    adapters = supernet(
+    adapters = gated_candidates(
         found,
         _space(maps, gates or GateConfig()),
         layout,

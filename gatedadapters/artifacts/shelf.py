@@ -5,45 +5,82 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.artifacts.load import Base, read_saved
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
 from gatedadapters.paths.base import holds_examples
-from gatedadapters.structure.folder import state
-from gatedadapters.supernet.adapters import NAME, Adapters
-from gatedadapters.supernet.attach import build, check_free
+from gatedadapters.runtime.call import Call, begin, current, end, forget, is_switched_off, new_serial, switched_off
+from gatedadapters.runtime.forward import OwnForward
+from gatedadapters.structure.folder import Base, read
+from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.attach import adapters_of, check_no_adapters, move_beside
 from gatedadapters.supernet.hooks import (
-    RUNNING,
+    Arguments,
     InputHook,
     ModelHook,
     OutputHook,
     batch_size,
     hook_embedding,
-    new_serial,
-    place,
     point_hooks,
+    register_hook,
 )
+from gatedadapters.supernet.supernet import NAME
 
 Names = str | Sequence[str | None] | None
+"""Whose adapters work: one name for all examples, or one per example; None is the backbone alone."""
+
+_USED: ContextVar[Mapping[int, Names]] = ContextVar("adapters in use", default=MappingProxyType({}))
+"""By a shelf's serial: what `Shelf.using` says in this thread or asyncio task."""
+
+
+class ShelfCall(Call):
+    """One forward call, as the shelf sees it.
+
+    Attributes:
+        members: (name, rows, call) of each set of adapters at work: None for all rows, and what it sees of the call.
+        headed: whose task heads the model runs with; None for its own.
+    """
+
+    __slots__ = ("headed", "members")
+
+    def __init__(self, members: tuple[tuple[str, Rows | None, Call], ...], headed: str | None) -> None:
+        super().__init__(runs=bool(members))
+        self.members, self.headed = members, headed
+
+    def same_as(self, other: Call) -> bool:
+        """Whether another call has the same settings."""
+        return (
+            isinstance(other, ShelfCall)
+            and self.headed == other.headed
+            and len(self.members) == len(other.members)
+            and all(
+                one[:2] == two[:2] and one[2].same_as(two[2])
+                for one, two in zip(self.members, other.members, strict=True)
+            )
+        )
 
 
 class Shelf(nn.Module):
     """Saved adapters by name, on one model, registered there as `gated_adapters`.
 
     Switching moves pointers alone: its cost depends neither on the backbone nor on the adapters, and adapters that are
-    not at work cost memory but no time. Task heads that were saved with adapters come and go with them.
+    not at work cost memory but no time. Task heads that were saved with adapters work where those do; the model's own
+    heads are never written to. Which adapters a call uses is decided when it begins and holds throughout it, so threads
+    may call, activate and use as they like.
 
         shelf = ga.Shelf.load(model, {"mood": "out/mood", "topic": "out/topic"})  # the first is active
         shelf.activate("topic")
         model(**batch, adapter_names=["mood", "topic", None])  # each example its own; None is the backbone alone
-        with shelf.using("mood"):
-            model.generate(**inputs)
+        model.generate(**inputs, adapter_names=["mood", "topic", None])
+        with shelf.using("mood"):  # in this thread or asyncio task alone
+            pipeline(texts)
 
     Attributes:
         members: the adapters by name; each can be looked at and saved like any others.
@@ -54,12 +91,12 @@ class Shelf(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.members = nn.ModuleDict()
-        self.serial, self._enabled = new_serial(self), True
-        self._names: Names = None  # one for all, or one per example
-        self._seated: str | None = None  # whose heads the model wears
+        self.serial = new_serial(self)
+        self._active: str | None = None
         self._model = [model]
         self._handles: list[Any] = []
-        self._places: dict[tuple[str, type], tuple[_SharedInput | _SharedOutput, Any]] = {}
+        self._hooks: dict[tuple[str, type], tuple[_SharedInput | _SharedOutput, Any]] = {}
+        self._heads: dict[str, _HeadForward] = {}
         self._required_grad = trained_originally(model)
 
     # -- what is on it -------------------------------------------------------------------------------------------------
@@ -79,9 +116,14 @@ class Shelf(nn.Module):
 
         The model is left untouched by all of them.
         """
-        check_free(model)
+        check_no_adapters(model)
         if not folders:
-            raise ArtifactError(expected="folders of saved adapters by name", got="none", where="Shelf.load")
+            raise ArtifactError(
+                expected="folders of saved adapters by name",
+                got="none",
+                where="Shelf.load",
+                fix='name at least one: {"mood": "out/mood"}',
+            )
         shelf = cls(model)
         try:
             model.add_module(NAME, shelf)
@@ -117,11 +159,8 @@ class Shelf(nn.Module):
                 fix=f"choose another name, or call shelf.remove({name!r}) first",
             )
         model = self.model
-        with self._bare():
-            structure, tensors = read_saved(model, folder, base=base)
-            member = build(model, structure)
-            member.structure = structure
-        at_weight = [key for key, path in member.typed_paths() if path.site.at_weight]
+        saved = read(model, folder, base=base)
+        at_weight = [key for key, path in saved.paths.items() if path.site.at_weight]
         if at_weight:
             raise ArtifactError(
                 "paths at weights change them for a whole batch, and cannot take turns with others",
@@ -130,20 +169,34 @@ class Shelf(nn.Module):
                 where=f"Shelf.add({name!r})",
                 fix="load_adapters(model, folder) for these alone, or search without weight_lora",
             )
+        member = adapters_of(model, saved.structure, saved.paths)
+        member.head_names, member.on_shelf = saved.structure.fingerprint.heads, True
         for head in member.head_names:
-            worn = model.get_parameter(head).requires_grad_()
-            member.aside.append(nn.Parameter(torch.empty_like(worn), requires_grad=False))
-        with torch.no_grad():
-            for key, value in state(member).items():
-                value.copy_(tensors[key])
-        self.members[name] = member
+            own = model.get_parameter(head)
+            member.heads.append(nn.Parameter(saved.heads[head].to(own.device, own.dtype)))
+        member._model.append(model)
+        member.train(model.training)
+        move_beside(member, model)
+        for head in member.head_names:
+            own = model.get_parameter(head)
+            own.requires_grad_(True)
+            self._own_head(own)
         for module, hook in point_hooks(member):
             shared = _SharedInput if isinstance(hook, InputHook) else _SharedOutput
-            if (module, shared) not in self._places:
+            if (module, shared) not in self._hooks:
                 new = shared(self)
-                self._places[module, shared] = new, place(new, model.get_submodule(module))
-            self._places[module, shared][0].hooks.setdefault(name, []).append(hook)
+                self._hooks[module, shared] = new, register_hook(new, model.get_submodule(module))
+            self._hooks[module, shared][0].hooks[name] = (*self._hooks[module, shared][0].hooks.get(name, ()), hook)
+        self.members[name] = member
         return member
+
+    def _own_head(self, parameter: nn.Parameter) -> None:
+        """Let each module that uses this head run with the values that a call's adapters bring."""
+        for name, module in self.model.named_modules():
+            uses = any(own is parameter for own in module._parameters.values())
+            if uses and name not in self._heads:
+                self._heads[name] = _HeadForward(self, module, name)
+                self._heads[name].install()
 
     def remove(self, name: str) -> None:
         """Take adapters off the shelf; if they are active, the backbone alone is left at work.
@@ -152,28 +205,30 @@ class Shelf(nn.Module):
             ArtifactError: unknown name.
         """
         self._known(name, "Shelf.remove")
-        if self._names == name or not isinstance(self._names, str | None):
-            self.activate(None)
+        if self._active == name:
+            self._active = None
         del self.members[name]
-        for key, (shared, handle) in list(self._places.items()):
+        for key, (shared, handle) in list(self._hooks.items()):
             shared.hooks.pop(name, None)
             if not shared.hooks:
                 handle.remove()
-                del self._places[key]
+                del self._hooks[key]
 
     def detach(self) -> nn.Module:
         """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `load`.
         A sparse delta that stays in it keeps the backbone frozen.
         """
         model = self.model
-        self.activate(None)
-        for handle in (*self._handles, *(handle for _, handle in self._places.values())):
+        for handle in (*self._handles, *(handle for _, handle in self._hooks.values()), *self._heads.values()):
             handle.remove()
-        self._handles.clear()
-        self._places.clear()
+        for taken_out in (self._handles, self._hooks, self._heads):
+            taken_out.clear()
         delattr(model, NAME)
         apply_requires_grad(model, self._required_grad)
+        for member in self._typed_members().values():
+            member._model.clear()
         self._model.clear()
+        forget(self.serial)
         return model
 
     # -- who is at work ------------------------------------------------------------------------------------------------
@@ -186,7 +241,8 @@ class Shelf(nn.Module):
     @property
     def active(self) -> str | None:
         """Whose adapters work in a call that names none; None for the backbone alone, or within `using` a mixture."""
-        return self._names if isinstance(self._names, str) else None
+        names = self._names()
+        return names if isinstance(names, str) else None
 
     @property
     def current(self) -> Adapters | None:
@@ -194,47 +250,62 @@ class Shelf(nn.Module):
         return None if self.active is None else self._typed_members()[self.active]
 
     def activate(self, name: str | None) -> None:
-        """From now on these adapters work in every call that names none; None leaves the backbone alone.
+        """From now on these adapters work in every call that names none, in all threads; None leaves the backbone
+        alone.
+
+        Calls that are under way go on with the adapters they began with.
 
         Raises:
             ArtifactError: unknown name.
+            AttachError: the shelf is detached.
         """
-        self._use(name, "Shelf.activate")
+        self._groups(name, "Shelf.activate")
+        _ = self.model
+        self._active = name
 
     @contextmanager
     def using(self, names: Names) -> Iterator[None]:
-        """Within this context these adapters work: one name for all examples, or one per example (None: the backbone).
+        """Within this context, in this thread or asyncio task alone, these adapters work.
 
-        For what passes no arguments on to the model, such as `generate`: with beams or several returned sequences,
-        each example's name counts for all of its own.
+        For what passes no arguments on to the model, such as a pipeline: with beams or several returned sequences, each
+        example's name counts for all of its own.
+
+        Args:
+            names: one for all examples, or one per example (None: the backbone).
 
         Raises:
             ArtifactError: unknown name.
             TaskError: a mixture with task heads.
         """
-        before = self._names
-        self._use(names, "Shelf.using")
+        self._check_headless(self._groups(names, "Shelf.using"))
+        token = _USED.set({**_USED.get(), self.serial: names})
         try:
             yield
         finally:
-            self._use(before if self._all_known(before) else None, "Shelf.using")
+            _USED.reset(token)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what the backbone and its own heads alone do."""
-        before, self._enabled = self._enabled, False
-        self._seat()
-        self._announce(self._groups(self._names))
-        try:
+        """Within this context, in this thread or asyncio task alone, the model computes what the backbone and its own
+        heads do.
+        """
+        with switched_off(self):
             yield
-        finally:
-            self._enabled = before
-            self._seat()
-            self._announce(self._groups(self._names))
 
     def begin_forward(self, task_ids: Tensor | None, batch: int | None, names: Names) -> None:
-        """Called before each forward of the model."""
-        given, names = names is not None, self._names if names is None else names
+        """Called before each forward of the model.
+
+        Args:
+            task_ids: (batch,), as they were given.
+            batch: number of examples, as far as the call's arguments tell.
+            names: `adapter_names` as they were given.
+
+        Raises:
+            ArtifactError: unknown name.
+            TaskError: the names do not match the batch, or mix adapters with task heads.
+        """
+        given = names is not None
+        names = names if given else self._names()
         each = names is not None and not isinstance(names, str)
         if each and not _fit(cast(Sequence[Any], names), batch, exactly=given):
             raise TaskError(
@@ -245,19 +316,22 @@ class Shelf(nn.Module):
                 fix="name each example's adapters, None for the backbone",
             )
         groups = self._groups(names, batch=batch)
-        if given and self._enabled and groups != ((self._seated, None),):
-            self._check_headless([*(name for name, _ in groups), *([self._seated] if self._seated else [])])
-        for name, rows in groups:
-            own = task_ids if task_ids is None or rows is None else task_ids[list(rows.picked)]
-            self._typed_members()[name].begin_forward(own, None if rows else batch)
-        self._announce(groups)
+        self._check_headless(groups)
+        begin(self, self._call(groups, task_ids, batch))
+        for name, _ in groups:
+            self._typed_members()[name].begin_step()
+
+    def call_outside(self) -> Call:
+        """What holds for a part of the model that is called by itself: what is active or in use."""
+        return self._call(self._groups(self._names()), None, None)
 
     def end_forward(self) -> None:
-        """Called after each forward of the model: parts of it that are called by themselves go by what is active."""
-        if not torch.is_grad_enabled():
-            for member in self._typed_members().values():
-                member.end_forward()
-            self._announce(self._groups(self._names))
+        """Called after each forward of the model, also where it raised."""
+        end(self)
+
+    def call(self) -> ShelfCall:
+        """The call under way in this thread."""
+        return cast(ShelfCall, current(self))
 
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
@@ -265,18 +339,32 @@ class Shelf(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The model this shelf is attached to."""
+        """The model this shelf is attached to.
+
+        Raises:
+            AttachError: the shelf is detached.
+        """
         if not self._model:
             raise AttachError("this shelf is detached", fix="load the folders again")
         return self._model[0]
 
-    def _use(self, names: Names, where: str) -> None:
-        groups = self._groups(names, where)
-        if names is not None and not isinstance(names, str):
-            self._check_headless([name for name, _ in groups])
-        self._names = names
-        self._seat()
-        self._announce(groups)
+    def _names(self) -> Names:
+        names = _USED.get().get(self.serial, self._active)
+        known = {None, *self.members}.issuperset([names] if names is None or isinstance(names, str) else names)
+        return names if known else None  # removed meanwhile
+
+    def _call(
+        self, groups: tuple[tuple[str, Rows | None], ...], task_ids: Tensor | None, batch: int | None
+    ) -> ShelfCall:
+        if is_switched_off(self):
+            return ShelfCall((), None)
+        members = []
+        for name, rows in groups:
+            own = task_ids if task_ids is None or rows is None else task_ids[list(rows.picked)]
+            member = self._typed_members()[name]
+            members.append((name, rows, member.call_for(own, None if rows else batch)))
+        alone = groups[0][0] if len(groups) == 1 and groups[0][1] is None else None
+        return ShelfCall(tuple(members), alone)
 
     def _groups(
         self, names: Names, where: str = "adapter_names", batch: int | None = None
@@ -294,45 +382,16 @@ class Shelf(nn.Module):
             if name is not None
         )
 
-    def _announce(self, groups: tuple[tuple[str, Rows | None], ...]) -> None:
-        RUNNING[self.serial] = groups if self._enabled else ()
-
-    def _seat(self) -> None:
-        """Let the model wear the heads of the active adapters: values change places with the model's own."""
-        wanted = self.active if self._enabled else None
-        for name in (self._seated, wanted):
-            if name is not None and self._seated != wanted:
-                member = self._typed_members()[name]
-                for head, other in zip(member.head_names, member.aside, strict=True):
-                    parameter = self.model.get_parameter(head)
-                    parameter.data, other.data = other.data, parameter.data
-                member._model[:] = [self.model] if name == wanted else []
-        self._seated = wanted
-
-    @contextmanager
-    def _bare(self) -> Iterator[None]:
-        """Within this context the model wears its own heads."""
-        before, self._enabled = self._enabled, False
-        self._seat()
-        try:
-            yield
-        finally:
-            self._enabled = before
-            self._seat()
-
-    def _check_headless(self, names: Sequence[str]) -> None:
-        headed = [name for name in dict.fromkeys(names) if self._typed_members()[name].head_names]
+    def _check_headless(self, groups: tuple[tuple[str, Rows | None], ...]) -> None:
+        headed = [name for name, rows in groups if rows is not None and self._typed_members()[name].head_names]
         if headed:
             raise TaskError(
-                "the model wears one set of task heads at a time",
+                "the model runs with one set of task heads at a time",
                 expected="adapters without task heads in a mixture",
                 got=f"{', '.join(headed)} with heads of their own",
                 where="adapter_names",
                 fix="give each its own batch with shelf.using(name); attach(heads=()) trains and saves none",
             )
-
-    def _all_known(self, names: Names) -> bool:
-        return {None, *self.members}.issuperset([names] if names is None or isinstance(names, str) else names)
 
     def _known(self, name: str, where: str) -> None:
         if name not in self.members:
@@ -352,13 +411,14 @@ class Shelf(nn.Module):
         pop = "task_ids" not in inspect.signature(model.forward).parameters
         hook = _ShelfHook(cast(Any, self), pop_task_ids=pop)
         self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(_ShelfDone(self)))
+        self._handles.append(model.register_forward_hook(_ShelfDone(self), always_call=True))
         self._handles += hook_embedding(self, model)
+        if hasattr(type(model), "generate"):
+            self._handles.append(_Generate(self, model))
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, kept)
         self.serial = new_serial(self)
-        self._announce(self._groups(self._names))
 
 
 def _fit(names: Sequence[Any], batch: int | None, *, exactly: bool) -> bool:
@@ -374,6 +434,13 @@ class Rows:
         together = picked == tuple(range(picked[0], picked[0] + len(picked)))
         self.index: slice | list[int] = slice(picked[0], picked[-1] + 1) if together else list(picked)
         self._on: dict[torch.device, Tensor] = {}
+
+    def __eq__(self, other: object) -> bool:
+        mine = (self.examples, self.picked, self.batch)
+        return isinstance(other, Rows) and mine == (other.examples, other.picked, other.batch)
+
+    def __hash__(self) -> int:
+        return hash((self.examples, self.picked, self.batch))
 
     def view(self, tensor: Tensor) -> Tensor:
         """(examples, rows of each, width)."""
@@ -402,51 +469,97 @@ class Rows:
         return self.view(tensor)[self.on(tensor.device)]
 
 
+class _Generate:
+    """The model's `generate`, with `adapter_names` beside its arguments; transformers' own refuses what it does not
+    know.
+    """
+
+    def __init__(self, shelf: Shelf, model: nn.Module) -> None:
+        self.shelf, self.earlier = shelf, vars(model).get("generate")
+        vars(model)["generate"] = self
+
+    def __call__(self, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        """Generate with each prompt's adapters, one name for all or one per prompt."""
+        generate = self.earlier or type(self.shelf.model).generate.__get__(self.shelf.model)  # type: ignore[attr-defined]
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self.shelf.using(adapter_names):
+            return generate(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        own = vars(self.shelf.model)
+        if self.earlier is None:
+            own.pop("generate", None)
+        else:
+            own["generate"] = self.earlier
+
+
+class _HeadForward(OwnForward):
+    """The forward of a module that uses a task head: with the values that the call's adapters bring."""
+
+    def __init__(self, shelf: Shelf, module: nn.Module, name: str) -> None:
+        super().__init__(module)
+        self.shelf, self.prefix = shelf, f"{name}." if name else ""
+        self.tied = {
+            leaf: next(full for full, other in shelf.model.named_parameters() if other is own)
+            for leaf, own in module._parameters.items()
+            if own is not None
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes for the call under way."""
+        name = self.shelf.call().headed
+        if name is None:
+            return self.run({}, args, kwargs)
+        member = self.shelf._typed_members()[name]
+        values = dict(zip(member.head_names, member.heads, strict=True))
+        return self.run({leaf: values[full] for leaf, full in self.tied.items() if full in values}, args, kwargs)
+
+
 class _ShelfHook(ModelHook):
     """Before the model runs: take `adapter_names` and `task_ids` from the call."""
 
-    adapters: Any
+    supernet: Any
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Forward pre-hook with kwargs."""
         names = kwargs.get("adapter_names")
-        self.adapters.begin_forward(kwargs.get("task_ids"), batch_size(args, kwargs), names)
+        self.supernet.begin_forward(kwargs.get("task_ids"), batch_size(args, kwargs), names)
         taken = {"adapter_names", "task_ids"} if self.pop_task_ids else {"adapter_names"}
         return args, {name: value for name, value in kwargs.items() if name not in taken}
 
 
 class _ShelfDone:
-    """After the model ran."""
+    """After the model ran, or raised."""
 
     def __init__(self, shelf: Shelf) -> None:
         self.shelf = shelf
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model."""
+        """Forward hook of the model, called also after an exception."""
         self.shelf.end_forward()
 
 
 class _SharedInput(InputHook):
     """At one module: the input hooks of those of its adapters that work, each on its own examples."""
 
-    adapters: Any
+    supernet: Any
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__(cast(Any, shelf), [], None)
-        self.hooks: dict[str, list[Any]] = {}
+        self.hooks: dict[str, tuple[Any, ...]] = {}
 
-    def change(self, hidden: Tensor) -> Tensor:
+    def change(self, hidden: Tensor, call: Call) -> Tensor:
         """See `InputHook`."""
         result = hidden
-        for name, rows in RUNNING[self.adapters.serial]:
+        for name, rows, seen in cast(ShelfCall, call).members:
             own = self.hooks.get(name, ())
             part = before = result if rows is None or not own else rows.take(hidden)
             for hook in own:
-                part = hook.change(part)
+                part = hook.change(part, seen)
             if part is not before:
                 result = part if rows is None else _put(hidden, result, rows, part)
         return result
@@ -455,21 +568,21 @@ class _SharedInput(InputHook):
 class _SharedOutput(OutputHook):
     """At one module: the output hooks of those of its adapters that work, each on its own examples."""
 
-    adapters: Any
+    supernet: Any
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__(cast(Any, shelf), [], [])
-        self.hooks: dict[str, list[Any]] = {}
+        self.hooks: dict[str, tuple[Any, ...]] = {}
 
-    def change(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def change(self, hidden: Tensor, target: Tensor, call: Call) -> Tensor:
         """See `OutputHook`."""
         result = target
-        for name, rows in RUNNING[self.adapters.serial]:
+        for name, rows, seen in cast(ShelfCall, call).members:
             own = self.hooks.get(name, ())
             part = before = result if rows is None or not own else rows.take(target)
             read = hidden if rows is None or not own else rows.take(hidden)
             for hook in own:
-                part = hook.change(read, part)
+                part = hook.change(read, part, seen)
             if part is not before:
                 result = part if rows is None else _put(target, result, rows, part)
         return result

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +17,7 @@ class SelectionConfig(Config):
 
     Attributes:
         kind: the score.
-        core: share of elements that stay fixed. (The core of a task, in continual tuning, is what moves: `CoreConfig`.)
+        protect: share of elements that stay frozen.
         contrast: λ, how much importance for the domain counts against importance in general.
         scope: whether the share holds over all tensors or in each.
         include, exclude: roles or names of parameters.
@@ -25,7 +27,7 @@ class SelectionConfig(Config):
     """
 
     kind: str = "taylor"
-    core: float = Field(0.95, gt=0, lt=1)
+    protect: float = Field(0.95, gt=0, lt=1)
     contrast: float = Field(1.0, ge=0)
     scope: Literal["global", "tensor"] = "global"
     include: tuple[str, ...] | None = None
@@ -33,6 +35,25 @@ class SelectionConfig(Config):
     batches: int = Field(32, gt=0)
     batch_size: int = Field(8, gt=0)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, data: Any) -> Any:
+        """Files of version 0.1 say `core`. A FutureWarning, because Python hides a DeprecationWarning from users of
+        the command.
+        """
+        if not isinstance(data, Mapping) or "core" not in data:
+            return data
+        if "protect" in data:
+            raise ValueError("core is the old name of protect: drop core")
+        warnings.warn("SelectionConfig: `core` is now called `protect`; rename the key", FutureWarning, stacklevel=2)
+        return {"protect" if key == "core" else key: value for key, value in data.items()}
+
+    @property
+    def core(self) -> float:
+        """Deprecated name of `protect`."""
+        warnings.warn("SelectionConfig.core is now called SelectionConfig.protect", DeprecationWarning, stacklevel=2)
+        return self.protect
 
 
 class CorpusConfig(Config):

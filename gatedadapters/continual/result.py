@@ -19,9 +19,9 @@ from gatedadapters.continual.states import Change, digest, lead, read_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import Structure
-from gatedadapters.supernet.adapters import NAME as ADAPTERS
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import attach, detach
+from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
 STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
 ATTACHED, ADAPTER = "attached.json", "adapter"

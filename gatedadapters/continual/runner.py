@@ -43,9 +43,9 @@ from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import leftovers, whole_folder
 from gatedadapters.structure import Structure
-from gatedadapters.supernet.adapters import NAME as ADAPTERS
 from gatedadapters.supernet.adapters import Adapters, get_adapters
-from gatedadapters.supernet.attach import attach, check_free, detach, find_heads
+from gatedadapters.supernet.attach import attach, check_no_adapters, detach, find_heads
+from gatedadapters.supernet.supernet import NAME as ADAPTERS
 from gatedadapters.training.devices import on_cpu
 
 Watch = Callable[[str], None]
@@ -152,7 +152,7 @@ class Run:
                 where="run_stream",
                 fix="remove or merge it first",
             )
-        check_free(model)
+        check_no_adapters(model)
         self.heads = stream.check(model)
         own = find_heads(model, None) if any(task.classes for task in stream) else ()
         self.all_heads = frozenset(name for names in (*self.heads, own) for name in names)

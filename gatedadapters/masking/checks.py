@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.errors import AttachError, MaskError
-from gatedadapters.supernet.adapters import NAME as ADAPTERS
 from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
 
 def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:

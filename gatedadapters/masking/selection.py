@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,18 +27,19 @@ def select(
     general: Scores,
     domain: Scores | None = None,
     *,
-    core: float | None = None,
+    protect: float | None = None,
     density: float | None = None,
     contrast: float = 1.0,
     scope: Scope = "global",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    core: float | None = None,
 ) -> Mask:
     """Which elements are free: those that matter least for general ability, and most for the domain.
 
     Scores are rank-normalised in each tensor (average ranks, divided by the number of elements), combined to
-    `s = Î_general - contrast Î_domain`, and the `core` share with the highest s stays fixed. The free elements are
-    exactly `round((1 - core) n)` many; among equal s, those that come first in the model are free. The order of s is
+    `s = Î_general - contrast Î_domain`, and the `protect` share with the highest s stays frozen. The free elements are
+    exactly `round((1 - protect) n)` many; among equal s, those that come first in the model are free. The order of s is
     found by counting bit patterns, so that no sort is larger than one tensor. s is held in float64, 8 bytes for each
     element (above 2 GiB in a temporary file), so that ranks in a tensor of any size differ where scores do; beside it
     about 50 bytes for each element of the one tensor that is being ranked.
@@ -45,22 +47,30 @@ def select(
     Args:
         general: scores on general data.
         domain: scores on the domain's data; None protects general ability alone, as does `contrast=0`.
-        core: share of elements that stay fixed, in (0, 1); default 0.95. Give this or `density`.
-        density: share that is free, `1 - core`.
+        protect: share of elements that stay frozen, in (0, 1); default 0.95. Give this or `density`.
+        density: share of elements that are free, `1 - protect`.
         contrast: λ; 0 protects general ability only.
         scope: `global`: the share holds over all tensors; `tensor`: in each.
         include: roles or names (with * and ?) to select from; default: everything scored.
-        exclude: of these, which to leave fixed as a whole. What is left out counts neither as core nor as free.
+        exclude: which of these to freeze as a whole. Their elements count neither as protected nor as free.
+        core: deprecated name of `protect`.
 
     Raises:
         MaskError: a share outside (0, 1), scores of different backbones or of all zeros, a pattern that matches
             nothing.
 
     References:
-        arXiv 2604.17051 names the aim (general against domain importance, core fixed, the rest tuned); the combination
-        is our instantiation.
+        arXiv 2604.17051 names the aim: weigh importance in general against importance for the domain, freeze the
+        core, tune the rest. The formula is ours.
     """
-    free = _free_share(core, density)
+    if core is not None:
+        if protect is not None:
+            raise MaskError(
+                expected="protect=", got="protect= and core=, its old name", where="select", fix="drop core"
+            )
+        warnings.warn("select(core=) is now called select(protect=)", DeprecationWarning, stacklevel=2)
+        protect = core
+    free = _free_share(protect, density)
     if not math.isfinite(contrast) or contrast < 0:
         raise MaskError(expected="contrast of at least 0", got=contrast, where="select(contrast=)")
     if scope not in ("global", "tensor"):
@@ -99,7 +109,7 @@ def select(
             expected="at least one free element",
             got=f"a free share of {free:g}",
             where="select",
-            fix="lower core=",
+            fix="lower protect= or raise density=",
         )
     origin = {
         "general": general.kind,
@@ -134,10 +144,10 @@ def _ranks(values: Tensor) -> Tensor:
     return ranks.view(values.shape)
 
 
-def _free_share(core: float | None, density: float | None) -> float:
-    if core is not None and density is not None:
-        raise MaskError(expected="core= or density=", got="both", where="select", fix="drop one")
-    name, given = ("density", density) if density is not None else ("core", 0.95 if core is None else core)
+def _free_share(protect: float | None, density: float | None) -> float:
+    if protect is not None and density is not None:
+        raise MaskError(expected="protect= or density=", got="both", where="select", fix="drop one")
+    name, given = ("density", density) if density is not None else ("protect", 0.95 if protect is None else protect)
     if not 0.0 < given < 1.0:
         raise MaskError(expected=f"{name} in (0, 1)", got=given, where=f"select({name}=)")
     return float(given) if name == "density" else 1.0 - float(given)

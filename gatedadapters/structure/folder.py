@@ -1,33 +1,71 @@
-"""What a saved adapter consists of, and writing it."""
+"""The folder that compact adapters are saved in: one file reads and writes it.
+
+`structure.json` is the Structure; `adapters.safetensors` holds `paths.<key>.<parameter>` (routing included) and
+`heads.<parameter of the model>`, all in float32 or all in bfloat16.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gatedadapters.errors import ArtifactError
-from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
-
-if TYPE_CHECKING:
-    from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint
+from gatedadapters.errors import ArtifactError, GatedAdaptersError
+from gatedadapters.paths import Path
+from gatedadapters.safe_files import DTYPES, leftovers, read_tensors, whole_folder, write_tensors
+from gatedadapters.structure.structure import Structure
 
 STRUCTURE, WEIGHTS = "structure.json", "adapters.safetensors"
 FILES = frozenset({STRUCTURE, WEIGHTS})
 
+Base = Literal["same", "updated"]
+"""Whether saved adapters insist on the backbone they were made on, or accept a newer release of it."""
 
-def save(adapters: Adapters, folder: str | Path, *, dtype: torch.dtype, overwrite: bool) -> None:
-    """See `Adapters.save`."""
-    if adapters.bank is not None or adapters.structure is None:
-        raise ArtifactError(
-            "only compact adapters are saved",
-            expected="adapters whose gates are folded into their weights",
-            got=f"gates over {len(adapters.paths)} candidate paths",
-            where="Adapters.save",
-            fix="call adapters.compact() first; a Trainer's checkpoints keep gates for resuming",
-        )
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a folder held.
+
+    Attributes:
+        structure: of the adapters, carried over to the present backbone where that is an update.
+        paths: by key, with the weights that were saved.
+        heads: values of the model's task heads, by parameter.
+        identity: fingerprint of the backbone that they were read for.
+    """
+
+    structure: Structure
+    paths: dict[str, Path]
+    heads: dict[str, Tensor]
+    identity: Fingerprint
+
+
+def write(
+    folder: str | FilePath,
+    structure: Structure,
+    paths: Mapping[str, Path],
+    heads: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    overwrite: bool,
+) -> None:
+    """Write compact adapters, whole or not at all.
+
+    Args:
+        folder: a new or an empty folder.
+        structure: of the paths.
+        paths: by key.
+        heads: the model's task heads, by parameter.
+        dtype: of what is stored, float32 or bfloat16.
+        overwrite: replace an artefact that the folder holds, in one step.
+
+    Raises:
+        ArtifactError: another dtype, or the folder is not free.
+    """
     if dtype not in DTYPES.values():
         raise ArtifactError(
             expected="torch.float32 or torch.bfloat16",
@@ -35,16 +73,145 @@ def save(adapters: Adapters, folder: str | Path, *, dtype: torch.dtype, overwrit
             where="Adapters.save(dtype=)",
             fix="choose one of them",
         )
-    tensors = {name: value.to(dtype) for name, value in state(adapters).items()}
+    own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in path.state_dict().items()}
+    tensors = own | {f"heads.{name}": value for name, value in heads.items()}
+    stored = {name: value.detach().to(dtype) for name, value in tensors.items()}
     with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
-        (new / STRUCTURE).write_text(adapters.structure.to_json(), encoding="utf-8")
-        write_tensors(new / WEIGHTS, tensors, metadata={"format": "gatedadapters 1"})
+        (new / STRUCTURE).write_text(structure.to_json(), encoding="utf-8")
+        write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
 
 
-def state(adapters: Adapters) -> dict[str, Tensor]:
-    """What was learned: `paths.<key>.<parameter>` (routing included), `heads.<parameter of the model>`."""
-    paths = {f"paths.{name}": value for name, value in adapters.paths.state_dict().items()}
-    heads = {
-        f"heads.{name}": value for name, value in zip(adapters.head_names, adapters.head_parameters(), strict=True)
+def read(model: nn.Module, folder: str | FilePath, *, base: Base = "same") -> Saved:
+    """Read what `write` wrote, for a model that it is checked against; the model is not changed.
+
+    Args:
+        model: with the backbone and the heads that the adapters were made for.
+        folder: what `write` wrote.
+        base: `"updated"` accepts a backbone of the same layout with other weights.
+
+    Raises:
+        ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another one; it
+        says
+            whether its class, its shapes or its values differ.
+    """
+    path = FilePath(folder)
+    structure = Structure.load(_existing(path) / STRUCTURE)
+    found = _check_backbone(model, structure, path, updated=base == "updated")
+    paths = _build(structure, path)
+    heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
+    shapes = {
+        f"paths.{key}.{name}": tuple(value.shape)
+        for key, own in paths.items()
+        for name, value in own.state_dict().items()
     }
-    return paths | heads
+    tensors = read_tensors(path / WEIGHTS, shapes | {f"heads.{name}": shape for name, shape in heads.items()})
+    if found.values != structure.fingerprint.values:
+        structure = structure.carried_to(found)
+    return Saved(
+        structure, _filled(paths, structure, tensors), {name: tensors[f"heads.{name}"] for name in heads}, found
+    )
+
+
+def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
+    """The paths without values: a file may claim any size, so nothing is allocated before the weights match."""
+    paths: dict[str, Path] = {}
+    for record in structure.paths:
+        try:
+            with torch.device("meta"):
+                paths[record.key] = path = record.build()
+                path.routing = structure.routing(record)
+        except (GatedAdaptersError, KeyError, TypeError, RuntimeError) as error:
+            raise ArtifactError(
+                "the structure names a path that cannot be built",
+                expected="a path as it was saved",
+                got=f"{type(error).__name__}: {error}",
+                where=f"path {record.key} in {folder / STRUCTURE}",
+                fix="restore the file",
+            ) from error
+    return paths
+
+
+def _filled(paths: dict[str, Path], structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
+    """The paths with their saved values, in float32 as new paths have them."""
+    for key, path in paths.items():
+        own = {name: tensors[f"paths.{key}.{name}"].float() for name in path.state_dict()}
+        path.load_state_dict(own, assign=True)
+    if any(t.is_meta for path in paths.values() for t in (*path.parameters(), *path.buffers())):
+        # What a path keeps beside its state dict has to be computed: build it once more, with values.
+        generator = torch.Generator().manual_seed(structure.seed)
+        for record in structure.paths:
+            whole = record.build(generator)
+            whole.routing = structure.routing(record)
+            whole.load_state_dict(paths[record.key].state_dict())
+            paths[record.key] = whole
+    return paths
+
+
+def _existing(folder: FilePath) -> FilePath:
+    if (folder / STRUCTURE).is_file():
+        return folder
+    if not folder.exists():
+        interrupted = [left for left in leftovers(folder) if (left / STRUCTURE).is_file()]
+        fix = f"an interrupted save left {interrupted[0]}: rename it" if interrupted else "check the path"
+        raise ArtifactError("no such folder", expected="a saved adapter", got="nothing there", where=folder, fix=fix)
+    held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
+    peft = "adapter_config.json" in held
+    raise ArtifactError(
+        "this is not a saved adapter",
+        expected=f"a folder with {STRUCTURE} and {WEIGHTS}",
+        got="a peft adapter" if peft else ", ".join(held[:4]) or "an empty folder",
+        where=folder,
+        fix="import it as a peft adapter" if peft else "give the folder that Adapters.save wrote",
+    )
+
+
+def _check_backbone(model: nn.Module, structure: Structure, folder: FilePath, *, updated: bool) -> Fingerprint:
+    saved = structure.fingerprint
+    present = dict(model.named_parameters())
+    missing = [name for name in saved.heads if name not in present]
+    if missing:
+        raise ArtifactError(
+            "the model lacks task heads that were saved",
+            expected=", ".join(missing[:4]),
+            got=f"a {type(model).__name__} without them",
+            where=folder,
+            fix="build the model with the same tasks, in the same class",
+        )
+    found = backbone_fingerprint(model, skip=frozenset(saved.heads))
+    parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
+    differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
+    if not differ or (updated and differ == ["values"]):
+        return found
+    what = " and ".join(parts[part] for part in differ)
+    fix = "load the backbone they were trained on"
+    if differ == ["values"]:
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            fix = (
+                "float16 rounds values: load the backbone in float32 or bfloat16, then the adapters, then model.half()"
+            )
+        fix += ', or accept an updated one with base="updated"'
+    misplaced = _misplaced(model, structure)
+    raise ArtifactError(
+        f"these adapters were made for another backbone ({what} differ)",
+        expected=_described(saved),
+        got=_described(found) + (f"; {misplaced}" if misplaced else ""),
+        where=folder,
+        fix=fix,
+    )
+
+
+def _misplaced(model: nn.Module, structure: Structure) -> str:
+    """The first path whose place this model lacks, or has in another width."""
+    modules = dict(model.named_modules())
+    for record in structure.paths:
+        for point, width in ((record.site.tap, record.site.width_in), (record.site.write, record.site.width_out)):
+            if point.module not in modules:
+                return f"no module {point.module}"
+            weight = getattr(modules[point.module], "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and width not in weight.shape:
+                return f"{point.module} is {tuple(weight.shape)}, not {width} wide"
+    return ""
+
+
+def _described(identity: Fingerprint) -> str:
+    return f"{identity.model_class} (shapes {identity.shapes[:8]}, values {identity.values[:8]})"

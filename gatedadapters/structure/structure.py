@@ -7,13 +7,16 @@ from collections import Counter
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.config.base import Config
 from gatedadapters.config.space import AnyPathOptions
 from gatedadapters.errors import ArtifactError, TaskError
+from gatedadapters.paths import Path, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 
@@ -81,6 +84,14 @@ class KeptPath(Config):
         """Path kind."""
         return self.options.kind
 
+    def build(self, generator: torch.Generator | None = None) -> Path:
+        """The path, as it is before training.
+
+        Raises:
+            PathError: its options do not fit its site.
+        """
+        return path_class(self.options)(Site.from_dict(self.site.model_dump()), self.options, generator)
+
 
 class Offer(Config):
     """Candidates of one kind and place in the blocks, whether anything of them stayed or not."""
@@ -131,6 +142,12 @@ class Structure(Config):
     def flops(self) -> float:
         """Adapter flops per token, forward, for a batch that uses everything kept."""
         return sum(path.flops for path in self.paths)
+
+    def routing(self, path: KeptPath) -> Tensor | None:
+        """(tasks, units) of 0 and 1, which of a path's units each task uses; None of a single task, which uses all."""
+        if len(self.tasks) == 1:
+            return None
+        return torch.tensor([[float(unit in path.units.get(task, ())) for unit in path.kept] for task in self.tasks])
 
     def task_params(self, task: str) -> int:
         """Parameters that one task uses."""

@@ -1,9 +1,9 @@
-"""The supernet's life: train with a penalty, discretize, prune or compact, detach."""
+"""What users call: train with a penalty, discretize, prune or compact, merge, save, detach."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -11,195 +11,48 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.backbone import Layout
 from gatedadapters.backbone.attached import apply_requires_grad
-from gatedadapters.backbone.fingerprint import Fingerprint
-from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
-from gatedadapters.errors import AttachError, TaskError, TrainingError
+from gatedadapters.config import Budget, Penalty, Schedule
+from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.paths import Path, SkippedSite
+from gatedadapters.paths import Path
+from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.structure import Structure
-from gatedadapters.structure import folder as saving
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
-from gatedadapters.supernet import merging
-from gatedadapters.supernet.hooks import (
-    RUNNING,
-    ModelHook,
-    OutputAnchor,
-    hook_embedding,
-    new_serial,
-    place,
-    point_hooks,
-)
-from gatedadapters.supernet.routing import checked_ids
-from gatedadapters.supernet.weight_hooks import hook_weights, restore
-
-NAME = "gated_adapters"
+from gatedadapters.structure.folder import write
+from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding, point_hooks, register_hook
+from gatedadapters.supernet.merging import Merged, merge
+from gatedadapters.supernet.supernet import NAME, Supernet
+from gatedadapters.supernet.weight_forward import weight_forwards
 
 
-class Adapters(nn.Module):
+class Adapters(Supernet):
     """All trainable state that `attach` puts into a model, registered there as `gated_adapters`.
 
-    Attributes:
-        paths: the paths by key, `module/name:kind`.
-        bank: the gates; None once compact.
-        tasks: task names; task ids are positions in it.
-        skipped_sites: selected places where a candidate could not go, and why.
-        merged: what `merge` reported, None while the paths run beside the backbone.
-        follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
+    The attributes are those of `Supernet`, which is what hooks call while the model runs.
     """
-
-    follows_ids = True
-    paths: nn.ModuleDict
-    bank: GateBank | None
-    pressure: Pressure | None
-
-    def __init__(
-        self, paths: Mapping[str, Path], *, tasks: Sequence[str], space: SearchSpace, identity: Fingerprint, seed: int
-    ) -> None:
-        super().__init__()
-        self.paths = nn.ModuleDict(paths)
-        self.bank = None
-        self.pressure = None
-        self.tasks, self.space, self.identity, self.seed = tuple(tasks), space, identity, seed
-        self.skipped_sites: tuple[SkippedSite, ...] = ()
-        self.layout: Layout | None = None
-        self.structure: Structure | None = None
-        self.head_names: tuple[str, ...] = ()
-        self.merged: merging.MergeReport | None = None
-        self.aside = nn.ParameterList()  # on a shelf: their heads while others are at work, else the model's own
-        self.replaced: dict[str, Tensor] = {}  # while merged: the originals of the weights that were written to
-        self.tapped: dict[str, Tensor] = {}
-        self.cut: dict[str, Any] = {}  # calls of experts under way, one task after the other
-        self._task: int | None = 0 if len(self.tasks) == 1 else None
-        self.routed: int | Tensor | None = None  # task of the present batch, or of each example; None: nothing said so
-        self._distinct: tuple[Tensor, tuple[int, ...]] | None = None
-        self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
-        self._handles: list[Any] = []
-        self._required_grad: frozenset[str] = frozenset()
-        self.serial, self._enabled = new_serial(self), True
-        self.announce()
-        nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
-
-    # -- what the hooks call -------------------------------------------------------------------------------------------
-
-    def begin_forward(self, task_ids: Tensor | None, batch: int | None = None) -> None:
-        """Called before each forward of the model: checks task ids and begins a new step if the gates have moved."""
-        self.tapped.clear()
-        given = task_ids if self.follows_ids else None
-        self.routed = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
-        if self.merged is not None:
-            merging.check_call(self, self.merged.task, self.routed)
-        bank = self.bank
-        if bank is not None and self.training and torch.is_grad_enabled() and bank.step_is_new():
-            bank.draw()
-            if self.pressure is not None:
-                if self.pressure.prune_is_due(bank):
-                    self.prune(self.discretize())
-                else:
-                    self.pressure.ascend(bank)
-        if bank is not None:
-            bank.refresh()  # compiled code takes what it finds
-
-    def end_forward(self) -> None:
-        """Called after each forward of the model. What is called by itself next, as `generate` calls an encoder, goes
-        by the task that is set, not by that call's ids; where a backward may come, checkpointed blocks need those.
-        """
-        if not torch.is_grad_enabled():
-            self.routed = self._task
-
-    def gate(self, key: str) -> tuple[bool, Tensor | None]:
-        """(whether path `key` is open, its gate for the present batch: None, (g,) or (batch, g))."""
-        per_task = self.bank.take(key) if self.bank is not None else cast(Path, self.paths[key]).routing
-        if per_task is None:
-            return self.bank is None, None
-        if len(self.tasks) == 1:
-            return True, per_task[0]
-        if self.routed is None:
-            raise TaskError(
-                "this model holds several tasks, and the call does not say which",
-                expected=f"task_ids among 0..{len(self.tasks) - 1} ({', '.join(self.tasks)})",
-                got="none",
-                where="forward",
-                fix="pass task_ids=LongTensor (batch,), or call adapters.set_task(name)",
-            )
-        task = self.routed
-        return True, per_task[task] if isinstance(task, int) else per_task[task.to(per_task.device)]
-
-    def tasks_of_batch(self) -> tuple[int, ...]:
-        """The tasks that the present batch has examples of."""
-        routed = self.routed
-        if isinstance(routed, Tensor):
-            if self._distinct is None or self._distinct[0] is not routed:  # one host read a batch, not one a module
-                self._distinct = routed, tuple(routed.unique().tolist())
-            return self._distinct[1]
-        return () if routed is None else (routed,)
-
-    @contextmanager
-    def routed_to(self, task: int | None) -> Iterator[None]:
-        """Within this context the present batch counts as one of this task."""
-        before, self.routed = self.routed, task
-        try:
-            yield
-        finally:
-            self.routed = before
-
-    def checkpointing(self) -> bool:
-        """Whether the model checkpoints activations while training."""
-        return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    @property
-    def model(self) -> nn.Module:
-        """The model these adapters are attached to."""
-        if not self._model:
-            raise AttachError("these adapters are detached", fix="attach again, or load a saved structure")
-        return self._model[0]
-
-    def set_task(self, task: str | int | None) -> None:
-        """Use one task for every example of a call that carries no `task_ids`.
-
-        Raises:
-            TaskError: unknown task.
-        """
-        number = self.tasks.index(task) if task in self.tasks else task
-        if number is not None and number not in range(len(self.tasks)):
-            raise TaskError(
-                expected=f"one of {', '.join(self.tasks)}, or 0..{len(self.tasks) - 1}",
-                got=repr(task),
-                where="set_task",
-                fix="name a task",
-            )
-        self._task = cast("int | None", number)
-        self.routed = self._task  # for parts of the model called by themselves, as generation calls an encoder
-
-    @property
-    def enabled(self) -> bool:
-        """False switches every path off, leaving the backbone."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = value
-        self.announce()
-
-    def announce(self) -> None:
-        """Say whether paths run."""
-        RUNNING[self.serial] = self._enabled and self.merged is None
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what the backbone alone does."""
-        before, self.enabled = self.enabled, False
-        if before:
-            merging.exchange(self)
-        try:
+        """Within this context the model computes what the backbone alone does, in this thread or asyncio task alone.
+
+        Merged adapters are taken out of the weights meanwhile, which every thread sees.
+        """
+        if not self.enabled:
             yield
-        finally:
-            self.enabled = before
-            if before:
-                merging.exchange(self)
+            return
+        with switched_off(self):
+            self._exchange_merged()
+            try:
+                yield
+            finally:
+                self._exchange_merged()
+
+    def _exchange_merged(self) -> None:
+        if self.merged is not None:
+            self.merged.exchange(self.model)
 
     def set_penalty(
         self, penalty: Penalty, *, schedule: Schedule | None = None, total_steps: int | None = None
@@ -234,20 +87,6 @@ class Adapters(nn.Module):
                 fix="pass penalty= to attach, or call adapters.set_penalty",
             )
         return self.pressure.term(self.bank)
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The gates: a learning rate of their own, no weight decay."""
-        return [] if self.bank is None else [self.bank.log_alpha]
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """What the paths learn."""
-        return [p for p in self.paths.parameters() if p.requires_grad]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the model's own task heads, trained and saved along."""
-        if self.aside and not self._model:
-            return list(self.aside)
-        return [self.model.get_parameter(name) for name in self.head_names]
 
     def _gates(self) -> GateBank:
         if self.bank is None:
@@ -318,6 +157,10 @@ class Adapters(nn.Module):
             bank.fix(torch.where(values > 0, values / top.clamp(min=1e-30), kept))
         self.structure = structure
 
+    def prune_now(self) -> None:
+        """Fix the Structure that the penalty asks for now."""
+        self.prune(self.discretize())
+
     @torch.no_grad()
     def compact(self, structure: Structure | None = None, *, task: str | None = None) -> Structure:
         """Shrink to `structure` (default: the pruned one, else `discretize()`), in place: what stays, gates folded.
@@ -353,20 +196,20 @@ class Adapters(nn.Module):
             else:
                 path.scale_units(own[rows[0]])
             survivors[record.key] = path
-        self._unhook()
+        self.unhook()
         self.paths = nn.ModuleDict(survivors)
         self.bank = self.pressure = None
         self.tasks, self.structure = structure.tasks, structure
         self._task = 0 if len(self.tasks) == 1 else None
-        self._hook(model)
+        self.hook(model)
         return structure
 
-    def merge(self, task: str | None = None) -> merging.MergeReport:
+    def merge(self, task: str | None = None) -> Merged:
         """Fold compact adapters into the backbone's own weights, in place: no path runs, a forward costs what the
         backbone's alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
 
         Sums are rounded once, to the type that the weight has. The originals stay in memory beside the model: as many
-        bytes as the weights written to (`MergeReport.bytes`).
+        bytes as the weights written to (`Merged.bytes`).
 
         Args:
             task: the task to merge, where there are several.
@@ -383,9 +226,19 @@ class Adapters(nn.Module):
 
         Nothing is changed by any of them.
         """
-        report = merging.merge(self, task, keep=True)
-        self.announce()
-        return report
+        index = self._task_to_merge(task)
+        name = self.tasks[index]
+        if self.merged is None:
+            self.merged = merge(self.check_alone(), dict(self.typed_paths()), name, index, keep=True)
+        elif self.merged.task != name:
+            raise AttachError(
+                "other adapters are merged",
+                expected=f"task {self.merged.task!r} again, or none",
+                got=repr(name),
+                where="merge",
+                fix="call adapters.unmerge() first",
+            )
+        return self.merged
 
     def unmerge(self) -> None:
         """Put the originals of merged weights back, every bit of them; nothing to do where nothing is merged.
@@ -394,18 +247,50 @@ class Adapters(nn.Module):
             AttachError: within `disabled`.
         """
         if self.merged is not None:
-            merging.unmerge(self)
-            self.announce()
+            self._check_enabled()
+            self.merged.exchange(self.model)
+            self.merged = None
 
-    def merge_and_detach(self, task: str | None = None) -> merging.MergeReport:
+    def merge_and_detach(self, task: str | None = None) -> Merged:
         """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
         be saved with `save_pretrained`. No originals are kept: there is no way back. Otherwise as `merge`.
         """
-        report = merging.merge(self, task, keep=False)
-        self.replaced.clear()
-        self.merged = None
+        if self.merged is not None:
+            done = self.merge(task)
+            self.merged = None
+        else:
+            index = self._task_to_merge(task)
+            done = merge(self.check_alone(), dict(self.typed_paths()), self.tasks[index], index, keep=False)
         self.detach()
-        return report
+        return Merged(done.task, done.drift, 0)
+
+    def _task_to_merge(self, task: str | None) -> int:
+        """The position of the task whose adapters are to be merged."""
+        if self.bank is not None:
+            raise AttachError(
+                "only compact adapters can be merged",
+                expected="gates folded into the weights",
+                got=f"gates over {len(self.paths)} candidate paths",
+                where="merge",
+                fix="call adapters.compact() first",
+            )
+        self._check_enabled()
+        if task is None and len(self.tasks) == 1:
+            return 0
+        if task not in self.tasks:
+            raise TaskError(
+                "one set of weights serves one task",
+                expected=f"one of {', '.join(self.tasks)}",
+                got=repr(task),
+                where="merge(task=)",
+                fix="name the task to merge, or keep the adapters attached for mixed batches",
+            )
+        return self.tasks.index(task)
+
+    def _check_enabled(self) -> None:
+        if not self.enabled:
+            fix = "leave `with adapters.disabled()` first"
+            raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
 
     def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
         """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or
@@ -419,40 +304,45 @@ class Adapters(nn.Module):
         Raises:
             ArtifactError: the adapters are not compact, or the folder is not free.
         """
-        saving.save(self, folder, dtype=dtype, overwrite=overwrite)
-
-    def typed_paths(self) -> Iterator[tuple[str, Path]]:
-        """The paths by key."""
-        for key, path in self.paths.items():
-            yield key, cast(Path, path)
+        if self.bank is not None or self.structure is None:
+            raise ArtifactError(
+                "only compact adapters are saved",
+                expected="adapters whose gates are folded into their weights",
+                got=f"gates over {len(self.paths)} candidate paths",
+                where="Adapters.save",
+                fix="call adapters.compact() first; a Trainer's checkpoints keep gates for resuming",
+            )
+        heads = dict(zip(self.head_names, self.head_parameters(), strict=True))
+        write(folder, self.structure, dict(self.typed_paths()), heads, dtype=dtype, overwrite=overwrite)
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 
-    def _hook(self, model: nn.Module) -> None:
+    def hook(self, model: nn.Module) -> None:
+        """Register all hooks and forwards of the paths."""
         accepts = "task_ids" in inspect.signature(model.forward).parameters
         self._handles.append(
             model.register_forward_pre_hook(ModelHook(self, pop_task_ids=not accepts), with_kwargs=True)
         )
-        self._handles.append(model.register_forward_hook(OutputAnchor(self)))
+        self._handles.append(model.register_forward_hook(OutputAnchor(self), always_call=True))
         self._handles += hook_embedding(self, model)
         for name, hook in point_hooks(self):
-            self._handles.append(place(hook, model.get_submodule(name)))
-        self._handles += hook_weights(self, model)
+            self._handles.append(register_hook(hook, model.get_submodule(name)))
+        for forward in weight_forwards(self, model):
+            forward.install()
+            self._forwards.append(forward)
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
+    def unhook(self) -> None:
+        """Take all hooks and forwards out."""
+        for handle in (*self._handles, *self._forwards):
             handle.remove()
         self._handles.clear()
-        self.tapped.clear()
-        self.cut.clear()
-        for _, path in self.typed_paths():  # a forward that the keyboard interrupted may have left something
-            if path.site.at_weight and self._model:
-                restore(self.model.get_submodule(path.site.host), [path.site.weight_name])
+        self._forwards.clear()
+        forget(self.serial)
 
     def check_alone(self) -> nn.Module:
         """The model, unless these adapters are on a shelf, and the model not theirs alone to change."""
         model = self.model
-        if getattr(model, NAME) is not self:
+        if self.on_shelf:
             fix = "shelf.detach(), then load_adapters(model, folder) for these alone"
             raise AttachError("these adapters are on a shelf", where="merge / detach", fix=fix)
         return model
@@ -465,19 +355,11 @@ class Adapters(nn.Module):
         """
         model = self.check_alone()
         self.unmerge()
-        self._unhook()
+        self.unhook()
         delattr(model, NAME)
         apply_requires_grad(model, self._required_grad)
         self._model.clear()
         return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tapped": {}, "cut": {}, "_distinct": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)
-        self.serial = new_serial(self)
-        self.announce()
 
 
 def get_adapters(model: nn.Module) -> Adapters:

@@ -20,10 +20,11 @@ from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.gates import GateBank, Group
 from gatedadapters.paths import Path, Site, SkippedSite, path_class
+from gatedadapters.runtime.forward import OwnForward
 from gatedadapters.structure import Structure
-from gatedadapters.supernet.adapters import NAME, Adapters, get_adapters
+from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import InputHook, OutputHook
-from gatedadapters.supernet.weight_hooks import WeightHook
+from gatedadapters.supernet.supernet import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def attach(
 
     The model is left untouched by all of them.
     """
-    check_free(model)
+    check_no_adapters(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = find_heads(model, heads)
     check_gradients_pass(model)
@@ -93,7 +94,7 @@ def attach(
                 where="attach",
                 fix="drop penalty=, or attach a search space",
             )
-        built = _from_structure(model, space, identity, seed)
+        built = _from_scratch(model, space, identity, seed)
     else:
         built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
         if penalty is not None:
@@ -101,7 +102,7 @@ def attach(
     return install(built, model, head_names)
 
 
-def check_free(model: nn.Module) -> None:
+def check_no_adapters(model: nn.Module) -> None:
     """See that neither a model nor a part of it has adapters.
 
     Raises:
@@ -109,7 +110,9 @@ def check_free(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, NAME) or any(isinstance(hook, InputHook | OutputHook | WeightHook) for hook in hooks):
+        inside = any(isinstance(hook, InputHook | OutputHook) for hook in hooks)
+        inside |= any(isinstance(vars(module).get(slot), OwnForward) for slot in ("forward", "_old_forward"))
+        if hasattr(module, NAME) or inside:
             raise AttachError(
                 "this model already has adapters",
                 expected="a model without adapters, as a whole and in its parts",
@@ -137,34 +140,18 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
     built.head_names = tuple(head_names)
     built._required_grad = trained_originally(model)
     built.train(model.training)
-    _place(built, model)
+    move_beside(built, model)
     try:
         built._model.append(model)
-        built._hook(model)
+        built.hook(model)
         model.add_module(NAME, built)
         apply_requires_grad(model, built._required_grad)
     except BaseException:
-        built._unhook()
+        built.unhook()
         if hasattr(model, NAME):
             delattr(model, NAME)
         apply_requires_grad(model, built._required_grad)
         raise
-    return built
-
-
-def build(model: nn.Module, structure: Structure) -> Adapters:
-    """The adapters of a Structure, beside the model they fit; nothing is attached.
-
-    Raises:
-        PathError: the structure names a module that the model lacks.
-    """
-    heads = structure.fingerprint.heads
-    check_heads(model, heads)
-    identity = backbone_fingerprint(model, skip=frozenset(heads))
-    built = _from_structure(model, structure, identity, structure.seed)
-    built.head_names = heads
-    built.train(model.training)
-    _place(built, model)
     return built
 
 
@@ -240,7 +227,7 @@ def _from_space(
             where="attach(tasks=)",
             fix="attach for one task at a time, or load the model with batch_first=True if it knows that",
         )
-    adapters = supernet(found, space, layout, tasks=tasks, identity=identity, seed=seed)
+    adapters = gated_candidates(found, space, layout, tasks=tasks, identity=identity, seed=seed)
     adapters.skipped_sites = skipped_sites
     for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in skipped_sites]:
         logger.warning(text)
@@ -249,7 +236,7 @@ def _from_space(
     return adapters
 
 
-def supernet(
+def gated_candidates(
     found: Mapping[str, tuple[PathOptions, Site]],
     space: SearchSpace,
     layout: Layout,
@@ -278,12 +265,15 @@ def supernet(
     return adapters
 
 
-def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprint, seed: int) -> Adapters:
+def adapters_of(model: nn.Module, structure: Structure, paths: Mapping[str, Path]) -> Adapters:
+    """Compact adapters with these paths, not yet in the model.
+
+    Raises:
+        PathError: the structure names a module or a weight that the model lacks.
+    """
     modules = dict(model.named_modules())
-    generator = torch.Generator().manual_seed(seed)
-    paths: dict[str, Path] = {}
     for record in structure.paths:
-        site = Site.from_dict(record.site.model_dump())
+        site = paths[record.key].site
         for point in (site.tap, site.write):  # a host contains the weight's module
             module = modules.get(point.module)
             weight = module._parameters.get(point.parameter) if module is not None else None
@@ -295,19 +285,28 @@ def _from_structure(model: nn.Module, structure: Structure, identity: Fingerprin
                     where=f"path {record.key} on {type(model).__name__}",
                     fix="attach it to the backbone it was made for",
                 )
-        path = path_class(record.options)(site, record.options, generator)
-        if len(structure.tasks) > 1:
-            path.routing = torch.tensor(
-                [[float(u in record.units.get(t, ())) for u in record.kept] for t in structure.tasks]
-            )
-        paths[record.key] = path
-    adapters = Adapters(paths, tasks=structure.tasks, space=structure.space, identity=identity, seed=seed)
-    adapters.structure = structure.model_copy(update={"version": 1, "fingerprint": identity, "lineage": ()})
+    adapters = Adapters(
+        paths, tasks=structure.tasks, space=structure.space, identity=structure.fingerprint, seed=structure.seed
+    )
+    adapters.structure = structure
     return adapters
 
 
-def _place(adapters: Adapters, model: nn.Module) -> None:
-    """Each path beside the module it writes to, gates beside the first of them."""
+def _from_scratch(model: nn.Module, structure: Structure, identity: Fingerprint, seed: int) -> Adapters:
+    """Untrained adapters of a Structure on a backbone that need not be the one it was made on."""
+    generator = torch.Generator().manual_seed(seed)
+    paths: dict[str, Path] = {}
+    for record in structure.paths:
+        paths[record.key] = path = record.build(generator)
+        path.routing = structure.routing(record)
+    fresh = structure.model_copy(update={"version": 1, "fingerprint": identity, "lineage": ()})
+    adapters = adapters_of(model, fresh, paths)
+    adapters.seed = seed
+    return adapters
+
+
+def move_beside(adapters: Adapters, model: nn.Module) -> None:
+    """Move each path to the device of the module it writes to, and the gates to that of the first path."""
     modules = dict(model.named_modules())
     device = None
     for _, path in adapters.typed_paths():

@@ -1,65 +1,64 @@
 """The hooks that put paths into a backbone.
 
-Hooks are objects that reach their paths through the registered `Adapters` module, never closures: a deep copy or a
+Hooks are objects that reach their paths through the registered `Supernet` module, never closures: a deep copy or a
 pickle of the model then carries copies of the paths, not references to the original's. No module is replaced and no
-class swapped, so the backbone's type, signature and state-dict keys stay what they are.
+class swapped, so the backbone's type, signature and state-dict keys stay what they are. What belongs to one forward
+lives in its `Call`.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from gatedadapters.paths import Path
-    from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.paths import Path
+from gatedadapters.runtime.call import Call
+from gatedadapters.supernet.supernet import Supernet
 
-RUNNING: dict[int, Any] = {}
-"""What runs, by the `serial` of what was attached; falsy for nothing. A global, so that compiled code follows it: the
-compiler takes whatever it reaches through a hook for constant, but not globals."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module's forward."""
 
 
 class ModelHook:
-    """Before the model runs: begin a step if the optimiser has moved, and take `task_ids` from the call."""
+    """Before the model runs: begin the call, taking `task_ids` from its arguments."""
 
-    def __init__(self, adapters: Adapters, *, pop_task_ids: bool) -> None:
-        self.adapters, self.pop_task_ids = adapters, pop_task_ids
+    def __init__(self, supernet: Supernet, *, pop_task_ids: bool) -> None:
+        self.supernet, self.pop_task_ids = supernet, pop_task_ids
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Forward pre-hook with kwargs."""
         given = kwargs.get("task_ids")
-        self.adapters.begin_forward(given, batch_size(args, kwargs))
+        self.supernet.begin_forward(given, batch_size(args, kwargs))
         if given is None or not self.pop_task_ids:
             return None
         return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
 
 
 class OutputAnchor:
-    """After the model ran. Where every gate was drawn as 0 it hangs the gates on the output, at no change of value:
-    without it such a step of a model without heads could not be differentiated, and under DistributedDataParallel the
-    penalty would be the gates' second contribution, after they were counted as unused.
+    """After the model ran, or raised: the call ends.
+
+    If all gates were drawn as 0, it adds `0 * log_alpha.sum()` to the output, so that backward and
+    DistributedDataParallel still reach the gates. Without it the loss of a model without heads would need no gradient,
+    and DDP would count the gates as unused before the penalty adds their gradient.
     """
 
-    def __init__(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    def __init__(self, supernet: Supernet) -> None:
+        self.supernet = supernet
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the model."""
-        self.adapters.end_forward()
-        bank = self.adapters.bank
-        learning = bank is not None and not bank.frozen and self.adapters.training and torch.is_grad_enabled()
-        if bank is None or not learning or not self.adapters.enabled or any(bank.open_paths.values()):
+        """Forward hook of the model, called also after an exception; `output` is None then."""
+        supernet, bank = self.supernet, self.supernet.bank
+        runs = supernet.call().runs
+        supernet.end_forward()
+        learning = bank is not None and not bank.frozen and supernet.training and torch.is_grad_enabled()
+        if output is None or bank is None or not learning or not runs or any(bank.open_paths.values()):
             return None
         nothing = 0.0 * bank.log_alpha.sum()
         if isinstance(output, Tensor):
@@ -72,8 +71,8 @@ class OutputAnchor:
         return (*output[:place], value + nothing.to(value.dtype), *output[place + 1 :])
 
 
-class Trained(Protocol):
-    """Adapters, or a sparse delta: what is trained in a model whose own parameters are frozen."""
+class Checkpointing(Protocol):
+    """Adapters, or a sparse delta: something trained inside a model whose own parameters are frozen."""
 
     def checkpointing(self) -> bool:
         """Whether the model checkpoints activations while training."""
@@ -82,7 +81,7 @@ class Trained(Protocol):
 class EmbeddingHook:
     """Lets gradients into checkpointed blocks: the re-entrant mode gives none to a block whose input needs none."""
 
-    def __init__(self, owner: Trained) -> None:
+    def __init__(self, owner: Checkpointing) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -93,63 +92,73 @@ class EmbeddingHook:
 
 
 class InputHook:
-    """Before a module runs: remember its input for paths that write elsewhere, change it for paths that write here."""
+    """Before a module runs: remember its input for paths that write elsewhere, change it for paths that write here.
 
-    def __init__(self, adapters: Adapters, keys: list[str], stash: str | None) -> None:
-        self.adapters, self.keys, self.stash = adapters, keys, stash
+    Args:
+        supernet: whose paths.
+        keys: of the paths that write here.
+        remembered: the module's name, if a path taps its input and writes at another module.
+    """
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __init__(self, supernet: Supernet, keys: list[str], remembered: str | None) -> None:
+        self.supernet, self.keys, self.remembered = supernet, keys, remembered
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Forward pre-hook with kwargs."""
-        if not RUNNING[self.adapters.serial]:
+        call = self.supernet.call()
+        if not call.runs:
             return None
         hidden = first_tensor(args, kwargs)
-        changed = self.change(hidden)
+        changed = self.change(hidden, call)
         return None if changed is hidden else replace_first(args, kwargs, changed)
 
-    def change(self, hidden: Tensor) -> Tensor:
-        """What the module shall read instead of `hidden`; the same object for no change."""
-        if self.stash is not None:
-            self.adapters.tapped[self.stash] = hidden
-        return run_paths(self.adapters, self.keys, hidden, hidden) if self.keys else hidden
+    def change(self, hidden: Tensor, call: Call) -> Tensor:
+        """What the module reads instead of `hidden`; the same object for no change."""
+        if self.remembered is not None:
+            call.inputs[self.remembered] = hidden
+        return run_paths(self.supernet, self.keys, hidden, hidden, call) if self.keys else hidden
 
 
 class OutputHook:
     """After a module ran: add what its paths contribute, in the order of their stages.
 
-    `whole` says that the paths act on what a sub-layer as a whole returns, not on one linear map in it.
+    Args:
+        supernet: whose paths.
+        keys: of the paths that write here.
+        taps: modules whose remembered inputs are not needed after this.
+        whole: whether the paths act on what a sub-layer as a whole returns, not on one linear map in it.
     """
 
-    def __init__(self, adapters: Adapters, keys: list[str], taps: list[str], *, whole: bool = False) -> None:
-        self.adapters, self.keys, self.taps, self.whole = adapters, keys, taps, whole
+    def __init__(self, supernet: Supernet, keys: list[str], taps: list[str], *, whole: bool = False) -> None:
+        self.supernet, self.keys, self.taps, self.whole = supernet, keys, taps, whole
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook with kwargs."""
-        if not RUNNING[self.adapters.serial]:
+        call = self.supernet.call()
+        if not call.runs:
             return None
         is_tensor = isinstance(output, Tensor)
         target = output if is_tensor else output[0]
-        changed = self.change(first_tensor(args, kwargs), target)
+        changed = self.change(first_tensor(args, kwargs), target, call)
         if changed is target:
             return None
         return changed if is_tensor else (changed, *output[1:])
 
-    def change(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """What the module, having read `hidden`, shall return instead of `target`; the same object for no change."""
-        changed = run_paths(self.adapters, self.keys, hidden, target)
+    def change(self, hidden: Tensor, target: Tensor, call: Call) -> Tensor:
+        """What the module, having read `hidden`, returns instead of `target`; the same object for no change."""
+        changed = run_paths(self.supernet, self.keys, hidden, target, call)
         for tap in self.taps:  # remembered inputs are not held beyond their use
-            self.adapters.tapped.pop(tap, None)
+            call.inputs.pop(tap, None)
         return changed
 
 
-def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tensor) -> Tensor:
+def run_paths(supernet: Supernet, keys: list[str], hidden: Tensor, target: Tensor, call: Call) -> Tensor:
     """Run the open paths of one point, those of one kind and tap together; the same object back if all are closed."""
     opened: list[tuple[Path, Tensor | None]] = []
     for key in keys:
-        is_open, gate = adapters.gate(key)
+        is_open, gate = supernet.gate(key, call)
         if is_open:
-            opened.append((adapters.paths[key], gate))  # type: ignore[arg-type]
+            opened.append((cast(Path, supernet.paths[key]), gate))
     while opened:
         kind, site = type(opened[0][0]), opened[0][0].site
         tap, count = site.tap, 1
@@ -157,19 +166,19 @@ def run_paths(adapters: Adapters, keys: list[str], hidden: Tensor, target: Tenso
             count += 1
         members, opened = opened[:count], opened[count:]
         if tap.module != site.write.module:
-            tapped = adapters.tapped[tap.module]
+            tapped = call.inputs[tap.module]
         else:
             tapped = hidden if tap.side == "input" else target
         target = kind.forward_together([path for path, _ in members], tapped, target, [gate for _, gate in members])
     return target
 
 
-def point_hooks(adapters: Adapters) -> Iterator[tuple[str, InputHook | OutputHook]]:
+def point_hooks(supernet: Supernet) -> Iterator[tuple[str, InputHook | OutputHook]]:
     """Hooks that run the paths which change what modules take or return, and the modules where they go."""
     inputs: dict[str, list[str]] = {}
     outputs: dict[tuple[str, bool], list[str]] = {}
-    stashes: dict[str, set[str]] = {}
-    for key, path in sorted(adapters.typed_paths(), key=lambda item: (item[1].stage, item[0])):
+    remembered_by: dict[str, set[str]] = {}
+    for key, path in sorted(supernet.typed_paths(), key=lambda item: (item[1].stage, item[0])):
         site = path.site
         if site.at_weight:
             continue
@@ -178,43 +187,32 @@ def point_hooks(adapters: Adapters) -> Iterator[tuple[str, InputHook | OutputHoo
         else:
             outputs.setdefault((site.write.module, site.is_sublayer), []).append(key)
         if site.tap.module != site.write.module:
-            stashes.setdefault(site.write.module, set()).add(site.tap.module)
+            remembered_by.setdefault(site.write.module, set()).add(site.tap.module)
             inputs.setdefault(site.tap.module, [])
-    remembered = Counter(tap for taps in stashes.values() for tap in taps)
+    remembered = Counter(tap for taps in remembered_by.values() for tap in taps)
     for name, keys in inputs.items():
-        yield name, InputHook(adapters, keys, name if name in remembered else None)
+        yield name, InputHook(supernet, keys, name if name in remembered else None)
     for (name, whole), keys in sorted(outputs.items(), key=lambda item: item[0][1]):
         final = whole or (name, True) not in outputs
-        last = [tap for tap in sorted(stashes.get(name, ())) if remembered[tap] == 1 and final]
-        yield name, OutputHook(adapters, keys, last, whole=whole)
+        last = [tap for tap in sorted(remembered_by.get(name, ())) if remembered[tap] == 1 and final]
+        yield name, OutputHook(supernet, keys, last, whole=whole)
 
 
-_serials = itertools.count()
-
-
-def new_serial(attached: nn.Module) -> int:
-    """A key of its own in `RUNNING`, free again when `attached` is gone."""
-    serial = next(_serials)
-    RUNNING[serial] = False
-    weakref.finalize(attached, RUNNING.pop, serial, None)
-    return serial
-
-
-def place(hook: InputHook | OutputHook, module: nn.Module) -> RemovableHandle:
+def register_hook(hook: InputHook | OutputHook, module: nn.Module) -> RemovableHandle:
     """Register a hook at its module."""
     if isinstance(hook, InputHook):
         return module.register_forward_pre_hook(hook, with_kwargs=True)
     return module.register_forward_hook(hook, with_kwargs=True)
 
 
-def hook_embedding(adapters: Any, model: nn.Module) -> list[RemovableHandle]:
+def hook_embedding(owner: Checkpointing, model: nn.Module) -> list[RemovableHandle]:
     """An `EmbeddingHook` where tokens become vectors, if the model says where that is."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         embedding = getter() if callable(getter) else None
     except NotImplementedError:
         return []
-    return [embedding.register_forward_hook(EmbeddingHook(adapters))] if isinstance(embedding, nn.Module) else []
+    return [embedding.register_forward_hook(EmbeddingHook(owner))] if isinstance(embedding, nn.Module) else []
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
+from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.paths import Path
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
-
-if TYPE_CHECKING:
-    from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.runtime.forward import parameter_of
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What a merge changed, and what it lost in rounding.
+class Merged:
+    """What a merge changed, what it lost in rounding, and the originals that undo it.
 
     Attributes:
         task: whose adapters were merged.
@@ -32,16 +29,22 @@ class MergeReport:
             change that rounding to the weight's type lost. 0 is exact; at 1 the rounding is as large as the change.
             In float32 about 1e-6; in bfloat16 a few percent or more, the more the smaller the change.
         bytes: of the originals that `unmerge` puts back, beside the model in memory until then; 0 if none are kept.
+        originals: the values that the weights had before, by parameter; empty if none are kept.
     """
 
     task: str
     drift: dict[str, float]
     bytes: int
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def worst(self) -> float:
         """The largest drift."""
         return max(self.drift.values(), default=0.0)
+
+    def exchange(self, model: nn.Module) -> None:
+        """Let the merged values and the originals change places: pointers move, no value is copied."""
+        _exchange(model, self.originals)
 
     def _rows(self) -> list[list[str]]:
         return [[name, f"{value:.2%}"] for name, value in sorted(self.drift.items(), key=lambda item: -item[1])]
@@ -55,78 +58,48 @@ class MergeReport:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def merge(adapters: Adapters, task: str | None, *, keep: bool) -> MergeReport:
-    """See `Adapters.merge`; with `keep` False the originals are let go one by one, and `unmerge` has none."""
-    index = _task_index(adapters, task)
-    name = adapters.tasks[index]
-    if adapters.merged is not None:
-        if adapters.merged.task != name:
-            raise AttachError(
-                "other adapters are merged",
-                expected=f"task {adapters.merged.task!r} again, or none",
-                got=repr(name),
-                where="merge",
-                fix="call adapters.unmerge() first",
-            )
-        return adapters.merged
-    adapters.check_alone()
-    places = _places(adapters)
+def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *, keep: bool) -> Merged:
+    """Add what compact paths do to the weights they sit at, in place.
+
+    Args:
+        model: the backbone.
+        paths: compact paths by key.
+        task: the name of the task whose routing counts.
+        index: its position among the tasks.
+        keep: keep the originals, so that the merge can be undone; False lets them go one by one.
+
+    Raises:
+        AttachError: a weight is shared, quantised, on the meta device, tuned by a sparse delta, or of a module that
+            computes more than a linear map.
+        PathError: a path is of a kind that no weight can stand in for.
+        ArtifactError: a merged value would not be finite.
+        Nothing is changed by any of them.
+    """
+    places = _places(model, paths)
     drift: dict[str, float] = {}
     for place in places:  # everything is computed once and thrown away: what fails, fails before anything has changed
         for parameter, value, lost in place.results(index):
-            _check_not_tuned(adapters.model, parameter)
+            _check_not_tuned(model, parameter)
             _check_finite(parameter, value)
             drift[parameter] = lost
-    kept = adapters.replaced
+    originals: dict[str, Tensor] = {}
     try:
         for place in places:
             for parameter, value, _ in place.results(index):
-                target = _parameter(adapters.model, parameter)
+                target = parameter_of(model, parameter)
                 if keep:
-                    kept[parameter] = target.data
+                    originals[parameter] = target.data
                 target.data = value
     except BaseException:
-        exchange(adapters)
-        kept.clear()
+        _exchange(model, originals)
         raise
-    adapters.merged = MergeReport(name, drift, sum(t.numel() * t.element_size() for t in kept.values()))
-    return adapters.merged
+    return Merged(task, drift, sum(t.numel() * t.element_size() for t in originals.values()), originals)
 
 
-def unmerge(adapters: Adapters) -> None:
-    """See `Adapters.unmerge`."""
-    _check_enabled(adapters)
-    exchange(adapters)
-    adapters.replaced.clear()
-    adapters.merged = None
-
-
-def exchange(adapters: Adapters) -> None:
-    """Let the merged values and the originals change places: pointers move, no value is copied."""
-    for name, other in adapters.replaced.items():
-        parameter = _parameter(adapters.model, name)
-        adapters.replaced[name], parameter.data = parameter.data, other.to(parameter.device, parameter.dtype)
-
-
-def check_call(adapters: Adapters, task: str, routed: int | Tensor | None) -> None:
-    """Raise where a forward pass of a merged model would not give what it asks for: other tasks, or learning."""
-    index = adapters.tasks.index(task)
-    if routed is not None and bool((torch.as_tensor(routed) != index).any()):
-        raise TaskError(
-            "one task's adapters are merged into the weights, and the batch holds another's",
-            expected=f"task ids of {task!r} ({index}) alone",
-            got=routed,
-            where="forward",
-            fix="call adapters.unmerge() first",
-        )
-    if adapters.training and torch.is_grad_enabled() and adapters.weight_parameters():
-        raise TrainingError(
-            "merged adapters do not learn: their paths do not run",
-            expected="unmerged adapters, or evaluation",
-            got="a forward pass in training mode, with gradients",
-            where="forward",
-            fix="call adapters.unmerge() to train on, or model.eval()",
-        )
+def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
+    for name, other in others.items():
+        parameter = parameter_of(model, name)
+        others[name], parameter.data = parameter.data, other.to(parameter.device, parameter.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +114,7 @@ class _Place:
 
     def results(self, task: int) -> Iterator[tuple[str, Tensor, float]]:
         """(parameter, merged value as it is to be stored, drift) of the weight, and of the bias where it changes."""
-        weight, bias = _parameter(self.module, self.leaf), self.module._parameters.get("bias")
+        weight, bias = parameter_of(self.module, self.leaf), self.module._parameters.get("bias")
         wide = _WIDER.get(weight.dtype, weight.dtype)
         if weight.device.type == "mps":  # has no float64
             wide = torch.float32
@@ -166,54 +139,24 @@ def _drift(stored: Tensor, exact: Tensor, original: Tensor | None) -> float:
     return error / float(change.norm()) if error else 0.0
 
 
-def _task_index(adapters: Adapters, task: str | None) -> int:
-    if adapters.bank is not None:
-        raise AttachError(
-            "only compact adapters can be merged",
-            expected="gates folded into the weights",
-            got=f"gates over {len(adapters.paths)} candidate paths",
-            where="merge",
-            fix="call adapters.compact() first",
-        )
-    _check_enabled(adapters)
-    if task is None and len(adapters.tasks) == 1:
-        return 0
-    if task not in adapters.tasks:
-        raise TaskError(
-            "one set of weights serves one task",
-            expected=f"one of {', '.join(adapters.tasks)}",
-            got=repr(task),
-            where="merge(task=)",
-            fix="name the task to merge, or keep the adapters attached for mixed batches",
-        )
-    return adapters.tasks.index(task)
-
-
-def _check_enabled(adapters: Adapters) -> None:
-    if not adapters.enabled:
-        fix = "leave `with adapters.disabled()` first"
-        raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
-
-
-def _places(adapters: Adapters) -> list[_Place]:
+def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
     """Every linear map that has paths; raises where a merge would not compute what the paths do."""
-    model = adapters.model
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.device.type != "meta":
                 owners.setdefault(_storage(tensor), []).append(f"{name}.{leaf}" if name else leaf)
     around: dict[tuple[str, str], list[Path]] = {}
-    for _, path in sorted(adapters.typed_paths(), key=lambda item: (item[1].stage, item[0])):
+    for _, path in sorted(paths.items(), key=lambda item: (item[1].stage, item[0])):
         around.setdefault((path.site.write.module, path.site.write.parameter or "weight"), []).append(path)
     places = []
-    for (name, leaf), paths in around.items():
+    for (name, leaf), own in around.items():
         module = model.get_submodule(name)
-        if paths[0].site.at_weight:  # these paths change the stored weight itself, whatever its module computes with it
+        if own[0].site.at_weight:  # these paths change the stored weight itself, whatever its module computes with it
             _check_plain(module._parameters.get(leaf), f"{name}.{leaf}")
             stored_out_first = True
         else:
-            for path in paths:  # a kind that no weight can stand in for says so, whatever module it writes at
+            for path in own:  # a kind that no weight can stand in for says so, whatever module it writes at
                 path.merge_into(torch.empty(path.site.width_out, path.site.width_in, device="meta"), None, None)
             stored_out_first = _stored_out_first(module, name)
         for part in (leaf, "bias"):
@@ -228,7 +171,7 @@ def _places(adapters: Adapters) -> list[_Place]:
                     fix="keep the adapters attached, untie the weights, or search without this point",
                 )
         # at one module: first what happens at its output, then at its input, which acts on the weight from the right
-        ordered = sorted(paths, key=lambda path: path.site.write.side == "input")
+        ordered = sorted(own, key=lambda path: path.site.write.side == "input")
         places.append(_Place(name, module, leaf, stored_out_first, tuple(ordered)))
     return places
 
@@ -285,12 +228,6 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
         where=name,
         fix="keep the adapters attached, or search without this point",
     )
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter itself, also where a sparse delta's stand-in hides it from `get_parameter`."""
-    path, _, leaf = name.rpartition(".")
-    return cast(nn.Parameter, model.get_submodule(path)._parameters[leaf])
 
 
 def _check_not_tuned(model: nn.Module, name: str) -> None:

@@ -326,13 +326,14 @@ def heads(family: str) -> tuple[str, ...]:
     return ("base", *_FAMILIES[family].heads)
 
 
-def tiny(family: str, *, head: str = "base", seed: int = 0) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def tiny(family: str, *, head: str = "base", seed: int = 0, **config: Any) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A tiny random model in evaluation mode and a batch for it, the same on every call.
 
     Args:
         family: One of ``FAMILIES``.
         head: ``"base"``, ``"classification"`` (``LABELS`` classes) or ``"lm"``, where the family has it.
         seed: Of the weights and the batch; the global random state is left alone.
+        **config: Values of the configuration other than the family's usual ones.
 
     Returns:
         The model, and ``input_ids`` and ``attention_mask`` (2, 8), plus ``decoder_input_ids`` for
@@ -348,17 +349,18 @@ def tiny(family: str, *, head: str = "base", seed: int = 0) -> tuple[PreTrainedM
         raise KeyError(f"{family} has no head {head!r}; it has {', '.join(heads(family))}")
     config_class = getattr(transformers, f"{record.prefix}Config")
     model_class = getattr(transformers, record.prefix + ("Model" if head == "base" else record.heads[head]))
-    config = config_class(**{**_TOKENS, "vocab_size": VOCABULARY, "num_labels": LABELS, **record.config})
+    values = {**_TOKENS, "vocab_size": VOCABULARY, "num_labels": LABELS, **record.config, **config}
+    made = config_class(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cast(PreTrainedModel, model_class(config).eval())
+        model = cast(PreTrainedModel, model_class(made).eval())
         # BART's classification head reads the state at the end-of-sequence token.
         ids = torch.randint(3, VOCABULARY, (2, 8))
-        ids[:, -1] = config.eos_token_id
+        ids[:, -1] = made.eos_token_id
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if record.encoder_decoder:
             # BART looks for that token where the encoder's input has it, so lengths must agree there.
             decoder_ids = torch.randint(3, VOCABULARY, (2, 8 if head == "classification" else 6))
-            decoder_ids[:, -1] = config.eos_token_id
+            decoder_ids[:, -1] = made.eos_token_id
             batch["decoder_input_ids"] = decoder_ids
     return model, batch

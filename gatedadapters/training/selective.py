@@ -21,7 +21,7 @@ from gatedadapters.masking.delta import NAME, find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
-from gatedadapters.supernet.adapters import NAME as ADAPTERS
+from gatedadapters.supernet.supernet import NAME as ADAPTERS
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
@@ -155,7 +155,7 @@ class SelectiveTrainer(CheckedTrainer):
             scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
         found = select(
             *scores,
-            core=chosen.core,
+            protect=chosen.protect,
             contrast=chosen.contrast if self._needs_data else 0.0,
             scope=chosen.scope,
             include=chosen.include,

@@ -18,7 +18,8 @@ from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
-from gatedadapters.supernet.adapters import NAME, get_adapters
+from gatedadapters.supernet.adapters import get_adapters
+from gatedadapters.supernet.supernet import NAME
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
 from gatedadapters.training.multitask import MultiTaskClassifier
 

@@ -19,8 +19,9 @@ from gatedadapters.config import WeakeningConfig
 from gatedadapters.reporting import html
 from gatedadapters.reporting.intervals import Interval, t_quantile
 from gatedadapters.reporting.tables import format_table
-from gatedadapters.supernet.adapters import NAME, Adapters
+from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import detach, find_heads
+from gatedadapters.supernet.supernet import NAME
 from gatedadapters.transfer.shift import check_versions
 from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 

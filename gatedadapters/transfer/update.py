@@ -24,7 +24,7 @@ from gatedadapters.backbone import discover
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.errors import AttachError, DataError, TrainingError
-from gatedadapters.supernet.attach import check_free
+from gatedadapters.supernet.attach import check_no_adapters
 
 Piece = dict[str, list[int]]
 Collate = Callable[[list[Piece]], dict[str, Tensor]]
@@ -189,7 +189,7 @@ def _objective(model: nn.Module) -> str:
 
 def _check_bare(model: nn.Module) -> None:
     """What is attached would be trained in place of the base, or with it."""
-    check_free(model)
+    check_no_adapters(model)
     own = [name for name, _ in model.named_parameters() if is_own(name)]
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]  # by peft
     if own or wrapped:

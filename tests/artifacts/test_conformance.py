@@ -85,13 +85,13 @@ def test_a_merge_keeps_no_more_than_the_originals_and_the_way_back_makes_nothing
     adapters = ga.load_adapters(model, folders["one"])
     report = adapters.merge()
     touched = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n in report.drift)
-    assert report.bytes == touched == sum(t.numel() * t.element_size() for t in adapters.replaced.values())
+    assert report.bytes == touched == sum(t.numel() * t.element_size() for t in adapters.merged.originals.values())
     with Allocations() as made:
         with adapters.disabled():
             pass
         adapters.unmerge()
     assert made.bytes == 0
-    assert not adapters.replaced
+    assert adapters.merged is None
     assert adapters.merge_and_detach().bytes == 0
 
 

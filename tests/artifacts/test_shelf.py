@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, AttachError, PathError, TaskError
+from gatedadapters.runtime.call import Call
 from gatedadapters.testing.backbones import tiny
 from gatedadapters.testing.helpers import checkpoint_activations, output_of, stir
 
@@ -107,10 +108,10 @@ def test_adapters_that_no_example_uses_do_not_run(bert: Case, monkeypatch: pytes
     ran: dict[str, set[int]] = {}
     real = hooks.run_paths
 
-    def counting(adapters: ga.Adapters, keys: list[str], hidden: Tensor, target: Tensor) -> Tensor:
+    def counting(adapters: ga.Adapters, keys: list[str], hidden: Tensor, target: Tensor, call: Call) -> Tensor:
         name = next(name for name, member in shelf.members.items() if member is adapters)
         ran.setdefault(name, set()).add(target.shape[0])
-        return real(adapters, keys, hidden, target)
+        return real(adapters, keys, hidden, target, call)
 
     monkeypatch.setattr(hooks, "run_paths", counting)
     output_of(model, bert.batch, adapter_names=["b", None, "b", "c", None])
@@ -232,12 +233,45 @@ def test_heads_follow_the_switch_and_come_back(classifier: Case) -> None:
 
 def test_mixtures_with_heads_are_refused_with_the_way_out(classifier: Case) -> None:
     model, shelf = classifier.shelf()
-    for names in (["a", "b", "a", "a", None], ["b"] * 5, [None] * 5):
+    for names in (["a", "b", "a", "a", None], [None, "b", "b", "b", "b"]):
         with pytest.raises(TaskError, match=r"heads(.|\n)*fix:.*using"):
             model(**classifier.batch, adapter_names=names)
     with pytest.raises(TaskError, match="heads"), shelf.using(["a", "b", "a", "a", None]):
         pass
     assert torch.equal(output_of(model, classifier.batch), classifier.alone["a"])
+
+
+def test_a_call_that_names_one_for_all_runs_with_its_heads_and_leaves_the_models_own_alone(classifier: Case) -> None:
+    model, _ = classifier.shelf()
+    own = {name: value.clone() for name, value in classifier.make().named_parameters() if "classifier" in name}
+    for name in ("b", None, "c", "a"):
+        assert torch.equal(output_of(model, classifier.batch, adapter_names=[name] * 5), classifier.alone[name])
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in own.items())
+
+
+def test_generate_takes_adapter_names_and_detaching_gives_it_back(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", "lm")
+    model, shelf = case.shelf()
+    inputs = {"input_ids": case.batch["input_ids"][:3], "attention_mask": case.batch["attention_mask"][:3]}
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    each = {}
+    for name in (*SPACES, None):
+        with shelf.using(name):
+            each[name] = model.generate(**inputs, **options)
+    for beams, names in ((1, ["b", None, "a"]), (2, ["c", "c", "a"])):
+        with shelf.using(names):
+            wanted = model.generate(**inputs, num_beams=beams, **options)
+        assert torch.equal(model.generate(**inputs, num_beams=beams, adapter_names=names, **options), wanted)
+    assert torch.equal(model.generate(**inputs, adapter_names="b", **options), each["b"])
+    with pytest.raises(TaskError, match="3 names"):
+        model.generate(**inputs, adapter_names=["a", "b"], **options)
+    with pytest.raises(ArtifactError, match="one of a, b, c"):
+        model.generate(**inputs, adapter_names=["a", "b", "x"], **options)
+    twin = copy.deepcopy(model)
+    shelf.detach()
+    assert "generate" not in vars(model)
+    assert torch.equal(model.generate(**inputs, **options), each[None])
+    assert torch.equal(twin.generate(**inputs, adapter_names="b", **options), each["b"])
 
 
 def test_what_a_head_learns_stays_with_its_adapters(classifier: Case, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gatedadapters as ga
-from gatedadapters.experiments import continual as streaming
 from gatedadapters.cli.main import main
 from gatedadapters.config import ContinualConfig
 from gatedadapters.errors import ConfigError
+from gatedadapters.experiments import continual as streaming
 
 TRAINING = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 0.01, "device": "cpu"}
 ANIMAL = {"name": "animal", "train": "animal.jsonl", "text": "line", "label": "kind"}

@@ -32,7 +32,7 @@ def config(decoder: Path, tmp_path: Path) -> Path:
         "model": str(decoder),
         "general": {"file": "general.txt"},
         "domain": {"file": "domain.csv", "text": "question", "answer": "answer"},
-        "selection": {"core": 0.9, "batches": 2, "exclude": ["norm"]},
+        "selection": {"protect": 0.9, "batches": 2, "exclude": ["norm"]},
         "training": {"steps": 8, "batch_size": 4, "max_length": 16, "learning_rate": 0.02, "device": "cpu"},
     }
     file = tmp_path / "config.yaml"
@@ -88,10 +88,23 @@ def test_a_model_that_is_no_causal_one_is_refused(
 def test_the_example_configuration_validates() -> None:
     example = SelectConfig.load(Path(__file__).parents[2] / "examples" / "select.yaml")
     assert example.domain.answer == "answer"
-    with pytest.raises(ConfigError, match="core"):
-        SelectConfig.parse(example.model_dump() | {"selection": {"core": 1.0}}, where="here")
+    with pytest.raises(ConfigError, match="protect"):
+        SelectConfig.parse(example.model_dump() | {"selection": {"protect": 1.0}}, where="here")
     with pytest.raises(ConfigError, match="either file or bundled"):
         SelectConfig.parse(example.model_dump() | {"domain": {}}, where="here")
+
+
+def test_a_configuration_of_0_1_that_says_core_still_loads_and_names_the_new_key(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "select.yaml").read_text()
+    (tmp_path / "old.yaml").write_text(text.replace("protect: 0.95", "core: 0.8"))
+    with pytest.warns(FutureWarning, match="protect"):
+        old = SelectConfig.load(tmp_path / "old.yaml")
+    assert old.selection.protect == 0.8
+    assert "core" not in old.as_written()["selection"]
+    with pytest.warns(DeprecationWarning, match="protect"):
+        assert old.selection.core == 0.8
+    with pytest.raises(ConfigError, match="drop core"):
+        SelectConfig.parse(old.model_dump() | {"selection": {"protect": 0.8, "core": 0.8}}, where="here")
 
 
 def test_answers_alone_count_and_running_text_is_cut_into_blocks(decoder: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_writer_given_stays_open_for_its_owner(tmp_path: Path) -> None:
 
 def test_a_mask_is_shown_by_role_whether_given_or_trained(tmp_path: Path) -> None:
     model = tiny("bert")[0]
-    mask = ga.select(ga.score(model, kind="random"), core=0.9, contrast=0.0, include=["up", "q"])
+    mask = ga.select(ga.score(model, kind="random"), protect=0.9, contrast=0.0, include=["up", "q"])
     with TensorBoardWriter(tmp_path / "a") as writer:
         writer.mask(mask)
     ga.apply_mask(model, mask)

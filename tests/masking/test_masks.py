@@ -84,7 +84,7 @@ def test_streamed_selection_equals_a_sort_of_everything(count: int, ties: bool) 
 @pytest.mark.parametrize("contrast", [0.0, 1.0])
 def test_what_matters_in_general_stays_and_what_matters_to_the_domain_is_free(contrast: float) -> None:
     general, domain = random_scores(0), random_scores(1)
-    mask = ga.select(general, domain, core=0.9, contrast=contrast)
+    mask = ga.select(general, domain, protect=0.9, contrast=contrast)
     assert mask.count() == round(0.1 * mask.size)
     ranks = [{n: rankdata(s[n].numpy().ravel()) / s[n].numel() for n in s.names} for s in (general, domain)]
     combined = np.concatenate([ranks[0][n] - contrast * ranks[1][n] for n in general.names])
@@ -95,7 +95,7 @@ def test_what_matters_in_general_stays_and_what_matters_to_the_domain_is_free(co
 
 def test_without_a_domain_the_least_important_elements_are_free() -> None:
     general = random_scores(0)
-    assert ga.select(general, density=0.1) == ga.select(general, random_scores(1), core=0.9, contrast=0.0)
+    assert ga.select(general, density=0.1) == ga.select(general, random_scores(1), protect=0.9, contrast=0.0)
 
 
 def test_scope_tensor_takes_the_same_share_of_each() -> None:
@@ -107,7 +107,7 @@ def test_roles_and_names_include_and_exclude() -> None:
     general = random_scores(0)
     roles = general.roles
     assert {"q", "k", "v", "o", "up", "down", "bias", "norm", "embedding"} <= set(roles.values())
-    mask = ga.select(general, core=0.5, include=["q", "bert.*.up.*" if False else "up"], exclude=["*.0.*"])
+    mask = ga.select(general, protect=0.5, include=["q", "bert.*.up.*" if False else "up"], exclude=["*.0.*"])
     assert mask.names
     assert all(roles[n] in ("q", "up") and ".0." not in n for n in mask.names)
     for wrong in ({"include": ["elephants"]}, {"exclude": ["*"]}):
@@ -117,9 +117,18 @@ def test_roles_and_names_include_and_exclude() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_shares_outside_the_open_interval_are_refused(share: float) -> None:
-    for name in ("core", "density"):
+    for name in ("protect", "density"):
         with pytest.raises(MaskError, match="in \\(0, 1\\)"):
             ga.select(random_scores(0), **{name: share})
+
+
+def test_the_old_name_of_protect_still_works_and_says_the_new_one() -> None:
+    general = random_scores(0)
+    with pytest.warns(DeprecationWarning, match="protect") as seen:
+        assert ga.select(general, core=0.7) == ga.select(general, protect=0.7)
+    assert seen[0].filename == __file__  # the warning points at the caller's line
+    with pytest.raises(MaskError, match=r"(?s)core=, its old name.*drop core"):
+        ga.select(general, core=0.7, protect=0.7)
 
 
 def test_scores_that_say_nothing_or_belong_elsewhere_are_refused() -> None:
@@ -173,8 +182,8 @@ def test_damaged_positions_are_refused(coding: str, data: list[int]) -> None:
 
 
 def pair() -> tuple[ga.Mask, ga.Mask, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    one = ga.select(random_scores(0), core=0.7)
-    two = ga.select(random_scores(1), core=0.6, exclude=["embedding"])
+    one = ga.select(random_scores(0), protect=0.7)
+    two = ga.select(random_scores(1), protect=0.6, exclude=["embedding"])
     names = dict.fromkeys([*one.names, *two.names])
     dense = {}
     for name in names:

@@ -27,7 +27,7 @@ def test_one_call_scores_selects_tunes_and_reports(tmp_path: Path) -> None:
         general_dataset=examples(24, seed=1),
         eval_dataset=examples(8, seed=0),
         general_eval_dataset=examples(8, seed=1),
-        selection=ga.SelectionConfig(core=0.9, exclude=("norm",)),
+        selection=ga.SelectionConfig(protect=0.9, exclude=("norm",)),
     )
     with pytest.raises(TrainingError, match="nothing to report"):
         trainer.report()

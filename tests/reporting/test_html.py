@@ -87,7 +87,7 @@ def test_each_task_of_a_structure_has_a_table_of_what_it_uses() -> None:
 
 def results() -> dict[str, Any]:
     model, batch = tiny("bert")
-    masks = [ga.select(ga.score(model, kind="random", seed=s), core=0.9, contrast=0.0) for s in (0, 1)]
+    masks = [ga.select(ga.score(model, kind="random", seed=s), protect=0.9, contrast=0.0) for s in (0, 1)]
     other, _ = tiny("bert", seed=1)
     shift = activation_shift(model, other, [batch])
     adapters = ga.attach(model, "lora-all-linear")
@@ -114,7 +114,7 @@ def test_every_result_shows_the_cells_of_its_plain_table() -> None:
 
 
 def test_a_mask_shows_each_block_and_what_lies_outside_the_blocks() -> None:
-    mask = ga.select(ga.score(tiny("t5")[0], kind="random"), core=0.9, contrast=0.0)
+    mask = ga.select(ga.score(tiny("t5")[0], kind="random"), protect=0.9, contrast=0.0)
     blocks, roles, cells = mask.grid()
     assert {"encoder.block.0", "decoder.block.2", "-"} <= set(blocks)
     assert sum(selected for selected, _ in cells.values()) == mask.count()

@@ -1,0 +1,274 @@
+"""What hooks call while a model with gated candidates runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gatedadapters.backbone import Layout
+from gatedadapters.backbone.fingerprint import Fingerprint
+from gatedadapters.config import SearchSpace
+from gatedadapters.errors import AttachError, TaskError, TrainingError
+from gatedadapters.gates import GateBank, Pressure
+from gatedadapters.paths import Path, SkippedSite
+from gatedadapters.runtime.call import Call, begin, current, end, is_switched_off, new_serial
+from gatedadapters.structure import Structure
+from gatedadapters.supernet.merging import Merged
+from gatedadapters.supernet.routing import checked_ids
+
+NAME = "gated_adapters"
+
+
+class Supernet(nn.Module):
+    """Candidate paths and their gates, registered in a model as `gated_adapters`; hooks reach both through it.
+
+    Users call `Adapters`, which derives from it.
+
+    Attributes:
+        paths: the paths by key, `module/name:kind`.
+        bank: the gates; None once compact.
+        pressure: what holds the gates closed; None without a penalty.
+        tasks: task names; task ids are positions in it.
+        skipped_sites: selected places where a candidate could not go, and why.
+        structure: the discrete result, once there is one.
+        head_names: parameters of the model's own task heads, trained and saved along.
+        merged: what a merge changed, None while the paths run beside the backbone.
+        follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
+    """
+
+    follows_ids = True
+    paths: nn.ModuleDict
+    bank: GateBank | None
+    pressure: Pressure | None
+
+    def __init__(
+        self, paths: Mapping[str, Path], *, tasks: Sequence[str], space: SearchSpace, identity: Fingerprint, seed: int
+    ) -> None:
+        super().__init__()
+        self.paths = nn.ModuleDict(paths)
+        self.bank = None
+        self.pressure = None
+        self.tasks, self.space, self.identity, self.seed = tuple(tasks), space, identity, seed
+        self.skipped_sites: tuple[SkippedSite, ...] = ()
+        self.layout: Layout | None = None
+        self.structure: Structure | None = None
+        self.head_names: tuple[str, ...] = ()
+        self.merged: Merged | None = None
+        self.on_shelf = False
+        self.heads = nn.ParameterList()  # on a shelf: their own values of the model's task heads
+        self._task: int | None = 0 if len(self.tasks) == 1 else None
+        self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
+        self._handles: list[Any] = []
+        self._forwards: list[Any] = []
+        self._required_grad: frozenset[str] = frozenset()
+        self._trained_in: threading.Thread | None = None
+        self._enabled = True
+        self.serial = new_serial(self)
+
+    # -- one forward call ----------------------------------------------------------------------------------------------
+
+    def begin_forward(self, task_ids: Tensor | None, batch: int | None = None) -> None:
+        """Called before each forward of the model: begin a step if the gates have moved, then a `Call`.
+
+        Args:
+            task_ids: (batch,), as they were given; None where they were not.
+            batch: number of examples, as far as the call's arguments tell.
+
+        Raises:
+            TaskError: the ids fit neither the tasks nor the batch.
+            TrainingError: another thread is training this model.
+        """
+        call = self.call_for(task_ids, batch)
+        self.begin_step()
+        if self.bank is not None:
+            self.bank.refresh()  # compiled code takes what it finds
+        begin(self, call)
+
+    def call_for(self, task_ids: Tensor | None, batch: int | None = None) -> Call:
+        """The call that these arguments ask for; raises as `begin_forward` does."""
+        given = task_ids if self.follows_ids else None
+        task = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
+        if self.merged is not None:
+            self._check_merged(self.merged, task)
+        return Call(runs=self._runs(), task=task)
+
+    def call_outside(self) -> Call:
+        """What holds for a part of the model that is called by itself: the task that is set."""
+        return Call(runs=self._runs(), task=self._task)
+
+    def end_forward(self) -> None:
+        """Called after each forward of the model, also where it raised."""
+        end(self)
+
+    def begin_step(self) -> None:
+        """In a forward that trains: draw this step's gates and let the pressure ascend, once after each optimiser step.
+
+        Raises:
+            TrainingError: another thread is training this model.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return
+        self._claim_training()
+        bank = self.bank
+        if bank is None or not bank.step_is_new():
+            return
+        bank.draw()
+        if self.pressure is not None:
+            if self.pressure.prune_is_due(bank):
+                self.prune_now()
+            else:
+                self.pressure.ascend(bank)
+
+    def prune_now(self) -> None:
+        """Fix the Structure that the budget asks for."""
+        raise NotImplementedError
+
+    def gate(self, key: str, call: Call) -> tuple[bool, Tensor | None]:
+        """(whether path `key` is open, its gate for the batch of `call`: None, (g,) or (batch, g)).
+
+        Raises:
+            TaskError: there are several tasks, and the call does not say which is meant.
+        """
+        per_task = self.bank.take(key) if self.bank is not None else cast(Path, self.paths[key]).routing
+        if per_task is None:
+            return self.bank is None, None
+        if len(self.tasks) == 1:
+            return True, per_task[0]
+        task = call.task
+        if task is None:
+            raise TaskError(
+                "this model holds several tasks, and the call does not say which",
+                expected=f"task_ids among 0..{len(self.tasks) - 1} ({', '.join(self.tasks)})",
+                got="none",
+                where="forward",
+                fix="pass task_ids=LongTensor (batch,), or call adapters.set_task(name)",
+            )
+        return True, per_task[task] if isinstance(task, int) else per_task[task.to(per_task.device)]
+
+    def call(self) -> Call:
+        """The call under way in this thread."""
+        return cast(Call, current(self))
+
+    def checkpointing(self) -> bool:
+        """Whether the model checkpoints activations while training."""
+        return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+
+    def _check_merged(self, merged: Merged, task: int | Tensor | None) -> None:
+        """Raise where a merged model would not give what a call asks for: another task, or learning."""
+        index = self.tasks.index(merged.task)
+        if task is not None and bool((torch.as_tensor(task) != index).any()):
+            raise TaskError(
+                "one task's adapters are merged into the weights, and the batch holds another's",
+                expected=f"task ids of {merged.task!r} ({index}) alone",
+                got=task,
+                where="forward",
+                fix="call adapters.unmerge() first",
+            )
+        if self.training and torch.is_grad_enabled() and self.weight_parameters():
+            raise TrainingError(
+                "merged adapters do not learn: their paths do not run",
+                expected="unmerged adapters, or evaluation",
+                got="a forward pass in training mode, with gradients",
+                where="forward",
+                fix="call adapters.unmerge() to train on, or model.eval()",
+            )
+
+    # -- one training at a time ----------------------------------------------------------------------------------------
+
+    def _claim_training(self) -> None:
+        """Note that this thread trains the model, until its optimiser has stepped.
+
+        Gates are drawn once a step for the whole model and gradients add up in its parameters, so that two trainings at
+        once would each spoil the other's without a sign of it.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpointed model runs again in backward, on autograd's thread
+        here, other = threading.current_thread(), self._trained_in
+        if other is not None and other is not here and other.is_alive():
+            raise TrainingError(
+                "two threads train this model at once",
+                expected="one training at a time",
+                got=f"a forward with gradients in {here.name!r}, while {other.name!r} is in the middle of a step",
+                where="forward",
+                fix="train a copy.deepcopy(model) in one of them, or let the other thread end its step first",
+            )
+        self._trained_in = here
+
+    def training_stepped(self) -> None:
+        """Called when an optimiser has stepped: another thread may train the model now."""
+        self._trained_in = None
+
+    # -- settings ------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model these adapters are attached to.
+
+        Raises:
+            AttachError: they are detached.
+        """
+        if not self._model:
+            raise AttachError("these adapters are detached", fix="attach again, or load a saved structure")
+        return self._model[0]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the paths run; False leaves the backbone. Setting it holds for all threads, `disabled` for one."""
+        return self._enabled and not is_switched_off(self)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+
+    def _runs(self) -> bool:
+        return self.merged is None and self.enabled
+
+    def set_task(self, task: str | int | None) -> None:
+        """Use one task for every example of a call that carries no `task_ids`.
+
+        Raises:
+            TaskError: unknown task.
+        """
+        number = self.tasks.index(task) if task in self.tasks else task
+        if number is not None and number not in range(len(self.tasks)):
+            raise TaskError(
+                expected=f"one of {', '.join(self.tasks)}, or 0..{len(self.tasks) - 1}",
+                got=repr(task),
+                where="set_task",
+                fix="name a task",
+            )
+        self._task = cast("int | None", number)
+
+    # -- what is trained -----------------------------------------------------------------------------------------------
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The gates: a learning rate of their own, no weight decay."""
+        return [] if self.bank is None else [self.bank.log_alpha]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the paths learn."""
+        return [p for p in self.paths.parameters() if p.requires_grad]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Task heads that are trained and saved along: the model's own, on a shelf these adapters' values of them."""
+        if self.on_shelf:
+            return list(self.heads)
+        return [self.model.get_parameter(name) for name in self.head_names]
+
+    def typed_paths(self) -> Iterator[tuple[str, Path]]:
+        """The paths by key."""
+        for key, path in self.paths.items():
+            yield key, cast(Path, path)
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trained_in": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self.serial = new_serial(self)
