@@ -36,7 +36,7 @@ from gatedadapters.transfer import weaken_knowledge
 if TYPE_CHECKING:
     from gatedadapters.continual import StreamResult, Task, TaskStream, probe, run_stream, select_core
     from gatedadapters.studies import Study
-    from gatedadapters.training import GatedTrainer, MultiTaskClassifier, SelectiveTrainer
+    from gatedadapters.training import FollowOptimizer, GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Adapters",
     "Budget",
     "ElasticPenalty",
+    "FollowOptimizer",
     "GateConfig",
     "GatedTrainer",
     "Layout",
@@ -86,7 +87,9 @@ __all__ = [
 
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {
-    **dict.fromkeys(("GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training"),
+    **dict.fromkeys(
+        ("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training"
+    ),
     **dict.fromkeys(
         ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"
     ),

@@ -16,36 +16,31 @@ import gc
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: leave it out of all later searches for garbage.
+
+    Every Trainer searches three times as it starts, and among the objects of torch and transformers that took more time
+    than all else that the tests do.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def quick_collections() -> Iterator[None]:
-    """Every Trainer collects garbage three times as it starts, which takes most of a tiny run: of what is imported by
-    then there is none.
-    """
-    import transformers
-
-    assert transformers.Trainer
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -78,38 +73,45 @@ def on_two_processes() -> Callable[[Path, Path], None]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         logs = [folder / f"log of rank {rank}" for rank in (0, 1)]
-        with ExitStack() as stack:
-            ranks = []
-            for rank, log in enumerate(logs):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-                command, environment = [sys.executable, str(script), str(folder)], os.environ | common | own
-                file = stack.enter_context(log.open("w"))
-                process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-                stack.callback(process.kill)
-                ranks.append(process)
-            codes = [process.wait(timeout=240) for process in ranks]
+        ranks = [
+            processes.start(
+                processes.script,
+                script,
+                str(folder),
+                environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                log=log,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            for process in ranks:
+                process.join(240)
+            codes = [process.exitcode for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
         assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def killed_at_checkpoint() -> Callable[[Sequence[str], Path, int], None]:
-    """Runs a command that leaves checkpoints under a folder; SIGKILL comes a random moment after the nth."""
+def killed_at_checkpoint() -> Callable[[BaseProcess, Path, int], None]:
+    """Kills a process that leaves checkpoints under a folder: SIGKILL comes a random moment after the nth."""
 
-    def run(command: Sequence[str], folder: Path, moment: int) -> None:
+    def kill(process: BaseProcess, folder: Path, moment: int) -> None:
         seen: set[str] = set()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                while process.poll() is None and len(seen) < moment:
-                    for place, names, _ in os.walk(folder):  # a glob fails where the process removes what it lists
-                        seen.update(os.path.join(place, name) for name in names if name.startswith("checkpoint-"))
-                    time.sleep(0.005)
-                time.sleep(random.SystemRandom().random() / 10)
-            finally:
-                process.kill()
-        assert process.returncode == -signal.SIGKILL, f"it ended before it was killed, {len(seen)} of {moment} seen"
+        try:
+            while process.is_alive() and len(seen) < moment:
+                for place, names, _ in os.walk(folder):  # a glob fails where the process removes what it lists
+                    seen.update(os.path.join(place, name) for name in names if name.startswith("checkpoint-"))
+                time.sleep(0.005)
+            time.sleep(random.SystemRandom().random() / 10)
+        finally:
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL, f"it ended before it was killed, {len(seen)} of {moment} seen"
 
-    return run
+    return kill

@@ -1,120 +1,137 @@
-"""Imports point down, the package imports lightly, files stay readable."""
+"""Imports point down, no files import each other in a circle, the package imports lightly, the tree is the map's."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gatedadapters"
-LAYERS = (
-    {"errors"},
-    {"config", "devices", "html", "intervals", "plugins", "precision", "safe_files"},
-    {"backbone", "gates", "paths"},
-    {
-        *("structure", "selection", "fingerprint", "routing", "hooks", "weight_hooks", "saving", "merging", "adapters"),
-        *("attachment", "freezing"),
-    },
-    {"masking", "artifacts"},
-    {"data", "training"},
-    {"continual", "transfer", "robustness"},
-    {"studies", "experiment", "inspection"},
+FLOORS = (
+    {"errors", "safe_files"},
+    {"reporting", "config"},
+    {"runtime"},
+    {"backbone"},
+    {"gates", "paths"},
+    {"structure"},
+    {"allocation"},
+    {"supernet"},
+    {"masking"},
+    {"artifacts"},
+    {"data"},
+    {"training"},
+    {"continual", "transfer", "robustness", "inspection"},
+    {"experiments"},
+    {"studies"},
     {"cli"},
 )
-RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ABOVE_ALL = {"__init__", "__main__"}  # the public names, and the command line
+BESIDE = {"testing"}  # contracts and tiny backbones, which nothing in the package imports
+LOOSE = {"__init__", "__main__", "errors", "safe_files"}  # files that stand in no room
 HEAVY = {"optuna", "tensorboard", "matplotlib", "peft"}
-MAX_LINES = 500
+
+Graph = dict[str, set[str]]
 
 
-def unit_of(module: str) -> str:
-    """``gatedadapters.gates.bank`` is part of the unit ``gates``; the package itself is ``__init__``."""
+def modules() -> dict[str, Path]:
+    """Every file of the package by its dotted name; a room's ``__init__`` has the name of the room."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
+
+
+def room(module: str) -> str:
+    """``gatedadapters.gates.bank`` stands in the room ``gates``; the package itself is ``__init__``."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def for_type_checking(node: ast.AST) -> bool:
-    """Whether a node is ``if TYPE_CHECKING:``."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def imported_units(tree: ast.AST, module: str, *, typing: bool) -> set[str]:
-    """Every unit that a module imports, also inside functions; with ``typing`` also for types only."""
-    found: set[str] = set()
-    pending = [tree]
-    while pending:
-        node = pending.pop()
-        if typing or not for_type_checking(node):
-            pending += ast.iter_child_nodes(node)
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}, line {node.lineno}: use absolute imports"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found |= {unit_of(name) for name in names if name.split(".")[0] == "gatedadapters"}
-    return found
-
-
-def read_imports(*, typing: bool) -> dict[str, set[str]]:
-    """The units that each module imports, beside its own."""
-    result: dict[str, set[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        result[module] = imported_units(tree, module, typing=typing) - {unit_of(module)}
-    return result
+def read_imports(known: dict[str, Path]) -> Graph:
+    """The files that each file names in its imports: inside functions and for types only, too."""
+    graph: Graph = {}
+    for module, path in known.items():
+        names: list[tuple[str, str]] = []
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names += [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module}, line {node.lineno}: use absolute imports"
+                names += [(node.module or "", alias.name) for alias in node.names]
+        targets = {f"{base}.{name}" if f"{base}.{name}" in known else base for base, name in names}
+        graph[module] = {target for target in targets if target in known} - {module}
+    return graph
 
 
 @pytest.fixture(scope="module")
-def imports() -> dict[str, set[str]]:
-    return read_imports(typing=True)
+def imports() -> Graph:
+    return read_imports(modules())
 
 
-def test_every_part_of_the_package_has_its_place_in_the_order(imports: dict[str, set[str]]) -> None:
-    units = {unit_of(module) for module in imports} - ABOVE_ALL - {"testing"}
-    assert units <= set(RANK), f"say in LAYERS where {units - set(RANK)} belongs"
+def circles(graph: Graph) -> list[str] | None:
+    """The files of one circle of imports, or None."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return None
 
 
-def test_imports_point_down(imports: dict[str, set[str]]) -> None:
+def test_every_room_has_its_floor(imports: Graph) -> None:
+    rooms = {room(module) for module in imports} - ABOVE_ALL - BESIDE
+    assert rooms == set(FLOOR), "say in FLOORS where a new room belongs"
+
+
+def test_only_errors_and_files_stand_loose() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_imports_point_down_types_included(imports: Graph) -> None:
     upward = [
-        f"{module} imports {imported}"
-        for module, units in imports.items()
-        if unit_of(module) in RANK
-        for imported in units
-        if RANK.get(imported, len(LAYERS)) > RANK[unit_of(module)]
+        f"{module} imports {target}"
+        for module, targets in imports.items()
+        if room(module) in FLOOR
+        for target in targets
+        if room(target) != room(module) and FLOOR.get(room(target), len(FLOORS)) > FLOOR[room(module)]
     ]
     assert not upward
 
 
-def test_parts_of_one_layer_do_not_import_each_other_in_circles() -> None:
-    graph: dict[str, set[str]] = {}
-    for module, units in read_imports(typing=False).items():
-        if unit_of(module) in RANK:
-            graph.setdefault(unit_of(module), set()).update(units & set(RANK))
-    assert list(TopologicalSorter(graph).static_order())
+def test_no_files_import_each_other_in_a_circle(imports: Graph) -> None:
+    assert circles(imports) is None
 
 
-def test_testing_imports_only_what_lies_below_training(imports: dict[str, set[str]]) -> None:
-    used = {unit for module, units in imports.items() if unit_of(module) == "testing" for unit in units}
-    used.discard("robustness")  # its contract is shipped too; of what lies below, it imports data alone
-    assert imports["gatedadapters.robustness.apply"] <= {"data", "errors"}
-    assert all(RANK.get(unit, len(LAYERS)) <= RANK["data"] for unit in used - {"training"}), used
-    assert "training" not in used
+def test_a_circle_would_be_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
 
 
-def test_importing_the_package_leaves_heavy_packages_alone() -> None:
-    script = f"import gatedadapters, sys; print(*sorted({HEAVY} & set(sys.modules)))"
+def test_rooms_of_one_floor_do_not_import_each_other_in_circles(imports: Graph) -> None:
+    between: Graph = {}
+    for module, targets in imports.items():
+        between.setdefault(room(module), set()).update(room(target) for target in targets)
+    assert circles({name: targets - {name} for name, targets in between.items()}) is None
+
+
+def test_testing_imports_only_what_an_outsider_may_extend(imports: Graph) -> None:
+    used = {room(target) for module, targets in imports.items() if room(module) == "testing" for target in targets}
+    assert not used & {"experiments", "studies", "cli", "inspection"}
+    assert not [
+        module for module, targets in imports.items() if room(module) != "testing" and "testing" in map(room, targets)
+    ]
+
+
+def test_importing_the_package_leaves_heavy_packages_alone_and_registers_no_hooks() -> None:
+    script = (
+        "import gatedadapters, sys\n"
+        "from torch.optim import optimizer\n"
+        f"print(*sorted({HEAVY} & set(sys.modules)))\n"
+        "print(len(optimizer._global_optimizer_pre_hooks) + len(optimizer._global_optimizer_post_hooks))"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert loaded.split() == []
-
-
-@pytest.mark.parametrize("folder", ["gatedadapters", "tests", "benchmarks"])
-def test_files_stay_readable(folder: str) -> None:
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
-    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MAX_LINES}
+    assert loaded.split() == ["0"]

@@ -1,12 +1,12 @@
-"""The benchmarks' own arithmetic, and that the documents show what they print."""
+"""The benchmarks' own arithmetic, that their scripts start, and that the documents show what they print."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import ast
 import re
-import sys
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,99 +15,151 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.__main__ import benchmarks, main
+from benchmarks.common.store import Store
+from benchmarks.common.tables import interval, markdown, shown
+from benchmarks.common.timing import in_turns, medians, ratio
+from benchmarks.common.tuning import best
+from benchmarks.studies.compress_lora import cells as compress_cells
+from benchmarks.studies.compress_lora import table as compress_table
+from benchmarks.studies.continual import cells as continual_cells
+from benchmarks.studies.continual import table as continual_table
+from benchmarks.studies.forgetting import cells as forgetting_cells
+from benchmarks.studies.forgetting import table as forgetting_table
+from benchmarks.studies.search_quality import cells as quality_cells
+from benchmarks.studies.search_quality import table as quality_table
+from benchmarks.studies.transfer import cells as transfer_cells
+from benchmarks.studies.transfer import table as transfer_table
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # scripts share modules
+COSTS = ("step", "memory", "inspection", "inference", "weakening", "storage")
 
 
-def script(name: str) -> ModuleType:
-    pytest.importorskip("peft")
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Store], Store]:
+    """Lets a store keep its results in the folder of the test."""
+
+    def move(store: Store) -> Store:
+        monkeypatch.setattr(store, "root", tmp_path)
+        return store
+
+    return move
 
 
-@pytest.fixture(scope="module")
-def quality() -> ModuleType:
-    return script("search_quality")
+def put(cell: Any, score: float) -> None:
+    cells = import_module(type(cell).__module__)
+    cells.STORE.write(cell.name, {"score": score, "params": 10})
 
 
-def store(quality: ModuleType, cell: Any, score: float) -> None:
-    cell.file.parent.mkdir(parents=True, exist_ok=True)
-    cell.file.write_text(json.dumps({"score": score, "params": 10}))
+# -- what they share ---------------------------------------------------------------------------------------------------
 
 
 def test_interval_is_that_of_a_paired_t_test() -> None:
-    cells = script("cells")
     differences = np.array([0.01, -0.02, 0.03, 0.005, 0.015])
-    mean, half = cells.interval(differences)
+    mean, half = interval(differences)
     oracle = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((oracle.low, oracle.high))
 
 
-def test_rate_is_tuned_on_validation_alone_and_only_once_all_rates_are_known(
-    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_numbers_of_seeds_are_shown_in_points_or_with_three_decimals() -> None:
+    assert shown([]) == ""
+    assert shown([0.5]) == "50.0"
+    assert shown([0.01, 0.02], signed=True) == "+1.5 ± 6.4"
+    assert shown([1.0, 1.0], times=1) == "1.000 ± 0.000"
+
+
+def test_markdown_tells_an_empty_cell_from_a_column_that_does_not_apply() -> None:
+    assert markdown(["a", "b"], [["1", ""], [None, "2"]]) == "| a | b |\n|---|---|\n| 1 |  |\n| | 2 |"
+
+
+def test_a_choice_needs_every_score_unless_there_is_nothing_to_choose() -> None:
+    scores = {"a": 1.0, "b": 3.0, "c": 3.0}
+    assert best("abc", lambda cell: {"score": scores[cell]}, lambda result: result["score"]) == "b"
+    assert best("abcd", lambda cell: {"score": scores[cell]} if cell in scores else None, lambda r: r["score"]) is None
+    assert best("z", lambda cell: None, lambda result: result["score"]) == "z"
+
+
+def test_sides_are_timed_in_turns_and_compared_within_a_round() -> None:
+    calls: list[str] = []
+    times = in_turns({side: lambda side=side: calls.append(side) for side in "ab"}, 3, warm_up=2)
+    assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
+    assert {len(seconds) for sides in times.values() for seconds in sides.values()} == {3}
+    assert times.keys() == {"cpu", "wall"}
+    assert ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
+    assert medians({"a": [1.0, 4.0, 9.0]}) == {"a": 4.0}
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_states_its_claim_and_how_it_is_run() -> None:
+    names = benchmarks()
+    assert set(COSTS) | {"coverage"} <= names.keys()
+    assert len(names) == len(COSTS) + 1 + 6
+    for name, script in names.items():
+        text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        assert "Claim" in text, script
+        assert f"python -m benchmarks {name}" in text, script
+
+
+def test_a_call_without_a_benchmark_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["unknown"])
+    assert all(f"  {name} " in str(stopped.value) for name in benchmarks())
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_every_benchmark_starts_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: python -m benchmarks {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in benchmarks() if name not in ("coverage", "robustness")])
+def test_packing_by_the_command_line_leaves_the_table_as_it_is(
+    name: str, elsewhere: Callable[[Store], Store], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quality, "STORE", tmp_path)
-    cells = [
-        quality.Cell("tweets", 1 / 8, "uniform", rate, quality.TUNING_SEED, split="validation")
-        for rate in quality.RATES
-    ]
-    store(quality, cells[0], 0.7)
-    assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) is None
-    for cell in cells[1:]:
-        store(quality, cell, 0.6)
-    store(quality, quality.Cell("tweets", 1 / 8, "uniform", quality.RATES[1], 0), 0.99)  # a test score must not count
-    assert quality.tuned_rate("tweets", 1 / 8, "uniform", compute_missing=False) == quality.RATES[0]
-    assert quality.TUNING_SEED not in quality.SEEDS
+    pytest.importorskip("peft")
+    module = import_module(".".join(("benchmarks", *benchmarks()[name].relative_to(ROOT / "benchmarks").parts))[:-3])
+    stored = module.STORE.results()
+    store = elsewhere(module.STORE)
+    for cell, result in stored.items():
+        store.write(cell, result)
+    main([name, "table"])
+    loose = capsys.readouterr().out
+    main([name, "pack"])
+    assert f"{name}.jsonl: {len(stored)} results" in capsys.readouterr().out
+    main([name, "table"])
+    assert capsys.readouterr().out == loose
 
 
-def test_stored_cells_are_not_computed_again(
-    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quality, "STORE", tmp_path)
-    computed = []
-    monkeypatch.setattr(quality, "compute", lambda cell, arm: computed.append(cell) or {"score": 0.5, "params": 1})
-    cell = quality.Cell("tweets", 1 / 8, "uniform", 3e-3, 0)
-    assert quality.run(cell)["score"] == 0.5
-    assert quality.run(cell)["score"] == 0.5
-    assert computed == [cell]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+# -- the documents -----------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "search_quality": lambda: [quality_table.tables()],
+    "forgetting": lambda: [forgetting_table.table()],
+    "continual": lambda: [*map(continual_table.table, continual_cells.STUDIES), continual_table.overlaps()],
+    "transfer": lambda: [transfer_table.table()],
+    "compress_lora": lambda: [compress_table.table()],
+    **{name: lambda name=name: [cost(name).table()] for name in COSTS if name not in ("inspection", "weakening")},
+}
 
 
-def test_table_pairs_seeds(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "STORE", tmp_path)
-    monkeypatch.setattr(quality, "STUDIES", (quality.Study("tweets", 1 / 8, ("searched", "random")),))
-    for arm in ("searched", "random"):
-        for rate in quality.RATES:
-            store(quality, quality.Cell("tweets", 1 / 8, arm, rate, quality.TUNING_SEED, split="validation"), 1 - rate)
-    best = min(quality.RATES)
-    for seed in quality.SEEDS:
-        store(quality, quality.Cell("tweets", 1 / 8, "searched", best, seed), 0.5 + 0.1 * seed + 0.02)
-        if seed:  # one seed of the control is still missing: it must not enter the pairs
-            store(quality, quality.Cell("tweets", 1 / 8, "random", best, seed), 0.5 + 0.1 * seed)
-    row = next(line for line in quality.table().splitlines() if "| random |" in line)
-    assert "| 4 |" in row
-    assert "+2.0 ± 0.0" in row
+def cost(name: str) -> ModuleType:
+    pytest.importorskip("peft")
+    return import_module(f"benchmarks.costs.{name}")
 
 
-@pytest.mark.parametrize(
-    ("name", "tables"),
-    [
-        ("search_quality", lambda s: [s.table(), s.compression()]),
-        ("forgetting", lambda s: [s.table()]),
-        ("continual", lambda s: [*map(s.table, s.STUDIES), s.overlaps()]),
-        ("transfer", lambda s: [s.table()]),
-    ],
-)
-def test_results_show_the_tables_of_the_stored_cells(name: str, tables: Callable[[Any], list[str]]) -> None:
-    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    lines = [line.rstrip() for table in tables(script(name)) for line in table.splitlines()]
+@pytest.mark.parametrize("name", TABLES)
+def test_results_show_the_tables_of_the_stored_cells(name: str) -> None:
+    if not Store(name).packed.exists():
+        pytest.skip("a source distribution has no results")
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    lines = [line.rstrip() for table in TABLES[name]() for line in table.splitlines()]
     assert len(lines) > 3
-    assert [line for line in lines if line not in shown] == []
+    assert [line for line in lines if line not in document] == []
 
 
 def test_readme_names_no_figure_that_the_results_do_not_show() -> None:
@@ -122,42 +174,161 @@ def test_readme_names_no_figure_that_the_results_do_not_show() -> None:
         assert [n for n in numbers if n not in section] == []
 
 
+def test_documents_name_benchmarks_that_there_are() -> None:
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = {
+        (document.name, name)
+        for document in (*documents, ROOT / "benchmarks" / "README.md")
+        for name in re.findall(r"python -m benchmarks ([a-z_]+)", document.read_text(encoding="utf-8"))
+    }
+    assert len({name for _, name in named}) > 5
+    assert {(document, name) for document, name in named if name not in benchmarks()} == set()
+
+
+# -- search quality ----------------------------------------------------------------------------------------------------
+
+
+def test_rate_is_tuned_on_validation_alone_and_only_once_all_rates_are_known(
+    elsewhere: Callable[[Store], Store],
+) -> None:
+    elsewhere(quality_cells.STORE)
+    comparison = quality_cells.Comparison("tweets", 1 / 8, ("uniform",))
+    test = quality_cells.Cell("tweets", 1 / 8, "uniform", quality_cells.RATES[1], 0)
+    cells = [
+        replace(test, rate=rate, seed=quality_cells.TUNING_SEED, split="validation") for rate in quality_cells.RATES
+    ]
+    put(cells[0], 0.7)
+    assert comparison.rate("uniform") is None
+    for cell in cells[1:]:
+        put(cell, 0.6)
+    put(test, 0.99)  # a test score must not count
+    assert comparison.rate("uniform") == quality_cells.RATES[0]
+    assert quality_cells.TUNING_SEED not in quality_cells.SEEDS
+
+
+def test_stored_cells_are_not_computed_again(
+    elsewhere: Callable[[Store], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    study = import_module("benchmarks.studies.search_quality.run")
+    store = elsewhere(study.STORE)
+    computed = []
+    monkeypatch.setattr(study, "compute", lambda cell: computed.append(cell) or {"score": 0.5, "params": 1})
+    cell = quality_cells.Cell("tweets", 1 / 8, "uniform", 3e-3, 0)
+    assert study.run(cell)["score"] == 0.5
+    assert study.run(cell)["score"] == 0.5
+    store.pack()
+    assert study.run(cell)["score"] == 0.5
+    assert computed == [cell]
+
+
+def test_every_arm_has_its_function() -> None:
+    pytest.importorskip("peft")
+    arms = import_module("benchmarks.studies.search_quality.arms")
+    assert tuple(arms.BY_NAME) == quality_cells.ARMS
+    assert tuple(import_module("benchmarks.studies.compress_lora.arms").BY_NAME) == compress_cells.ARMS
+    assert {arm for arm, _, _ in transfer_cells.VARIANTS.values()} == set(
+        import_module("benchmarks.studies.transfer.arms").BY_NAME
+    )
+
+
+def test_table_pairs_seeds(elsewhere: Callable[[Store], Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(quality_cells.STORE)
+    comparisons = (quality_cells.Comparison("tweets", 1 / 8, ("searched", "random")),)
+    monkeypatch.setattr(quality_table, "COMPARISONS", comparisons)
+    rates, seeds = quality_cells.RATES, quality_cells.SEEDS
+    for arm in ("searched", "random"):
+        for rate in rates:
+            put(quality_cells.Cell("tweets", 1 / 8, arm, rate, quality_cells.TUNING_SEED, split="validation"), 1 - rate)
+    for seed in seeds:
+        put(quality_cells.Cell("tweets", 1 / 8, "searched", min(rates), seed), 0.5 + 0.1 * seed + 0.02)
+        if seed:  # one seed of the control is still missing: it must not enter the pairs
+            put(quality_cells.Cell("tweets", 1 / 8, "random", min(rates), seed), 0.5 + 0.1 * seed)
+    row = next(line for line in quality_table.table().splitlines() if "| random |" in line)
+    assert "| 4 |" in row
+    assert "+2.0 ± 0.0" in row
+
+
+# -- forgetting and streams --------------------------------------------------------------------------------------------
+
+
+def test_forgetting_counts_test_cells_at_the_tuned_rate_alone(elsewhere: Callable[[Store], Store]) -> None:
+    store = elsewhere(forgetting_cells.STORE)
+
+    def put(cell: forgetting_cells.Cell, domain: float) -> None:
+        store.write(cell.name, {"cell": vars(cell), "scores": {"domain": domain, "general": 0.5}, "trained": 7})
+
+    cell = forgetting_cells.Cell("encoder", "full", 1e-4, 0)
+    rates = forgetting_cells.rates_of("encoder", "full")
+    for rate in rates:
+        put(replace(cell, rate=rate, seed=forgetting_cells.TUNING_SEED, split="validation"), rate)
+        put(replace(cell, rate=rate), 0.25)
+    found = forgetting_cells.stored()
+    assert found["encoder", 0.95]["full"][0]["cell"]["rate"] == max(rates)
+    assert "25.0" in forgetting_table.table()
+
+
 def test_overlap_of_carried_cores_counts_elements() -> None:
-    jaccard = script("continual").jaccard
+    jaccard = continual_table.jaccard
     assert jaccard({"a": 4, "b": 6}, {"a": 4, "c": 2}) == 4 / 12
     assert jaccard({"a": 4, "b": 6}, {"a": 1}) == 1 / 10  # a random core may hold a part of a tensor
 
 
-def test_inference_cost_says_whether_each_claim_holds() -> None:
-    cost = script("inference_cost")
-    row = {"model": "m", "precision": "fp32", "cpu_seconds": {"unmerged": 0.5}}
-    ratio = dict.fromkeys(cost.RATIOS, 1.0)
-    assert "NOT" not in cost.table([{**row, "ratio": ratio}])
-    worse = cost.table([{**row, "ratio": {**ratio, "unmerged / peft": 1.01, "merged / backbone": 0.9}}])
-    assert "peft's: does NOT hold, 1.01" in worse
-    assert "backbone: does NOT hold, within 10.0%" in worse
+def test_of_nearly_equal_settings_the_one_that_forgets_least_is_taken(elsewhere: Callable[[Store], Store]) -> None:
+    store = elsewhere(continual_cells.STORE)
+    cells = continual_cells.tuning_cells("minilm-l3", "sequential")
+    for cell, op, forgotten in zip(cells, (0.3, 0.6, 0.59, 0.595), (0.0, 0.2, 0.1, 0.15), strict=True):
+        assert continual_cells.tuned("minilm-l3", "sequential") is None
+        store.write(cell.name, {"metrics": {"op": op, "forgetting": forgotten}})
+    assert continual_cells.tuned("minilm-l3", "sequential") == cells[2].setting
+    assert continual_cells.tuned("minilm-l6", "joint") == cells[2].setting
+
+
+def test_random_cores_take_their_sizes_from_the_selection_they_control(elsewhere: Callable[[Store], Store]) -> None:
+    store = elsewhere(continual_cells.STORE)
+    cell = continual_cells.Cell("minilm-l3", "random", (("rate", 1e-3),), 0)
+    with pytest.raises(RuntimeError, match="run that arm first"):
+        continual_cells.counted(cell)
+    other = replace(cell, arm="l2_fisher", setting=(("rate", 3e-4),))
+    store.write(other.name, {"cell": vars(other), "stages": [{"elements": 5}, {"elements": 3}], "cores": []})
+    store.pack()
+    assert continual_cells.counted(cell) == [5, 3]
+
+
+def test_packed_streams_keep_cores_where_they_are_compared() -> None:
+    def packed(study: str, arm: str) -> set[str]:
+        cell = {"study": study, "arm": arm}
+        return set(continual_cells.summary({"cell": cell, "stages": [], "reports": ["long"], "cores": [{}]}))
+
+    assert packed("minilm-l6", "carried") == {"cell", "stages", "cores"}
+    assert packed("minilm-l3", "l2_fisher-matrices") == packed("minilm-l6", "ewc") == {"cell", "stages"}
+    assert continual_cells.summary({"peak_mb": {}}) == {"peak_mb": {}}
+    once = continual_cells.summary({"cell": {"study": "smollm2", "arm": "lora"}, "reports": [], "cores": []})
+    assert continual_cells.summary(once) == once
+
+
+# -- compressing a LoRA ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark of compressed LoRAs with a store of its own: rates chosen, gated 2 points above truncation."""
-    module = script("compress_lora")
-    monkeypatch.setattr(module, "STORE", tmp_path)
-    for task in module.TASKS:
-        for arm in module.TUNED:
-            for rate in module.RATES:
-                store(module, module.Cell(task, arm, 1 / 8, module.TUNING_SEED, rate, "validation"), 1 - rate)
-    best = min(module.RATES)
-    for seed in module.SEEDS:
-        store(module, module.Cell("newsgroups", "gated", 1 / 8, seed, best), 0.5 + 0.1 * seed)
-        store(module, module.Cell("newsgroups", "svd-tuned", 1 / 8, seed, 1e9), 0.0)  # at another rate: not counted
+def compression(elsewhere: Callable[[Store], Store]) -> None:
+    """Results of the study of compressed LoRAs: rates chosen, gated 2 points above truncation."""
+    elsewhere(compress_cells.STORE)
+    for task in compress_cells.TASKS:
+        for arm in compress_cells.TUNED:
+            for rate in compress_cells.RATES:
+                put(compress_cells.Cell(task, arm, 1 / 8, compress_cells.TUNING_SEED, rate, "validation"), 1 - rate)
+    best = min(compress_cells.RATES)
+    for seed in compress_cells.SEEDS:
+        put(compress_cells.Cell("newsgroups", "gated", 1 / 8, seed, best), 0.5 + 0.1 * seed)
+        put(compress_cells.Cell("newsgroups", "svd-tuned", 1 / 8, seed, 1e9), 0.0)  # at another rate: not counted
         if seed:  # one seed of the rival is still missing: it must not enter the pairs
-            store(module, module.Cell("newsgroups", "svd", 1 / 8, seed), 0.48 + 0.1 * seed)
-    return module
+            put(compress_cells.Cell("newsgroups", "svd", 1 / 8, seed), 0.48 + 0.1 * seed)
 
 
-def test_compressed_loras_are_compared_seed_by_seed_at_one_size(compression: ModuleType) -> None:
-    lines = compression.table().splitlines()
+@pytest.mark.usefixtures("compression")
+def test_compressed_loras_are_compared_seed_by_seed_at_one_size() -> None:
+    lines = compress_table.table().splitlines()
     (row,) = [line for line in lines if "| svd |" in line and "newsgroups" in line]
     assert "| 1/8 |" in row
     assert "| 4 | 73.0 | +2.0 ± 0.0 |" in row
@@ -165,11 +336,46 @@ def test_compressed_loras_are_compared_seed_by_seed_at_one_size(compression: Mod
     assert [line for line in lines if line.startswith("| all | | svd | | 4 pairs")]
 
 
-def test_every_arm_of_a_compressed_lora_gets_the_same_seeds_sizes_and_steps(compression: ModuleType) -> None:
-    cells = compression.study("newsgroups", compute_missing=False)
-    by_arm = {arm: {(c.seed, c.share) for c in cells if c.arm == arm} for arm in compression.ARMS if arm != "whole"}
+@pytest.mark.usefixtures("compression")
+def test_every_arm_of_a_compressed_lora_gets_the_same_seeds_sizes_and_steps() -> None:
+    cells = compress_cells.cells_of("newsgroups")
+    arms = set(compress_cells.ARMS) - {"whole"}
+    by_arm = {arm: {(c.seed, c.share) for c in cells if c.arm == arm} for arm in arms}
     assert set(map(frozenset, by_arm.values())) == {
-        frozenset((seed, share) for seed in compression.SEEDS for share in compression.SHARES)
+        frozenset((seed, share) for seed in compress_cells.SEEDS for share in compress_cells.SHARES)
     }
-    assert len(compression.SEEDS) >= 5
-    assert compression.TUNING_SEED not in compression.SEEDS
+    assert len(compress_cells.SEEDS) >= 5
+    assert compress_cells.TUNING_SEED not in compress_cells.SEEDS
+
+
+# -- costs and sensitivity ---------------------------------------------------------------------------------------------
+
+
+def test_inference_cost_says_whether_each_claim_holds(elsewhere: Callable[[Store], Store]) -> None:
+    inference = cost("inference")
+    store = elsewhere(inference.STORE)
+    row = {"model": "minilm-l6", "precision": "fp32", "cpu_seconds": {"unmerged": 0.5}}
+    ratios = dict.fromkeys(inference.RATIOS, 1.0)
+    store.write("minilm-l6-fp32", {**row, "ratio": ratios})
+    assert "NOT" not in inference.table()
+    store.write("llama-12-fp32", {**row, "ratio": {**ratios, "unmerged / peft": 1.01, "merged / backbone": 0.9}})
+    worse = inference.table()
+    assert "peft's: does NOT hold, 1.01" in worse
+    assert "backbone: does NOT hold, within 10.0%" in worse
+
+
+def test_packed_trials_are_those_of_the_study_again(tmp_path: Path, elsewhere: Callable[[Store], Store]) -> None:
+    trials = import_module("benchmarks.studies.robustness.trials")
+    if not trials.STORE.packed.exists():
+        pytest.skip("a source distribution has no results")
+    table = import_module("benchmarks.studies.robustness.table").table
+    study = trials.study(tmp_path / "a")
+    assert [job for job in study._jobs() if job.key not in trials.STORE.results()] == []
+    shown, document = table(study), (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert [line for line in shown.partition("\n\n")[2].splitlines() if line not in document] == []
+    packed = trials.STORE.packed.read_bytes()
+    elsewhere(trials.STORE)
+    trials.pack(tmp_path / "a")  # from the journal, into an empty store
+    assert trials.STORE.packed.read_bytes() == packed
+    assert table(trials.study(tmp_path / "b")) == shown
+    assert len(trials.study(tmp_path / "b").trials) == len(study.trials)  # a second look adds nothing

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import processes
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -96,22 +98,25 @@ def test_the_wheel_carries_presets_and_types_and_works_on_its_own(tmp_path: Path
         f"gatedadapters-{PROJECT['version']}.dist-info",
     }
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    script = f"""
+    zipfile.ZipFile(wheel).extractall(site)  # of a wheel without scripts, all that installing does
+    script = site / "check.py"
+    script.write_text(f"""
 import gatedadapters
 assert gatedadapters.__file__.startswith({str(site)!r}), gatedadapters.__file__
 print([gatedadapters.SearchSpace.load(name).name for name in {PRESETS}])
-"""
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str(PRESETS)
+""")
+    assert processes.run(processes.script, script, log=tmp_path / "log").strip() == str(PRESETS)
+
+
+def test_the_source_distribution_leaves_results_out(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"pyproject.toml", "tests/test_repository.py", "benchmarks/__main__.py", "docs/results.md"} <= names
+    assert not [name for name in names if name.startswith(("benchmarks/results", "benchmarks/scratch"))]
 
 
 def test_continuous_integration_runs_the_commands_of_the_readme() -> None:

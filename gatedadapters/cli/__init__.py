@@ -1,4 +1,4 @@
-"""The command line: thin commands over the API."""
+"""The command line: one thin file a command, each a parser and one call of the Python API."""
 
 from gatedadapters.cli.main import main
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gatedadapters.config import ContinualConfig
+from gatedadapters import experiments
+from gatedadapters.cli.arguments import add_run_arguments
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: the configuration's name)")
-    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds earlier results")
+    """Add what the command takes."""
+    add_run_arguments(parser, overwrite="start anew where --out holds earlier results")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do it; a run that was stopped goes on where it was."""
-    from gatedadapters.experiments import continual as streaming  # training takes seconds to import
-
-    config = ContinualConfig.load(options.config)
-    folder = options.out or Path(options.config.stem)
-    streaming.report(folder, streaming.run(config, folder, overwrite=options.overwrite))
+    """Run it, or go on where it was stopped, and print the result."""
+    print(experiments.continual(options.config, options.out, overwrite=options.overwrite))

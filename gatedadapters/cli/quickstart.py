@@ -6,13 +6,13 @@ import argparse
 from itertools import count
 from pathlib import Path
 
-from gatedadapters.config import Budget, SearchConfig, TaskConfig, TrainingConfig
-
-TASKS = ("rotten_tomatoes", "subjectivity", "tweets", "medical_specialty")
+from gatedadapters import experiments
+from gatedadapters.config import QUICKSTART_TASKS as TASKS
+from gatedadapters.config import quickstart_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add what the command takes."""
     parser.add_argument("--out", type=Path, help="folder for the results (default: quickstart, or the next free name)")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results in --out")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help=f"bundled tasks ({' '.join(TASKS)})")
@@ -22,29 +22,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def configuration(options: argparse.Namespace) -> SearchConfig:
-    """The quick start as a configuration like any other."""
-    return SearchConfig(
-        model="bundled:minilm-l6",
-        tasks=tuple(
-            TaskConfig(bundled=name, max_train=options.examples, max_test=min(500, options.examples))
-            for name in options.tasks
-        ),
-        space="encoder-mixed",
-        budget=Budget(fraction=0.125),
-        training=TrainingConfig(steps=options.steps, max_length=64, seed=options.seed, device=options.device),
-        compare=("uniform", "random"),
-    )
-
-
 def run(options: argparse.Namespace) -> None:
-    """Do it."""
-    from gatedadapters.experiments import search as outcome  # training takes seconds to import
-
-    config = configuration(options)
-    folder = options.out or next(f for f in map(_name, count(1)) if not f.exists())
-    outcome.report(config, folder, outcome.run(config, folder, overwrite=options.overwrite))
-
-
-def _name(number: int) -> Path:
-    return Path("quickstart" if number == 1 else f"quickstart-{number}")
+    """Run it and print the result."""
+    config = quickstart_config(
+        **{name: getattr(options, name) for name in ("tasks", "steps", "examples", "seed", "device")}
+    )
+    names = (Path("quickstart" if number == 1 else f"quickstart-{number}") for number in count(1))
+    out = options.out or next(name for name in names if not name.exists())
+    print(experiments.search(config, out, overwrite=options.overwrite))

@@ -6,17 +6,18 @@ import argparse
 from pathlib import Path
 
 from gatedadapters.cli import study
+from gatedadapters.cli.arguments import add_study_arguments
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    study.common_arguments(parser)
+    """Add what the command takes."""
+    add_study_arguments(parser)
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write every trial as a TensorBoard run, too")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do it."""
+    """Write the report, and the runs for TensorBoard where they are asked for."""
     found = study.load(options, create=False)
     if options.tensorboard is not None:
         found.tensorboard(options.tensorboard)
-    study.report(found, options)
+    study.write_report(found, options)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gatedadapters.config import TransferConfig
+from gatedadapters import experiments
+from gatedadapters.cli.arguments import add_run_arguments
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: the configuration's name)")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in --out")
+    """Add what the command takes."""
+    add_run_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do it."""
-    from gatedadapters.experiments import transfer as transferring  # training takes seconds to import
-
-    config = TransferConfig.load(options.config)
-    folder = options.out or Path(options.config.stem)
-    transferring.report(folder, transferring.run(config, folder, overwrite=options.overwrite))
+    """Run it and print the result."""
+    print(experiments.transfer(options.config, options.out, overwrite=options.overwrite))

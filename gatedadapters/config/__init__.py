@@ -1,5 +1,6 @@
 """Configuration as frozen, validated, versioned data."""
 
+from gatedadapters.config.compress import CompressConfig, CompressTrainingConfig
 from gatedadapters.config.continual import (
     ContinualConfig,
     CoreConfig,
@@ -9,6 +10,7 @@ from gatedadapters.config.continual import (
 )
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
+from gatedadapters.config.quickstart import QUICKSTART_TASKS, quickstart_config
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
@@ -18,7 +20,10 @@ from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 
 __all__ = [
     "L0",
+    "QUICKSTART_TASKS",
     "Budget",
+    "CompressConfig",
+    "CompressTrainingConfig",
     "ContinualConfig",
     "CoreConfig",
     "CorpusConfig",
@@ -43,4 +48,5 @@ __all__ = [
     "TuningConfig",
     "WeakeningConfig",
     "Where",
+    "quickstart_config",
 ]

@@ -107,6 +107,26 @@ class FileConfig(Config):
         data: dict[str, Any] = _renamed(self.model_dump(mode="json", **options), names)
         return data
 
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """Text that `load` reads back, without what is left at its default.
+
+        Args:
+            folder: where the text is written: relative paths are named as they count from there. None names whole
+                paths, which are valid everywhere on this machine.
+        """
+        return yaml.safe_dump(self._yaml_data(folder), sort_keys=False)
+
+    def _yaml_data(self, folder: Path | None) -> dict[str, Any]:
+        if folder is None:
+            return self.model_dump(mode="json", exclude_defaults=True)
+        return self.as_written(folder, exclude_defaults=True)
+
+    def read_like(self, other: FileConfig) -> Self:
+        """The same as if it had been read from the file of `other`, whose paths it holds."""
+        copy = self.model_copy()
+        copy._folder, copy._written = other._folder, dict(other._written)
+        return copy
+
 
 def _counted_from(folder: Path, path: str) -> str:
     """As the system finds it, which follows links before it goes up."""

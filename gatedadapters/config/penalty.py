@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,20 @@ class Budget(Config):
         if sum(value is not None for value in (self.params, self.fraction, self.flops)) != 1:
             raise ValueError("give exactly one of params, fraction, flops")
         return self
+
+    @classmethod
+    def from_number(cls, text: str, *, where: str) -> Self:
+        """A budget from one number: `0.25` is a share of the candidates, `40000` a number of parameters.
+
+        Raises:
+            ConfigError: `text`, given at `where`, is no such number.
+        """
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        given = {"fraction": value} if value <= 1 else {"params": value}
+        return cls.parse(given, where=f"{where} {text}")
 
     @property
     def unit(self) -> Unit:

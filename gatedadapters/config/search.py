@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from gatedadapters.config.base import Config, FileConfig, found_in
@@ -140,17 +139,11 @@ class SearchConfig(FileConfig):
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
 
-    def to_yaml(self, folder: FilePath | None = None) -> str:
-        """Text that `load` reads back, without what is left at its default.
-
-        Args:
-            folder: what is written where: relative paths are named as they count from there; default: whole paths.
-        """
-        whole = self.model_dump(mode="json", exclude_defaults=True)
-        data = whole if folder is None else self.as_written(folder, exclude_defaults=True)
-        if isinstance(self.space, SearchSpace):  # what kind a path has is a default of its class
+    def _yaml_data(self, folder: FilePath | None) -> dict[str, Any]:
+        data = super()._yaml_data(folder)
+        if isinstance(self.space, SearchSpace):  # a path's kind is a default of its class, but says what it is
             data["space"] = self.space.model_dump(mode="json", exclude_none=True)
-        return yaml.safe_dump(data, sort_keys=False)
+        return data
 
     def from_folder(self, folder: FilePath) -> Self:
         """The same with relative paths counted from `folder`."""

@@ -1,4 +1,4 @@
-"""A study as data: one search, the factors that are varied, the sides that are compared."""
+"""A study as data: a search, the factors to vary, and the sides to compare."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gatedadapters.config.space import presets_folder
 from gatedadapters.errors import ConfigError
 
 Value = bool | int | float | str
-Side = Literal["gated", "uniform", "full"]
+StudySide = Literal["gated", "uniform", "full"]
 Objective = Literal["score", "params", "gap"]
 PENALTY, PERTURBATION = "penalty.", "perturbation."
-_FREE = {"seeds", "trials", "retries", "description", "version"}  # may change between runs of one study
+_FREE = {"seeds", "trials", "retries", "description", "version"}  # fields that may change between runs of one study
 _OTHER = {"sensitivity": "optimise", "optimise": "sensitivity"}
 
 
 class Factor(Config):
-    """What a field of the search may be: `values`, or `points` between `low` and `high`.
+    """The values of one field of the search: a list, or a range.
 
     Attributes:
-        values: each of them, in order.
-        low, high: both ends are taken.
-        log: spaced evenly on a logarithmic scale.
-        points: how many a sensitivity study takes; an optimisation takes any in between.
-        integer: whole numbers only.
-        sides: where it is varied; default: on every side, a penalty on the gated one alone.
+        values: the list, in the order of the study.
+        low, high: ends of the range; both belong to it.
+        log: whether the range is logarithmic.
+        points: number of values that a sensitivity study takes from the range. An optimisation may take any value.
+        integer: whether the range has whole numbers only.
+        sides: sides on which the field is varied. Default: all sides, or the gated side alone for a penalty.
     """
 
     values: tuple[Value, ...] | None = None
@@ -43,7 +43,7 @@ class Factor(Config):
     log: bool = False
     points: int = Field(5, ge=2)
     integer: bool = False
-    sides: tuple[Side, ...] | None = Field(None, min_length=1)
+    sides: tuple[StudySide, ...] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _range(self) -> Factor:
@@ -60,7 +60,7 @@ class Factor(Config):
         return self
 
     def grid(self) -> tuple[Value, ...]:
-        """The values that a sensitivity study takes."""
+        """The values that a sensitivity study tries."""
         if self.values is not None:
             return self.values
         assert self.low is not None
@@ -74,29 +74,31 @@ class Factor(Config):
         return tuple(dict.fromkeys(round(value) for value in found)) if self.integer else tuple(found)
 
     def ends(self) -> tuple[Value, ...]:
-        """Values that stand for all: where they are allowed, those between them are."""
+        """Values to validate: all that are listed, or the ends of the range, which decide for those in between."""
         return self.values if self.values is not None else (self.grid()[0], self.grid()[-1])
 
 
 class StudyConfig(Config):
-    """What `gatedadapters study` does: retrain, prune and test a search under changes of its fields.
+    """The configuration of `gatedadapters study`, which trains, prunes and tests a search with changed fields.
 
     Attributes:
-        search: what is changed: a search in place, or the path of a search YAML (see `load`).
-        factors: by dotted path into the search: `penalty.weight` (the sparsity weight), `noise.ratio`, `noise.kind`,
-            `perturbation.ratio`, `training.learning_rate`, `tasks.0.max_train`, ...
-        mode: `sensitivity` takes every value of each factor with every seed and scores test data; `optimise` lets a
-            sampler choose values, to the best score on validation data.
-        design: of a sensitivity study: one factor at a time from the search as it is, or all combinations (`grid`).
-        sides: what is compared, each with its own changes of the search: the `gated` structure, `uniform` LoRA of the
-            budget's size, `full` fine-tuning.
-        seeds: of data splits, heads, gates and batches; one training each.
-        retries: how often a trial that failed is run again.
-        trials: how many an optimisation runs.
-        objectives: of an optimisation: one (TPE) or several (NSGA-II) of the mean `score`, the kept `params`, and the
-            `gap` between scores on clean and on perturbed data.
-        constraints: at most so many `params`, so large a `gap`; at least such a `score`.
-        prune: stop trials of little promise early; with one objective.
+        name: of the study, in the storage and in the report.
+        description: a paragraph for the report.
+        mode: `sensitivity` tries every value of each factor with every seed and scores test data. `optimise` lets a
+            sampler choose values that give the best score on validation data.
+        search: the search to change. A file may hold it in place, or the path of a search file (see `load`).
+        factors: the fields to vary, by dotted path into the search: `penalty.weight` (the sparsity weight),
+            `noise.ratio`, `noise.kind`, `perturbation.ratio`, `training.learning_rate`, `tasks.0.max_train`, ...
+        design: of a sensitivity study. `one_factor` changes one factor at a time; `grid` tries all combinations.
+        sides: the sides to compare, each with changes of the search for it alone: the `gated` structure, `uniform`
+            LoRA of the budget's size, `full` fine-tuning.
+        seeds: of data splits, heads, gates and batches. Each seed is a training of its own.
+        retries: how often a failed trial is run again.
+        trials: number of trials of an optimisation.
+        objectives: of an optimisation: the mean `score`, the `params` kept, the `gap` between scores on clean and on
+            perturbed data. The sampler is TPE for one objective and NSGA-II for several.
+        constraints: upper limits of `params` and `gap`, lower limit of `score`.
+        prune: whether an optimisation with one objective stops unpromising trials early.
     """
 
     version: Literal[1] = 1
@@ -106,7 +108,7 @@ class StudyConfig(Config):
     search: SearchConfig
     factors: dict[str, Factor] = Field(min_length=1)
     design: Literal["one_factor", "grid"] = "one_factor"
-    sides: dict[Side, dict[str, Value]] = Field({"gated": {}}, min_length=1)
+    sides: dict[StudySide, dict[str, Value]] = Field({"gated": {}}, min_length=1)
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     retries: int = Field(2, ge=0)
     trials: int = Field(50, gt=0)
@@ -163,22 +165,22 @@ class StudyConfig(Config):
 
     @property
     def perturbed(self) -> Any:
-        """The perturbation that every trial is tested under beside clean data, or None."""
+        """The perturbation under which every trial is tested, beside clean data; None without one."""
         found = self.search.perturbation
         return found if found is not None and found.ratio > 0 else None
 
-    def sides_of(self, path: str) -> tuple[Side, ...]:
-        """On which sides a factor is varied."""
+    def sides_of(self, path: str) -> tuple[StudySide, ...]:
+        """The sides on which a factor is varied."""
         own = self.factors[path].sides
         if own is None:
             own = ("gated",) if path.startswith(PENALTY) else tuple(self.sides)
         return tuple(side for side in self.sides if side in own)
 
-    def search_of(self, side: Side, changes: Mapping[str, Value]) -> SearchConfig:
-        """The search of one side under changes by dotted path.
+    def search_of(self, side: StudySide, changes: Mapping[str, Value]) -> SearchConfig:
+        """The search of one side, with changes by dotted path.
 
         Raises:
-            ConfigError: a change is not valid.
+            ConfigError: a changed value is not valid.
         """
         return changed(self.search, {**self.sides[side], **changes})
 
@@ -186,16 +188,15 @@ class StudyConfig(Config):
     def load(
         cls, preset_or_file: str | FilePath, *, search: SearchConfig | None = None, name: str | None = None
     ) -> Self:
-        """Read a preset by name or a YAML file; relative paths in it count from its folder.
+        """Read a preset or a YAML file; relative paths in the file count from its folder.
 
         Args:
-            preset_or_file: `"sensitivity"`, or a path that ends in .yaml.
-            search: what is studied, in place of what the file says; noise and perturbation that it lacks stay those of
-                the file.
-            name: of the study, in place of what the file says.
+            preset_or_file: `"sensitivity"`, `"optimise"`, or a path that ends in .yaml.
+            search: replaces the search in the file. Where it has no noise or perturbation, those of the file are kept.
+            name: replaces the name in the file.
 
         Raises:
-            ConfigError: unknown preset, unreadable file, unknown factor, invalid value.
+            ConfigError: an unknown preset, an unreadable file, an unknown factor or an invalid value.
         """
         path = FilePath(preset_or_file)
         if path.suffix not in {".yaml", ".yml"}:
@@ -224,30 +225,35 @@ class StudyConfig(Config):
         return cls.parse(data, where=str(path))
 
     def as_written(self) -> dict[str, Any]:
-        """Plain data with paths of the search as its file names them: the same on every machine."""
+        """Plain data, with the paths of the search as its file writes them: equal on every machine."""
         return {**self.model_dump(mode="json"), "search": self.search.as_written()}
 
     def to_yaml(self, folder: FilePath | None = None) -> str:
-        """Text that `load` reads back, with relative paths as they count from `folder` (default: whole paths)."""
+        """YAML that `load` reads back, with paths relative to `folder` (default: absolute paths)."""
         data = self.model_dump(mode="json", exclude_defaults=True, exclude={"search"})
         return yaml.safe_dump({**data, "search": yaml.safe_load(self.search.to_yaml(folder))}, sort_keys=False)
 
 
 def differing(earlier: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """The fields in which plain data of two studies make them two; seeds and the number of trials may grow."""
+    """Names of the fields that make two configurations different studies. Seeds and the number of trials may grow.
+
+    Args:
+        earlier: plain data of a configuration.
+        mine: plain data of the other one.
+    """
     return sorted(n for n in earlier.keys() | mine.keys() if n not in _FREE and earlier.get(n) != mine.get(n))
 
 
 def study_presets() -> tuple[str, ...]:
-    """Names of the shipped study spaces."""
+    """Names of the shipped study presets."""
     return tuple(sorted(path.stem for path in (presets_folder() / "studies").glob("*.yaml")))
 
 
 def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
-    """A search with fields changed by dotted path. A penalty takes the budget's place, and the reverse.
+    """A copy of a search with fields changed by dotted path. A penalty replaces a budget, and a budget a penalty.
 
     Raises:
-        ConfigError: no such field, or no such value.
+        ConfigError: an unknown field or an invalid value.
     """
     data = search.as_written(exclude_unset=True)
     if not isinstance(search.space, str):
@@ -284,7 +290,7 @@ def changed(search: SearchConfig, changes: Mapping[str, Value]) -> SearchConfig:
 
 
 def value_of(search: SearchConfig, path: str) -> Value | None:
-    """What stands at a dotted path; None where nothing does."""
+    """The value at a dotted path; None if the search has none there."""
     at: Any = search.as_written()
     if path.startswith("budget.") and search.limit is None:
         return None
@@ -300,7 +306,7 @@ def value_of(search: SearchConfig, path: str) -> Value | None:
 
 
 def field_paths(config: type[Config] = SearchConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted paths of every field that a factor may name; `N` stands for a number."""
+    """The dotted paths of all fields that a factor may name; `N` stands for a position in a list."""
     for name, field in config.model_fields.items():
         nested = [kind for kind in _classes(field.annotation) if issubclass(kind, Config)]
         many = "tuple" in str(field.annotation) and bool(nested)
@@ -312,6 +318,7 @@ def field_paths(config: type[Config] = SearchConfig, prefix: str = "") -> Iterat
 
 
 def _classes(annotation: Any) -> set[type]:
+    """The classes in a type annotation, without None."""
     arguments = typing.get_args(annotation)
     found = {annotation} if isinstance(annotation, type) and not arguments else set()
     return found.union(*(_classes(argument) for argument in arguments)) - {type(None)}

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.continual.tasks import Collate
 from gatedadapters.errors import TrainingError
-from gatedadapters.training import GatedTrainer
+from gatedadapters.training import FollowOptimizer, GatedTrainer
 from gatedadapters.training.checked import check_launch
 from gatedadapters.training.trainer import split_groups
 
@@ -90,6 +90,10 @@ class _Staged(Trainer):
 
 class StageTrainer(_Staged):
     """Trains whatever requires gradients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(FollowOptimizer())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Only what is trained; everything else is known from the stages before."""

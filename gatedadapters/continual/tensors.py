@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gatedadapters.backbone import discover
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import LayoutError
-from gatedadapters.masking.roles import roles_of
+from gatedadapters.masking.roles import parameter_roles
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def tensors_of(
 
     A model without a stack of blocks has tensors outside of blocks only.
     """
-    roles = roles_of(model, sample)
+    roles = parameter_roles(model, sample)
     try:
         blocks = [(block.name, block.index) for block in discover(model, sample).blocks]
     except LayoutError:

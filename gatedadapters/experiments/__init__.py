@@ -1,1 +1,65 @@
-"""From a search configuration to trained and tested models: what the command line and studies run."""
+"""Whole runs, each from one configuration to one folder: what the command line does, for Python.
+
+Every run takes a configuration (or the YAML file of one), the folder of its results and `overwrite`, writes into that
+folder, and returns a small frozen result. As text, a result is what its command prints::
+
+    from gatedadapters import experiments
+
+    result = experiments.search("search.yaml", out="runs/first")
+    print(result.table())
+
+`plan` and `show` only look, so they take what they look at, and write no folder.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatedadapters.experiments.arms import Arm
+    from gatedadapters.experiments.run_compress import CompressResult, compress
+    from gatedadapters.experiments.run_continual import ContinualResult, continual
+    from gatedadapters.experiments.run_plan import BudgetPlan, PlacePlan, Plan, plan
+    from gatedadapters.experiments.run_search import SearchResult, search
+    from gatedadapters.experiments.run_select import SelectResult, select
+    from gatedadapters.experiments.run_transfer import TransferResult, transfer
+    from gatedadapters.experiments.saved import show
+
+__all__ = [
+    "Arm",
+    "BudgetPlan",
+    "CompressResult",
+    "ContinualResult",
+    "PlacePlan",
+    "Plan",
+    "SearchResult",
+    "SelectResult",
+    "TransferResult",
+    "compress",
+    "continual",
+    "plan",
+    "search",
+    "select",
+    "show",
+    "transfer",
+]
+
+# A training run imports transformers' Trainer, TensorBoard and matplotlib; `show` and `plan` need none of them.
+_FILES = {
+    "arms": ("Arm",),
+    "run_compress": ("CompressResult", "compress"),
+    "run_continual": ("ContinualResult", "continual"),
+    "run_plan": ("BudgetPlan", "PlacePlan", "Plan", "plan"),
+    "run_search": ("SearchResult", "search"),
+    "run_select": ("SelectResult", "select"),
+    "run_transfer": ("TransferResult", "transfer"),
+    "saved": ("show",),
+}
+_ON_USE = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Where a model is, and what kind."""
+"""Finding a pretrained model, its tokenizer and its kind, with errors that say what is wrong with the folder."""
 
 from __future__ import annotations
 
@@ -6,38 +6,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from gatedadapters.config.search import BUNDLED
 from gatedadapters.data.bundled import model_folder
 from gatedadapters.errors import ConfigError
 
 
-def located(name: str) -> str:
-    """What `from_pretrained` takes for a folder, a file, a hub id, or `bundled:NAME`.
+def locate_model(name: str) -> str:
+    """What `from_pretrained` takes for a model that is named by a folder, a file, a hub id, or `bundled:NAME`.
 
     Raises:
-        DataError: the package that carries a bundled model is not installed.
+        DataError: there is no such bundled model, or the package that carries it is not installed.
     """
     path = model_folder(name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else Path(name)
     return str(path) if path.exists() else name
 
 
 def is_causal(shape: object) -> bool:
-    """Whether a model's config is that of a causal language model."""
+    """Whether a transformers configuration is that of a causal language model."""
     names = getattr(shape, "architectures", None) or ()
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 @contextmanager
-def reading(
+def reading_model(
     name: str, expected: str = "a folder that from_pretrained reads, or the id of a model on the hub"
 ) -> Iterator[None]:
-    """Within this context transformers reads what `name` names.
+    """A context in which transformers reads the model `name`; what it raises becomes one of our errors.
+
+    Args:
+        name: as the configuration gives it.
+        expected: what it should have been, for the error.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the model cannot be read.
     """
     try:
         yield
@@ -59,18 +71,22 @@ def reading(
         ) from error
 
 
-def shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Config and tokenizer of a model that shall read texts of `max_length` tokens.
+def load_shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The transformers configuration and the tokenizer of a model, without its weights.
+
+    Args:
+        name: a folder, a hub id, or `bundled:NAME`.
+        max_length: tokens of the longest text that the model is to read.
 
     Raises:
         ConfigError: they cannot be read, the tokenizer knows no words, or the model does not read so many tokens.
-        DataError: the package that carries a bundled model is not installed.
+        DataError: there is no such bundled model, or the package that carries it is not installed.
     """
-    folder = located(name)
-    with reading(name):
+    folder = locate_model(name)
+    with reading_model(name):
         shape: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    # without its files transformers makes a tokenizer of special tokens alone (and of "▁", which stands for a space)
+    # In a folder without a tokenizer's files, transformers makes one of special tokens alone, and of "▁", a space.
     if not {token for token in tokenizer.get_vocab() if token.strip("▁")} - set(tokenizer.all_special_tokens):
         raise ConfigError(
             "the model has no tokenizer: every word would be unknown",
@@ -83,6 +99,17 @@ def shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, P
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return shape, tokenizer
+
+
+def load_causal_model(name: str) -> nn.Module:
+    """A causal language model with its weights in fp32.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with reading_model(name):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(locate_model(name), dtype=torch.float32)
+    return model
 
 
 def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
-from weakref import WeakSet
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
 from gatedadapters.config import GateConfig
 from gatedadapters.gates import hard_concrete
+from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 
 LEVELS = ("block", "point", "path", "rank")
 
@@ -47,7 +47,7 @@ def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-class GateBank(nn.Module):
+class GateBank(nn.Module, StepListener):
     """Every log alpha of a model as one fp32 parameter `log_alpha` of shape (tasks, gates).
 
     A *unit* is the smallest thing that can be kept or dropped: one rank of a path where ranks are gated, else the whole
@@ -59,6 +59,7 @@ class GateBank(nn.Module):
     per step outside the graph, with the exact derivative attached.
     """
 
+    turn: ClassVar[Turn] = Turn.GATES
     # constants, per unit: ancestors among the gates, owner among the groups, its first unit and number of units, cost
     ancestry: Tensor
     owner: Tensor
@@ -123,7 +124,7 @@ class GateBank(nn.Module):
         self._moved = True
         self._values_of: tuple[Any, ...] | None = None
         self._is_fixed = False
-        _BANKS.add(self)
+        CLOCK.add(self)
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
@@ -136,7 +137,7 @@ class GateBank(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self._values_of = None
-        _BANKS.add(self)
+        CLOCK.add(self)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -156,6 +157,14 @@ class GateBank(nn.Module):
 
     def next_step(self) -> None:
         """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
+        CLOCK.stepped([self.log_alpha])
+
+    def watched(self) -> Sequence[Tensor]:
+        """The gates; see `StepListener`."""
+        return [self.log_alpha]
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """End the step. Version counters could not tell that it ended: fused optimisers do not advance them."""
         if not self.frozen:
             self._collect_evidence()
         self._moved = True
@@ -167,13 +176,18 @@ class GateBank(nn.Module):
 
         Noise is a function of (seed, step) alone: all ranks draw the same, and a resumed run draws what it would have.
         """
-        self.log_alpha.clamp_(*self.config.bounds)
+        self.keep_in_range()
         self.step += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + int(self.step)) % 2**63)
         noise = hard_concrete.logistic_noise(tuple(self.log_alpha.shape), self.config, generator)
         self.noise = noise.to(self.log_alpha.device)
         self._moved = False
         self._values_of = None
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Clamp log alpha to its bounds: an optimiser may have stepped beyond them."""
+        self.log_alpha.clamp_(*self.config.bounds)
 
     @torch.no_grad()
     def _collect_evidence(self, decay: float = 0.95) -> None:
@@ -320,19 +334,6 @@ class GateBank(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._settle()
         self._moved = True
-
-
-_BANKS: WeakSet[GateBank] = WeakSet()
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the banks whose gates were stepped. Version counters cannot: fused optimisers do not advance them."""
-    for bank in list(_BANKS):
-        if any(p is bank.log_alpha for group in optimizer.param_groups for p in group["params"]):
-            bank.next_step()
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 class _Take(torch.autograd.Function):

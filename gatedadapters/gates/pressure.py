@@ -60,7 +60,9 @@ class Pressure(nn.Module):
         return self
 
     def progress(self, bank: GateBank) -> float:
-        """Share of training done, in [0, 1]; 1 where the length of training is unknown."""
+        """Share of training, in [0, 1], that was done when the last step began; 1 where the length of training is
+        unknown.
+        """
         if not self.total_steps:
             return 1.0
         return min(1.0, max(0, int(bank.step - self.start) - 1) / self.total_steps)
@@ -141,10 +143,20 @@ class Pressure(nn.Module):
     def _presses(self, bank: GateBank) -> bool:
         return not bank.frozen and self.schedule.pressure(self.progress(bank)) > 0
 
+    @property
+    def prune_step(self) -> int | None:
+        """The step, counted from 1, at whose end the Structure is fixed; None where it never is."""
+        if self.schedule.prune is None or not self.total_steps:
+            return None
+        return max(1, math.ceil(self.schedule.prune * self.total_steps - 1e-9))  # the product may lie just above
+
     def prune_is_due(self, bank: GateBank) -> bool:
-        """Whether the schedule says to fix the Structure now."""
-        at = self.schedule.prune
-        return bool(at is not None and self.total_steps and not bank.frozen and self.progress(bank) >= at)
+        """Between two steps: whether the schedule says to fix the Structure now."""
+        at = self.prune_step
+        if at is None or bank.frozen:
+            return False
+        done = int(bank.step - self.start) - (not bank.step_is_new())  # the last draw may be of a step under way
+        return done >= at
 
 
 def _ramps(bank: GateBank, budget: Budget) -> tuple[tuple[float, float], tuple[float, float] | None]:

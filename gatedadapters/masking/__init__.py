@@ -1,4 +1,4 @@
-"""Importance of every element, masks of what is free, and the trainable values of those alone."""
+"""Importance scores of elements, masks of the elements that may be tuned, and their trainable values."""
 
 from gatedadapters.masking.delta import SparseDelta, apply_mask, get_delta, load_delta
 from gatedadapters.masking.elastic import ElasticPenalty

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
-from weakref import WeakSet
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim import Optimizer
 
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
@@ -20,6 +19,7 @@ from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
 from gatedadapters.masking.tuned import Tuned
+from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
 from gatedadapters.supernet.attach import find_heads
 from gatedadapters.supernet.hooks import hook_embedding
@@ -29,7 +29,7 @@ VALUES = "values.safetensors"
 FILES = MASK_FILES | {VALUES}
 
 
-class SparseDelta(nn.Module):
+class SparseDelta(nn.Module, StepListener):
     """What `apply_mask` puts into a model, registered there as `sparse_delta`: its parameters are the only trainable
     values of the backbone.
 
@@ -42,6 +42,8 @@ class SparseDelta(nn.Module):
         roles, origin: of the mask.
         head_values: what task heads had learned when it last left a model; empty while it is in one.
     """
+
+    turn: ClassVar[Turn] = Turn.DELTA
 
     def __init__(
         self, tuned: Mapping[str, Tuned], *, identity: Fingerprint, roles: Mapping[str, str], origin: Mapping[str, Any]
@@ -57,11 +59,11 @@ class SparseDelta(nn.Module):
         self._as_written: frozenset[str] = frozenset()  # while a state dict is loaded: weights that it did not hold
         nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
-        _DELTAS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        _DELTAS.add(self)
+        if self.applied:
+            CLOCK.add(self)
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -208,6 +210,20 @@ class SparseDelta(nn.Module):
 
     # -- while it is in a model ----------------------------------------------------------------------------------------
 
+    def watched(self) -> Iterator[nn.Parameter]:
+        """The values; see `StepListener`."""
+        return self.parameters()
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """See that nobody else wrote into the weights."""
+        self.check()
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """Write the values into the weights. Version counters cannot tell whether they moved: fused optimisers do not
+        advance them.
+        """
+        self.write()
+
     def write(self) -> None:
         """Put the values into the weights. Needed only after changing them by hand, or with an optimiser that is no
         `torch.optim.Optimizer`.
@@ -280,6 +296,7 @@ class SparseDelta(nn.Module):
                 for name in self.head_values.keys() & set(head_names):
                     model.get_parameter(name).copy_(self.head_values[name])
             self.head_values = {}
+            CLOCK.add(self)
         except BaseException:
             self._required_grad = required
             if not self._model:
@@ -295,6 +312,7 @@ class SparseDelta(nn.Module):
             for module, attribute in part.places:
                 module.__dict__.pop(attribute, None)
             part.places, part._written = [], None
+        CLOCK.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -463,26 +481,3 @@ def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
     if foreign:
         raise _changed(foreign, "a state dict of another backbone was loaded")
     delta.write()
-
-
-_DELTAS: WeakSet[SparseDelta] = WeakSet()
-
-
-def _stepped(optimizer: torch.optim.Optimizer) -> list[SparseDelta]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [d for d in list(_DELTAS) if d.applied and any(id(p) in held for p in d.parameters())]
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for delta in _stepped(optimizer):
-        delta.check()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Whatever the version counters say: fused optimisers do not advance them."""
-    for delta in _stepped(optimizer):
-        delta.write()
-
-
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)

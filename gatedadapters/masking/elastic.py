@@ -1,4 +1,4 @@
-"""Elastic weight consolidation, the alternative that pulls instead of freezing."""
+"""Elastic weight consolidation: a penalty that pulls important elements back, instead of freezing them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gatedadapters.masking.scores import Scores
 
 
 class ElasticPenalty:
-    """`½ weight Σ F (θ - θ*)²`: a pull of every scored element towards where it is now, as strong as it is important.
+    """`½ weight Σ F (θ - θ*)²`: pulls every element θ towards its present value θ*, in proportion to its score F.
 
-    Holds a copy of the weights; the scores are used as they are. Add it to the loss of full fine-tuning. Both follow
-    the model to the device where it is when the penalty is asked for: a Trainer moves it after this is built.
+    Add the penalty to the loss of full fine-tuning. It holds a copy of the scored weights. At each call, the copy and
+    the scores move to the device of the model, because a Trainer moves the model after the penalty was made.
 
     Args:
-        model: with the weights to be pulled to, and trained later.
-        importance: `score(model, general_batches, kind="fisher")`.
-        weight: λ.
+        model: the model to train. Its present weights are θ*.
+        importance: F, from `score(model, general_batches, kind="fisher")`.
+        weight: λ, above 0.
 
     Raises:
-        MaskError: scores of another backbone, or a weight that is no number above 0.
+        MaskError: the scores belong to another backbone, or the weight is not above 0.
 
     References:
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", arXiv 1612.00796, equation 3.

@@ -1,4 +1,4 @@
-"""Which elements of a tensor are selected, in as few bytes as a simple code takes."""
+"""Compact codes for the positions of the selected elements of a tensor."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _WIDTHS: Mapping[str, type[np.unsignedinteger]] = {"gaps8": np.uint8, "gaps16": 
 
 
 def encode(indices: Tensor, size: int) -> tuple[Coding, Tensor]:
-    """The shortest of three codes for sorted distinct positions below `size`.
+    """Encode positions with the shortest of three codes.
 
-    `gaps8` and `gaps16` store how many elements lie between one selected element and the next, as one number of 8 or 16
-    bits; its largest value means "that many, and go on". At density 2 % `gaps8` takes 1.01 bytes an index (the entropy
-    is 0.88). `bits` stores a bit for every element and is shorter from about 12 % on.
+    `gaps8` and `gaps16` store the number of elements between one selected element and the next, as numbers of 8 or 16
+    bits. The largest number means that the gap continues in the next one. At a density of 2 %, `gaps8` takes 1.01 bytes
+    a position (the entropy is 0.88). `bits` stores one bit for every element. It is the shortest from about 12 % on.
 
     Args:
-        indices: (selected,) int64.
+        indices: sorted distinct positions below `size`, (selected,) int64.
         size: number of elements of the tensor.
 
     Returns:
-        The code, and the bytes, uint8 (bytes,).
+        The name of the code, and the bytes, uint8 (bytes,).
     """
     positions = indices.cpu().numpy()
     gaps = np.diff(positions, prepend=-1) - 1
@@ -48,10 +48,10 @@ def encode(indices: Tensor, size: int) -> tuple[Coding, Tensor]:
 
 
 def decode(coding: str, data: Tensor, size: int, *, where: str = "mask") -> Tensor:
-    """Inverse of `encode`: (selected,) int64, sorted and distinct by construction.
+    """Decode what `encode` wrote: (selected,) int64, sorted and distinct.
 
     Raises:
-        ArtifactError: an unknown code, or one that leaves the tensor.
+        ArtifactError: an unknown code, or positions outside the tensor.
     """
     raw = data.cpu().numpy()
     if coding == "bits" and len(raw) == -(-size // 8):

@@ -1,4 +1,4 @@
-"""Tuning the last blocks alone, the oldest way to spare a backbone: what masks are compared with."""
+"""Tuning only the last blocks, a simple baseline for masks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gatedadapters.supernet.attach import find_heads
 def train_last_blocks(
     model: nn.Module, count: int, *, heads: Sequence[str] | None = None, sample: Mapping[str, Tensor] | None = None
 ) -> list[str]:
-    """Let only the last `count` blocks of every stack be trained, and the task heads; freeze everything else.
+    """Make only the last `count` blocks of every stack and the task heads trainable, and freeze everything else.
 
     Args:
         model: any model with a layout. Only `requires_grad` of its parameters changes.
-        count: blocks, from the output on. A block that several layers share counts once and is trained as a whole.
+        count: number of blocks, counted from the output. A block that several layers share counts once.
         heads: see `attach`.
         sample: see `discover`.
 
     Returns:
-        Names of the parameters that are trained.
+        Names of the trainable parameters.
 
     Raises:
         LayoutError: the model has no stack of blocks.
-        MaskError: fewer than one block, or more than a stack has. Nothing is changed then.
+        MaskError: `count` is below 1 or above the number of blocks of a stack. Nothing is changed then.
     """
     stacks: dict[str, list[str]] = {}
     for block in discover(model, sample).blocks:

@@ -1,4 +1,4 @@
-"""Which elements of a backbone are free: set algebra, reports, files."""
+"""Masks: the elements of a backbone that may be tuned, with set algebra, reports and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADER = ("role", "tensors", "elements", "free", "density", "share of free")
 
 
 class TensorRecord(Config):
-    """The selected elements of one tensor as data; their positions lie in the file beside."""
+    """The selected elements of one tensor as data. Their positions lie in the file beside the record."""
 
     shape: tuple[int, ...]
     count: int
@@ -48,14 +48,15 @@ class MaskRecord(Config):
 
 
 class Mask:
-    """A set of elements of a backbone's parameters: those that are free to be tuned.
+    """A set of elements of a backbone's parameters: those that are free, that is, may be tuned.
 
-    Immutable. `a | b`, `a & b`, `a - b` and `~a` are union, intersection, difference and complement, over the tensors
-    that either covers. Positions are held as they are stored, about one byte each at 2 % density.
+    Masks are immutable. `a | b`, `a & b`, `a - b` and `~a` are union, intersection, difference and complement, over all
+    tensors that either mask covers. Memory holds positions in the coding of the file: about one byte each at a density
+    of 2 %.
 
     Attributes:
-        identity: of the backbone.
-        origin: how it was selected, as plain data.
+        identity: fingerprint of the backbone.
+        origin: how the mask was selected, as plain data.
     """
 
     def __init__(self, record: MaskRecord, codes: Mapping[str, Tensor]) -> None:
@@ -74,7 +75,15 @@ class Mask:
         roles: Mapping[str, str] | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> Self:
-        """From sorted flat positions, int64 (selected,), by parameter name; `shapes` may name tensors without any."""
+        """Make a mask from positions.
+
+        Args:
+            indices: by parameter name, sorted flat positions, int64 (selected,).
+            shapes: by parameter name, for all tensors that the mask covers. A tensor without positions is frozen.
+            identity: fingerprint of the backbone.
+            roles: by parameter name.
+            origin: how the positions were selected, as plain data.
+        """
         records, codes = {}, {}
         for name, shape in shapes.items():
             found = indices.get(name, torch.empty(0, dtype=torch.int64))
@@ -90,15 +99,15 @@ class Mask:
 
     @classmethod
     def build(cls, model: nn.Module, chosen: Mapping[str, Tensor], *, heads: frozenset[str] = frozenset()) -> Self:
-        """From your own choice: bool tensors of the parameters' shapes, or flat positions, by parameter name.
+        """Make a mask from your own choice of elements.
 
         Args:
             model: the backbone, without a delta in it.
-            chosen: what is free.
+            chosen: by parameter name, the free elements: a bool tensor of the parameter's shape, or flat positions.
             heads: parameters that are trained in full beside the mask and do not identify the backbone.
 
         Raises:
-            MaskError: unknown names, other shapes, positions outside a tensor or repeated.
+            MaskError: an unknown name, another shape, or positions that repeat or lie outside a tensor.
         """
         parameters = dict(model.named_parameters())
         indices, shapes = {}, {}
@@ -115,7 +124,7 @@ class Mask:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parameters it covers, also those of which it selects nothing."""
+        """The parameters that the mask covers, including those without a selected element."""
         return tuple(self._record.tensors)
 
     @property
@@ -128,27 +137,27 @@ class Mask:
         return self._tensor(name).shape
 
     def count(self, name: str | None = None) -> int:
-        """How many elements are selected, of one parameter or of all."""
+        """Number of selected elements, in one parameter or in all."""
         return self._tensor(name).count if name is not None else sum(t.count for t in self._record.tensors.values())
 
     @property
     def size(self) -> int:
-        """How many elements it could select."""
+        """Number of elements in all parameters that the mask covers."""
         return sum(torch.Size(t.shape).numel() for t in self._record.tensors.values())
 
     @property
     def density(self) -> float:
-        """Share of the elements selected."""
+        """Share of the elements that are selected."""
         return self.count() / max(1, self.size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the positions take, in memory and on disk."""
+        """Bytes of the positions, in memory and on disk."""
         return sum(t.bytes for t in self._record.tensors.values())
 
     @property
     def digest(self) -> str:
-        """Equal for masks that select the same elements."""
+        """A digest that is equal for masks that select the same elements."""
         digest = hashlib.sha256()
         for name in sorted(name for name in self.names if self.count(name)):
             digest.update(f"{name}:{self.shape(name)};".encode())
@@ -156,7 +165,7 @@ class Mask:
         return digest.hexdigest()[:32]
 
     def indices(self, name: str) -> Tensor:
-        """Sorted flat positions in one parameter, (selected,) int64."""
+        """Sorted flat positions of the selected elements in one parameter, (selected,) int64."""
         record = self._tensor(name)
         found = decode(record.coding, self._codes[name], torch.Size(record.shape).numel(), where=name)
         if len(found) != record.count:
@@ -170,15 +179,16 @@ class Mask:
         return found
 
     def dense(self, name: str) -> Tensor:
-        """Selected or not, bool of the parameter's shape."""
+        """Whether each element is selected: bool, of the parameter's shape."""
         chosen = torch.zeros(self.shape(name), dtype=torch.bool)
         chosen.view(-1)[self.indices(name)] = True
         return chosen
 
     def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[int, int]]]:
-        """Blocks (`-` for what lies outside them), roles, and (selected, of) elements of each cell.
+        """Blocks, roles, and for each cell (block, role) the numbers of selected and of all elements.
 
-        A block is what the first number in a parameter's name counts; blocks of several stacks have their stack's name.
+        A parameter's block is the first number in its name, with the name of the stack if the model has several. `-` is
+        the block of parameters without a number.
         """
         found = {name: re.match(r"(.*?)\.?\b(\d+)\.", name) for name in self.names}
         several = len({match[1] for match in found.values() if match}) > 1
@@ -204,7 +214,7 @@ class Mask:
         return f"{self.count():,} of {self.size:,} elements free ({self.density:.2%}), {self.nbytes:,} bytes"
 
     def table(self) -> str:
-        """Selected elements by role."""
+        """The selected elements by role, as plain text."""
         return self._title() + "\n" + format_table(_HEADER, self._rows())
 
     def __str__(self) -> str:
@@ -244,10 +254,10 @@ class Mask:
         return self._combined(self._with(every), lambda a, b: np.setdiff1d(b, a, assume_unique=True))
 
     def overlap(self, other: Mask) -> Overlap:
-        """How much two masks of one backbone share, in all and by role.
+        """The elements that two masks of one backbone share, in all and by role.
 
         Raises:
-            MaskError: masks of different backbones.
+            MaskError: the masks belong to different backbones.
         """
         both = self & other
         rows = [_row("all", list(both.names), self, other, both)]
@@ -274,10 +284,10 @@ class Mask:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Inverse of `save`; nothing in the files is executed.
+        """Read what `save` wrote. Nothing in the files is executed.
 
         Raises:
-            ArtifactError: missing, truncated or foreign files, or another version.
+            ArtifactError: a missing, truncated or foreign file, or another version.
         """
         path = Path(folder)
         record = read_record(
@@ -325,7 +335,14 @@ class Mask:
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Two masks compared on some tensors: elements in all, in each, in both."""
+    """Two masks compared on some tensors.
+
+    Attributes:
+        part: the role, or `all`.
+        size: number of elements.
+        first, second: number of elements that each mask selects.
+        both: number of elements that both select.
+    """
 
     part: str
     size: int
@@ -335,24 +352,24 @@ class OverlapRow:
 
     @property
     def jaccard(self) -> float:
-        """Shared elements over all that either selects."""
+        """Elements that both masks select, divided by those that at least one selects."""
         return self.both / max(1, self.first + self.second - self.both)
 
     @property
     def chance(self) -> float:
-        """Elements that independent masks of these densities would share."""
+        """Number of elements that two independent masks of these densities would share."""
         return self.first * self.second / max(1, self.size)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two masks share; the first row counts everything."""
+    """The elements that two masks share; the first row counts all of them."""
 
     rows: tuple[OverlapRow, ...]
 
     @property
     def jaccard(self) -> float:
-        """Of everything."""
+        """Jaccard index over all tensors."""
         return self.rows[0].jaccard
 
     _HEADER = ("role", "first", "second", "both", "by chance", "Jaccard")
@@ -371,10 +388,10 @@ class Overlap:
 
 
 def check_backbone(wanted: Fingerprint, found: Fingerprint, *, where: str) -> None:
-    """See that scores, a mask or a delta belong to a backbone; heads may differ.
+    """Check that scores, a mask or a delta belong to a backbone. Heads may differ.
 
     Raises:
-        MaskError: saying what differs.
+        MaskError: they do not. The error says what differs.
     """
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [text for part, text in parts.items() if getattr(wanted, part) != getattr(found, part)]
@@ -393,6 +410,7 @@ def _described(identity: Fingerprint) -> str:
 
 
 def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sorted flat positions, from a bool tensor of the parameter's shape or from positions in any order."""
     size = torch.Size(shape).numel()
     if value.dtype == torch.bool:
         if tuple(value.shape) != shape:

@@ -1,4 +1,4 @@
-"""What each parameter of a model is for, by the words that masks include and exclude by."""
+"""The role of each parameter of a model. `include` and `exclude` select parameters by role or by name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from gatedadapters.backbone import discover
 from gatedadapters.errors import LayoutError, MaskError
 
 
-def roles_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """The role of every parameter by name.
+def parameter_roles(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """The role of every parameter, by the parameter's name.
 
-    Linear maps have the role that the layout finds (`q k v o up gate down router ...`), biases `bias`, other vectors
-    `norm`, lookup tables `embedding`, maps outside the blocks `head`, the rest `other`. A tied table is an `embedding`.
-    A model without a layout (no stack of blocks) has linear maps of role `other`.
+    - Linear maps have the role that the layout finds: `q`, `k`, `v`, `o`, `up`, `gate`, `down`, `router`, ...
+    - Maps outside the blocks are `head`. In a model without a layout (no stack of blocks), every map is `other`.
+    - Lookup tables are `embedding`, also where they are tied to a head.
+    - Biases are `bias`, other vectors `norm`, and all remaining parameters `other`.
+
+    Args:
+        model: any module.
+        sample: a batch for `discover`, for models whose layout cannot be found without one.
     """
     maps: dict[str, str] = {}
     try:
@@ -43,12 +48,18 @@ def roles_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> di
 def chosen(
     roles: Mapping[str, str], include: Iterable[str] | None, exclude: Iterable[str] | None, *, where: str
 ) -> list[str]:
-    """Names of the parameters that some pattern of `include` (None: all) and none of `exclude` matches.
+    """Names of the parameters that match a pattern of `include` and no pattern of `exclude`, in the order of `roles`.
 
-    A pattern is a role, or a name with `*` and `?` as in file names.
+    A pattern is a role, or a name in which `*` and `?` stand for other characters, as in file names.
+
+    Args:
+        roles: role by parameter name, see `parameter_roles`.
+        include: patterns; None matches every parameter.
+        exclude: patterns; None matches no parameter.
+        where: the caller, for errors.
 
     Raises:
-        MaskError: a pattern matches nothing, or nothing is left.
+        MaskError: a pattern matches nothing, or no parameter is left.
     """
 
     def matching(patterns: Iterable[str]) -> set[str]:

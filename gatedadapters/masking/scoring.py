@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gatedadapters.backbone.fingerprint import fingerprint, is_own
 from gatedadapters.errors import MaskError
-from gatedadapters.masking.roles import chosen, roles_of
-from gatedadapters.masking.scores import Batch, Loss, Run, Score, Scores, score_class
+from gatedadapters.masking.roles import chosen, parameter_roles
+from gatedadapters.masking.scores import Batch, Loss, Score, Scores, ScoringRun, score_class
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.masking.scores.per_example import size_of
 from gatedadapters.masking.scores.storage import ScoresRecord, allocated, file_names, sharded, write_record
@@ -36,27 +36,27 @@ def score(
     spill: str | Path | None = None,
     overwrite: bool = False,
 ) -> Scores:
-    """How important every element of the backbone is for what `batches` ask of it.
+    """Score how important every element of the backbone is for the task in `batches`.
 
-    The model runs in evaluation mode (no dropout) and is left bit for bit as it was. Batches are taken one after the
-    other and none is kept. Memory beyond the model and a batch's activations: the scores, fp32, and one tensor.
+    The model runs in evaluation mode, without dropout, and every bit of it is restored. Batches are consumed one at a
+    time and not kept. Beside the model and the activations of a batch, memory holds the scores in fp32 and one tensor.
 
     Args:
         model: any transformers model, or a module that is called as `model(**batch)`; without a delta in it.
-        batches: dictionaries of tensors, e.g. a DataLoader; not needed by kinds that read weights alone.
+        batches: dictionaries of tensors, such as a DataLoader yields. Kinds that read weights alone need none.
         kind: `taylor`, `fisher`, `synaptic`, `mas`, `magnitude`, `random`, or a `Score` of your own.
-        loss: `(model, batch) -> (examples,)`, one loss per example; default: see `scores.losses.task_losses`, for `mas`
+        loss: `(model, batch) -> (examples,)`, one loss per example. Default: `scores.losses.task_losses`, or for `mas`
             the squared norm of the output.
-        include: roles or names (with * and ?) of the parameters to score; default: all of the backbone.
-        exclude: of these, which to leave out.
+        include: roles or names (with * and ?) of the parameters to score; default: the whole backbone.
+        exclude: which of these to leave out.
         heads: task heads, which are trained in full and not scored; default: as in `attach`.
-        seed: of kinds that draw.
-        spill: a folder; the scores then live in safetensors shards there instead of in memory.
+        seed: of kinds that draw random numbers.
+        spill: a folder for safetensors shards, which then hold the scores instead of memory.
         overwrite: replace scores that the folder holds.
 
     Raises:
-        MaskError: no data, gradients that are not finite, scores that are all 0, an unknown kind, a pattern that
-            matches nothing, integer or quantised weights, a model with a delta in it. Nothing is changed then.
+        MaskError: there is no data, gradients are not finite, all scores are 0, the kind is unknown, a pattern matches
+            nothing, weights are integers or quantised, or the model has a delta in it. The model is not changed then.
         ArtifactError: the folder is not free.
     """
     method = score_class(kind)() if isinstance(kind, str) else kind
@@ -81,7 +81,7 @@ def score(
         )
     home = next(model.parameters()).device
     sample = {k: v[:1].to(home) for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _LABELS}
-    roles = roles_of(model, sample or None)
+    roles = parameter_roles(model, sample or None)
     own = {n: r for n, r in roles.items() if n not in head_names and not is_own(n)}
     names = chosen(own, include, exclude, where="score")
     everything = dict(model.named_parameters())
@@ -107,7 +107,7 @@ def score(
                 name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
                 for name, p in parameters.items()
             }
-        run = Run(model, parameters, totals, loss or method.default_loss() or task_losses, seed)
+        run = ScoringRun(model, parameters, totals, loss or method.default_loss() or task_losses, seed)
         with _prepared(model, parameters):
             try:
                 method.begin(run)
@@ -128,7 +128,8 @@ def score(
     return Scores(record, totals) if spill is None else Scores.load(spill)
 
 
-def _accumulate(method: Score, run: Run, first: Batch, rest: Iterator[Batch], home: torch.device) -> None:
+def _accumulate(method: Score, run: ScoringRun, first: Batch, rest: Iterator[Batch], home: torch.device) -> None:
+    """Let the score add up all batches."""
     batch: Batch | None = first
     while batch is not None:
         moved = {k: v.to(home) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -142,7 +143,7 @@ def _accumulate(method: Score, run: Run, first: Batch, rest: Iterator[Batch], ho
 
 @contextmanager
 def _prepared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, and gradients for `parameters` alone; all of it put back."""
+    """A context with the model in evaluation mode and gradients for `parameters` alone; it restores everything."""
     modes = [(module, module.training) for module in model.modules()]
     held: list[tuple[nn.Parameter, bool, Tensor | None]] = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     scored = {id(p) for p in parameters.values()}
@@ -160,7 +161,8 @@ def _prepared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
             parameter.grad = grad
 
 
-def _check(run: Run, method: Score) -> None:
+def _check(run: ScoringRun, method: Score) -> None:
+    """Check that all scores are finite, at least 0, and not all 0."""
     largest = 0.0
     for name, total in run.totals.items():
         top: Any = total.amax() if total.numel() else total.new_zeros(())

@@ -1,4 +1,4 @@
-"""From scores to a mask: rank normalisation, contrast, exact top-k without sorting everything at once."""
+"""From scores to a mask: rank normalisation, contrast, and an exact choice without sorting everything at once."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ def select(
     exclude: Sequence[str] | None = None,
     core: float | None = None,
 ) -> Mask:
-    """Which elements are free: those that matter least for general ability, and most for the domain.
+    """Select the elements that may be tuned: those that matter least for general ability and most for the domain.
 
-    Scores are rank-normalised in each tensor (average ranks, divided by the number of elements), combined to
-    `s = Î_general - contrast Î_domain`, and the `protect` share with the highest s stays frozen. The free elements are
-    exactly `round((1 - protect) n)` many; among equal s, those that come first in the model are free. The order of s is
-    found by counting bit patterns, so that no sort is larger than one tensor. s is held in float64, 8 bytes for each
-    element (above 2 GiB in a temporary file), so that ranks in a tensor of any size differ where scores do; beside it
-    about 50 bytes for each element of the one tensor that is being ranked.
+    In each tensor, scores become average ranks divided by the number of elements, Î. Elements are ordered by
+    `s = Î_general - contrast Î_domain`. The `protect` share with the highest s stays frozen, and the others are free:
+    exactly `round((1 - protect) n)` of n elements. Among equal s, the elements that come first in the model are free.
+
+    Memory: s takes 8 bytes an element, in float64, so that ranks differ in a tensor of any size. Above 2 GiB it lies in
+    a temporary file. Ranking takes about 50 bytes for each element of one tensor at a time. The choice counts bit
+    patterns of s instead of sorting all of them.
 
     Args:
         general: scores on general data.
-        domain: scores on the domain's data; None protects general ability alone, as does `contrast=0`.
+        domain: scores on the domain's data. None protects general ability alone, as does `contrast=0`.
         protect: share of elements that stay frozen, in (0, 1); default 0.95. Give this or `density`.
         density: share of elements that are free, `1 - protect`.
-        contrast: λ; 0 protects general ability only.
-        scope: `global`: the share holds over all tensors; `tensor`: in each.
+        contrast: λ, the weight of the domain's scores, at least 0.
+        scope: `global` takes the share over all tensors together, `tensor` in each tensor.
         include: roles or names (with * and ?) to select from; default: everything scored.
         exclude: which of these to freeze as a whole. Their elements count neither as protected nor as free.
         core: deprecated name of `protect`.
 
     Raises:
-        MaskError: a share outside (0, 1), scores of different backbones or of all zeros, a pattern that matches
-            nothing.
+        MaskError: a share is outside (0, 1), scores belong to different backbones or are all 0, a pattern matches
+            nothing, or no element would be free.
 
     References:
         arXiv 2604.17051 names the aim: weigh importance in general against importance for the domain, freeze the
@@ -125,15 +126,15 @@ def select(
 
 
 def normalised_ranks(values: Tensor) -> Tensor:
-    """Average rank of each element among all, divided by their number: float64 in (0, 1], of the same shape.
+    """The rank of each element divided by the number of elements: float64 in (0, 1], of the same shape.
 
-    Equal values have equal ranks, the mean of the places they take. fp32 could not tell more than 2^24 ranks apart.
+    Equal values get equal ranks, the mean of their positions. (fp32 would not distinguish more than 2^24 ranks.)
     """
     return _ranks(values).div_(max(1, values.numel()))
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Average ranks from 1, multiples of a half: exact in float64."""
+    """Average ranks, starting at 1. They are multiples of a half, so float64 holds them exactly."""
     flat = values.reshape(-1)
     ordered, order = flat.sort(stable=True)
     _, counts = ordered.unique_consecutive(return_counts=True)
@@ -156,9 +157,9 @@ def _free_share(protect: float | None, density: float | None) -> float:
 def _combined(
     general: Scores, domain: Scores | None, contrast: float, names: Sequence[str], stack: ExitStack
 ) -> dict[str, Tensor]:
-    """S of every tensor, flat float64; on disk where that is more than memory should hold.
+    """The key s of every tensor as flat float64, in temporary files if it takes more than `IN_MEMORY_BYTES`.
 
-    Divided by the number of elements last: differences of ranks are exact, so that equal ones stay equal.
+    The division by the number of elements comes last. Differences of ranks are exact, so equal ones stay equal.
     """
     folder = None
     if 8 * sum(general[name].numel() for name in names) > IN_MEMORY_BYTES:
@@ -177,15 +178,19 @@ def _combined(
 
 
 def lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Positions of exactly `count` smallest keys over all tensors, sorted in each; of equal keys, the first.
+    """The positions of the `count` smallest keys over all tensors, sorted in each tensor; the first of equal keys.
 
-    Four passes count how often each 16 bits of the keys occur, from the upper ones down, among the keys that agree with
-    the largest selected key so far; a fifth collects. Besides the keys, a few times 8 bytes for each element of one
-    tensor are held.
+    Four passes find the largest selected key, 16 bits at a time from the highest down: each pass counts how often these
+    bits occur among the keys that share the bits found so far. A fifth pass collects the positions. Beside the keys,
+    memory holds a few times 8 bytes for each element of one tensor.
+
+    Args:
+        keys: flat float64 by name.
+        count: how many to select.
     """
     if count <= 0:
         return {name: torch.empty(0, dtype=torch.int64) for name in keys}
-    first, ties = -_DIGITS // 2, count  # the smallest digits counted, and how many keys are taken from there on
+    first, ties = -_DIGITS // 2, count  # the smallest digits to count, and how many keys are selected from there on
     for shift in (48, 32, 16, 0):
         histogram = torch.zeros(_DIGITS, dtype=torch.int64)
         for key in keys.values():
@@ -209,6 +214,6 @@ def lowest(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """int64 in the order of the values as float64: the bits, those after the sign of a negative number turned round."""
-    bits = (values.double() + 0.0).view(torch.int64)  # + 0.0: there is one zero
+    """int64 in the order of the values: the bits of float64, inverted after the sign if the number is negative."""
+    bits = (values.double() + 0.0).view(torch.int64)  # + 0.0 turns -0.0 into 0.0
     return torch.where(bits < 0, bits ^ (2**63 - 1), bits)

@@ -1,1 +1,1 @@
-"""How results are shown: intervals, tables as text and as HTML, versions. Nothing here knows what the result is of."""
+"""How results are shown: intervals, tables and pages as text, Markdown and HTML. It knows nothing of any result."""

@@ -1,14 +1,15 @@
-"""Plain results as HTML: what `_repr_html_` of a result shows in a notebook."""
+"""Tables and heat maps as HTML, for the `_repr_html_` of results and for reports."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-Place = tuple[int, int]
+TableCell = tuple[int, int]  # (row, column)
 
-# light to dark for shares from 0 to 1, as in pictures; what was offered and not taken is grey
+# Colours of shares from 0 to 1, light to dark, as in pictures. Grey: offered, and nothing kept.
 SHADES, NOTHING, INK = ("#cfe3f3", "#5aa2d4", "#1f5fa6", "#0b2a5b"), "#f3f2ef", "#22303c"
 _BAR = "#cfe3f3"
 
@@ -18,27 +19,28 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     title: str = "",
-    shares: Mapping[Place, float] | None = None,
-    bars: Mapping[Place, float] | None = None,
+    shares: Mapping[TableCell, float] | None = None,
+    bars: Mapping[TableCell, float] | None = None,
 ) -> str:
-    """A table with its first column on the left and numbers on the right; every text is escaped.
+    """A table as HTML. Every text is escaped. Columns of numbers are aligned on the right, except the first.
 
     Args:
-        header: of the columns.
-        rows: texts, as many in each as in the header.
-        title: above the table.
-        shares: cells (row, column) coloured by a share in [0, 1]; 0 is grey.
-        bars: cells (row, column) with a bar of this length behind the text, in [0, 1].
+        header: titles of the columns.
+        rows: texts, one for each column.
+        title: shown above the table.
+        shares: colours cells by a share in [0, 1]; 0 is grey.
+        bars: draws a bar behind the text of cells; its length is a share of the cell's width, in [0, 1].
     """
+    sides = ["right" if column and _holds_numbers(rows, column) else "left" for column in range(len(header))]
     looks = {place: _shaded(share) for place, share in (shares or {}).items()}
     looks |= {place: _barred(length) for place, length in (bars or {}).items()}
     head = "".join(
-        f'<th style="text-align:{_side(i)};padding:2px 6px">{escape(text)}</th>' for i, text in enumerate(header)
+        f'<th style="text-align:{sides[i]};padding:2px 6px">{escape(text)}</th>' for i, text in enumerate(header)
     )
     body = []
     for i, row in enumerate(rows):
         cells = (
-            f'<td style="text-align:{_side(j)};padding:2px 6px{looks.get((i, j), "")}">{escape(text)}</td>'
+            f'<td style="text-align:{sides[j]};padding:2px 6px{looks.get((i, j), "")}">{escape(text)}</td>'
             for j, text in enumerate(row)
         )
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -59,9 +61,16 @@ def grid(
     ends: Mapping[Any, float] | None = None,
     end: str = "",
 ) -> str:
-    """A heat map as a table: one row a block, texts and shares by (block, column), empty where there is neither.
+    """A heat map as a table, with one row for each block. A cell without text and share stays empty.
 
-    `ends` adds a last column, named `end`, of a whole number for each block, with bars as long as they are large.
+    Args:
+        blocks: names of the rows.
+        columns: names of the columns.
+        texts: by (block, column).
+        shares: colours by (block, column), in [0, 1].
+        title: shown above the table.
+        ends: a whole number for each block, shown with a bar in a last column.
+        end: name of that column.
     """
     rows = [[str(block), *(texts.get((block, name), "") for name in columns)] for block in blocks]
     colours = {
@@ -79,12 +88,12 @@ def grid(
 
 
 def folded(title: str, content: str) -> str:
-    """Content that a click on its title opens."""
+    """Content that stays hidden until a reader clicks on its title."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def _side(column: int) -> str:
-    return "right" if column else "left"
+def _holds_numbers(rows: Sequence[Sequence[str]], column: int) -> bool:
+    return all(re.match(r"[+-]?\d|-?$", row[column]) for row in rows)
 
 
 def _shaded(share: float) -> str:
@@ -98,7 +107,7 @@ def _barred(length: float) -> str:
 
 
 def shade(share: float) -> str:
-    """The colour of a share in [0, 1], between the neighbours among `SHADES`."""
+    """The colour of a share in [0, 1], interpolated between `SHADES`."""
     place = min(max(share, 0.0), 1.0) * (len(SHADES) - 1)
     low = min(int(place), len(SHADES) - 2)
     pairs = zip(_rgb(SHADES[low]), _rgb(SHADES[low + 1]), strict=True)

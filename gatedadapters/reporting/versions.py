@@ -1,4 +1,4 @@
-"""The versions that a result was computed with."""
+"""The versions of the packages that computed a result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import metadata
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
+    """Installed versions by package name; `unknown` for a package that is not installed."""
     found = {}
     for name in ("gatedadapters", "torch", "transformers"):
         try:

@@ -1,8 +1,8 @@
-"""Studies: how scores depend on the sparsity weight, on noise, on perturbed data, or on any field of a search."""
+"""Studies: how the scores of a search depend on the sparsity weight, noise, perturbed data or any other field."""
 
 from gatedadapters.studies.measured import Measure, Measured
-from gatedadapters.studies.results import Curve, Point
+from gatedadapters.studies.results import Curve, CurvePoint
 from gatedadapters.studies.storage import open_storage
 from gatedadapters.studies.study import Study
 
-__all__ = ["Curve", "Measure", "Measured", "Point", "Study", "open_storage"]
+__all__ = ["Curve", "CurvePoint", "Measure", "Measured", "Study", "open_storage"]

@@ -1,4 +1,4 @@
-"""What a sensitivity study consists of: cells to be scored, and the trainings that they need."""
+"""A sensitivity study as a list of cells to score, and the trainings that the cells need."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
-from gatedadapters.config.study import PERTURBATION, Side, Value, value_of
+from gatedadapters.config.study import PERTURBATION, StudySide, Value, value_of
 
 Assignment = Mapping[str, Value]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a curve: a side and a seed under an assignment of factors.
+    """One score of a study: a side, a seed and the values of the factors.
 
     Attributes:
-        assignment: what differs from the search as it is.
-        search: what is trained.
-        perturbation: of the test data; None where they are clean.
+        side: gated, uniform or full.
+        seed: of the training.
+        assignment: factors whose values differ from the study's search, by dotted path.
+        search: the search with these values.
+        perturbation: applied to the test data; None for clean data.
     """
 
-    side: Side
+    side: StudySide
     seed: int
     assignment: Assignment
     search: SearchConfig
@@ -32,13 +34,19 @@ class Cell:
 
     @property
     def training(self) -> str:
-        """Which training it needs: cells that differ in the perturbation, or in what has no effect, share one."""
+        """Key of the training that the cell needs. Cells that differ only in the perturbation share one training."""
         return training_key(self.side, self.search)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One trial of a sensitivity study: trained once, tested as often as its cells ask."""
+    """One trial of a sensitivity study: it trains once and tests under every perturbation that its cells need.
+
+    Attributes:
+        key: see `training_key`.
+        cell: the first cell that needs it.
+        perturbations: of the test data, beside clean data.
+    """
 
     key: str
     cell: Cell
@@ -46,7 +54,7 @@ class Training:
 
 
 def cells(config: StudyConfig) -> Iterator[Cell]:
-    """Every cell, seed by seed, so that what is there early is complete for the first seeds."""
+    """Every cell, in the order of the seeds: a study that stops early is complete for its first seeds."""
     for seed in config.seeds:
         for side in config.sides:
             for assignment in assignments(config, side):
@@ -59,8 +67,8 @@ def cells(config: StudyConfig) -> Iterator[Cell]:
                 yield Cell(side, seed, assignment, search.model_copy(update=changes), perturbation)
 
 
-def assignments(config: StudyConfig, side: Side) -> list[Assignment]:
-    """What a side's factors are set to; the search as it is comes first."""
+def assignments(config: StudyConfig, side: StudySide) -> list[Assignment]:
+    """The assignments of one side. With one factor at a time, the unchanged search comes first."""
     grids = {path: factor.grid() for path, factor in config.factors.items() if side in config.sides_of(path)}
     if config.design == "grid":
         return [dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())]
@@ -68,7 +76,7 @@ def assignments(config: StudyConfig, side: Side) -> list[Assignment]:
 
 
 def trainings(config: StudyConfig) -> list[Training]:
-    """The distinct trainings that the cells need, in the order in which they come."""
+    """The distinct trainings that the cells need, in the order of the cells."""
     found: dict[str, tuple[Cell, dict[str, CorruptionConfig]]] = {}
     for cell in cells(config):
         _, asked = found.setdefault(cell.training, (cell, {}))
@@ -77,20 +85,20 @@ def trainings(config: StudyConfig) -> list[Training]:
     return [Training(key, cell, tuple(asked.values())) for key, (cell, asked) in found.items()]
 
 
-def training_key(side: Side, search: SearchConfig) -> str:
-    """Names a training by everything that its result depends on."""
+def training_key(side: StudySide, search: SearchConfig) -> str:
+    """A name for a training that covers everything its result depends on: equal keys give equal results."""
     data = search.as_written(exclude={"perturbation", "compare", "version"})
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
     return f"{side}-{search.training.seed}-{digest[:12]}"
 
 
 def perturbation_key(perturbation: CorruptionConfig) -> str:
-    """Names a perturbation."""
+    """A name for a perturbation: kind, ratio and seed."""
     return f"{perturbation.kind}-{perturbation.ratio:g}-{perturbation.seed}"
 
 
 def parameters(config: StudyConfig, cell: Cell) -> dict[str, Value]:
-    """What is told to Optuna of a training: side, seed, and every factor that has a value."""
+    """The parameters that Optuna stores for a training: side, seed, and every factor that has a value."""
     search = config.search_of(cell.side, {**cell.assignment})
     found: dict[str, Value] = {"side": cell.side, "seed": cell.seed}
     for path in config.factors:

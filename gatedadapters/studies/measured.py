@@ -1,4 +1,4 @@
-"""What scores a trial, and what it came to."""
+"""The function that scores a trial, and its result."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gatedadapters.config import CorruptionConfig, SearchConfig
-from gatedadapters.config.study import Side
+from gatedadapters.config.study import StudySide
 
-Report = Callable[[int, float], None]
+ReportProgress = Callable[[int, float], None]  # (optimiser step, validation accuracy)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a trial came to, after pruning.
+    """The result of one trial, after pruning.
 
     Attributes:
-        scores: accuracy by task.
-        perturbed: the same under each perturbation that was asked for, in their order.
-        params: what is stored; see `Trained`.
+        scores: accuracy by task, on clean data.
+        perturbed: accuracy by task under each perturbation, in the order of the perturbations.
+        params: number of parameters that are stored.
         seconds: of training.
     """
 
@@ -30,15 +30,15 @@ class Measured:
 
 
 class Measure(Protocol):
-    """What scores one trial; `measure` unless a test or a user gives another."""
+    """A function that scores one trial: `objective.measure` unless a user gives another."""
 
     def __call__(
         self,
         search: SearchConfig,
-        side: Side,
+        side: StudySide,
         perturbations: Sequence[CorruptionConfig] = (),
         *,
         split: str = "test",
-        report: Report | None = None,
+        report: ReportProgress | None = None,
     ) -> Measured:
-        """See `measure`."""
+        """See `objective.measure`."""

@@ -1,4 +1,4 @@
-"""One trial: retrain, prune, test."""
+"""One trial: train, prune, test."""
 
 from __future__ import annotations
 
@@ -7,55 +7,56 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import transformers
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
-from gatedadapters.config.study import Side
+from gatedadapters.config.study import StudySide
 from gatedadapters.data import TextTask
-from gatedadapters.experiments.arms import Experiment
-from gatedadapters.experiments.setup import load_tasks
-from gatedadapters.studies.measured import Measured, Report
+from gatedadapters.experiments.arms import ArmRunner
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.progress import silence_transformers
+from gatedadapters.experiments.sides import trained_side
+from gatedadapters.studies.measured import Measured, ReportProgress
 
-REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial says how it fares
+REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation accuracy
 
 
 def measure(
     search: SearchConfig,
-    side: Side,
+    side: StudySide,
     perturbations: Sequence[CorruptionConfig] = (),
     *,
     split: str = "test",
-    report: Report | None = None,
+    report: ReportProgress | None = None,
 ) -> Measured:
     """Train one side of a search, prune it, and test it on clean and on perturbed data.
 
     Args:
-        search: what is trained, its seed included.
-        side: see `Experiment.fitted`.
-        perturbations: of the split that is tested on.
-        split: what is tested on.
-        report: is told steps and the mean validation accuracy between prune and end; it may raise to stop the trial.
+        search: the search, with the seed of this trial.
+        side: see `trained_side`.
+        perturbations: each is applied to the tested split.
+        split: `test` or `validation`.
+        report: called with the step and the mean validation accuracy a few times after the prune. It may raise an
+            exception to stop the trial.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the search or its data.
+        GatedAdaptersError: the search or its data are not valid.
     """
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    silence_transformers()
     tasks = list(_tasks(search.model, search.tasks, search.training.seed))
-    reporting = [] if report is None else [_Reporting(report, search)]
-    experiment = Experiment(search, tasks, None, perturbations=perturbations, callbacks=reporting)
+    reporting = [] if report is None else [_ReportAccuracy(report, search)]
+    runner = ArmRunner(search, tasks, None, perturbations=perturbations, callbacks=reporting)
     for callback in reporting:
-        callback.experiment = experiment
+        callback.runner = runner
     with (
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
-        experiment.fitted(side, progress) as trained,
+        trained_side(runner, side, progress) as trained,
     ):
-        scores = experiment.score(split)
-        perturbed = tuple(experiment.score(split, perturbation) for perturbation in experiment.perturbations)
+        scores = runner.accuracy(split)
+        perturbed = tuple(runner.accuracy(split, perturbation) for perturbation in runner.perturbations)
         return Measured(scores, perturbed, trained.params, trained.seconds)
 
 
@@ -64,18 +65,18 @@ def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTa
     return tuple(load_tasks(SearchConfig(model=model, tasks=tasks, training=TrainingConfig(seed=seed))))
 
 
-class _Reporting(TrainerCallback):
-    """Says how a trial fares, once its structure is fixed."""
+class _ReportAccuracy(TrainerCallback):
+    """Reports the validation accuracy at a few steps after the prune: before it, the structure may still change."""
 
-    experiment: Experiment
+    runner: ArmRunner
 
-    def __init__(self, report: Report, search: SearchConfig) -> None:
+    def __init__(self, report: ReportProgress, search: SearchConfig) -> None:
         self.report = report
         total, prune = search.training.steps, search.schedule.prune
         self.steps = {round(share * total) for share in REPORTS if prune is not None and share > prune}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """At some steps."""
+        """Report if this is one of the steps."""
         if state.global_step in self.steps:
-            scores = self.experiment.score("validation").values()
+            scores = self.runner.accuracy("validation").values()
             self.report(state.global_step, sum(scores) / len(scores))

@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The pictures in the report of a study."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ _OBJECTIVES = {"score": "score", "params": "parameters kept", "gap": "robustness
 
 
 def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) -> Figure:
-    """Score by factor, one panel each, sides in colours, bands: 95 % intervals; below a penalty also what is kept."""
+    """Score by factor, one panel for each factor and one colour for each side.
+
+    Bands are 95 % intervals over seeds. A factor of the penalty has a second panel, with the parameters kept.
+
+    Args:
+        config: of the study.
+        curves: see `Study.curves`.
+        task: name of a task, or `mean`.
+    """
     factors = [path for path in config.factors if any(c.factor == path and c.task == task for c in curves)]
     panels = [(path, kept) for path in factors for kept in ((False, True) if path.startswith(PENALTY) else (False,))]
     figure = Figure(figsize=(3.6 * len(panels), 3.3), layout="constrained")
@@ -67,7 +75,7 @@ def _draw(place: Axes, curve: Curve, *, kept: bool) -> None:
 
 
 def importance(found: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Bars by factor, one panel for each target."""
+    """Importance of each factor as bars, one panel for each target."""
     figure = Figure(figsize=(3.6 * len(found), 0.4 * max(map(len, found.values())) + 1.2), layout="constrained")
     for place, (target, shares) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         names = list(shares)[::-1]
@@ -78,7 +86,7 @@ def importance(found: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def pareto(config: StudyConfig, trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial]) -> Figure:
-    """Every trial by its first two objectives, the front marked, a third objective as colour."""
+    """Every trial by its first two objectives, with the front marked; colours show a third objective."""
     first, second = config.objectives[:2]
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     place = figure.subplots()
@@ -111,7 +119,7 @@ def pareto(config: StudyConfig, trials: Sequence[FrozenTrial], best: Sequence[Fr
 
 
 def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]]) -> Figure:
-    """Parallel coordinates: one line for each (parameters, score), one axis for each parameter, the best on top."""
+    """Parallel coordinates: one line for each (parameters, score), one axis for each parameter; the best on top."""
     names = [name for name in ("side", *config.factors) if any(name in params for params, _ in rows)]
     scales = {name: _scale(config, name, [params[name] for params, _ in rows if name in params]) for name in names}
     scores = np.array([score for _, score in rows])
@@ -141,7 +149,7 @@ def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]
 
 
 def _scale(config: StudyConfig, name: str, values: Sequence[Any]) -> tuple[Any, list[tuple[float, str]]]:
-    """(a value's height in [0, 1], heights with labels)."""
+    """A function from a value to its height in [0, 1], and the labels of the axis as (height, text)."""
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         logarithmic = name in config.factors and config.factors[name].log and min(values) > 0
         transform = math.log if logarithmic else float

@@ -21,19 +21,19 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-KEY, OWNER, HEARTBEAT, ERROR, SPARED = "key", "owner", "heartbeat", "error", "not counted as a failure"
+KEY, OWNER, HEARTBEAT, ERROR, UNCOUNTED = "key", "owner", "heartbeat", "error", "not counted as a failure"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 BEAT = 15.0  # seconds between heartbeats
-_SILENCE = 6  # heartbeats that may fail to come
+_SILENCE = 6  # missing heartbeats after which a process counts as gone
 
 
 @dataclass(frozen=True)
 class Job:
-    """What waits to be run.
+    """Work for one trial.
 
     Attributes:
-        key: what it is; of all trials of one key one is enough.
-        params: what is fixed beforehand; the sampler chooses the rest.
+        key: names the work. Among all trials with the same key, one needs to complete.
+        params: values that are fixed beforehand. The sampler chooses the others.
     """
 
     key: str
@@ -41,12 +41,12 @@ class Job:
 
 
 def trials_of(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    """Trials in the order of their numbers."""
+    """Trials in these states (default: all), in the order of their numbers."""
     return study.get_trials(deepcopy=False, states=states or None)
 
 
 def missing(study: optuna.Study, jobs: Iterable[Job], retries: int) -> list[Job]:
-    """Jobs that no trial waits for, runs or has done, and that have not failed too often."""
+    """Jobs that still need a trial: none is waiting, running or done, and at most `retries` have failed."""
     failures: Counter[str] = Counter()
     live = set()
     for trial in trials_of(study):
@@ -55,7 +55,7 @@ def missing(study: optuna.Study, jobs: Iterable[Job], retries: int) -> list[Job]
             continue
         if trial.state in LIVE:
             live.add(key)
-        elif SPARED not in trial.user_attrs:
+        elif UNCOUNTED not in trial.user_attrs:
             failures[key] += 1
     return [job for job in jobs if job.key not in live and failures[job.key] <= retries]
 
@@ -66,7 +66,7 @@ def enqueue(study: optuna.Study, job: Job) -> None:
 
 
 def claim(study: optuna.Study) -> Trial | None:
-    """A waiting trial that is ours from now on; None where none waits."""
+    """Claim a waiting trial for this process; None if no trial is waiting."""
     storage = _storage(study)
     for waiting in trials_of(study, TrialState.WAITING):
         try:
@@ -80,8 +80,8 @@ def claim(study: optuna.Study) -> Trial | None:
         first = _first_of_its_key(study, waiting)
         if first == waiting.number:
             return trial
-        # two machines that began the study in the same moment have both filled the queue
-        fail(study, waiting, f"the same as trial {first}", spared=True)
+        # Two machines that started the study at the same moment have both filled the queue.
+        fail(study, waiting, f"the same as trial {first}", uncounted=True)
     return None
 
 
@@ -90,13 +90,20 @@ def _first_of_its_key(study: optuna.Study, trial: FrozenTrial) -> int:
     return min((t.number for t in trials_of(study, *LIVE) if t.user_attrs.get(KEY) == key), default=trial.number)
 
 
-def fail(study: optuna.Study, trial: Trial | FrozenTrial, error: str, *, spared: bool = False) -> bool:
-    """Mark a trial as failed, with the reason; False where it was finished already."""
+def fail(study: optuna.Study, trial: Trial | FrozenTrial, error: str, *, uncounted: bool = False) -> bool:
+    """Mark a trial as failed and store the reason; False if the trial was finished already.
+
+    Args:
+        study: of the trial.
+        trial: to be marked.
+        error: the reason.
+        uncounted: whether this failure does not count towards the retries.
+    """
     storage, number = _storage(study), trial._trial_id
     try:
         storage.set_trial_user_attr(number, ERROR, error)
-        if spared:
-            storage.set_trial_user_attr(number, SPARED, True)
+        if uncounted:
+            storage.set_trial_user_attr(number, UNCOUNTED, True)
         storage.set_trial_state_values(number, state=TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
@@ -104,10 +111,10 @@ def fail(study: optuna.Study, trial: Trial | FrozenTrial, error: str, *, spared:
 
 
 def retry(study: optuna.Study, trial: FrozenTrial, retries: int) -> bool:
-    """Put what a failed trial was to do into the queue again, with the same values; False where it failed too often."""
+    """Queue the job of a failed trial again, with the same values; False if it has failed more than `retries` times."""
     key = trial.user_attrs[KEY]
     failures = [t for t in trials_of(study, TrialState.FAIL) if t.user_attrs.get(KEY) == key]
-    if sum(SPARED not in t.user_attrs for t in failures) > retries:
+    if sum(UNCOUNTED not in t.user_attrs for t in failures) > retries:
         return False
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     enqueue(study, Job(key, params))
@@ -117,8 +124,8 @@ def retry(study: optuna.Study, trial: FrozenTrial, retries: int) -> bool:
 class Watch:
     """Finds running trials whose process is gone.
 
-    On this machine a process is looked up; of others the heartbeat must go on, by the watch of who looks: the clocks of
-    machines need not agree.
+    A process on this machine is looked up by its id. A process on another machine is gone if its heartbeat has not
+    changed for `silence` seconds, measured by the clock of this process: the clocks of machines need not agree.
     """
 
     def __init__(self, silence: float = _SILENCE * BEAT) -> None:
@@ -126,7 +133,7 @@ class Watch:
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def lost(self, study: optuna.Study) -> list[FrozenTrial]:
-        """Trials that nobody works on any more."""
+        """Running trials whose process is gone."""
         now, found = time.monotonic(), []
         for trial in trials_of(study, TrialState.RUNNING):
             beat = trial.user_attrs.get(HEARTBEAT)
@@ -140,18 +147,18 @@ class Watch:
                 found.append(trial)
         return found
 
-    def collect(self, study: optuna.Study, retries: int, *, spared: bool = False) -> int:
-        """Mark what is lost as failed and queue it again; how many there were. Spared failures do not count."""
+    def collect(self, study: optuna.Study, retries: int, *, uncounted: bool = False) -> int:
+        """Mark lost trials as failed, queue their jobs again, and return how many there were; see `fail`."""
         count = 0
         for trial in self.lost(study):
-            if fail(study, trial, "the process that worked on it is gone", spared=spared):
+            if fail(study, trial, "the process that worked on it is gone", uncounted=uncounted):
                 retry(study, trial, retries)
                 count += 1
         return count
 
 
 class Heartbeat:
-    """Lets a trial's heartbeat count while the block runs."""
+    """A context that increases a trial's heartbeat every few seconds."""
 
     def __init__(self, study: optuna.Study, trial: Trial, every: float = BEAT) -> None:
         self.storage, self.number, self.every = _storage(study), trial._trial_id, every
@@ -173,12 +180,13 @@ class Heartbeat:
             try:
                 self.storage.set_trial_user_attr(self.number, HEARTBEAT, count)
             except UpdateFinishedTrialError:
-                return  # somebody took us for dead; `work` finds out when it is done
-            except Exception:  # a network that fails for a while costs a beat
+                return  # another process marked the trial as failed; `work` finds out at the end of the trial
+            except Exception:  # a network that fails for a while costs one heartbeat
                 continue
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

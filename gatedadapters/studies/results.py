@@ -1,4 +1,4 @@
-"""What a study found: curves with intervals, importances, the best trials."""
+"""Results of a study, read from its trials: curves with intervals, importances of factors, the best trials."""
 
 from __future__ import annotations
 
@@ -7,38 +7,34 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
-from gatedadapters.config.study import PERTURBATION, Objective, Side, Value, value_of
+from gatedadapters.config.study import PERTURBATION, Objective, StudySide, Value, value_of
+from gatedadapters.reporting.intervals import half_width
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.studies import queue
 from gatedadapters.studies.cells import Cell, cells, perturbation_key
 from gatedadapters.studies.measured import Measured
 
-if TYPE_CHECKING:
-    from gatedadapters.studies.study import Study
-
 MEAN = "mean"
-_FEWEST = 8  # trials below which importances mean nothing
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # Student's t, .975, df 1..10
-_Z = 1.959964
+_FEWEST_TRIALS = 8  # with fewer, importances mean nothing
 
 
 @dataclass(frozen=True)
-class Point:
-    """One value of a factor.
+class CurvePoint:
+    """The score at one value of a factor.
 
     Attributes:
         value: of the factor.
         score: mean accuracy over seeds.
-        half: half the width of its 95 % t interval; nan of one seed.
-        seeds: how many.
+        half: half the width of its 95 % t interval; nan for one seed.
+        seeds: number of seeds.
         params: mean number of parameters kept.
     """
 
@@ -51,27 +47,37 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Score by value of one factor, on one side, of one task or in the mean over tasks."""
+    """The scores of one side over the values of one factor.
+
+    Attributes:
+        factor: dotted path.
+        side: gated, uniform or full.
+        task: name of a task, or `mean` for the mean over tasks.
+        points: in the order of the values.
+    """
 
     factor: str
-    side: Side
+    side: StudySide
     task: str
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
 
     @property
     def drop(self) -> float:
-        """The best score less the worst."""
+        """The best score minus the worst."""
         scores = [point.score for point in self.points]
         return max(scores) - min(scores)
 
 
-def mean(scores: Mapping[str, float]) -> float:
-    """Over tasks."""
+# -- one trial ---------------------------------------------------------------------------------------------------------
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """Mean over tasks."""
     return fmean(scores.values())
 
 
-def averaged(found: Sequence[Measured]) -> Measured:
-    """One result out of those of several seeds."""
+def average_over_seeds(found: Sequence[Measured]) -> Measured:
+    """One result from those of several seeds: mean scores and parameters, total seconds."""
 
     def average(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return {task: fmean(part[task] for part in parts) for task in parts[0]}
@@ -85,46 +91,81 @@ def averaged(found: Sequence[Measured]) -> Measured:
 
 
 def objectives(measured: Measured) -> dict[Objective, float]:
-    """What an optimisation may look at."""
-    found: dict[Objective, float] = {"score": mean(measured.scores), "params": float(measured.params)}
+    """The values that an optimisation can use: `score`, `params` and, with a perturbation, the robustness `gap`."""
+    found: dict[Objective, float] = {"score": mean_score(measured.scores), "params": float(measured.params)}
     if measured.perturbed:
-        found["gap"] = found["score"] - mean(measured.perturbed[0])
+        found["gap"] = found["score"] - mean_score(measured.perturbed[0])
     return found
 
 
-def note(
-    trial: Trial, search: SearchConfig, side: Side, perturbations: Sequence[CorruptionConfig], measured: Measured
+def store_result(
+    trial: Trial, search: SearchConfig, side: StudySide, perturbations: Sequence[CorruptionConfig], measured: Measured
 ) -> None:
-    """Keep everything of a trial beside its values."""
+    """Store the search and the whole result of a trial in its user attributes."""
     by_key = dict(zip(map(perturbation_key, perturbations), measured.perturbed, strict=True))
-    asked = search.as_written(exclude_unset=True, exclude_none=True)  # another machine may read it
-    if not isinstance(search.space, str):  # what kind a path has is a default of its class
-        asked["space"] = search.space.model_dump(mode="json", exclude_none=True)
-    kept = {
-        "search": asked,
+    written = search.as_written(exclude_unset=True, exclude_none=True)  # another machine may read it
+    if not isinstance(search.space, str):  # a path's kind is a default of its class, which exclude_unset would drop
+        written["space"] = search.space.model_dump(mode="json", exclude_none=True)
+    attributes = {
+        "search": written,
         "side": side,
         "scores": measured.scores,
         "perturbed": by_key,
         "params": measured.params,
         "seconds": round(measured.seconds, 2),
     }
-    for name, value in kept.items():
+    for name, value in attributes.items():
         trial.set_user_attr(name, value)
 
 
 def search_of(trial: FrozenTrial, folder: Path | None = None) -> SearchConfig:
-    """The search that a trial ran, ready to run again; its paths count from `folder`, that of the study's search."""
+    """The search that a trial ran, ready to run again; its relative paths count from `folder`."""
     return SearchConfig.read(trial.user_attrs["search"], folder, where=f"trial {trial.number}")
 
 
-def complete(study: optuna.Study) -> list[FrozenTrial]:
+def robustness_gap(trial: FrozenTrial) -> float:
+    """Clean score minus the score under the first perturbation."""
+    first: Mapping[str, float] = next(iter(trial.user_attrs["perturbed"].values()))
+    return mean_score(trial.user_attrs["scores"]) - mean_score(first)
+
+
+def metrics(trial: FrozenTrial) -> dict[str, float]:
+    """The results of a complete trial by TensorBoard tag."""
+    attrs = trial.user_attrs
+    found = {
+        "score": mean_score(attrs["scores"]),
+        **{f"score/{task}": value for task, value in attrs["scores"].items()},
+    }
+    perturbed = {f"perturbed/{key}": mean_score(scores) for key, scores in attrs["perturbed"].items()}
+    return {**found, **perturbed, "params": float(attrs["params"]), "seconds": float(attrs["seconds"])}
+
+
+# -- all trials --------------------------------------------------------------------------------------------------------
+
+
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Trials with a result."""
     return queue.trials_of(study, TrialState.COMPLETE)
 
 
-def scored(config: StudyConfig, study: optuna.Study) -> Iterator[tuple[Cell, Mapping[str, float], FrozenTrial]]:
-    """Every cell of a sensitivity study that has a result, its scores by task, and its trial."""
-    done = {trial.user_attrs[queue.KEY]: trial for trial in complete(study) if queue.KEY in trial.user_attrs}
+def failed_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that failed, without those that do not count as failures."""
+    return [t for t in queue.trials_of(study, TrialState.FAIL) if queue.UNCOUNTED not in t.user_attrs]
+
+
+def progress(study: optuna.Study) -> str:
+    """How many trials are in each state, such as `14 complete, 2 running, 1 failed`."""
+    counts = {state: len(queue.trials_of(study, state)) for state in TrialState}
+    failed = len(failed_trials(study))
+    parts = [f"{counts[TrialState.COMPLETE]} complete"]
+    others = {TrialState.PRUNED: "pruned", TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
+    parts += [f"{counts[state]} {word}" for state, word in others.items() if counts[state]]
+    return ", ".join([*parts, *([f"{failed} failed"] if failed else [])])
+
+
+def scored_cells(config: StudyConfig, study: optuna.Study) -> Iterator[tuple[Cell, Mapping[str, float], FrozenTrial]]:
+    """Every cell of a sensitivity study that has a result, with its scores by task and its trial."""
+    done = {trial.user_attrs[queue.KEY]: trial for trial in complete_trials(study) if queue.KEY in trial.user_attrs}
     for cell in cells(config):
         trial = done.get(cell.training)
         if trial is None:
@@ -138,10 +179,10 @@ def scored(config: StudyConfig, study: optuna.Study) -> Iterator[tuple[Cell, Map
 
 
 def curves(config: StudyConfig, study: optuna.Study) -> list[Curve]:
-    """See `Study.curves`. In a grid each point is the mean over all values of the other factors."""
+    """See `Study.curves`. In a grid, each point is the mean over all values of the other factors."""
     if config.mode != "sensitivity":
         return []
-    everything = list(scored(config, study))
+    everything = list(scored_cells(config, study))
     tasks = list(dict.fromkeys(task for _, scores, _ in everything for task in scores))
     found = []
     for path, factor in config.factors.items():
@@ -156,13 +197,14 @@ def curves(config: StudyConfig, study: optuna.Study) -> list[Curve]:
             order = {value: index for index, value in enumerate(factor.grid())}
             values = sorted(by_value, key=lambda v: (float(v) if _is_number(v) else 0.0, order.get(v, -1)))
             for task in [MEAN, *tasks] if len(tasks) > 1 else [MEAN]:
-                points = tuple(_point(value, by_value[value], task) for value in values)
+                points = tuple(_curve_point(value, by_value[value], task) for value in values)
                 if points:
                     found.append(Curve(path, side, task, points))
     return found
 
 
 def _value_on_curve(config: StudyConfig, cell: Cell, path: str, start: Value | None) -> Value | None:
+    """The value of factor `path` in a cell; None if the cell is not on the factor's curve."""
     if config.design == "grid":
         return cell.assignment.get(path)
     if not cell.assignment:
@@ -170,62 +212,39 @@ def _value_on_curve(config: StudyConfig, cell: Cell, path: str, start: Value | N
     return cell.assignment[path] if set(cell.assignment) == {path} else None
 
 
-def _point(value: Value, by_seed: Mapping[int, list[tuple[Mapping[str, float], int]]], task: str) -> Point:
+def _curve_point(value: Value, by_seed: Mapping[int, list[tuple[Mapping[str, float], int]]], task: str) -> CurvePoint:
     def score(scores: Mapping[str, float]) -> float:
-        return mean(scores) if task == MEAN else scores[task]
+        return mean_score(scores) if task == MEAN else scores[task]
 
     seeds = [fmean(score(scores) for scores, _ in entries) for entries in by_seed.values()]
     params = fmean(size for entries in by_seed.values() for _, size in entries)
-    return Point(value, fmean(seeds), half_width(seeds), len(seeds), params)
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t interval of a mean; nan of one value."""
-    n = len(values)
-    return student(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
-
-
-def student(df: int) -> float:
-    """The .975 quantile of Student's t.
-
-    References:
-        Abramowitz and Stegun 26.7.5, above 10 degrees of freedom.
-    """
-    if df <= len(_T):
-        return _T[df - 1]
-    z = _Z
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / float(df) ** power for power, term in enumerate(terms))
+    return CurvePoint(value, fmean(seeds), half_width(seeds), len(seeds), params)
 
 
 def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str, float]]:
-    """Share of each factor in reaching the best quarter of the trials, by target; none of a one-factor sensitivity
-    study, whose curves say it, nor of fewer than 8 trials.
+    """The share of each factor in reaching the best quarter of the trials, by target (`score`, `params`, `gap`).
+
+    Empty for fewer than 8 trials. Also empty for a sensitivity study of one factor at a time: its curves show the same.
 
     References:
         Watanabe, Bansal, Hutter 2023, PED-ANOVA, arXiv 2304.10255.
     """
     if config.mode == "sensitivity" and config.design == "one_factor":
         return {}
-    trials = [trial for trial in complete(study) if "scores" in trial.user_attrs]
+    trials = [trial for trial in complete_trials(study) if "scores" in trial.user_attrs]
     names = {name for trial in trials for name in trial.params}
     params = [path for path in config.factors if path in names and not path.startswith(PERTURBATION)]
-    if len(trials) < _FEWEST or not params:
+    if len(trials) < _FEWEST_TRIALS or not params:
         return {}
     targets: dict[str, Callable[[FrozenTrial], float]] = {
-        "score": lambda trial: -mean(trial.user_attrs["scores"]),  # the evaluator looks for low values
+        "score": lambda trial: -mean_score(trial.user_attrs["scores"]),  # the evaluator looks for low values
         "params": lambda trial: float(trial.user_attrs["params"]),
     }
     if all(trial.user_attrs["perturbed"] for trial in trials):
-        targets["gap"] = gap
+        targets["gap"] = robustness_gap
     found = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says again that it looks for low values
+        warnings.simplefilter("ignore")  # the evaluator warns at every call that it looks for low values
         for name, target in targets.items():
             if len({target(trial) for trial in trials}) > 1:
                 share = get_param_importances(
@@ -235,26 +254,11 @@ def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str,
     return found
 
 
-def gap(trial: FrozenTrial) -> float:
-    """Clean less perturbed score, of the first perturbation."""
-    first: Mapping[str, float] = next(iter(trial.user_attrs["perturbed"].values()))
-    return mean(trial.user_attrs["scores"]) - mean(first)
-
-
-def metrics(trial: FrozenTrial) -> dict[str, float]:
-    """What a complete trial came to, by tag."""
-    attrs = trial.user_attrs
-    found = {"score": mean(attrs["scores"]), **{f"score/{task}": value for task, value in attrs["scores"].items()}}
-    perturbed = {f"perturbed/{key}": mean(scores) for key, scores in attrs["perturbed"].items()}
-    return {**found, **perturbed, "params": float(attrs["params"]), "seconds": float(attrs["seconds"])}
-
-
 def front(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
-    """See `Study.front`; of a sensitivity study the best setting of each side, by its mean over seeds."""
-    trials = complete(study)
+    """See `Study.front`. For a sensitivity study: the best setting of each side, by its mean score over seeds."""
     if config.mode == "sensitivity":
         return _best_settings(config, study)
-    feasible = [trial for trial in trials if all(value <= 0 for value in trial.constraints.values())]
+    feasible = [t for t in complete_trials(study) if all(value <= 0 for value in t.constraints.values())]
     signs = [1 if name == "score" else -1 for name in config.objectives]
 
     def values(trial: FrozenTrial) -> list[float]:
@@ -269,52 +273,55 @@ def front(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _best_settings(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
+    """For each side, the trial of the first seed of its best setting."""
     found = []
     for side in config.sides:
         by_setting: dict[str, list[FrozenTrial]] = {}
-        for cell, _, trial in scored(config, study):
+        for cell, _, trial in scored_cells(config, study):
             if cell.side == side and cell.perturbation is None:
                 by_setting.setdefault(repr(sorted(cell.assignment.items())), []).append(trial)
         if by_setting:
-            best = max(by_setting.values(), key=lambda trials: fmean(mean(t.user_attrs["scores"]) for t in trials))
+            best = max(
+                by_setting.values(), key=lambda trials: fmean(mean_score(t.user_attrs["scores"]) for t in trials)
+            )
             found.append(best[0])
     return found
 
 
-def progress(study: Study) -> str:
-    """How far it has come, in words."""
-    counts = {state: len(queue.trials_of(study.optuna, state)) for state in TrialState}
-    failed = [t for t in queue.trials_of(study.optuna, TrialState.FAIL) if queue.SPARED not in t.user_attrs]
-    parts = [f"{counts[TrialState.COMPLETE]} complete"]
-    others = {TrialState.PRUNED: "pruned", TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
-    parts += [f"{counts[state]} {word}" for state, word in others.items() if counts[state]]
-    return ", ".join([*parts, *([f"{len(failed)} failed"] if failed else [])])
+# -- as text -----------------------------------------------------------------------------------------------------------
 
 
-def table(config: StudyConfig, study: optuna.Study) -> str:
-    """Curves or best trials, for reading."""
+def study_table(config: StudyConfig, study: optuna.Study) -> str:
+    """The curves of a sensitivity study, or the best trials of an optimisation, as plain text."""
     if config.mode == "sensitivity":
         rows = [
-            [curve.factor, curve.side, shown(point.value), score_text(point), str(point.seeds), f"{point.params:,.0f}"]
+            [
+                curve.factor,
+                curve.side,
+                format_value(point.value),
+                format_score(point),
+                str(point.seeds),
+                f"{point.params:,.0f}",
+            ]
             for curve in curves(config, study)
             if curve.task == MEAN
             for point in curve.points
         ]
         return format_table(["factor", "side", "value", "score, % (95 %)", "seeds", "parameters"], rows)
     rows = [
-        [str(trial.number), *(f"{value:.4g}" for value in trial.values), *(shown(v) for v in trial.params.values())]
+        [str(trial.number), *(f"{v:.4g}" for v in trial.values), *(format_value(v) for v in trial.params.values())]
         for trial in front(config, study)
     ]
     return format_table(["trial", *config.objectives, *config.factors], rows) if rows else "no feasible trial yet"
 
 
-def score_text(point: Point) -> str:
-    """A score in per cent with its interval."""
+def format_score(point: CurvePoint) -> str:
+    """The score in per cent, with the half-width of its interval."""
     return f"{100 * point.score:.1f}" + ("" if math.isnan(point.half) else f" ± {100 * point.half:.1f}")
 
 
-def shown(value: Any) -> str:
-    """A factor's value, for reading."""
+def format_value(value: Any) -> str:
+    """The value of a factor."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Where a study is kept: a journal file, a database, or a proxy of one."""
+"""Storages of studies: a journal file, a database, or a proxy of one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sqlalchemy.pool import NullPool
 from gatedadapters.errors import StudyError
 
 GRPC, SQLITE, POSTGRES = "grpc://", "sqlite", "postgresql://"
-_WAIT = 10  # seconds for a proxy to answer
+_WAIT = 10  # seconds that a proxy has to answer
 
 
 def check_workers(where: object, workers: int) -> None:
-    """See that a storage bears so many processes.
+    """Check that a storage supports this many processes.
 
     Raises:
-        StudyError: it does not.
+        StudyError: several workers with SQLite, or with a storage object that other processes cannot open.
     """
     if workers > 1 and isinstance(where, BaseStorage):
         raise StudyError(
@@ -43,15 +43,15 @@ def check_workers(where: object, workers: int) -> None:
 
 
 def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
-    """A storage by its file name or URL.
+    """Open a storage by its file name or URL.
 
     Args:
-        where: a file (a journal, made where there is none), `grpc://HOST:PORT` (a proxy, started with
-            `optuna.storages.run_grpc_proxy_server`), or any URL that Optuna takes: `postgresql://...`, `mysql://...`.
-        create: make a journal where there is none.
+        where: the file of a journal, `grpc://HOST:PORT` (a proxy, started with
+            `optuna.storages.run_grpc_proxy_server`), or a URL that Optuna accepts: `postgresql://...`, `mysql://...`.
+        create: make the journal if the file does not exist.
 
     Raises:
-        StudyError: it cannot be reached or used.
+        StudyError: the storage cannot be reached or used.
     """
     text = str(where)
     try:
@@ -62,7 +62,7 @@ def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
         return _journal(Path(text), create)
     except StudyError:
         raise
-    except Exception as error:  # each back end and driver has errors of its own
+    except Exception as error:  # every back end and driver raises its own kinds of error
         raise StudyError(
             "the storage cannot be reached",
             expected="a file, grpc://HOST:PORT, or the URL of a database",
@@ -106,7 +106,7 @@ def _journal(path: Path, create: bool) -> BaseStorage:
 def _database(url: str) -> BaseStorage:
     if url.startswith(SQLITE):
         return RDBStorage(url)
-    # trials take minutes: a connection kept open between two writes only blocks a place, and is cut by many a server
+    # Trials take minutes. A connection kept open between two writes would occupy the server, and many servers cut it.
     return RDBStorage(_with_driver(url), engine_kwargs={"poolclass": NullPool})
 
 
@@ -122,7 +122,7 @@ def _proxy(text: str) -> BaseStorage:
 
 
 def _with_driver(url: str) -> str:
-    """PostgreSQL's present driver, where the URL names none and the former one is not installed."""
+    """The URL with the driver psycopg 3, if it names no driver and SQLAlchemy's default, psycopg2, is not installed."""
     if url.startswith(POSTGRES) and importlib.util.find_spec("psycopg2") is None:
         return url.replace(POSTGRES, "postgresql+psycopg://", 1)
     return url

@@ -1,4 +1,4 @@
-"""A study from Python: load, run, look, report."""
+"""A study in Python: load it, run it, look at its results, write its report."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gatedadapters.reporting.versions import versions
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import Training, parameters, trainings
-from gatedadapters.studies.measured import Measure, Report
+from gatedadapters.studies.measured import Measure, ReportProgress
 from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
-CONFIG = "gatedadapters"  # the user attribute of an Optuna study that holds ours
-DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
+_CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
+_DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
     "score": "maximize",
     "params": "minimize",
     "gap": "minimize",
@@ -35,20 +35,26 @@ DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
 
 
 class Study:
-    """How scores after pruning depend on the sparsity weight, on noise, on perturbed data, or on any field of a search.
+    """Runs a search many times, to see how its scores depend on the sparsity weight, noise, perturbed data or any other
+    field.
 
-    Kept in a storage from the first trial on: what is done is never lost, and running again goes on.
+    Every trial is written to a storage. After an interruption, running the study again continues it.
 
     Args:
-        config: what is varied, and how.
-        storage: a file name (a journal), any URL that Optuna takes, `grpc://HOST:PORT`, or a storage of Optuna's;
-            default: `NAME.journal` in the current folder.
-        measure: what scores a trial, in place of `objective.measure`; with several workers it must be importable.
-        create: make the study where the storage holds none of its name.
+        config: which fields are varied, and how.
+        storage: the file name of a journal, a URL that Optuna accepts, `grpc://HOST:PORT`, or one of Optuna's storage
+            objects. Default: `NAME.journal` in the current folder.
+        measure: scores a trial, in place of `objective.measure`. With several workers it must be importable.
+        create: make the study if the storage has none of this name.
+
+    Attributes:
+        config: as given.
+        storage: as given, or the default.
+        optuna: the Optuna study underneath.
 
     Raises:
-        StudyError: the storage cannot be used, or holds a study of this name over another space, or none and `create`
-            is False.
+        StudyError: the storage cannot be used, holds a study of this name over another space, or holds none and
+            `create` is False.
         ConfigError: an unknown noise or perturbation.
     """
 
@@ -75,18 +81,18 @@ class Study:
         name: str | None = None,
         create: bool = True,
     ) -> Self:
-        """A study by the name of a preset or by a YAML file.
+        """Load a study from a preset or a YAML file.
 
         Args:
             preset_or_file: `"sensitivity"`, `"optimise"`, or a path that ends in .yaml.
-            search: what is studied, or its YAML file, in place of what the study says; noise and perturbation that it
-                lacks stay those of the study.
+            search: a search or its YAML file, which replaces the one in the study. Where it has no noise or
+                perturbation, those of the study's own search are kept.
             storage: see the class.
-            name: of the study, in place of what its file says.
+            name: replaces the name in the file.
             create: see the class.
 
         Raises:
-            ConfigError: unknown preset, unreadable file, unknown factor, invalid value.
+            ConfigError: an unknown preset, an unreadable file, an unknown factor or an invalid value.
             StudyError: see the class.
         """
         if isinstance(search, (str, Path)):
@@ -96,14 +102,15 @@ class Study:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def run(self, n_trials: int | None = None, *, workers: int = 1) -> Self:
-        """Run what is missing, and wait until it is done.
+        """Run the trials that are missing, and wait until they are done.
 
         Args:
-            n_trials: at most so many more; default: all.
-            workers: processes on this machine. The same call on other machines, with the same storage, helps.
+            n_trials: run at most this many more; default: all.
+            workers: number of processes on this machine. To use more machines, make the same call on each of them,
+                with the same storage.
 
         Raises:
-            StudyError: SQLite or a storage in memory with several workers; workers that die.
+            StudyError: several workers with SQLite or with a storage in memory, or workers that die again and again.
         """
         check_workers(self.storage, workers)
         queue.Watch().collect(self.optuna, self.config.retries)
@@ -117,7 +124,7 @@ class Study:
 
     @property
     def measure(self) -> Measure:
-        """What scores a trial."""
+        """Scores a trial."""
         if self._measure is None:
             from gatedadapters.studies.objective import measure  # training takes seconds to import
 
@@ -137,14 +144,16 @@ class Study:
         return self._optimise(trial) if self.config.mode == "optimise" else self._score(study, trial)
 
     def _score(self, study: optuna.Study, trial: Trial) -> list[float]:
+        """A trial of a sensitivity study: one training, tested under all its perturbations."""
         training = self._trainings[trial.user_attrs[queue.KEY]]
         for name, value in parameters(self.config, training.cell).items():
             _suggest(trial, name, value, self.config)
         measured = self.measure(training.cell.search, training.cell.side, training.perturbations)
-        results.note(trial, training.cell.search, training.cell.side, training.perturbations, measured)
-        return [results.mean(measured.scores)]
+        results.store_result(trial, training.cell.search, training.cell.side, training.perturbations, measured)
+        return [results.mean_score(measured.scores)]
 
     def _optimise(self, trial: Trial) -> list[float]:
+        """A trial of an optimisation: one training for each seed, with values that the sampler chooses."""
         config = self.config
         (side,) = config.sides
         assignment = {path: _choose(trial, path, factor) for path, factor in config.factors.items()}
@@ -155,14 +164,15 @@ class Study:
             seeded = search.model_copy(update={"training": search.training.model_copy(update={"seed": seed})})
             report = self._reporter(trial, index * search.training.steps)
             found.append(self.measure(seeded, side, perturbations, split="validation", report=report))
-        measured = results.averaged(found)
-        results.note(trial, search, side, perturbations, measured)
+        measured = results.average_over_seeds(found)
+        results.store_result(trial, search, side, perturbations, measured)
         values = results.objectives(measured)
         for name, limit in config.constraints.items():
             trial.set_constraint(name, limit - values[name] if name == "score" else values[name] - limit)
         return [values[name] for name in config.objectives]
 
-    def _reporter(self, trial: Trial, offset: int) -> Report | None:
+    def _reporter(self, trial: Trial, offset: int) -> ReportProgress | None:
+        """Reports intermediate scores to Optuna's pruner; None if the study does not prune."""
         if not self.config.prune or self.config.objectives != ("score",):
             return None
 
@@ -173,56 +183,62 @@ class Study:
 
         return report
 
-    # -- looking -------------------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------------
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Every trial, failed ones with their `error` in the user attributes."""
+        """Every trial. A failed one has its `error` in the user attributes."""
         return queue.trials_of(self.optuna)
 
     def curves(self) -> list[results.Curve]:
-        """Score by value of each factor, on each side, of each task and in the mean; with 95 % intervals over seeds."""
+        """For each factor and side, the scores over its values, by task and as the mean over tasks, with 95 % intervals
+        over seeds.
+        """
         return results.curves(self.config, self.optuna)
 
     def importances(self) -> dict[str, dict[str, float]]:
-        """By target (`score`, `params`, `gap`): the share of each factor. See `results.importances`."""
+        """The share of each factor in the best trials, by target (`score`, `params`, `gap`): `results.importances`."""
         return results.importances(self.config, self.optuna)
 
     def front(self) -> list[FrozenTrial]:
-        """Feasible trials that no other beats in every objective; of one objective the best one."""
+        """The Pareto front: feasible trials that no other trial beats. With one objective, the best trial."""
         return results.front(self.config, self.optuna)
 
     def best(self) -> list[SearchConfig]:
-        """The front as searches that are ready to run."""
+        """The searches of the front, ready to run."""
         return [results.search_of(trial, self.config.search.folder) for trial in self.front()]
 
     def report(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best configurations.
+        """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best searches.
 
         Args:
-            folder: of the report; an earlier one of this study is replaced.
-            overwrite: replace that of another study, too.
+            folder: of the report. An earlier report of this study is replaced.
+            overwrite: replace the report of another study, too.
+
+        Returns:
+            The HTML file.
 
         Raises:
             StudyError: no trial is complete.
-            ArtifactError: the folder is not free.
+            ArtifactError: the folder holds something else.
         """
-        from gatedadapters.studies.report import write
+        from gatedadapters.studies.report import write_report  # matplotlib takes a second to import
 
-        return write(self, Path(folder), overwrite=overwrite)
+        where = f"study {self.config.name!r} in {self.storage}"
+        return write_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
 
     def tensorboard(self, folder: str | Path) -> None:
-        """Write every complete trial as a run of its own, for the page of TensorBoard that compares runs.
+        """Write every complete trial as a TensorBoard run of its own, for the page that compares runs.
 
-        Each run names every value of its search and every metric, so that the columns are complete from the first.
+        TensorBoard takes its columns from the first run. So each run has the fields of all searches and all metrics.
 
         Args:
-            folder: of the runs, `trial-0`, `trial-1`, ...; a trial that has its run already is left alone.
+            folder: of the runs `trial-0`, `trial-1`, ... Runs that exist already are kept.
         """
         from gatedadapters.inspection import TensorBoardWriter  # TensorBoard takes a moment to import
         from gatedadapters.inspection.tensorboard import flat
 
-        done = results.complete(self.optuna)
+        done = results.complete_trials(self.optuna)
         made_with = [
             flat({"side": trial.user_attrs["side"], **results.search_of(trial).as_written()}) for trial in done
         ]
@@ -234,15 +250,15 @@ class Study:
                     writer.hparams({**columns, **values}, results.metrics(trial))
 
     def __repr__(self) -> str:
-        return f"Study({self.config.name!r}: {results.progress(self)})"
+        return f"Study({self.config.name!r}: {results.progress(self.optuna)})"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{results.table(self.config, self.optuna)}"
+        return f"{self!r}\n{results.study_table(self.config, self.optuna)}"
 
     def _repr_html_(self) -> str:
-        from gatedadapters.studies.report import summary_html
+        from gatedadapters.studies.report import summary_html  # matplotlib takes a second to import
 
-        return summary_html(self)
+        return summary_html(self.config, self.optuna)
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
@@ -267,12 +283,12 @@ class Study:
 
     def _create(self, storage: BaseStorage) -> None:
         objectives = self.config.objectives if self.config.mode == "optimise" else ("score",)
-        directions = [DIRECTIONS[name] for name in objectives]
+        directions = [_DIRECTIONS[name] for name in objectives]
         try:
             study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
         except DuplicatedStudyError:  # another machine was faster
             return
-        study.set_user_attr(CONFIG, {"config": self.config.as_written(), "versions": versions()})
+        study.set_user_attr(_CONFIG, {"config": self.config.as_written(), "versions": versions()})
 
     def _check_same(self, study: optuna.Study) -> None:
         stored = _stored_config(study)
@@ -297,7 +313,7 @@ class Study:
 
 
 def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:
-    """What each of several processes does."""
+    """The work of one of several processes."""
     load_plugins()
     study = Study(config, storage=storage, measure=measure)
     study.optuna.sampler = _sampler(config, index)
@@ -308,9 +324,12 @@ def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, i
 
 
 def _stored_config(study: optuna.Study) -> dict[str, Any] | None:
-    """What the study's maker wrote down, which may come a moment after the study itself."""
+    """The stored configuration of a study; None for a foreign study.
+
+    The process that creates a study writes the configuration a moment later, so wait for it while there is no trial.
+    """
     for _ in range(50):
-        found: dict[str, Any] | None = study.user_attrs.get(CONFIG)
+        found: dict[str, Any] | None = study.user_attrs.get(_CONFIG)
         if found is not None:
             config: dict[str, Any] = found["config"]
             return config
@@ -326,10 +345,10 @@ def _short(config: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _check_kinds(config: StudyConfig) -> None:
-    """Look every noise and perturbation up, so that a wrong name fails now and not in each trial.
+    """Check the names of noises and perturbations now, so that a wrong name does not fail in every trial.
 
     Raises:
-        ConfigError: unknown, or noise that only training can meet given as a perturbation.
+        ConfigError: an unknown name, or a noise for training given as a perturbation of test data.
     """
     kinds = {path: factor.values or () for path, factor in config.factors.items() if path.endswith(".kind")}
     for head, only in (("noise", None), ("perturbation", Perturbation)):
@@ -342,7 +361,7 @@ def _check_kinds(config: StudyConfig) -> None:
 
 
 def _sampler(config: StudyConfig, worker: int) -> optuna.samplers.BaseSampler:
-    seed = 1000 * worker  # workers of one seed would all choose alike
+    seed = 1000 * worker  # with one seed, all workers would choose the same values
     if config.mode == "sensitivity":
         return optuna.samplers.RandomSampler(seed=seed)
     if len(config.objectives) > 1:
@@ -357,7 +376,7 @@ def _pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
 
 
 def _choose(trial: Trial, path: str, factor: Factor) -> Value:
-    """A value of the sampler's choice."""
+    """Let the sampler choose a value."""
     if factor.values is not None:
         return cast(Value, trial.suggest_categorical(path, factor.values))
     assert factor.low is not None
@@ -368,7 +387,7 @@ def _choose(trial: Trial, path: str, factor: Factor) -> Value:
 
 
 def _suggest(trial: Trial, name: str, value: Value, config: StudyConfig) -> None:
-    """Tell Optuna a value that is decided already."""
+    """Tell Optuna a value that is already fixed."""
     if name == "side":
         trial.suggest_categorical(name, tuple(config.sides))
         return

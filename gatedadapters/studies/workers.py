@@ -1,4 +1,4 @@
-"""Working off a study's queue: in this process, or in several."""
+"""Running the trials in a study's queue, in this process or in several."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from gatedadapters.errors import StudyError
 from gatedadapters.studies import queue
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-Open = Callable[[], optuna.Study]
-Run = Callable[[optuna.Study, Trial], Sequence[float]]
-_POLL, _FAREWELL = 0.5, 5.0  # seconds
+RunTrial = Callable[[optuna.Study, Trial], Sequence[float]]  # returns the values of the objectives
+_POLL = 0.5  # seconds between looks at the queue
+_SHUTDOWN = 5.0  # seconds that interrupted workers have to put their trials back
 
 
-def work(study: optuna.Study, run: Run, config: StudyConfig, *, watch: queue.Watch | None = None) -> None:
-    """Work until nothing waits and nobody else works, whose trial might come back.
+def work(study: optuna.Study, run: RunTrial, config: StudyConfig) -> None:
+    """Run trials until none is waiting or running. Other processes' trials count, because they may come back.
 
-    A trial that raises is kept with its error and queued again, at most `config.retries` times.
+    A trial that raises an error is kept with the error, and its job is queued again at most `config.retries` times.
 
     Raises:
-        KeyboardInterrupt: the trial at work is queued again, and its failure not counted.
+        KeyboardInterrupt: the current job is queued again, and the interruption does not count as a failure.
     """
-    watch = watch or queue.Watch()
+    watch = queue.Watch()
     while True:
         trial = queue.claim(study)
         if trial is not None:
-            _one(study, trial, run, config)
+            _run_one(study, trial, run, config)
         elif not queue.trials_of(study, TrialState.RUNNING):
             if not queue.trials_of(study, TrialState.WAITING):
                 return
@@ -43,7 +43,7 @@ def work(study: optuna.Study, run: Run, config: StudyConfig, *, watch: queue.Wat
             time.sleep(_POLL)
 
 
-def _one(study: optuna.Study, trial: Trial, run: Run, config: StudyConfig) -> None:
+def _run_one(study: optuna.Study, trial: Trial, run: RunTrial, config: StudyConfig) -> None:
     frozen = study.get_trials(deepcopy=False)[trial.number]
     try:
         with queue.Heartbeat(study, trial):
@@ -52,10 +52,10 @@ def _one(study: optuna.Study, trial: Trial, run: Run, config: StudyConfig) -> No
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     except KeyboardInterrupt:
-        if queue.fail(study, trial, "interrupted", spared=True):
+        if queue.fail(study, trial, "interrupted", uncounted=True):
             queue.retry(study, frozen, config.retries)
         raise
-    except Exception:  # whatever it was, it belongs to this trial alone
+    except Exception:  # one trial that fails must not stop the others
         current = study.get_trials(deepcopy=False)[trial.number]
         if queue.fail(study, trial, traceback.format_exc(limit=-6)):
             queue.retry(study, current, config.retries)
@@ -64,12 +64,13 @@ def _one(study: optuna.Study, trial: Trial, run: Run, config: StudyConfig) -> No
 def work_together(
     entry: Callable[..., None], arguments: tuple[Any, ...], study: optuna.Study, config: StudyConfig, workers: int
 ) -> None:
-    """Run `entry(*arguments, index)` in several processes until the queue is empty; a process that dies is replaced.
+    """Run `entry(*arguments, index)` in several processes until the queue is empty.
 
-    Each gets its share of the cores, and one of the GPUs where there are several.
+    Each process gets its share of the cores and, if there are several GPUs, one of them. A process that dies is
+    replaced.
 
     Raises:
-        StudyError: processes die faster than trials get done.
+        StudyError: processes die again and again without finishing a trial.
     """
     context = multiprocessing.get_context("spawn")  # threads and GPUs do not survive a fork
     watch = queue.Watch()
@@ -106,14 +107,14 @@ def work_together(
                     )
                 if queue.trials_of(study, TrialState.WAITING, TrialState.RUNNING):
                     start(index)
-    finally:  # an interruption or an error, else none is left
-        until = time.monotonic() + _FAREWELL
+    finally:  # processes are left only after an interruption or an error
+        until = time.monotonic() + _SHUTDOWN
         for process in processes.values():
-            process.join(max(0.0, until - time.monotonic()))  # an interrupted one puts its trial back itself
+            process.join(max(0.0, until - time.monotonic()))  # an interrupted worker puts its trial back itself
             process.terminate()
             process.join()
         if processes:
-            queue.Watch().collect(study, config.retries, spared=True)
+            queue.Watch().collect(study, config.retries, uncounted=True)
 
 
 def _finished(study: optuna.Study) -> int:
@@ -122,7 +123,7 @@ def _finished(study: optuna.Study) -> int:
 
 @contextmanager
 def _environment(index: int, workers: int) -> Iterator[None]:
-    """What a process inherits: as many threads as it has cores to itself, one GPU of several."""
+    """The environment that process `index` inherits: threads for its share of the cores, and one GPU of several."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     changes = {name: str(min(threads, int(os.environ.get(name, threads)))) for name in THREADS}
     gpus = _gpus()
@@ -141,7 +142,7 @@ def _environment(index: int, workers: int) -> Iterator[None]:
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs that this process may use."""
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.backbone.attached import apply_requires_grad
-from gatedadapters.config import Budget, Penalty, Schedule
+from gatedadapters.backbone.fingerprint import Fingerprint
+from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Path
 from gatedadapters.runtime.call import forget, switched_off
+from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.structure import Structure
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
 from gatedadapters.structure.folder import write
@@ -31,6 +33,12 @@ class Adapters(Supernet):
 
     The attributes are those of `Supernet`, which is what hooks call while the model runs.
     """
+
+    def __init__(
+        self, paths: Mapping[str, Path], *, tasks: Sequence[str], space: SearchSpace, identity: Fingerprint, seed: int
+    ) -> None:
+        super().__init__(paths, tasks=tasks, space=space, identity=identity, seed=seed)
+        nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -157,9 +165,11 @@ class Adapters(Supernet):
             bank.fix(torch.where(values > 0, values / top.clamp(min=1e-30), kept))
         self.structure = structure
 
-    def prune_now(self) -> None:
-        """Fix the Structure that the penalty asks for now."""
-        self.prune(self.discretize())
+    def prune_if_due(self) -> None:
+        """Fix the Structure that the penalty asks for, if the schedule says so; called between two steps."""
+        if self.bank is not None and self.pressure is not None and self.pressure.prune_is_due(self.bank):
+            self.bank.keep_in_range()
+            self.prune(self.discretize())
 
     @torch.no_grad()
     def compact(self, structure: Structure | None = None, *, task: str | None = None) -> Structure:
@@ -330,9 +340,12 @@ class Adapters(Supernet):
         for forward in weight_forwards(self, model):
             forward.install()
             self._forwards.append(forward)
+        if self.bank is not None:
+            CLOCK.add(self)
 
     def unhook(self) -> None:
         """Take all hooks and forwards out."""
+        CLOCK.discard(self)
         for handle in (*self._handles, *self._forwards):
             handle.remove()
         self._handles.clear()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gatedadapters.backbone import Layout
 from gatedadapters.backbone.fingerprint import Fingerprint
@@ -16,6 +17,7 @@ from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Path, SkippedSite
 from gatedadapters.runtime.call import Call, begin, current, end, is_switched_off, new_serial
+from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.merging import Merged
 from gatedadapters.supernet.routing import checked_ids
@@ -23,7 +25,7 @@ from gatedadapters.supernet.routing import checked_ids
 NAME = "gated_adapters"
 
 
-class Supernet(nn.Module):
+class Supernet(nn.Module, StepListener):
     """Candidate paths and their gates, registered in a model as `gated_adapters`; hooks reach both through it.
 
     Users call `Adapters`, which derives from it.
@@ -40,6 +42,7 @@ class Supernet(nn.Module):
         follows_ids: whether `task_ids` of a call say which task is meant; False where they are the model's own alone.
     """
 
+    turn: ClassVar[Turn] = Turn.PRUNE
     follows_ids = True
     paths: nn.ModuleDict
     bank: GateBank | None
@@ -118,14 +121,7 @@ class Supernet(nn.Module):
             return
         bank.draw()
         if self.pressure is not None:
-            if self.pressure.prune_is_due(bank):
-                self.prune_now()
-            else:
-                self.pressure.ascend(bank)
-
-    def prune_now(self) -> None:
-        """Fix the Structure that the budget asks for."""
-        raise NotImplementedError
+            self.pressure.ascend(bank)
 
     def gate(self, key: str, call: Call) -> tuple[bool, Tensor | None]:
         """(whether path `key` is open, its gate for the batch of `call`: None, (g,) or (batch, g)).
@@ -196,11 +192,27 @@ class Supernet(nn.Module):
                 where="forward",
                 fix="train a copy.deepcopy(model) in one of them, or let the other thread end its step first",
             )
+        if other is None:
+            CLOCK.add(self)  # to hear of the step's end
         self._trained_in = here
 
-    def training_stepped(self) -> None:
-        """Called when an optimiser has stepped: another thread may train the model now."""
+    # -- what the clock of optimiser steps calls -----------------------------------------------------------------------
+
+    def watched(self) -> list[nn.Parameter]:
+        """The gates and what the paths learn; see `StepListener`."""
+        return [*self.gate_parameters(), *self.weight_parameters()]
+
+    def training_begins(self, optimizer: Optimizer) -> None:
+        """Prune at once if that is due: release 0.1 saved its checkpoints before it pruned, not after."""
+        self.prune_if_due()
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """Let another thread train the model now, and prune if this step completed the schedule's share of training."""
         self._trained_in = None
+        self.prune_if_due()
+
+    def prune_if_due(self) -> None:
+        """Fix the Structure that the penalty asks for, if the schedule says so; `Adapters` does it."""
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -272,3 +284,5 @@ class Supernet(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self.serial = new_serial(self)
+        if self.bank is not None and self._handles:
+            CLOCK.add(self)

@@ -1,7 +1,8 @@
 """Training gated models with transformers' Trainer, for one task or many."""
 
+from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.multitask import MultiTaskClassifier
 from gatedadapters.training.selective import SelectiveTrainer
 from gatedadapters.training.trainer import GatedTrainer
 
-__all__ = ["GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"]
+__all__ = ["FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"]

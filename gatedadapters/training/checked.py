@@ -14,12 +14,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.errors import TaskError, TrainingError
+from gatedadapters.training.callback import FollowOptimizer
 
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata: whose elements and whose weights
 
 
 class CheckedTrainer(Trainer):
     """transformers' Trainer, which looks at each training loss, and at a checkpoint before anything of it is loaded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(FollowOptimizer())
 
     def compute_loss(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -172,9 +171,9 @@ class GatedTrainer(CheckedTrainer):
 
     def _follow_pressure(self, scheduler: LambdaLR, pressure: Pressure, total: int) -> None:
         """Let the weights' rates follow how many candidates are open, and run through their descent after the prune."""
-        at = pressure.schedule.prune if pressure.schedule.rewind else None
-        if at is not None:
-            peak, prune = self.args.get_warmup_steps(total), math.ceil(at * total - 1e-9)  # when the pressure prunes
+        prune = pressure.prune_step if pressure.schedule.rewind else None
+        if prune is not None:
+            peak = self.args.get_warmup_steps(total)
             scheduler.lr_lambdas = [rewound(factor, prune, peak, total) for factor in scheduler.lr_lambdas]
         for index in self._path_groups:
             factor = scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, total)

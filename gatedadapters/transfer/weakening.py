@@ -29,23 +29,26 @@ References:
 
 from __future__ import annotations
 
-import gc
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
 from gatedadapters.config import Ramp, WeakeningConfig
-from gatedadapters.errors import AttachError, ConfigError, LayoutError
+from gatedadapters.errors import AttachError, ConfigError, LayoutError, TrainingError
+from gatedadapters.runtime.steps import CLOCK, StepListener, Turn, unwrapped
 from gatedadapters.supernet.hooks import InputHook, OutputHook, first_tensor, replace_first
 from gatedadapters.transfer.feed_forward import FeedForward, feed_forwards
+
+logger = logging.getLogger(__name__)
 
 
 def weaken_knowledge(
@@ -75,8 +78,10 @@ def weaken_knowledge(
         mask: p_i, a number in [0, 1) or a `Ramp`.
         drop: p_c, a number in [0, 1) or a `Ramp`.
         rescale: ablation: divide what stays by 1 - p.
-        total_steps: optimiser steps of the training, needed for a `Ramp`. The steps done are kept in the optimiser's
-            state, so that a Trainer or a loop that loads it goes on with the ramp where it stopped.
+        total_steps: optimiser steps of the training, needed for a `Ramp`. The optimiser's state holds the steps done,
+            so that a resumed training can go on with the ramp where it stopped. The Trainers of this package do so;
+            give any other transformers Trainer the callback `ga.FollowOptimizer()`; in a loop of your own call
+            `follow(optimizer)` on the handle once the optimiser's state is loaded.
 
     Returns:
         A handle and context manager; `remove()` or the end of the context takes every hook out.
@@ -125,16 +130,18 @@ def restore_knowledge(model: nn.Module) -> None:
         weakening.remove()
 
 
-class Weakening:
+class Weakening(StepListener):
     """The hooks of `weaken_knowledge`: their draws, and taking them out.
 
     Attributes:
         config: the probabilities.
         places: what is weakened.
-        step: optimiser steps so far, counted where a probability is a ramp. Training that is resumed with the state of
-            its optimiser finds them there; set it where that is not loaded.
+        step: optimiser steps so far, counted where a probability is a ramp. A resumed training finds them in the state
+            of its optimiser (`follow`); set it where that state is not loaded.
         dropped: by block, whether its last forward in training mode skipped the feed-forward sub-layer.
     """
+
+    turn: ClassVar[Turn] = Turn.RAMP
 
     def __init__(
         self,
@@ -150,6 +157,7 @@ class Weakening:
         self.lengths: dict[str, int] = {}  # tokens that a writer has to be padded to, by its name
         self._model = [model]
         self._handles: list[Any] = []
+        self._forget_optimizers()
         modules = dict(model.named_modules())
         self._blocks = {place.block: modules[place.block] for place in self.places}
         if config.mask != 0:
@@ -162,9 +170,7 @@ class Weakening:
         if config.drop != 0:
             self._hook_drops(modules)
         if config.scheduled:
-            first = modules[self.places[0].block]
-            self._handles.append(first.register_forward_pre_hook(Resume(self), prepend=True))  # before its `Draw`
-            _SCHEDULED.add(self)
+            CLOCK.add(self)
 
     def _hook_drops(self, modules: Mapping[str, nn.Module]) -> None:
         ordered: dict[str, list[tuple[nn.Module, int]]] = {}
@@ -206,7 +212,7 @@ class Weakening:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _SCHEDULED.discard(self)
+        CLOCK.discard(self)
 
     def __enter__(self) -> Self:
         return self
@@ -216,15 +222,75 @@ class Weakening:
     ) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_stepped", "_taken_up")}  # a copy has its own
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._forget_optimizers()
         if self.config.scheduled and self._handles:
-            _SCHEDULED.add(self)
+            CLOCK.add(self)
 
-    def trains(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimiser steps on parameters of this model."""
-        own = {id(parameter) for parameter in self._model[0].parameters() if parameter.requires_grad}
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+    # -- ramps: optimiser steps ----------------------------------------------------------------------------------------
+
+    def _forget_optimizers(self) -> None:
+        self._stepped: WeakSet[Optimizer] = WeakSet()  # since `step` was last counted, and with it
+        self._taken_up: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # loaded steps, until the next one
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Go on with a ramp where the training stopped whose state was loaded into `optimizer`; where none was loaded,
+        from here. Call it before the first forward pass, for each optimiser of the model, in a loop of your own.
+
+        Raises:
+            TrainingError: the optimiser steps on no parameter of this model.
+        """
+        if not self.config.scheduled:
+            return
+        inner = unwrapped(optimizer)
+        if next(CLOCK.shared(self, inner), None) is None:
+            raise TrainingError(
+                "this optimiser does not train the weakened model",
+                expected="an optimiser that holds parameters of the model",
+                got=f"{type(inner).__name__} with none of them",
+                where="Weakening.follow",
+                fix="pass the optimiser of this training, once it holds its parameters",
+            )
+        self.training_begins(inner)
+
+    def watched(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model; see `StepListener`."""
+        return self._model[0].parameters()
+
+    def training_begins(self, optimizer: Optimizer) -> None:
+        """Take the number of steps from the optimiser's state, where one was loaded."""
+        done = self._loaded_steps(optimizer)
+        if done is not None:
+            self.step = self._taken_up[optimizer] = done
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """Count the step: ramps follow the optimiser, not forward passes, so that evaluation and gradient accumulation
+        do not count. Several optimisers on one model make one step together.
+        """
+        if optimizer is None or not any(p.requires_grad for p in CLOCK.shared(self, optimizer)):
+            return
+        done = self._loaded_steps(optimizer)
+        if done is not None:
+            if done != self.step:
+                logger.warning(_NOT_HANDED_IN, done, self.step)
+            self.step = done + 1
+        elif not self._stepped or optimizer in self._stepped:
+            self.step += 1
+            self._stepped.clear()
+        self._stepped.add(optimizer)
+        self._taken_up.pop(optimizer, None)
+        _WRITTEN[optimizer] = self.step
+        for group in optimizer.param_groups:
+            group[_STEPS] = self.step
+
+    def _loaded_steps(self, optimizer: Optimizer) -> int | None:
+        """Steps that a loaded state tells of; None where it tells of none, was counted here, or was taken up."""
+        held: int | None = optimizer.param_groups[0].get(_STEPS) if optimizer.param_groups else None
+        return None if held in (_WRITTEN.get(optimizer), self._taken_up.get(optimizer)) else held
 
 
 class _Hook:
@@ -232,29 +298,6 @@ class _Hook:
 
     def __init__(self, weakening: Weakening) -> None:
         self.weakening = weakening
-
-
-class Resume(_Hook):
-    """Before the first block, once: go on where the training whose optimiser was loaded had stopped.
-
-    That has to be known before the first forward, but no hook of torch tells that an optimiser was loaded, and the
-    Trainer makes its own after ours are in. So those that are alive are looked through.
-    """
-
-    started = False
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the block."""
-        if self.started or not module.training:
-            return
-        self.started = True
-        for item in gc.get_objects():
-            if issubclass(type(item), torch.optim.Optimizer):
-                optimizer = getattr(item, "optimizer", item)  # accelerate's holds another
-                done = _loaded_steps(optimizer)
-                if done is not None and self.weakening.trains(optimizer):
-                    self.weakening.step = done
 
 
 class MaskInput(_Hook):
@@ -411,35 +454,12 @@ def _hooks_of(model: nn.Module) -> Iterable[Any]:
         yield from module._forward_hooks.values()
 
 
-_SCHEDULED: WeakSet[Weakening] = WeakSet()
-_TURNS: WeakKeyDictionary[Weakening, WeakSet[torch.optim.Optimizer]] = WeakKeyDictionary()
-"""Optimisers that have stepped since the last step was counted: several on one model make one step together."""
 _STEPS = "weakened_steps"  # what an optimiser's groups, and so its state, call the steps of a ramp
-_COUNTED: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
-"""What was written into an optimiser last: another number in it was loaded."""
-
-
-def _loaded_steps(optimizer: torch.optim.Optimizer) -> int | None:
-    """Steps of a ramp that a loaded state brought along; None where there are none, or they were counted here."""
-    held: int | None = optimizer.param_groups[0].get(_STEPS) if optimizer.param_groups else None
-    return None if held == _COUNTED.get(optimizer) else held
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Ramps follow the optimiser, not forward passes: evaluation and gradient accumulation do not count."""
-    loaded = _loaded_steps(optimizer)
-    for weakening in list(_SCHEDULED):
-        if weakening.trains(optimizer):
-            turn = _TURNS.setdefault(weakening, WeakSet())
-            if loaded is not None:
-                weakening.step = loaded + 1
-            elif not turn or optimizer in turn:
-                weakening.step += 1
-                turn.clear()
-            turn.add(optimizer)
-            _COUNTED[optimizer] = weakening.step
-            for group in optimizer.param_groups:
-                group[_STEPS] = weakening.step
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
+_WRITTEN: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+"""The number of steps that was written into an optimiser last; another number there was loaded."""
+_NOT_HANDED_IN = (
+    "the loaded state of the optimiser says that %d steps of this ramp are done, but the first step of the resumed "
+    "training was weakened as after step %d, because nobody had handed the optimiser in. From the next step on the "
+    "ramp goes on. To resume it from the first step on, give the Trainer callbacks=[ga.FollowOptimizer()]; in a loop "
+    "of your own, call follow(optimizer) on what ga.weaken_knowledge returned, once the optimiser's state is loaded"
+)

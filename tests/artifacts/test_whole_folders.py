@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from gatedadapters import safe_files
@@ -151,9 +151,10 @@ for number in range(100):
 def test_a_killed_overwrite_loses_nothing(tmp_path: Path, system: str) -> None:
     if system == "exchange" and not sys.platform.startswith("linux"):
         pytest.skip("needs renameat2")
-    script = [sys.executable, "-W", "ignore", "-c", KILLED, system, str(tmp_path / "out")]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
-    outcomes = [line.split() for line in done.stdout.splitlines()]
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    printed = processes.run(processes.script, script, system, str(tmp_path / "out"), log=tmp_path / "log")
+    outcomes = [line.split() for line in printed.splitlines()]
     assert len(outcomes) > 5
     assert outcomes[-1][1:3] == ["0", "new"]
     for _, status, seen, old_is_beside in outcomes[:-1]:

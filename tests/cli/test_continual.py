@@ -6,20 +6,22 @@ import csv
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gatedadapters as ga
+from gatedadapters import experiments
 from gatedadapters.cli.main import main
 from gatedadapters.config import ContinualConfig
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments import continual as streaming
+from gatedadapters.experiments import run_continual
+from gatedadapters.experiments.streams import build_stream
 
 TRAINING = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 0.01, "device": "cpu"}
 ANIMAL = {"name": "animal", "train": "animal.jsonl", "text": "line", "label": "kind"}
@@ -60,7 +62,7 @@ def test_one_command_ends_with_matrix_pictures_table_and_states(
     assert elements["random"] == elements["l2_fisher"]
     for name in ("l2_fisher", "random", "l2_fisher-cores", "random-cores"):
         assert width(out / "pictures" / f"{name}.png") > 300
-    model, stream = streaming.build(ContinualConfig.load(config), 0)
+    model, stream = build_stream(ContinualConfig.load(config), 0)
     result = ga.StreamResult.load(out / "streams" / "l2_fisher" / "seed-0-order-0")
     result.restore(model, 2)  # from the base
     assert [task.score(model) for task in stream] == result.matrix[-1]
@@ -87,7 +89,7 @@ def test_a_command_killed_at_a_random_moment_ends_with_the_same_bits(
     config = continual(compare=["random"], training={**TRAINING, "checkpoint_steps": 1})
     assert main(["continual", str(config), "--out", str(tmp_path / "whole")]) == 0
     out, moment = tmp_path / "killed", random.SystemRandom().randint(1, 12)  # of 16 checkpoints
-    command = [sys.executable, "-W", "ignore", "-m", "gatedadapters", "continual", str(config), "--out", str(out)]
+    command = processes.start(processes.module, "gatedadapters", "continual", str(config), "--out", str(out))
     killed_at_checkpoint(command, out, moment)
     assert main(["continual", str(config), "--out", str(out)]) == 0
     for name in ("l2_fisher", "random"):
@@ -108,24 +110,24 @@ def test_a_run_that_was_stopped_before_anything_was_computed_goes_on(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr(streaming, "run_stream", stop)
+    monkeypatch.setattr(run_continual, "run_stream", stop)
     config, out = ContinualConfig.load(continual()), tmp_path / "out"
     for left in ("pictures", "tensorboard"):
         (out / left).mkdir(parents=True)  # no configuration beside them
     with pytest.raises(Reached):
-        streaming.run(config, out)
+        experiments.continual(config, out)
     whole = (out / "continual.yaml").read_text()
     (out / "continual.yaml").write_text(whole[:20])
     (out / ".continual.yaml.12").write_text(whole[:20])
     with pytest.raises(Reached):
-        streaming.run(config, out)
+        experiments.continual(config, out)
     assert (out / "continual.yaml").read_text() == whole
     assert not list(out.glob(".*"))
     moved = tmp_path.with_name(f"{tmp_path.name} moved")  # tables and results together
     shutil.copytree(tmp_path, moved)
     (moved / "out" / "metrics.json").touch()
     with pytest.raises(Reached):
-        streaming.run(ContinualConfig.load(moved / "continual.yaml"), moved / "out")
+        experiments.continual(ContinualConfig.load(moved / "continual.yaml"), moved / "out")
     (out / "notes.txt").touch()
     assert main(["continual", str(continual()), "--out", str(out)]) == 2
     assert "notes.txt" in capsys.readouterr().err
@@ -145,56 +147,6 @@ def test_a_run_that_was_stopped_before_anything_was_computed_goes_on(
     assert "not empty" in capsys.readouterr().err
 
 
-def test_a_random_core_has_the_elements_of_the_first_strategy_unless_it_has_a_size(
-    continual: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-    space = {"name": "small", "paths": [{"kind": "lora", "rank": 2}]}
-
-    def run(model: Any, stream: Any, strategy: Any, **options: Any) -> ga.StreamResult:
-        given[options["folder"].parent.name] = strategy
-        stage = {
-            "scores": [0.5, 0.5],
-            "general": None,
-            "tensors": None,
-            "seconds": 0,
-            "probe_seconds": 0,
-            "evaluation_seconds": 0,
-            "bytes": 0,
-            "state": "",
-        }
-        return ga.StreamResult.of(
-            {
-                "record": {
-                    "tasks": [{"name": "mood"}, {"name": "animal"}],
-                    "general": None,
-                    "strategy": {"kind": strategy.kind},
-                    "training": {},
-                    "seed": 0,
-                    "keep": True,
-                    "base": "",
-                    "elements": 9,
-                    "stages": 2,
-                },
-                "baseline": {"scores": [0.5, 0.5], "general": None},
-                "stages": [{**stage, "task": "mood", "elements": 70}, {**stage, "task": "animal", "elements": 80}],
-            }
-        )
-
-    monkeypatch.setattr(streaming, "run_stream", run)
-    compared = [
-        "random",
-        *({"kind": "random", "core": core} for core in ({"include": ["*.attention.*"]}, {"share": 0.2})),
-        {"kind": "random", "elements": [3, 4]},
-        {"kind": "random", "core": {"include": ["*.attention.self.key.bias"]}},
-    ]
-    config = ContinualConfig.load(continual(strategy={"kind": "gated", "space": space}, compare=compared))
-    streaming.run(config, tmp_path / "out")
-    sizes = [strategy.elements for name, strategy in given.items() if name != "gated"]
-    assert sizes == [(70, 80), (70, 80), None, (3, 4), None]  # the last has no 80 to choose from
-    assert given["random-2"].core.include == ("*.attention.*",)
-
-
 def scores_shown(run: Path) -> list[list[tuple[int, float]]]:
     """By task, what TensorBoard shows of a finished stream of two tasks, at which step."""
     events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
@@ -205,18 +157,6 @@ def scores_shown(run: Path) -> list[list[tuple[int, float]]]:
         [(event.step, pytest.approx(event.value, abs=1e-6)) for event in events.Scalars(f"score/{task}")]
         for task in ("mood", "animal")
     ]
-
-
-def test_orders_are_distinct_and_no_more_than_there_are(continual: Callable[..., Path]) -> None:
-    config = ContinualConfig.load(continual(orders=2, seeds=[3, 4]))
-    assert [(seed, order) for _, seed, order in streaming._streams(config)] == [
-        (3, [0, 1]),
-        (3, [1, 0]),
-        (4, [0, 1]),
-        (4, [1, 0]),
-    ]
-    with pytest.raises(ConfigError, match="2 tasks have 2 orders"):
-        ContinualConfig.load(continual(orders=3))
 
 
 def test_files_that_strategies_name_count_from_the_configuration(continual: Callable[..., Path]) -> None:
@@ -252,24 +192,6 @@ def test_questions_for_a_causal_language_model(decoder: Path, tmp_path: Path) ->
     file.write_text(yaml.safe_dump(data))
     assert main(["continual", str(file), "--out", str(tmp_path / "out")]) == 0
     assert "first" in (tmp_path / "out" / "table.txt").read_text()
-
-
-def test_a_table_of_questions_is_cut_by_seed_not_to_its_first_rows(decoder: Path, tmp_path: Path) -> None:
-    rows = [f"the dog {answer},{answer}" for answer in ("runs", "sleeps") for _ in range(20)]
-    for part in ("train", "test"):
-        (tmp_path / f"{part}.csv").write_text("\n".join(["text,answer", *rows]))
-    task = {
-        "train": str(tmp_path / "train.csv"),
-        "test": str(tmp_path / "test.csv"),
-        "answer": "answer",
-        "max_train": 12,
-        "max_test": 8,
-    }
-    config = ContinualConfig.parse({"model": str(decoder), "tasks": [task], "strategy": "sequential"}, where="test")
-    (found,) = streaming.build(config, seed=0)[1]
-    for data, count in ((found.train, 12), (found.held_out, 8)):
-        assert len(data) == count
-        assert len({tuple(item["input_ids"]) for item in data}) == 2
 
 
 @pytest.mark.parametrize(

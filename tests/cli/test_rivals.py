@@ -10,7 +10,7 @@ import pytest
 
 from gatedadapters.cli import main
 from gatedadapters.errors import TrainingError
-from gatedadapters.experiments.arms import Experiment
+from gatedadapters.experiments.arms import ArmRunner
 
 Configured = Callable[..., Path]
 TRAINING = {"steps": 4, "batch_size": 4, "precision": "fp32", "device": "cpu"}
@@ -55,7 +55,7 @@ def test_a_rival_that_breaks_off_leaves_the_search_and_its_numbers(
     def broken(*args: object) -> None:
         raise TrainingError("the loss is not finite")
 
-    monkeypatch.setattr(Experiment, "rival", broken)
+    monkeypatch.setattr(ArmRunner, "run_rival", broken)
     out = tables / "out"
     assert main(["search", str(configured(compare=["random"], training=TRAINING)), "--out", str(out)]) == 2
     assert {file.name for file in out.iterdir()} == RESULTS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import gatedadapters as ga
 from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
-from gatedadapters.experiments.arms import evaluate
-from gatedadapters.experiments.setup import load_tasks
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.evaluation import evaluate
 
 Configured = Callable[..., Path]
 
@@ -70,20 +69,6 @@ def test_a_search_over_two_tables_leaves_an_adapter_that_scores_what_was_printed
     assert {"gates/target", "gates/expected_cost"} <= runs["searched"]
 
 
-def test_uniform_lora_gives_every_map_its_rank_before_any_gets_more(encoder: Path) -> None:
-    from gatedadapters.experiments.arms import rank_scores, uniform_space
-
-    model = AutoModel.from_pretrained(encoder)
-    each = 4 * 64 + 2 * 80  # parameters of one rank at the maps of one layer
-    for size, ranks in ((2 * each, {1}), (5 * each, {2, 3}), (23 * each, {11, 12})):
-        gated = ga.attach(model, uniform_space(model, size))
-        structure = gated.discretize(ga.Budget(params=size), scores=rank_scores(gated))
-        ga.detach(model)
-        assert 0.9 * size < structure.params <= size
-        assert len(structure.paths) == 12
-        assert {len(path.kept) for path in structure.paths} == ranks
-
-
 def test_equal_seeds_give_equal_adapters_and_the_backbone_is_never_changed(
     encoder: Path, tables: Path, configured: Configured
 ) -> None:
@@ -109,16 +94,6 @@ def test_a_single_task_on_a_causal_language_model_gets_its_classifier(
     model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=2, pad_token_id=0)
     adapters = ga.load_adapters(model, tables / "out" / "adapter")
     assert adapters.head_names == ("score.weight",)
-
-
-def test_sorted_tables_are_cut_to_examples_of_every_class(tables: Path, configured: Configured) -> None:
-    for part in ("train", "test"):
-        lines = [f"{label} text {i} of {part},{label}" for label in ("happy", "sad") for i in range(30)]
-        (tables / f"{part}.csv").write_text("\n".join(["text,label", *lines]))
-    task = {"train": "train.csv", "validation": "test.csv", "test": "test.csv", "max_train": 20, "max_test": 10}
-    (loaded,) = load_tasks(SearchConfig.load(configured(tasks=[task])))
-    assert Counter(loaded.train.labels) == {0: 10, 1: 10}
-    assert Counter(loaded.split("test").labels) == {0: 5, 1: 5}
 
 
 def test_a_validation_table_stands_in_for_a_missing_test_table_and_is_named(

@@ -14,10 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import gatedadapters as ga
 from gatedadapters.cli.main import main
-from gatedadapters.config import CorpusConfig, SelectConfig
-from gatedadapters.data.language import LanguageDataset, Passage, read_passages, split_passages
-from gatedadapters.errors import ConfigError, DataError
-from gatedadapters.experiments.select import _passages
+from gatedadapters.config import SelectConfig
+from gatedadapters.errors import ConfigError
 
 
 @pytest.fixture
@@ -105,50 +103,3 @@ def test_a_configuration_of_0_1_that_says_core_still_loads_and_names_the_new_key
         assert old.selection.core == 0.8
     with pytest.raises(ConfigError, match="drop core"):
         SelectConfig.parse(old.model_dump() | {"selection": {"protect": 0.8, "core": 0.8}}, where="here")
-
-
-def test_answers_alone_count_and_running_text_is_cut_into_blocks(decoder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(decoder)
-    (item,) = LanguageDataset([Passage("the film was", "very good")], tokenizer, 16)
-    assert item["labels"][:3] == [-100] * 3
-    assert item["labels"][3:] == item["input_ids"][3:]
-    (cut,) = LanguageDataset([Passage("the film was " * 9, "very good")], tokenizer, 6)
-    assert len(cut["input_ids"]) == 6
-    assert sum(label >= 0 for label in cut["labels"]) == 2
-    blocks = LanguageDataset([Passage("the film was good")] * 5, tokenizer, 6)
-    assert [len(block["input_ids"]) for block in blocks] == [6, 6, 6, 2]
-    with pytest.raises(DataError, match="nothing to predict"):
-        LanguageDataset([Passage("the")], tokenizer, 6)
-
-
-def test_a_corpus_is_cut_by_seed_not_to_its_first_texts(tmp_path: Path) -> None:
-    (tmp_path / "sorted.txt").write_text("\n\n".join(f"text {i}" for i in range(40)))
-    whole = read_passages(tmp_path / "sorted.txt")
-
-    def used(count: int | None, seed: int) -> set[Passage]:
-        corpus = CorpusConfig(file=str(tmp_path / "sorted.txt"), max_texts=count)
-        return {passage for part in _passages(corpus, seed) for passage in part}
-
-    assert len(used(20, 0)) == 20
-    assert used(20, 0) == used(20, 0) != used(20, 1)
-    assert not used(20, 0) <= set(whole[:30])
-    assert used(40, 0) == used(None, 0) == set(whole)
-
-
-def test_texts_are_split_without_overlap_and_bad_files_are_refused(tmp_path: Path) -> None:
-    passages = [Passage(f"text {i % 8}") for i in range(20)]
-    train, held_out = split_passages(passages, 0.25, seed=0)
-    assert (len(train), len(held_out)) == (6, 2)
-    assert not set(train) & set(held_out)
-    with pytest.raises(DataError, match="too little text"):
-        split_passages(passages[:1], 0.5, seed=0)
-    (tmp_path / "lines.TXT").write_text("one line\nand another\n")
-    corpus = CorpusConfig(file=str(tmp_path / "lines.TXT"))
-    with pytest.raises(DataError, match=r"(?s)too little text.*where: .*lines\.TXT.*fix: .*an empty line between"):
-        _passages(corpus, 0)
-    (tmp_path / "empty.txt").write_text("\n\n")
-    for name in ("empty.txt", "missing.txt", "missing.csv"):
-        with pytest.raises(DataError):
-            read_passages(tmp_path / name)

@@ -78,34 +78,6 @@ def test_a_study_trains_every_side_prunes_and_reports(
     assert (tables / "again" / "report.md").read_text() == (tables / "tiny-report" / "report.md").read_text()
 
 
-def test_sides_start_from_the_same_heads_and_leave_the_model_as_it_was(
-    studied: Callable[..., Path], tables: Path
-) -> None:
-    import io
-
-    import torch
-    from tqdm.auto import tqdm
-
-    from gatedadapters.experiments.arms import Experiment
-    from gatedadapters.experiments.setup import load_tasks
-
-    studied()
-    config = SearchConfig.load(tables / "search.yaml")
-    experiment = Experiment(config, load_tasks(config), None)
-    before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
-    for side in ("full", "gated", "uniform", "full"):
-        with tqdm(file=io.StringIO()) as bar, experiment.fitted(side, bar) as trained:  # type: ignore[arg-type]
-            now = experiment.model.state_dict()
-            moved = [name for name in before if name in now and not torch.equal(before[name], now[name])]
-            assert any(name.startswith("heads.") for name in moved)
-            assert any(name.startswith("backbone.") for name in moved) == (side == "full")
-            assert trained.params > 0
-        after = experiment.model.state_dict()
-        assert after.keys() == before.keys()
-        changed = [name for name in before if not torch.equal(before[name], after[name])]
-        assert not [name for name in changed if name.startswith("backbone.") or side == "full"]
-
-
 def test_optimising_from_the_command_line_scores_validation_data(
     studied: Callable[..., Path], tables: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import gatedadapters as ga
 from gatedadapters.cli import main
-from gatedadapters.experiments import transfer as transferring
-from gatedadapters.experiments.arms import Experiment
-from gatedadapters.experiments.transfer import Weigh
+from gatedadapters.experiments import run_transfer
+from gatedadapters.experiments.arms import ArmRunner
+from gatedadapters.experiments.run_transfer import BasePair, WeighBySensitivity
 from gatedadapters.transfer.sensitivity import weigh_by
 
 
@@ -82,16 +82,16 @@ def test_a_given_adapter_is_tested_as_it_is_and_its_structure_trained(
 ) -> None:
     """Every training begins with the head that the seed gives, whatever was tested or trained before it."""
     begun: list[torch.Tensor] = []
-    fit = Experiment.fit
+    train = ArmRunner.train
 
-    def watched(self: Experiment, *args: Any, **options: Any) -> float:
+    def watched(self: ArmRunner, *args: Any, **options: Any) -> float:
         begun.append(next(iter(self.model.heads.parameters())).detach().clone())
-        return fit(self, *args, **options)
+        return train(self, *args, **options)
 
     assert main(["search", str(configured(tasks=[{"train": "mood.csv"}])), "--out", str(tmp_path / "searched")]) == 0
     adapter = tmp_path / "searched" / "adapter"
     out = tmp_path / "out"
-    monkeypatch.setattr(Experiment, "fit", watched)
+    monkeypatch.setattr(ArmRunner, "train", watched)
     assert main(["transfer", str(transfer(adapter=str(adapter), seeds=[0])), "--out", str(out)]) == 0
     assert len(begun) == 3
     assert all(torch.equal(head, begun[0]) for head in begun)
@@ -107,18 +107,20 @@ def test_the_transfer_trained_search_alone_prefers_what_transfers(
     assert main(["transfer", str(transfer(prefer_transferable=True)), "--out", str(tmp_path / "out")]) == 2
     assert "it needs search: true" in capsys.readouterr().err
     seen: list[tuple[bool, bool, bool]] = []
-    plain = transferring.Bases.train
+    plain = BasePair.train
 
     def watched(bases: Any, model: Any, progress: Any) -> Any:
         adapters = plain(bases, model, progress)
         weak = any(type(h).__name__ == "Draw" for m in model.modules() for h in m._forward_pre_hooks.values())
-        seen.append((model is bases.old, weak, any(isinstance(c, Weigh) for c in bases.experiments[0].callbacks)))
+        seen.append(
+            (model is bases.old, weak, any(isinstance(c, WeighBySensitivity) for c in bases.runners[0].callbacks))
+        )
         return adapters
 
     weighed: list[dict[str, float]] = []
-    monkeypatch.setattr(transferring.Bases, "train", watched)
+    monkeypatch.setattr(BasePair, "train", watched)
     monkeypatch.setattr(
-        transferring, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
+        run_transfer, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
     )
     config = transfer(prefer_transferable=True, search=True, budget={"fraction": 0.3}, seeds=[0])
     assert main(["transfer", str(config), "--out", str(tmp_path / "out")]) == 0
@@ -128,23 +130,6 @@ def test_the_transfer_trained_search_alone_prefers_what_transfers(
     assert by_place
     assert not any(by_place.values())  # nothing before the first feed-forward sub-layer hangs on one
     assert max(weighed[0].values()) > 0
-
-
-def test_the_faster_precision_is_found_out_once_for_all_trainings(
-    transfer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Reached(Exception):  # noqa: N818
-        pass
-
-    def stop(config: Any, *args: Any) -> Any:
-        assert config.training.precision == "bf16"
-        raise Reached
-
-    monkeypatch.setattr(transferring, "use_bf16", lambda config: True)
-    monkeypatch.setattr(transferring, "Bases", stop)
-    config = transferring.TransferConfig.load(transfer(seeds=[0]))
-    with pytest.raises(Reached):
-        transferring.run(config, tmp_path / "out")
 
 
 def test_another_vocabulary_is_refused_by_name(

@@ -12,11 +12,6 @@ import gatedadapters as ga
 from gatedadapters.continual.result import StreamResult
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _quick(quick_collections: None) -> None:
-    """For every test of this folder."""
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, StreamResult]]:
     """Streams that were never stopped, one per strategy: the model afterwards, and the result."""

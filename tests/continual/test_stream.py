@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from streams import (
@@ -390,7 +390,7 @@ def test_a_stream_killed_at_a_random_moment_ends_with_the_same_bits(
     _, wanted = finished("l2_fisher")
     folder, moment = tmp_path / "stream", random.SystemRandom().randint(1, 14)  # of 18 checkpoints
     script = Path(__file__).with_name("streams.py")
-    killed_at_checkpoint([sys.executable, "-W", "ignore", str(script), str(folder), "l2_fisher"], folder, moment)
+    killed_at_checkpoint(processes.start(processes.script, script, str(folder), "l2_fisher"), folder, moment)
     model = classifier()
     found = ga.run_stream(model, tasks(), options("l2_fisher"), training=RESUMED, folder=folder)
     said = f"killed at checkpoint {moment}"

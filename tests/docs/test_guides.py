@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -27,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
@@ -112,7 +112,7 @@ def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
-@pytest.mark.usefixtures("nothing_stays_registered", "quick_collections")
+@pytest.mark.usefixtures("nothing_stays_registered")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # guides leave the Trainer's default
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=named)
@@ -158,9 +158,10 @@ def run_command(words: list[str], where: str) -> None:
         assert main(arguments) == 0, where
         AcceleratorState._reset_state(True)  # elsewhere a command is a process of its own
     elif program == "pytest":
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+        quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(Path.cwd())]
+        tests = [str(Path(name).resolve()) for name in arguments]
+        printed = processes.run(processes.module, "pytest", *quiet, *tests, log=Path("pytest.log"))
+        assert " passed" in printed, where
     elif words[:2] == ["pip", "install"]:
         check_installable(arguments[1:], where)
     elif program == "bash":

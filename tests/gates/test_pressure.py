@@ -112,8 +112,13 @@ def test_what_is_kept_of_what_is_open_is_the_last_target_by_the_present_one() ->
 def test_pruning_is_due_at_its_share_of_the_steps_and_only_once() -> None:
     bank = bank_of()
     pressure = Pressure(bank, Budget(fraction=0.5), Schedule(prune=0.65), total_steps=100)
-    due = [p for p in range(100) if pressure.prune_is_due(at(bank, p / 100, 100))]
-    assert due == list(range(65, 100))
+    due = []
+    for step in range(1, 101):
+        bank.draw()
+        assert pressure.prune_is_due(bank) == (step > 65)  # in the middle of the step
+        bank.next_step()
+        due += [step] if pressure.prune_is_due(bank) else []
+    assert due == list(range(65, 101))
     bank.fix(torch.ones(1, bank.n_units))
     assert not pressure.prune_is_due(bank)
     assert float(pressure.term(bank)) == 0.0
@@ -128,7 +133,7 @@ def test_a_pressure_counts_the_steps_from_when_it_was_set() -> None:
     for step in range(1, 201):
         bank.step.fill_(before + step)
         due += [step] if pressure.prune_is_due(bank) else []
-    assert due == list(range(131, 201))
+    assert due == list(range(130, 201))
     resumed = Pressure(bank_of(), Budget(fraction=0.5), Schedule(prune=0.65), total_steps=200)
     resumed.load_state_dict(pressure.state_dict())
     assert resumed.progress(bank) == pressure.progress(bank) == 199 / 200

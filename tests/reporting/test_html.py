@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_text_is_escaped() -> None:
     page = Page(html.table(["<b>", "&"], [["<script>", "1 < 2"]], title="a & b") + html.folded("<i>", "x"))
     assert page.tables == [[["<b>", "&"], ["<script>", "1 < 2"]]]
     assert "a & b" in page.texts
+
+
+def test_columns_of_numbers_are_aligned_on_the_right_and_words_on_the_left() -> None:
+    rows = [["1", "12/16", "gated-0-ab", "-"], ["2", "-0.5 ± 0.1", "word", ""], ["3", "", "1,000", "+3.0%"]]
+    page = Page(html.table(["block", "a", "b", "c"], rows))
+    for styles in page.styles[0]:
+        sides = [match[1] for style in styles if (match := re.search("text-align:(left|right)", style))]
+        assert sides == ["left", "right", "left", "right"]
 
 
 @pytest.mark.parametrize(

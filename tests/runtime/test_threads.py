@@ -258,6 +258,7 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # of the other threads
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_training_with_checkpointed_blocks_while_other_threads_call_without_gradients(use_reentrant: bool) -> None:
     """The blocks run again in backward with the task ids of the training's call, not with those of the others."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # tests and benchmarks start the same server
-from postgresql import binaries, running_server
+from benchmarks.common.postgresql import binaries, running_server
 
 
 @pytest.fixture(scope="session")

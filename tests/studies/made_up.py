@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
-from gatedadapters.config.study import Side
+from gatedadapters.config.study import StudySide
 from gatedadapters.studies import Measured
-from gatedadapters.studies.measured import Report
+from gatedadapters.studies.measured import ReportProgress
 
 SEARCH: dict[str, Any] = {
     "model": "nowhere",
@@ -49,11 +49,11 @@ def score(search: SearchConfig, side: str, task: int, ratio: float) -> float:
 
 def measure(
     search: SearchConfig,
-    side: Side,
+    side: StudySide,
     perturbations: Sequence[CorruptionConfig] = (),
     *,
     split: str = "test",
-    report: Report | None = None,
+    report: ReportProgress | None = None,
 ) -> Measured:
     """A result in closed form."""
     if report is not None:
@@ -74,9 +74,8 @@ def slow(*args: Any, **kwargs: Any) -> Measured:
     return measure(*args, **kwargs)
 
 
-def deadly(search: SearchConfig, *args: Any, **kwargs: Any) -> Measured:
+def deadly(marker: Path, search: SearchConfig, *args: Any, **kwargs: Any) -> Measured:
     """Kills its own process the first time that it comes to a certain training."""
-    marker = Path(os.environ["MADE_UP_MARKER"])
     if search.training.seed == 1 and search.penalty is not None and not marker.exists():
         marker.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)

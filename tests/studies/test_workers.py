@@ -6,10 +6,12 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import made_up
 import optuna
+import processes
 import pytest
 from optuna.trial import TrialState
 from postgresql import free_port
@@ -34,22 +36,22 @@ def check_killed(found: Study, marker: Path) -> None:
     assert again[0].params["penalty.weight"] == killed.system_attrs["fixed_params"]["penalty.weight"]
 
 
-def killed_on(storage: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    monkeypatch.setenv("MADE_UP_MARKER", str(tmp_path / "marker"))
-    found = Study(made_up.config(), storage=storage, measure=made_up.deadly).run(workers=2)
-    check_killed(found, tmp_path / "marker")
+def killed_on(storage: Path | str, marker: Path) -> Study:
+    found = Study(made_up.config(), storage=storage, measure=partial(made_up.deadly, marker)).run(workers=2)
+    check_killed(found, marker)
     return found
 
 
-def test_workers_on_a_journal_lose_nothing_where_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = killed_on(tmp_path / "study.journal", tmp_path, monkeypatch)
+def test_workers_on_a_journal_lose_nothing_where_one_is_killed(tmp_path: Path) -> None:
+    found = killed_on(tmp_path / "study.journal", tmp_path / "marker")
     assert len({trial.user_attrs["owner"]["pid"] for trial in found.trials}) > 1
 
 
 def test_workers_on_postgresql_lose_nothing_where_one_is_killed(
     postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = killed_on(postgresql, tmp_path, monkeypatch)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: processes.CONTEXT)  # starts quicker
+    found = killed_on(postgresql, tmp_path / "marker")
     again = Study(made_up.config(seeds=[0, 1, 2]), storage=postgresql, measure=made_up.measure).run()
     assert len(again.trials) == len(found.trials) == 15 + 7
     check_complete(again)

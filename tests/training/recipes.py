@@ -18,7 +18,7 @@ SPACE = ga.SearchSpace.parse(
     {"gates": {"levels": ["rank"]}, "paths": [{"kind": "lora", "rank": 4, "at": {"roles": ["q", "v", "down"]}}]},
     where="recipes",
 )
-SOON = ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6)  # of 10 steps: the penalty acts from the 4th, the 7th prunes
+SOON = ga.Schedule(warmup=0.2, ramp=0.5, prune=0.6)  # of 10 steps: the penalty acts from the 4th, the 6th prunes
 
 
 def classifier(
@@ -126,11 +126,19 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], **tol
 
 
 class Watch(TrainerCallback):
-    """Calls `look(model, optimizer)` just before each optimiser step, and keeps what it returns."""
+    """Calls `look(model, optimizer)` just before each optimiser step, and keeps what it returns; also whether a
+    Structure was fixed just before and just after it.
+    """
 
-    def __init__(self, look: Any) -> None:
+    def __init__(self, look: Any = lambda model, optimizer: None) -> None:
         self.look = look
         self.seen: list[Any] = []
+        self.fixed_before: list[bool] = []
+        self.fixed_after: list[bool] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seen.append(self.look(kwargs["model"], kwargs["optimizer"]))
+        self.fixed_before.append(ga.get_adapters(kwargs["model"]).structure is not None)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fixed_after.append(ga.get_adapters(kwargs["model"]).structure is not None)

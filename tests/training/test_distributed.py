@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recipes import assert_same
-from two_processes import SCENARIOS, scenario
+from two_processes import PLAIN, SCENARIOS, plain_loop, scenario
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def outcomes(
     on_two_processes(Path(__file__).with_name("two_processes.py"), folder)
     return {
         name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]
-        for name in SCENARIOS
+        for name in (*SCENARIOS, PLAIN)
     }
 
 
@@ -63,3 +63,19 @@ def test_a_run_resumed_on_two_processes_continues_bit_for_bit(name: str, outcome
         pytest.skip("this release of transformers cannot resume on several CPU processes")
     assert_same(outcomes[name][0]["state"], outcomes["resumed 0"][0]["state"])
     assert outcomes[name][0]["structure"] == outcomes["resumed 0"][0]["structure"]
+
+
+@pytest.mark.parametrize("name", ["classifier", "causal", "accumulated"])
+def test_two_processes_prune_at_the_end_of_the_same_step(name: str, outcomes: Any) -> None:
+    first, second = (outcome["fixed"] for outcome in outcomes[name])
+    assert first == second == [False] * 4 + [True] * 4  # 0.6 of 8 steps
+
+
+def test_two_processes_prune_to_the_bits_of_one_process(outcomes: Any) -> None:
+    single = plain_loop(processes=1)
+    assert single["structure"] is not None
+    for shared in outcomes[PLAIN]:
+        assert shared["fixed"] == single["fixed"] == [False] * 5 + [True] * 5
+        assert shared["structure"] == single["structure"]
+        assert shared["losses"] == single["losses"]
+        assert_same(shared["state"], single["state"])

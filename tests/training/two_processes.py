@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from recipes import SOON, SPACE, Watch, arguments, continued, gated_causal, gated_classifier, labelled, trained
+from torch.nn.parallel import DistributedDataParallel
 
 import gatedadapters as ga
 
@@ -55,11 +56,44 @@ def scenario(name: str, folder: Path, processes: int) -> dict[str, Any]:
         "state": trained(model),
         "structure": None if adapters.structure is None else adapters.structure.to_json(),
         "noise and gradient": watch.seen,
+        "fixed": watch.fixed_after,
         "steps with everything closed": closed,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
+def plain_loop(*, processes: int) -> dict[str, Any]:
+    """Ten steps without a Trainer. Every process sees the same batch, so that the mean of their gradients has the bits
+    of one process's gradient.
+    """
+    torch.manual_seed(0)
+    model = gated_classifier().train()
+    adapters = ga.get_adapters(model)
+    adapters.set_penalty(ga.Budget(fraction=0.3), schedule=SOON, total_steps=10)
+    groups = [
+        {"params": [*adapters.weight_parameters(), *adapters.head_parameters()], "lr": 1e-2},
+        {"params": adapters.gate_parameters(), "lr": 0.3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    called = model if processes == 1 else DistributedDataParallel(model, find_unused_parameters=True)
+    rows, fixed, losses = labelled([40]), [], []
+    for step in range(10):
+        batch = {key: torch.tensor([row[key] for row in rows[4 * step : 4 * step + 4]]) for key in rows[0]}
+        loss = called(**batch).loss
+        (loss + adapters.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fixed.append(adapters.structure is not None)
+        losses.append(float(loss.detach()))
+    return {
+        "state": trained(model),
+        "structure": None if adapters.structure is None else adapters.structure.to_json(),
+        "fixed": fixed,
+        "losses": losses,
+    }
+
+
+PLAIN = "plain loop"
 SCENARIOS = (
     "classifier",
     "causal",
@@ -83,6 +117,7 @@ def main(folder: Path) -> None:
                 raise
             outcome = None  # early releases of transformers 5 cannot read checkpoints on several CPU processes
         torch.save(outcome, folder / f"{name} of rank {torch.distributed.get_rank()}.pt")
+    torch.save(plain_loop(processes=2), folder / f"{PLAIN} of rank {torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -1,11 +1,11 @@
-"""Importance scores, one file per kind. To add one: write its file, and name its class here."""
+"""Importance scores, one file for each kind. To add a kind, write its file and add its class to the list below."""
 
 from gatedadapters.errors import MaskError
-from gatedadapters.masking.scores.base import Batch, Loss, Run, Score
+from gatedadapters.masking.scores.base import Batch, Loss, Score, ScoringRun
 from gatedadapters.masking.scores.fisher import Fisher
 from gatedadapters.masking.scores.magnitude import Magnitude
 from gatedadapters.masking.scores.mas import MemoryAwareSynapses
-from gatedadapters.masking.scores.random import Random
+from gatedadapters.masking.scores.random import RandomScore
 from gatedadapters.masking.scores.storage import Scores
 from gatedadapters.masking.scores.synaptic import Synaptic
 from gatedadapters.masking.scores.taylor import Taylor
@@ -14,16 +14,16 @@ _KINDS: dict[str, type[Score]] = {}
 
 
 def register(score: type[Score]) -> type[Score]:
-    """Make a score known by its kind; usable as a decorator on an outsider's class."""
+    """Make a score available by its kind. It can decorate the class of a score of your own."""
     _KINDS[score.kind] = score
     return score
 
 
 def score_class(kind: str) -> type[Score]:
-    """The class behind a kind.
+    """The class of a kind.
 
     Raises:
-        MaskError: unknown kind.
+        MaskError: an unknown kind.
     """
     if kind not in _KINDS:
         raise MaskError("no such score", expected=", ".join(_KINDS), got=repr(kind), where="score(kind=)")
@@ -31,11 +31,11 @@ def score_class(kind: str) -> type[Score]:
 
 
 def score_kinds() -> dict[str, type[Score]]:
-    """Every registered kind by name."""
+    """The classes of all registered scores, by kind."""
     return dict(_KINDS)
 
 
-for _kind in (Taylor, Fisher, Synaptic, MemoryAwareSynapses, Magnitude, Random):
+for _kind in (Taylor, Fisher, Synaptic, MemoryAwareSynapses, Magnitude, RandomScore):
     register(_kind)
 
-__all__ = ["Batch", "Loss", "Run", "Score", "Scores", "register", "score_class", "score_kinds"]
+__all__ = ["Batch", "Loss", "Score", "Scores", "ScoringRun", "register", "score_class", "score_kinds"]

@@ -1,4 +1,4 @@
-"""What a score owes: numbers of at least 0 for every element, added up batch by batch."""
+"""The base of all importance scores. A score adds up, batch by batch, a number of at least 0 for every element."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from gatedadapters.errors import MaskError
 
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""From a model and a batch to one loss per example, (examples,)."""
+Loss = Callable[[nn.Module, Batch], Tensor]  # from a model and a batch to one loss per example, (examples,)
 
 
 @dataclass
-class Run:
-    """What a score works on.
+class ScoringRun:
+    """The state of one call of `score`: the model, and what has been added up so far.
 
     Attributes:
-        model: in evaluation mode; only `parameters` require gradients.
-        parameters: those to score, by name.
-        totals: zeros of their shapes, to be filled in place.
+        model: in evaluation mode. Only `parameters` require gradients.
+        parameters: the parameters to score, by name.
+        totals: by name, a tensor of the parameter's shape that starts at zero. The score fills it in place.
         loss: see `Loss`.
-        seed: of scores that draw.
-        batches, examples: how many have been seen.
+        seed: of scores that draw random numbers.
+        batches: number of batches so far.
+        examples: number of examples so far.
+        details: plain data that the score stores beside its result.
     """
 
     model: nn.Module
@@ -44,7 +45,7 @@ class Run:
         """One loss per example of a batch, (examples,).
 
         Raises:
-            MaskError: the loss has another shape, or does not depend on what is scored.
+            MaskError: the loss has another shape, or does not depend on the scored parameters.
         """
         losses: Any = self.loss(self.model, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
@@ -61,70 +62,81 @@ class Run:
 
 
 class Score(ABC):
-    """A kind of importance. Subclasses say in their docstring which quantity, reduction, sign and source it is.
+    """A kind of importance score. The docstring of a subclass names its quantity, reduction, sign and source.
 
-    `batch` is called for each batch and adds to `run.totals`; `finish` then turns sums into the score. Memory: beside
-    the totals at most one more tensor at a time.
+    `score` calls `begin`, then `batch` for each batch, then `finish`. `batch` adds to `run.totals`, and `finish` turns
+    the sums into the score. Beside the totals, a score may hold one more tensor at a time.
+
+    Attributes:
+        kind: the name of the score.
+        needs_data: whether the score reads batches. A score that reads weights alone gets one empty batch.
     """
 
     kind: ClassVar[str]
     needs_data: ClassVar[bool] = True
 
     def default_loss(self) -> Loss | None:
-        """What is used where the caller names no loss; None: the task's, `losses.task_losses`."""
+        """The loss to use if the caller gives none; None stands for the task's loss, `losses.task_losses`."""
         return None
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: ScoringRun) -> None:
         """Called once, before the first batch."""
         return None
 
     @abstractmethod
-    def batch(self, run: Run, batch: Batch) -> None:
-        """Add what a batch says to the totals. A score that needs no data gets one empty batch."""
+    def batch(self, run: ScoringRun, batch: Batch) -> None:
+        """Add the contribution of one batch to the totals."""
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: ScoringRun) -> None:
         """Turn the totals into the score."""
         return None
 
-    def end(self, run: Run) -> None:
-        """Called in any case, also after a failure: put back what was changed."""
+    def end(self, run: ScoringRun) -> None:
+        """Undo every change of the model. Called in any case, also after a failure."""
         return None
 
 
 class BatchScore(Score):
-    """A mean over batches of some function of the gradient of a batch's mean loss."""
+    """The mean over batches of a function of each batch's gradient, that of its mean loss."""
 
-    def batch(self, run: Run, batch: Batch) -> None:
+    def batch(self, run: ScoringRun, batch: Batch) -> None:
         """One backward pass."""
         losses = run.losses(batch)
         with gradients(run, lambda name, grad: self._add(run, name, grad)):
             losses.mean().backward()
 
-    def _add(self, run: Run, name: str, grad: Tensor) -> None:
+    def _add(self, run: ScoringRun, name: str, grad: Tensor) -> None:
         total = run.totals[name]
         total += self.value(grad, run.parameters[name].detach()).to(total)
 
     @abstractmethod
     def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
-        """What is averaged; may be computed in `grad`."""
+        """The value to average, computed from a batch's gradient. The result may overwrite `grad`."""
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: ScoringRun) -> None:
         """Mean over batches."""
         for total in run.totals.values():
             total /= run.batches
 
 
 @contextmanager
-def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Within this context a backward pass hands each parameter's gradient to `use`, and frees it.
+def gradients(
+    run: ScoringRun, use: Callable[[str, Tensor], None], names: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """A context in which a backward pass passes each parameter's gradient to `use` and frees it.
+
+    Args:
+        run: the parameters and their model.
+        use: called with the name of a parameter and its gradient.
+        names: the parameters to do this for; default: all of `run.parameters`.
 
     Raises:
-        MaskError: a gradient is not finite; a parameter's gradient comes in several parts.
+        MaskError: a gradient is not finite, or a parameter's gradient comes in several parts.
     """
     seen: set[str] = set()
 
     def hook(name: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
+        def pass_on(parameter: Tensor) -> None:
             grad, parameter.grad = parameter.grad, None
             assert grad is not None
             check_finite(name, grad, run)
@@ -139,7 +151,7 @@ def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, 
             seen.add(name)
             use(name, grad)
 
-        return take
+        return pass_on
 
     handles = [
         parameter.register_post_accumulate_grad_hook(hook(name))
@@ -153,11 +165,11 @@ def gradients(run: Run, use: Callable[[str, Tensor], None], names: Mapping[str, 
             handle.remove()
 
 
-def check_finite(name: str, grad: Tensor, run: Run) -> None:
-    """Refuse a gradient that is not finite.
+def check_finite(name: str, grad: Tensor, run: ScoringRun) -> None:
+    """Check that a gradient is finite.
 
     Raises:
-        MaskError: naming the parameter and the batch.
+        MaskError: it is not. The error names the parameter and the batch.
     """
     if not bool(torch.isfinite(grad).all()):
         raise MaskError(

@@ -1,4 +1,4 @@
-"""What is differentiated where the caller names nothing else: one loss per example."""
+"""The default losses of scores: one loss per example."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last
 
 
 def task_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy per example, (examples,): of its class, or the mean over its labelled tokens.
+    """Cross-entropy per example, (examples,): that of its class, or the mean over its labelled tokens.
 
-    Causal language models predict the next token, and where the batch has no labels, every real token is one; other
-    models with a label per token predict in place. Tokens labelled -100 do not count, so labels on answers alone give
-    the answer-only loss. Floating-point labels: squared error.
+    A causal language model predicts the next token. If the batch has no labels, its tokens are the labels, without
+    padding. Other models with one label per token predict in place. Tokens labelled -100 do not count, so a batch with
+    labels on the answers alone gives the loss of the answers. Floating-point labels give the squared error.
 
     Raises:
-        MaskError: a model that is no causal language model, and no labels.
+        MaskError: the batch has no labels, and the model is no causal language model.
     """
     sums, counts = _sums(model, batch)
     return sums / counts.clamp(min=1)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """The same, weighted so that the mean over examples is the mean over all labelled tokens of the batch, (examples,):
-    the loss of a training step, in which long answers count more.
+    """Losses per example, (examples,), whose mean is the mean over all labelled tokens of the batch.
+
+    This is the loss of a training step, in which long answers count more than short ones.
+
+    Raises:
+        MaskError: see `task_losses`.
     """
     sums, counts = _sums(model, batch)
     return sums * (len(counts) / counts.sum().clamp(min=1))
 
 
 def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """By example the sum of losses and how many there were, both (examples,)."""
+    """For each example the sum of its losses and their number, both (examples,)."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor | None = batch.get("labels")
     needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -56,7 +60,7 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             fix='add labels, pass loss=, or use a label-free kind such as "mas"',
         )
     output = model(**inputs, labels=labels) if needs_labels and "decoder_input_ids" not in inputs else model(**inputs)
-    logits = first_tensor(output, "logits").float() if not _is_double(model) else first_tensor(output, "logits")
+    logits = logits_of(output).float() if not _is_double(model) else logits_of(output)
     if labels.is_floating_point():
         losses = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square().mean(1)
         return losses, torch.ones_like(losses)
@@ -70,9 +74,9 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def output_norms(model: nn.Module, batch: Batch) -> Tensor:
-    """Squared L2 norm of the model's output per example, (examples,), the mean over its real tokens; no labels."""
+    """Squared L2 norm of the model's output per example, (examples,), as the mean over its tokens without padding."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    output = first_tensor(model(**inputs), "logits")
+    output = logits_of(model(**inputs))
     norms = output.square().sum(-1) if _is_double(model) else output.float().square().sum(-1)
     if norms.dim() == 1:
         return norms
@@ -82,9 +86,9 @@ def output_norms(model: nn.Module, batch: Batch) -> Tensor:
     return (norms * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def first_tensor(output: Any, name: str) -> Tensor:
-    """A model output's field of this name, else its first tensor."""
-    found = getattr(output, name, None)
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output, or its first tensor if it has none."""
+    found = getattr(output, "logits", None)
     if isinstance(found, Tensor):
         return found
     if isinstance(output, Tensor):

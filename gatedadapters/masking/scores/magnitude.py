@@ -1,12 +1,12 @@
-"""The size of the weights, without data."""
+"""Magnitude of the weights; needs no data."""
 
 from __future__ import annotations
 
-from gatedadapters.masking.scores.base import Batch, Run, Score
+from gatedadapters.masking.scores.base import Batch, Score, ScoringRun
 
 
 class Magnitude(Score):
-    """`|θ|`. Quantity: the weight itself. Reduction: none. Sign: at least 0; a large score says important.
+    """`|θ|`. Quantity: the weight itself. Reduction: none. Sign: at least 0; large means important.
 
     References:
         Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", arXiv 1506.02626.
@@ -15,7 +15,7 @@ class Magnitude(Score):
     kind = "magnitude"
     needs_data = False
 
-    def batch(self, run: Run, batch: Batch) -> None:
+    def batch(self, run: ScoringRun, batch: Batch) -> None:
         """Read the weights."""
         for name, total in run.totals.items():
             total.copy_(run.parameters[name].detach().abs())

@@ -1,4 +1,4 @@
-"""The control that every comparison needs."""
+"""Random scores, the control of every comparison."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import zlib
 
 import torch
 
-from gatedadapters.masking.scores.base import Batch, Run, Score
+from gatedadapters.masking.scores.base import Batch, Score, ScoringRun
 
 
-class Random(Score):
-    """Uniform in (0, 1], a function of the seed, the parameter's name and the position alone.
+class RandomScore(Score):
+    """Uniform in (0, 1]. The value depends on the seed, the parameter's name and the position alone.
 
-    Quantity: none, by design. Reduction: none. Sign: above 0.
+    Quantity: none. Reduction: none. Sign: above 0.
     """
 
     kind = "random"
     needs_data = False
 
-    def batch(self, run: Run, batch: Batch) -> None:
-        """Draw."""
+    def batch(self, run: ScoringRun, batch: Batch) -> None:
+        """Draw all scores."""
         for name, total in run.totals.items():
-            # 32 bits: a CPU generator reads no more of its seed
+            # a CPU generator reads 32 bits of its seed
             generator = torch.Generator().manual_seed(zlib.crc32(f"{run.seed} {name}".encode()))
             total.copy_(1 - torch.rand(total.shape, generator=generator))

@@ -1,4 +1,4 @@
-"""Scores of every element of a backbone: held in memory, or on disk where they are larger than it."""
+"""Scores of every element of a backbone, in memory or, where they do not fit, on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARD_BYTES = 2**30
 
 
 class TensorEntry(Config):
-    """Where the scores of one tensor are, and what the tensor is for."""
+    """The shard that holds the scores of one tensor, and the tensor's shape and role."""
 
     shape: tuple[int, ...]
     role: str = ""
@@ -32,7 +32,7 @@ class TensorEntry(Config):
 
 
 class ScoresRecord(Config):
-    """Scores as data; the numbers lie in shards beside."""
+    """Scores as data. The numbers lie in shards beside the record."""
 
     version: Literal[1] = 1
     kind: str
@@ -44,10 +44,10 @@ class ScoresRecord(Config):
 
 
 class Scores:
-    """The importance of every element, fp32, at least 0, by parameter name.
+    """The importance of every element: by parameter name, an fp32 tensor of the parameter's shape, at least 0.
 
     Attributes:
-        record: what kind, of which backbone, from how much data.
+        record: the kind of score, the backbone, and the amount of data behind it.
     """
 
     def __init__(self, record: ScoresRecord, values: Mapping[str, Tensor]) -> None:
@@ -60,12 +60,12 @@ class Scores:
 
     @property
     def identity(self) -> Fingerprint:
-        """Of the backbone."""
+        """Fingerprint of the backbone."""
         return self.record.fingerprint
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Parameters scored."""
+        """Names of the scored parameters."""
         return tuple(self.record.tensors)
 
     @property
@@ -96,10 +96,10 @@ class Scores:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Inverse of `save`. The numbers stay on disk and are read as they are used.
+        """Read what `save` wrote. The numbers stay on disk and are read when they are used.
 
         Raises:
-            ArtifactError: missing, truncated or foreign files, or another version.
+            ArtifactError: a missing, truncated or foreign file, or another version.
         """
         path = Path(folder)
         record = read_record(
@@ -124,7 +124,7 @@ class Scores:
                     where=file,
                     fix="keep the files together, as they were saved",
                 )
-            values |= _mapped(file, mode="c")  # copy on write: what is read cannot be changed by accident
+            values |= _mapped(file, mode="c")  # copy on write, so that nothing changes the files by accident
         return cls(record, values)
 
 
@@ -134,13 +134,13 @@ def shard_name(shard: int) -> str:
 
 
 def file_names(shards: int, folder: str | Path) -> frozenset[str]:
-    """Files that a folder of scores may hold, those of an earlier and longer one included."""
+    """Names of the files that a folder of scores may hold, including those of an earlier set with more shards."""
     earlier = {path.name for path in Path(folder).glob("scores-?????.safetensors")}
     return frozenset({RECORD, *map(shard_name, range(shards)), *earlier})
 
 
 def sharded(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str]) -> dict[str, TensorEntry]:
-    """Spread tensors over shards of about `SHARD_BYTES`, in order."""
+    """Assign tensors to shards of about `SHARD_BYTES` each, in order."""
     entries, filled = {}, 0
     for name, shape in shapes.items():
         entries[name] = TensorEntry(shape=shape, role=roles.get(name, ""), shard=filled // SHARD_BYTES)
@@ -155,7 +155,7 @@ def write_record(record: ScoresRecord, folder: Path) -> None:
 
 @contextmanager
 def allocated(record: ScoresRecord, folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Zeros for every tensor that live in safetensors shards of `folder`: the system keeps in memory what fits."""
+    """Zeros for every tensor, mapped to safetensors shards in `folder`. The system keeps in memory what fits."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted({entry.shard for entry in record.tensors.values()}):
         header: dict[str, Any] = {"__metadata__": {"format": "gatedadapters scores 1"}}

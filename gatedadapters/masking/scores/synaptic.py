@@ -1,4 +1,4 @@
-"""What an element contributed to learning, over a short run."""
+"""The contribution of each element to the fall of the loss, over a short run of gradient descent."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gatedadapters.masking.scores.base import Batch, Run, Score, gradients
+from gatedadapters.masking.scores.base import Batch, Score, ScoringRun, gradients
 from gatedadapters.safe_files import write_tensors
 
 
 class Synaptic(Score):
-    """`max(0, Σ_b -g_b Δθ_b) / (Δθ² + 0.1)`, over one gradient-descent step a batch; the weights are put back after it.
+    """`max(0, Σ_b -g_b Δθ_b) / (Δθ² + 0.1)`, over one step of gradient descent for each batch b.
 
-    Quantity: the fall of the loss that an element brought about, over the square of the way it went. Reduction: sum
-    over batches. Sign: negative contributions are clamped to 0; a large score says important. The weights at the start
-    wait on disk, so that memory holds no second copy.
+    Quantity: the fall of the loss that an element caused, divided by the square of its displacement Δθ. Reduction: sum
+    over batches. Sign: negative contributions are clamped to 0; large means important. The weights are restored
+    afterwards. Meanwhile their values at the start lie on disk, so that memory holds no second copy.
 
     Args:
-        learning_rate: of the run. With small steps Δθ² is far below 0.1, and the score that of squared batch gradients.
+        learning_rate: of gradient descent. With small steps Δθ² is far below 0.1, and the score orders elements as
+            squared batch gradients do.
 
     References:
         Zenke, Poole, Ganguli 2017, "Continual Learning Through Synaptic Intelligence", arXiv 1703.04200, equations 3
@@ -35,36 +36,36 @@ class Synaptic(Score):
         self.learning_rate = learning_rate
         self._folder: TemporaryDirectory[str] | None = None
 
-    def begin(self, run: Run) -> None:
-        """Keep the weights."""
+    def begin(self, run: ScoringRun) -> None:
+        """Write the weights to disk."""
         run.details["learning_rate"] = self.learning_rate
         self._folder = TemporaryDirectory(prefix="gatedadapters-")
         for index, parameter in enumerate(run.parameters.values()):
             write_tensors(self._file(index), {"start": parameter}, metadata={})
 
-    def batch(self, run: Run, batch: Batch) -> None:
-        """One step of gradient descent, tensor by tensor as the backward pass reaches it."""
+    def batch(self, run: ScoringRun, batch: Batch) -> None:
+        """One step of gradient descent. The backward pass updates each tensor as soon as it has the gradient."""
         losses = run.losses(batch)
         with gradients(run, lambda name, grad: self._step(run, name, grad)):
             losses.mean().backward()
 
     @torch.no_grad()
-    def _step(self, run: Run, name: str, grad: Tensor) -> None:
+    def _step(self, run: ScoringRun, name: str, grad: Tensor) -> None:
         parameter, total = run.parameters[name], run.totals[name]
         before = parameter.detach().clone()
         parameter.sub_(grad, alpha=self.learning_rate)
         total -= (before.sub_(parameter).neg_() * grad).to(total)  # the step taken, rounding included
 
     @torch.no_grad()
-    def finish(self, run: Run) -> None:
-        """Divide by the way each element went."""
+    def finish(self, run: ScoringRun) -> None:
+        """Divide by the squared displacement of each element, plus the damping."""
         for index, (name, total) in enumerate(run.totals.items()):
-            way = (run.parameters[name].detach() - self._start(index).to(run.parameters[name])).square().to(total)
-            total.clamp_(min=0).div_(way + self.damping)
+            displacement = run.parameters[name].detach() - self._start(index).to(run.parameters[name])
+            total.clamp_(min=0).div_(displacement.square().to(total) + self.damping)
 
     @torch.no_grad()
-    def end(self, run: Run) -> None:
-        """Every bit of the weights is as before."""
+    def end(self, run: ScoringRun) -> None:
+        """Restore every bit of the weights."""
         if self._folder is not None:
             for index, parameter in enumerate(run.parameters.values()):
                 if self._file(index).exists():

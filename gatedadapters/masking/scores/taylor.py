@@ -1,4 +1,4 @@
-"""First-order effect of removing an element."""
+"""First-order effect of setting an element to zero."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gatedadapters.masking.scores.base import BatchScore
 
 
 class Taylor(BatchScore):
-    """`mean_b |θ g_b|`, g_b the gradient of a batch's mean loss.
+    """`mean_b |θ g_b|`, where g_b is the gradient of the mean loss of batch b.
 
-    Quantity: the change of the loss, to first order, if the element were set to 0. Reduction: mean over batches of
-    absolute values, so effects of opposite sign in different batches add up; within a batch they cancel. Sign: at least
-    0; a large score says important.
+    Quantity: the first-order change of the loss if the element were set to 0. Reduction: mean over batches of absolute
+    values. Effects of opposite sign add up if they are in different batches, and cancel within a batch. Sign: at least
+    0; large means important.
 
     References:
         Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, equation 8 without

@@ -1,0 +1,1 @@
+"""Measurements of time, memory, coverage and storage: one script each."""

@@ -1,0 +1,1 @@
+"""Can a search make an existing LoRA smaller? See `run`."""

@@ -1,0 +1,1 @@
+"""What is forgotten over a stream of tasks? See `run`."""

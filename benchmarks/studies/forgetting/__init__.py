@@ -1,0 +1,1 @@
+"""What does a model forget while it learns a domain? See `run`."""

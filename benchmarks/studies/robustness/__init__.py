@@ -1,0 +1,1 @@
+"""How does accuracy respond to sparsity, noise and perturbed data? See `run`."""

@@ -1,0 +1,1 @@
+"""Do adapters survive an update of their base? See `run`."""

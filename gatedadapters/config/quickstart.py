@@ -1,0 +1,41 @@
+"""The quick start as a configuration like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gatedadapters.config.penalty import Budget
+from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
+
+QUICKSTART_TASKS = ("rotten_tomatoes", "subjectivity", "tweets", "medical_specialty")
+
+
+def quickstart_config(
+    *,
+    tasks: Sequence[str] = QUICKSTART_TASKS,
+    steps: int = 300,
+    examples: int = 1500,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> SearchConfig:
+    """A real encoder, real tasks, one search under a budget, compared with uniform LoRA and a random structure.
+
+    Args:
+        tasks: names of bundled tasks.
+        steps: optimiser steps of each of the three trainings.
+        examples: training examples of each task.
+        seed: of data, gates and batches.
+        device: to train on.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    return SearchConfig(
+        model="bundled:minilm-l6",
+        tasks=tuple(TaskConfig(bundled=name, max_train=examples, max_test=min(500, examples)) for name in tasks),
+        space="encoder-mixed",
+        budget=Budget(fraction=0.125),
+        training=TrainingConfig(steps=steps, max_length=64, seed=seed, device=device),
+        compare=("uniform", "random"),
+    )

@@ -1,0 +1,206 @@
+"""The run `compress`: an existing LoRA, the same truncated, and the same searched under a budget, side by side."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from gatedadapters.artifacts import export_peft, import_peft, singular_values
+from gatedadapters.artifacts.export_peft import WEIGHTS
+from gatedadapters.artifacts.peft_folder import PeftFolder, read_peft
+from gatedadapters.config import CompressConfig, SearchConfig
+from gatedadapters.data import Examples, TextTask
+from gatedadapters.errors import ConfigError, DataError
+from gatedadapters.experiments import outputs
+from gatedadapters.experiments.arms import Arm, ArmRunner
+from gatedadapters.experiments.classifiers import build_classifier, load_tasks
+from gatedadapters.experiments.evaluation import majority_accuracy
+from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.inspection import save_png
+from gatedadapters.reporting.tables import format_table
+
+GIVEN, TRUNCATED, COMPRESSED = "as given", "SVD truncation", "compressed"
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """The result of a compression; as text it is what `gatedadapters compress` prints.
+
+    Attributes:
+        config: what was run.
+        folder: where everything was written.
+        task: that it was trained and tested on.
+        given, truncated, compressed: the LoRA as it was, cut to the budget by its singular values, and searched.
+        bytes: sizes of the LoRA's weight file before and after.
+        baseline: test accuracy of always naming the most frequent class.
+    """
+
+    config: CompressConfig
+    folder: Path
+    task: TextTask
+    given: Arm
+    truncated: Arm
+    compressed: Arm
+    bytes: tuple[int, int]
+    baseline: float
+
+    @property
+    def arms(self) -> tuple[tuple[Arm, int | None], ...]:
+        """Each arm, with the bytes of its weight file where it has one."""
+        return (self.given, self.bytes[0]), (self.truncated, None), (self.compressed, self.bytes[1])
+
+    def table(self) -> str:
+        """Accuracy on test data, size and training time of each."""
+        whole = self.given.structure.params
+        rows = [
+            [
+                arm.name,
+                f"{arm.mean:.3f}",
+                f"{arm.structure.params:,}",
+                f"{arm.structure.params / whole:.1%}",
+                "" if size is None else f"{size:,}",
+                f"{arm.seconds:.0f}",
+            ]
+            for arm, size in self.arms
+        ]
+        rows.append(["most frequent class", f"{self.baseline:.3f}", "0", "", "", "0"])
+        return format_table(["", "accuracy", "parameters", "of the LoRA", "bytes", "train s"], rows)
+
+    def __str__(self) -> str:
+        meanings = ", ".join(f"{index} = {name}" for index, name in enumerate(self.task.classes))
+        steps, n_test = self.config.training.steps, len(self.task.split("test"))
+        contents = {
+            f"{outputs.PEFT}/": "the smaller LoRA; PeftModel.from_pretrained(model, ...)",
+            f"{outputs.ADAPTER}/": "the same for gatedadapters.load_adapters(model, ...)",
+            outputs.STRUCTURE_PICTURE: "its structure as a picture",
+            f"{outputs.LOGS}/": f"tensorboard --logdir {self.folder / outputs.LOGS}",
+            outputs.METRICS: "every number",
+        }
+        return "\n".join(
+            [
+                f"\nAccuracy on {n_test:,} test examples, {steps} steps, one seed.",
+                f"The LoRA's outputs were taken to mean {meanings}; where that is wrong, say so with --classes.\n",
+                self.table(),
+                f"\n{self.compressed.structure}\n",
+                f"In {self.folder}:",
+                outputs.list_outputs(contents),
+            ]
+        )
+
+
+def compress(
+    config: CompressConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> CompressResult:
+    """Search an existing LoRA's ranks and modules under a budget; what `gatedadapters compress` does.
+
+    Args:
+        config: a configuration, or the YAML file of one.
+        out: folder of the results; default: the name of the YAML file.
+        overwrite: replace the results of an earlier compression in that folder.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the LoRA, the model, the data or the folder; nothing is written then.
+    """
+    config, folder = outputs.config_and_folder(CompressConfig, config, out)
+    lora = read_peft(config.lora)
+    search = config.as_search(_base_model(config, lora))
+    task = _with_classes_in_order(load_tasks(search)[0], config.classes)
+    outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
+    silence_transformers()
+    built = build_classifier(search, task.n_classes)
+    shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
+    runner = ArmRunner(search, [task], folder / outputs.LOGS, built)
+    model, seed = runner.model, search.training.seed
+    with progress_bar(search.training.steps) as progress:
+        adapters = import_peft(model, lora.where, tasks=runner.names, seed=seed)
+        adapters.compact()
+        given = runner.test_and_detach(adapters, GIVEN, 0.0, progress)
+
+        adapters = import_peft(model, lora.where, tasks=runner.names, seed=seed)
+        adapters.compact(adapters.discretize(search.budget, scores=singular_values(adapters)))
+        truncated = runner.test_and_detach(adapters, TRUNCATED, 0.0, progress)
+
+        adapters = import_peft(model, lora.where, tasks=runner.names, seed=seed)
+        seconds = runner.train(adapters, COMPRESSED, progress, searching=True)
+        runner.compact(adapters)
+        adapters.save(folder / outputs.ADAPTER, overwrite=overwrite)
+        export_peft(adapters, folder / outputs.PEFT, overwrite=overwrite)
+        compressed = runner.test_and_detach(adapters, COMPRESSED, seconds, progress)
+        progress.set_description("done")
+    sizes = (lora.where / WEIGHTS).stat().st_size, (folder / outputs.PEFT / WEIGHTS).stat().st_size
+    baseline = majority_accuracy([task])[task.name]
+    result = CompressResult(config, folder, task, given, truncated, compressed, sizes, baseline)
+    save_png(compressed.structure, folder / outputs.STRUCTURE_PICTURE)
+    _write(result, search)
+    return result
+
+
+def _base_model(config: CompressConfig, lora: PeftFolder) -> str:
+    """The model that the configuration or the LoRA names.
+
+    Raises:
+        ConfigError: the LoRA is not for classification, or nobody names a model.
+    """
+    if lora.config.get("task_type") not in ("SEQ_CLS", None):
+        raise ConfigError(
+            "this command scores classifiers",
+            expected="a LoRA of task_type SEQ_CLS",
+            got=lora.config.get("task_type"),
+            where=lora.where,
+            fix="in a script of your own: gatedadapters.import_peft, a GatedTrainer with a budget, export_peft",
+        )
+    model = config.model or lora.config.get("base_model_name_or_path")
+    if not model:
+        expected = "--model, or base_model_name_or_path in the LoRA's configuration"
+        raise ConfigError("no base model is named", expected=expected, got="neither", where=lora.where, fix="name it")
+    return str(model)
+
+
+def _with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
+    """The task with its classes in the order of the LoRA's outputs; None: they are sorted.
+
+    Raises:
+        DataError: these are not the classes of the task.
+    """
+    if names is None:
+        return task
+    if sorted(names) != sorted(task.classes):
+        raise DataError(
+            "these are not the classes of the table",
+            expected=", ".join(task.classes),
+            got=", ".join(names),
+            where="--classes",
+            fix="name each label of the table once",
+        )
+    new_index = [names.index(name) for name in task.classes]
+
+    def relabelled(examples: Examples) -> Examples:
+        return Examples(examples.texts, [new_index[label] for label in examples.labels], examples.pairs)
+
+    test = None if task.test is None else relabelled(task.test)
+    return TextTask(task.name, relabelled(task.train), relabelled(task.validation), test, names)
+
+
+def _write(result: CompressResult, search: SearchConfig) -> None:
+    task = result.task
+    data = {
+        "lora": result.config.as_written()["lora"],
+        "config": search.as_written(),
+        "classes": task.classes,
+        "examples": {"train": len(task.train), "test": len(task.split("test"))},
+        "arms": [
+            {
+                "name": arm.name,
+                "accuracy": arm.mean,
+                "params": arm.structure.params,
+                "paths": len(arm.structure.paths),
+                "bytes": size,
+                "train_seconds": arm.seconds,
+            }
+            for arm, size in result.arms
+        ],
+        "most_frequent_class": result.baseline,
+    }
+    outputs.write_metrics(result.folder, data)
+    outputs.write_table(result.folder, result.table())

@@ -1,0 +1,213 @@
+"""The run `continual`: tune a model on task after task with one or several strategies, and go on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from gatedadapters.config import ContinualConfig
+from gatedadapters.continual import StreamResult, TaskStream, metrics_table, run_stream
+from gatedadapters.continual.digests import difference
+from gatedadapters.continual.result import STREAM
+from gatedadapters.continual.runner import Run
+from gatedadapters.continual.strategies import Strategy, resolve
+from gatedadapters.continual.strategies.random import Random
+from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.experiments import outputs
+from gatedadapters.experiments.progress import say, silence_transformers
+from gatedadapters.experiments.streams import build_stream, stream_orders
+from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
+
+
+@dataclass(frozen=True)
+class ContinualResult:
+    """The result of every stream of every strategy; as text it is what `gatedadapters continual` prints.
+
+    Attributes:
+        config: what was run.
+        folder: where everything was written.
+        streams: by strategy, in the order of `stream_orders`; the first strategy is the one asked for, the others are
+            compared with it.
+    """
+
+    config: ContinualConfig
+    folder: Path
+    streams: dict[str, list[StreamResult]]
+
+    def table(self) -> str:
+        """The first stream of each strategy, then the means over all streams, then the cores of the first task."""
+        parts = [str(results[0]) for results in self.streams.values()]
+        count = len(next(iter(self.streams.values())))
+        parts.append(f"mean and 95 % interval over {count} streams (orders and seeds):" if count > 1 else "all:")
+        parts.append(metrics_table({name: [r.metrics for r in results] for name, results in self.streams.items()}))
+        reports = [results[0].stages[0].report for results in self.streams.values()]
+        first = next(iter(self.streams.values()))[0].stages[0].task
+        parts += [f"core of {first}: {report}" for report in reports if report]
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        contents = {
+            f"{outputs.PICTURES}/": "scores after every task, and where the cores lie",
+            f"{outputs.LOGS}/": "the same while it runs: tensorboard --logdir",
+            f"{outputs.STREAMS}/": "what every task changed; gatedadapters.StreamResult.load(...).restore(model, to=k)",
+            outputs.METRICS: "every number",
+            outputs.CONTINUAL_CONFIG: "the configuration",
+        }
+        return f"{self.table()}\n\nIn {self.folder}:\n{outputs.list_outputs(contents)}"
+
+
+def continual(
+    config: ContinualConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> ContinualResult:
+    """Run every strategy on every stream; what `gatedadapters continual` does.
+
+    A run that was stopped goes on where it was: called again with the same arguments, it ends with the same bits.
+
+    Args:
+        config: a configuration, or the YAML file of one.
+        out: folder of the results; default: the name of the YAML file.
+        overwrite: start anew where that folder holds an earlier run.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder, before anything is
+            trained.
+    """
+    config, folder = outputs.config_and_folder(ContinualConfig, config, out)
+    silence_transformers()
+    strategies = _by_name([resolve(strategy) for strategy in (config.strategy, *config.compare)])
+    text = config.to_yaml(folder.absolute())
+    unfinished = {path.name for path in folder.glob(f".{outputs.CONTINUAL_CONFIG}.*")}  # a killed process left them
+    results = outputs.OF_CONTINUAL | unfinished
+    outputs.check_output_folder(folder, results, overwrite=overwrite or _can_go_on(folder, text))
+    model, stream = build_stream(config, config.seeds[0])
+    for strategy in strategies.values():  # before any of them is trained
+        _check_stream(config, folder, model, stream, strategy)
+    if overwrite:
+        for name in (outputs.STREAMS, outputs.PICTURES, outputs.LOGS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_config(folder, text)
+    for name in unfinished:
+        (folder / name).unlink(missing_ok=True)
+    (folder / outputs.PICTURES).mkdir(exist_ok=True)
+    streams: dict[str, list[StreamResult]] = {name: [] for name in strategies}
+    main = next(iter(strategies))
+    for place, seed, order in stream_orders(config):
+        for name, strategy in strategies.items():
+            say(f"{name}, stream {place}: {', '.join(config.tasks[i].title for i in order)}")
+            earlier = None if name == main else streams[main][-1]
+            streams[name].append(_run_one(config, folder, name, strategy, place, seed, order, earlier))
+    result = ContinualResult(config, folder, streams)
+    _write(result)
+    return result
+
+
+def _run_one(
+    config: ContinualConfig,
+    folder: Path,
+    name: str,
+    strategy: Strategy,
+    place: str,
+    seed: int,
+    order: list[int],
+    main: StreamResult | None,
+) -> StreamResult:
+    """One strategy on one stream. A random core gets the size of `main`, the first strategy's result on that stream."""
+    model, stream = build_stream(config, seed)
+    if main is not None and isinstance(strategy, Random):
+        sized = _of_equal_size(strategy, main)
+        try:
+            _check_stream(config, folder, model, stream.ordered(order), sized)
+            strategy = sized
+        except ConfigError as error:  # it may choose from fewer elements than the first strategy trained
+            say(f"  {name} keeps its share, for {error}")
+    logs = folder / outputs.LOGS / name / place
+    shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on logs its finished stages again
+    with TensorBoardWriter(logs) as writer:
+        return run_stream(
+            model,
+            stream.ordered(order),
+            strategy,
+            training=config.training.model_copy(update={"seed": seed}),
+            folder=folder / outputs.STREAMS / name / place,
+            keep=config.keep,
+            watch=lambda line: say(f"  {line}"),
+            on_stage=writer.stream,
+        )
+
+
+def _check_stream(
+    config: ContinualConfig, folder: Path, model: nn.Module, stream: TaskStream, strategy: Strategy
+) -> None:
+    """Raise whatever is wrong with a strategy on a stream."""
+    Run(model, stream, strategy, config.training, folder / outputs.STREAMS, keep=config.keep)
+
+
+def _by_name(strategies: list[Strategy]) -> dict[str, Strategy]:
+    """Each strategy under its kind, with a number where a kind is used more than once."""
+    found: dict[str, Strategy] = {}
+    for strategy in strategies:
+        number = sum(name.rpartition("-")[0] == strategy.kind or name == strategy.kind for name in found)
+        found[f"{strategy.kind}-{number + 1}" if number else strategy.kind] = strategy
+    return found
+
+
+def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
+    """A random core as large as what `main` trained on each task, unless it is configured with a size of its own."""
+    fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
+    if "elements" in fields or "share" in fields.get("core", {}) or len(main.stages) != len(main.tasks):
+        return strategy
+    return strategy.model_copy(update={"elements": tuple(stage.elements for stage in main.stages)})
+
+
+def _can_go_on(folder: Path, text: str) -> bool:
+    """Whether `folder` holds this very run, or one that was stopped before anything was computed.
+
+    Args:
+        folder: of the results.
+        text: this run's configuration as it is written there.
+
+    Raises:
+        ArtifactError: it holds results of another configuration; what differs is named.
+    """
+    if not ((folder / outputs.METRICS).exists() or any(folder.glob(f"{outputs.STREAMS}/*/*/{STREAM}"))):
+        return True
+    file = folder / outputs.CONTINUAL_CONFIG
+    earlier = file.read_text(encoding="utf-8") if file.is_file() else None
+    if earlier in (text, None):
+        return earlier is not None
+    place, expected, got = difference(yaml.safe_load(earlier), yaml.safe_load(text))
+    raise ArtifactError(
+        "the folder holds a run of another configuration",
+        expected=expected,
+        got=got,
+        where=f"{file}: {place.removeprefix('.')}",
+        fix="give the same one, another --out, or --overwrite",
+    )
+
+
+def _write_config(folder: Path, text: str) -> None:
+    """Write the configuration, whole or not at all, and before any result: a run goes on only beside its own."""
+    part = folder / f".{outputs.CONTINUAL_CONFIG}.{os.getpid()}"
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, folder / outputs.CONTINUAL_CONFIG)
+
+
+def _write(result: ContinualResult) -> None:
+    folder = result.folder
+    for name, streams in result.streams.items():
+        save_stream_png(streams[0], folder / outputs.PICTURES / f"{name}.png", title=name)
+        if cores := streams[0].cores():
+            save_core_png(cores, folder / outputs.PICTURES / f"{name}-cores.png")
+    data = {
+        "config": result.config.as_written(),
+        "streams": {name: [stream.to_data() for stream in streams] for name, streams in result.streams.items()},
+    }
+    outputs.write_metrics(folder, data)
+    outputs.write_table(folder, result.table())

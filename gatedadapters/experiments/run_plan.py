@@ -1,0 +1,264 @@
+"""The run `plan`: count what a search space costs on a model, without loading any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from gatedadapters.backbone import discover
+from gatedadapters.config import Budget, SearchSpace
+from gatedadapters.errors import ConfigError
+from gatedadapters.experiments.models import is_causal, locate_model, reading_model
+from gatedadapters.gates import GateBank, check_budget
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import column
+from gatedadapters.supernet.attach import candidates, groups
+
+_BYTES = {"fp32": 4, "bf16": 2}  # of one weight of the backbone
+_TRAINED, _GRADIENT, _ADAM = 4, 4, 8  # bytes of a trained fp32 value, its gradient, and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class PlacePlan:
+    """The candidates at one kind of place, such as LoRA at `ffn.down`.
+
+    Attributes:
+        paths: how many there are.
+        units: ranks or widths, over all of them.
+        params: their parameters.
+    """
+
+    paths: int
+    units: int
+    params: int
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What a budget leaves of the candidates.
+
+    Attributes:
+        budget: the budget.
+        limit: the most that may be kept, in parameters or in flops per token.
+        share: of all candidates, in [0, 1].
+    """
+
+    budget: Budget
+    limit: float
+    share: float
+
+    @property
+    def bytes(self) -> dict[str, int] | None:
+        """Size of the saved weights by number format; None of a budget in flops."""
+        return {name: int(self.limit) * size for name, size in _BYTES.items()} if self.budget.unit == "params" else None
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.budget.model_dump(exclude_none=True).items())
+        what = "parameters" if self.budget.unit == "params" else "flops per token"
+        text = f"Budget({given}) leaves at most {self.limit:,.0f} {what}, {self.share:.2%} of the candidates"
+        if self.bytes is not None:
+            text += f"; saved: {_as_bytes(self.bytes['fp32'])} in fp32, {_as_bytes(self.bytes['bf16'])} in bf16"
+        return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What attaching a search space to a model makes; as text it is what `gatedadapters plan` prints.
+
+    Attributes:
+        model: class of the model.
+        blocks: how many it has.
+        weights: parameters of the model.
+        space: name of the search space.
+        tasks: how many, each with gates of its own.
+        places: candidates by place and kind.
+        gates: how many, over all tasks.
+        flops: of all candidates, forward, per token.
+        skipped_sites: where a candidate does not fit, and why.
+        unknown: modules that were not understood, and why.
+        budget: what the budget leaves; None where none was given.
+    """
+
+    model: str
+    blocks: int
+    weights: int
+    space: str
+    tasks: int
+    places: dict[str, PlacePlan]
+    gates: int
+    flops: float
+    skipped_sites: tuple[str, ...]
+    unknown: tuple[str, ...]
+    budget: BudgetPlan | None
+
+    @property
+    def paths(self) -> int:
+        """Candidate paths in all."""
+        return sum(place.paths for place in self.places.values())
+
+    @property
+    def units(self) -> int:
+        """Units of all candidates."""
+        return sum(place.units for place in self.places.values())
+
+    @property
+    def params(self) -> int:
+        """Parameters of all candidates."""
+        return sum(place.params for place in self.places.values())
+
+    @property
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of training without activations, by number format of the backbone and by part."""
+        trained = self.params + self.gates
+        return {
+            name: {
+                "weights": self.weights * size,
+                "adapters and gates": trained * _TRAINED,
+                "gradients": trained * _GRADIENT,
+                "AdamW": trained * _ADAM,
+                "total": self.weights * size + trained * (_TRAINED + _GRADIENT + _ADAM),
+            }
+            for name, size in _BYTES.items()
+        }
+
+    def table(self) -> str:
+        """Paths, units and parameters of the candidates, by place and kind."""
+        rows = [
+            [name, f"{place.paths:,}", f"{place.units:,}", f"{place.params:,}"] for name, place in self.places.items()
+        ]
+        rows.append(["all", f"{self.paths:,}", f"{self.units:,}", f"{self.params:,}"])
+        return format_table(["candidates", "paths", "units", "parameters"], rows)
+
+    def to_data(self) -> dict[str, Any]:
+        """Everything as plain data; what `gatedadapters plan --json` prints."""
+        data: dict[str, Any] = {
+            "model": self.model,
+            "blocks": self.blocks,
+            "weights": self.weights,
+            "space": self.space,
+            "tasks": self.tasks,
+            "places": {
+                name: {"paths": place.paths, "units": place.units, "params": place.params}
+                for name, place in self.places.items()
+            },
+            "paths": self.paths,
+            "units": self.units,
+            "gates": self.gates,
+            "params": self.params,
+            "flops": self.flops,
+            "memory": self.memory,
+            "skipped_sites": list(self.skipped_sites),
+            "unknown": list(self.unknown),
+        }
+        if self.budget is not None:
+            data["budget"] = {
+                "given": self.budget.budget.model_dump(exclude_none=True),
+                "unit": self.budget.budget.unit,
+                "at most": self.budget.limit,
+                "share": self.budget.share,
+                "bytes": self.budget.bytes,
+            }
+        return data
+
+    def __str__(self) -> str:
+        memory = self.memory
+        rows = [[part, *(_as_bytes(memory[name][part]) for name in _BYTES)] for part in memory["fp32"]]
+        parts = [
+            f"{self.model}: {self.blocks} blocks, {self.weights:,} parameters\n"
+            f"{self.space}: {self.paths:,} candidate paths, {self.gates:,} gates, "
+            f"{self.params:,} parameters when dense ({self.params / self.weights:.3%} of the model)",
+            self.table(),
+            format_table(["memory without activations, weights in", *_BYTES], rows),
+        ]
+        if self.budget is not None:
+            parts.append(str(self.budget))
+        parts += _listed("does not fit, left out", self.skipped_sites)
+        parts += _listed("not understood, left alone", self.unknown)
+        return "\n\n".join(parts)
+
+
+def plan(
+    model: nn.Module | str | Path, space: SearchSpace | str | Path, *, tasks: int = 1, budget: Budget | None = None
+) -> Plan:
+    """Everything there is to know of a search before training; what `gatedadapters plan` prints.
+
+    Args:
+        model: a model; or a folder, a hub id, a `config.json`, or `bundled:NAME`, of which only the shape is read.
+        space: a search space, a preset's name, or a YAML file.
+        tasks: how many tasks, each with gates of its own.
+        budget: count what it leaves, too.
+
+    Raises:
+        ConfigError: there is no such space or model, or fewer tasks than one.
+        LayoutError: the model's blocks were not found.
+        PathError: the space selects nothing of it.
+        BudgetError: the budget is below the smallest candidate.
+    """
+    if tasks < 1:
+        raise ConfigError(expected="one task or more", got=tasks, where="--tasks", fix="count your tasks")
+    space = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
+    model = model if isinstance(model, nn.Module) else build_on_meta(str(model))
+    layout = discover(model)
+    offered, skipped_sites = candidates(space, layout)
+    bank = GateBank(groups(offered, tasks), space.gates, tasks=tasks, seed=0)
+    places: dict[str, PlacePlan] = {}
+    for group in bank.groups:
+        options, site = offered[group.key]
+        name = column(site.sublayer, site.role, options.kind)
+        so_far = places.get(name, PlacePlan(0, 0, 0))
+        params = so_far.params + group.units * int(group.params)
+        places[name] = PlacePlan(so_far.paths + 1, so_far.units + group.units, params)
+    allowed = None
+    if budget is not None:
+        limit = check_budget(bank, budget)
+        allowed = BudgetPlan(budget, limit, limit / bank.dense_cost(budget.unit))
+    return Plan(
+        model=layout.model_class,
+        blocks=len(layout.blocks),
+        weights=sum(parameter.numel() for parameter in model.parameters()),
+        space=space.name,
+        tasks=tasks,
+        places=places,
+        gates=tasks * bank.n_gates,
+        flops=bank.dense_cost("flops"),
+        skipped_sites=tuple(f"{skipped.kind} at {skipped.module}: {skipped.reason}" for skipped in skipped_sites),
+        unknown=tuple(f"{unknown.name}: {unknown.reason}" for unknown in layout.unknown),
+        budget=allowed,
+    )
+
+
+def build_on_meta(name: str) -> nn.Module:
+    """A model of the right shape whose weights take no memory.
+
+    Raises:
+        ConfigError: there is no readable configuration of that name.
+    """
+    place = locate_model(name)
+    with reading_model(name, "a folder with a config.json, such a file, or the id of a model on the hub"):
+        shape = AutoConfig.from_pretrained(place)
+        kind = AutoModelForCausalLM if is_causal(shape) else AutoModel
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(shape)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _listed(title: str, lines: Sequence[str], limit: int = 8) -> list[str]:
+    """One paragraph of at most so many lines; none where there are no lines."""
+    if not lines:
+        return []
+    more = [f"  ... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return ["\n".join([f"{title}:", *(f"  {line}" for line in lines[:limit]), *more])]
+
+
+def _as_bytes(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError

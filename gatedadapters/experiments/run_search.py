@@ -1,0 +1,169 @@
+"""The run `search`: search a structure under a budget, train its rivals, and write everything into a folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatedadapters.config import SearchConfig
+from gatedadapters.data import TextTask
+from gatedadapters.errors import BudgetError
+from gatedadapters.experiments import outputs
+from gatedadapters.experiments.arms import Arm, ArmRunner
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.evaluation import majority_accuracy
+from gatedadapters.experiments.progress import progress_bar, say, silence_transformers
+from gatedadapters.experiments.rivals import RIVAL_NAMES
+from gatedadapters.experiments.saved import sharing_table
+from gatedadapters.inspection import save_png
+from gatedadapters.reporting.tables import format_table
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search; as text it is what `gatedadapters search` prints.
+
+    Attributes:
+        config: what was run.
+        folder: where everything was written.
+        arms: the searched structure first, then its rivals.
+        baseline: test accuracy of always naming the most frequent class, by task.
+        seconds: that everything took, loading and testing included.
+        left_out: why a rival was not trained, by its name.
+    """
+
+    config: SearchConfig
+    folder: Path
+    arms: tuple[Arm, ...]
+    baseline: dict[str, float]
+    seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Accuracy on test data by task, sizes and times; below it the rivals that were left out."""
+        tasks = list(self.baseline)
+        perturbed = [arm.perturbed for arm in self.arms if arm.perturbed is not None]
+        header = ["", *tasks, "mean", *(["perturbed"] if perturbed else []), "parameters", "paths", "train s"]
+        rows = [
+            [
+                arm.name,
+                *(f"{arm.accuracy[task]:.3f}" for task in tasks),
+                f"{arm.mean:.3f}",
+                *([] if arm.perturbed is None else [f"{sum(arm.perturbed.values()) / len(tasks):.3f}"]),
+                f"{arm.structure.params:,}",
+                str(len(arm.structure.paths)),
+                f"{arm.seconds:.0f}",
+            ]
+            for arm in self.arms
+        ]
+        mean = sum(self.baseline.values()) / len(tasks)
+        means = [f"{mean:.3f}"] * (2 if perturbed else 1)
+        rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), *means, "0", "0", "0"])
+        notes = [f"{name} was not trained: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([format_table(header, rows), *notes])
+
+    def to_data(self) -> dict[str, Any]:
+        """Every number of the arms as plain data."""
+        return {
+            "arms": [
+                {
+                    "name": arm.name,
+                    "accuracy": arm.accuracy,
+                    "perturbed": arm.perturbed,
+                    "mean": arm.mean,
+                    "params": arm.structure.params,
+                    "dense_params": arm.structure.dense_params,
+                    "paths": len(arm.structure.paths),
+                    "train_seconds": arm.seconds,
+                    "sharing": arm.structure.sharing(),
+                }
+                for arm in self.arms
+            ],
+            "left_out": dict(self.left_out),
+            "most_frequent_class": self.baseline,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        searched = self.arms[0].structure
+        parts = [
+            f"\n{task.title} has no test table: its validation table stands in as test data."
+            for task in self.config.tasks
+            if task.validation is not None and task.test is None
+        ]
+        parts += [
+            f"\nAccuracy on test data, {self.config.training.steps} steps each, one seed:\n",
+            self.table(),
+            f"\n{searched}\n",
+        ]
+        if len(searched.tasks) > 1:
+            parts.append(f"{sharing_table(searched)}\n")
+        parts.append(f"{self.seconds:.0f} s in all. In {self.folder}:")
+        contents = {
+            f"{outputs.ADAPTER}/": 'the searched adapter; gatedadapters.load_adapters(model, "...")',
+            outputs.STRUCTURE_PICTURE: "its structure as a picture",
+            f"{outputs.LOGS}/": f"tensorboard --logdir {self.folder / outputs.LOGS}",
+            outputs.METRICS: "every number",
+            outputs.SEARCH_CONFIG: "the configuration; run it again with gatedadapters search",
+        }
+        return "\n".join([*parts, outputs.list_outputs(contents)])
+
+
+def search(
+    config: SearchConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> SearchResult:
+    """Search a structure and compare it with its rivals; what `gatedadapters search` does.
+
+    Everything is written anew after each arm, so that a rival that fails does not cost the search. A rival that cannot
+    be made as small as the searched structure is left out, and the result says so.
+
+    Args:
+        config: a configuration, or the YAML file of one.
+        out: folder of the results; default: the name of the YAML file.
+        overwrite: replace the results of an earlier search in that folder.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder; nothing is written then.
+    """
+    config, folder = outputs.config_and_folder(SearchConfig, config, out)
+    outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
+    silence_transformers()
+    start = time.perf_counter()
+    tasks = load_tasks(config)
+    runner = ArmRunner(config, tasks, folder / outputs.LOGS)
+    say(f"{config.model}: {len(runner.train_data):,} training examples of {len(tasks)} task(s)")
+    shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
+    baseline, arms, left_out = majority_accuracy(tasks), list[Arm](), dict[str, str]()
+
+    def written() -> SearchResult:
+        result = SearchResult(config, folder, tuple(arms), baseline, time.perf_counter() - start, left_out)
+        _write(result, tasks)
+        return result
+
+    steps = config.training.steps
+    total = steps * (1 + len(config.compare))
+    with progress_bar(total) as progress:
+        arms.append(runner.run_search(progress, folder / outputs.ADAPTER, overwrite=overwrite))
+        save_png(arms[0].structure, folder / outputs.STRUCTURE_PICTURE)
+        result = written()
+        for kind in config.compare:
+            try:
+                arms.append(runner.run_rival(kind, arms[0].structure.params, progress))
+            except BudgetError as error:
+                left_out[RIVAL_NAMES[kind]] = f"{error.message} (expected {error.expected})"
+                progress.total = total = total - steps
+            result = written()
+        progress.set_description("done")
+    return result
+
+
+def _write(result: SearchResult, tasks: list[TextTask]) -> None:
+    config, folder = result.config, result.folder
+    (folder / outputs.SEARCH_CONFIG).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
+    examples = {t.name: {"train": len(t.train), "test": len(t.split("test"))} for t in tasks}
+    outputs.write_metrics(folder, {"config": config.as_written(), "examples": examples, **result.to_data()})
+    outputs.write_table(folder, result.table())

@@ -1,0 +1,293 @@
+"""The run `transfer`: how an adapter survives an update of its base, and how much training for it wins back."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from gatedadapters.artifacts import load_adapters
+from gatedadapters.config import SearchConfig, TransferConfig
+from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
+from gatedadapters.errors import LayoutError
+from gatedadapters.experiments import outputs
+from gatedadapters.experiments.arms import SEARCHED, ArmRunner
+from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.experiments.training import use_bf16
+from gatedadapters.inspection import save_shift_png
+from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters, get_adapters
+from gatedadapters.supernet.attach import attach, detach
+from gatedadapters.transfer import (
+    ActivationShift,
+    TransferReport,
+    TransferScores,
+    activation_shift,
+    knowledge_sensitivity,
+    transfer_scores,
+)
+from gatedadapters.transfer.evaluate import Train, as_before
+from gatedadapters.transfer.sensitivity import weigh_by
+
+SENSITIVITY_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """The result of a transfer; as text it is what `gatedadapters transfer` prints.
+
+    Attributes:
+        config: what was run.
+        folder: where everything was written.
+        report: scores by seed (mean accuracy over tasks) and the recovery.
+        shift: of activations between the bases.
+        given: scores of the adapter that was given, as it was saved: (old base, new base); None where none was given.
+        seconds: that everything took.
+    """
+
+    config: TransferConfig
+    folder: Path
+    report: TransferReport
+    shift: ActivationShift
+    given: tuple[float, float] | None
+    seconds: float
+
+    def table(self) -> str:
+        """Scores, recovery, and how far the activations moved, by point and in the mean."""
+        lines = [self.report.table()]
+        if self.given is not None:
+            lines.append(
+                f"the given adapter as saved: {self.given[0]:.3f} on the old base, {self.given[1]:.3f} on the new"
+            )
+        attention, feed_forward = self.shift.mean("attention"), self.shift.mean("feed_forward")
+        lines.append(f"activations moved: attention {attention:.1%}, feed-forward {feed_forward:.1%}\n")
+        lines.append(self.shift.table())
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        contents = {
+            f"{outputs.TRANSFER_TRAINED}/": 'of the first seed; load_adapters(new_model, "...", base="updated")',
+            f"{outputs.ADAPTER}/": "the same without weakening",
+            outputs.SHIFT_PICTURE: "how far each point's activations moved",
+            outputs.METRICS: "every number",
+            outputs.TRANSFER_CONFIG: "the configuration; run it again with gatedadapters transfer",
+        }
+        return "\n".join(
+            [
+                f"\nAccuracy on test data, {len(self.report.scores)} seed(s):\n",
+                self.table(),
+                f"\n{self.seconds:.0f} s in all. In {self.folder}:",
+                outputs.list_outputs(contents, width=18),
+            ]
+        )
+
+
+def transfer(
+    config: TransferConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> TransferResult:
+    """Train every arm for every seed on both versions of a base; what `gatedadapters transfer` does.
+
+    Args:
+        config: a configuration, or the YAML file of one.
+        out: folder of the results; default: the name of the YAML file.
+        overwrite: replace the results of an earlier transfer in that folder.
+
+    Raises:
+        GatedAdaptersError: whatever is wrong with the configuration, the data, the bases or the folder.
+    """
+    config, folder = outputs.config_and_folder(TransferConfig, config, out)
+    outputs.check_output_folder(folder, outputs.OF_TRANSFER, overwrite=overwrite)
+    silence_transformers()
+    start = time.perf_counter()
+    tasks = load_tasks(config)
+    config = _with_precision(config)
+    scores: list[TransferScores] = []
+    shift, given = None, None
+    with (
+        tempfile.TemporaryDirectory(prefix="gatedadapters-") as logs,
+        progress_bar(3 * config.training.steps * len(config.seeds)) as progress,
+    ):
+        for seed in config.seeds:
+            bases = BasePair(config, tasks, seed, Path(logs) / str(seed))
+            if shift is None:
+                shift = bases.shift()
+                if config.adapter is not None:
+                    given = _scores_as_saved(bases, config.adapter)
+            scores.append(_run_seed(bases, seed, None if scores else folder, progress))
+    assert shift is not None
+    result = TransferResult(config, folder, TransferReport(tuple(scores)), shift, given, time.perf_counter() - start)
+    _write(result)
+    return result
+
+
+class BasePair:
+    """Both versions of a base under equal heads, for one seed.
+
+    Attributes:
+        old, new: the models, before and after the update.
+        runners: what trains and tests each of them.
+
+    Raises:
+        LayoutError: the two do not have the same vocabulary.
+    """
+
+    def __init__(self, config: TransferConfig, tasks: list[TextTask], seed: int, logs: Path) -> None:
+        self.config, self.tasks = config, tasks
+        shared = {name: getattr(config, name) for name in set(SearchConfig.model_fields) - {"model", "training"}}
+        training = config.training.model_copy(update={"seed": seed})
+        self.runners = [
+            ArmRunner(SearchConfig(model=model, training=training, **shared), tasks, logs)
+            for model in (config.model, config.update)
+        ]
+        self.old, self.new = (runner.model for runner in self.runners)
+        self.tokenizer = self.runners[0].tokenizer
+        words = [runner.tokenizer.get_vocab() for runner in self.runners]
+        differ = sorted(words[0].items() ^ words[1].items(), key=lambda item: item[1])
+        if differ:
+            raise LayoutError(
+                "these are not two versions of one base: the vocabulary differs",
+                expected=f"the {len(words[0]):,} tokens of {config.model}",
+                got=f"{len(words[1]):,} tokens, {differ[0][0]!r} is not the same",
+                where=f"update: {config.update}",
+                fix="give a base and its update",
+            )
+
+    def train(self, model: nn.Module, progress: tqdm[Any]) -> Adapters:
+        """Train adapters of the configured structure or search on one of the models; they stay attached, compact."""
+        runner, config = self.runners[0] if model is self.old else self.runners[1], self.config
+        if config.search:
+            adapters = runner.attach(config.resolved_space())
+        elif config.adapter is not None:
+            adapters = runner.attach(Structure.load(config.adapter))
+        else:
+            adapters = runner.attach(runner.whole_structure())
+        name = SEARCHED if config.search else "adapter"
+        runner.train(adapters, name, progress, searching=config.search)
+        runner.compact(adapters)
+        return adapters
+
+    def train_transferable(self, sensitivity: dict[str, float], progress: tqdm[Any]) -> Adapters:
+        """`train` on the old base, with a search that prefers places of low sensitivity."""
+        runner = self.runners[0]
+        runner.callbacks = [WeighBySensitivity(sensitivity)]
+        try:
+            return self.train(self.old, progress)
+        finally:
+            runner.callbacks = []
+
+    def sensitivity(self) -> dict[str, float]:
+        """How much each candidate of the search hangs on feed-forward knowledge, on training texts of the old base."""
+        batches = self._batches("train", SENSITIVITY_TEXTS)
+        if "task_ids" not in inspect.signature(self.old.forward).parameters:
+            batches = [_without(batch, "task_ids") for batch in batches]
+        adapters = attach(self.old, self.config.resolved_space(), tasks=self.runners[0].names)
+        try:
+            return knowledge_sensitivity(adapters, batches)
+        finally:
+            detach(self.old)
+
+    def score(self, model: nn.Module) -> float:
+        """Mean test accuracy over tasks."""
+        bf16 = self.runners[0].bf16
+        scores = evaluate(model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=bf16)
+        return sum(scores.values()) / len(scores)
+
+    def shift(self) -> ActivationShift:
+        """How far activations moved between the bases, on test texts."""
+        batches = [_without(batch, "task_ids") for batch in self._batches("test", self.config.shift_texts)]
+        old, new = (
+            getattr(model, str(getattr(model, "base_model_prefix", "")), model) for model in (self.old, self.new)
+        )
+        return activation_shift(old, new, batches)
+
+    def _batches(self, split: str, texts: int) -> list[dict[str, Any]]:
+        """Batches of 16 without labels: at most so many texts, spread evenly over a split."""
+        data = MixedTaskDataset(self.tasks, self.tokenizer, split, self.config.training.max_length)
+        chosen = torch.linspace(0, len(data) - 1, min(texts, len(data))).long().tolist()
+        collate = MixedTaskCollator(self.tokenizer)
+        batches = [collate([data[i] for i in chosen[start : start + 16]]) for start in range(0, len(chosen), 16)]
+        return [_without(batch, "labels") for batch in batches]
+
+
+class WeighBySensitivity(TrainerCallback):
+    """Makes a search prefer places of low sensitivity, from its first step on."""
+
+    def __init__(self, sensitivity: dict[str, float]) -> None:
+        self.sensitivity = sensitivity
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """Weigh the gates; the Trainer has set the penalty by now."""
+        weigh_by(get_adapters(model), self.sensitivity)
+
+
+def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[Any]) -> TransferScores:
+    """Every arm of one seed; with a folder, its adapters are kept there."""
+    config = bases.config
+    transferable: Train | None = None
+    if config.prefer_transferable:
+        sensitivity = bases.sensitivity()  # now, because knowledge is weakened while the arm trains
+
+        def transferable(model: nn.Module, seed: int) -> Adapters:
+            return bases.train_transferable(sensitivity, progress)
+
+    return transfer_scores(
+        bases.old,
+        bases.new,
+        lambda model, _: bases.train(model, progress),
+        bases.score,
+        seed=seed,
+        weakening=config.weakening,
+        total_steps=config.training.steps,
+        folder=folder,
+        train_transferable=transferable,
+    )
+
+
+def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
+    """Scores of a saved adapter on the old and on the new base, untrained."""
+    scores = []
+    cases: list[tuple[nn.Module, Literal["same", "updated"]]] = [(bases.old, "same"), (bases.new, "updated")]
+    for model, base in cases:
+        with as_before(model):
+            load_adapters(model, adapter, base=base)
+            scores.append(bases.score(model))
+    return scores[0], scores[1]
+
+
+def _with_precision(config: TransferConfig) -> TransferConfig:
+    """The configuration with one precision for every arm, base and seed; `auto` is decided here, once."""
+    training = config.training.model_copy(update={"precision": "bf16" if use_bf16(config) else "fp32"})
+    return config.model_copy(update={"training": training})
+
+
+def _without(batch: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != name}
+
+
+def _write(result: TransferResult) -> None:
+    config, folder = result.config, result.folder
+    save_shift_png(
+        result.shift,
+        folder / outputs.SHIFT_PICTURE,
+        title=f"what the update moved: {config.model} to {config.update}",
+    )
+    (folder / outputs.TRANSFER_CONFIG).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
+    data = {
+        "config": config.as_written(),
+        **result.report.to_data(),
+        "given_adapter": result.given,
+        "shift": result.shift.to_data(),
+        "seconds": result.seconds,
+    }
+    outputs.write_metrics(folder, data)
+    outputs.write_table(folder, result.table())

@@ -1,0 +1,79 @@
+"""What a saved adapter holds, as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gatedadapters.errors import ArtifactError
+from gatedadapters.experiments.outputs import ADAPTER
+from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure import Structure
+from gatedadapters.structure.folder import STRUCTURE, WEIGHTS
+
+
+def show(folder: str | Path, *, png: str | Path | None = None, diff: str | Path | None = None) -> str:
+    """The structure of a saved adapter, what its tasks share, and its size; or what changes from it to another one.
+
+    Args:
+        folder: of the adapter, or the folder of a run that left one, or a structure's JSON file.
+        png: a file to draw the structure in, too.
+        diff: another adapter; then the text lists what changes from the first to it.
+
+    Raises:
+        ArtifactError: there is no readable structure, or the weights are missing.
+    """
+    place = _adapter_folder(Path(folder))
+    structure = Structure.load(place)
+    if diff is not None:
+        other = _adapter_folder(Path(diff))
+        changes = "\n".join(structure.diff(Structure.load(other))) or "the same paths and units"
+        parts = [f"from {place}\n  to {other}", changes]
+    else:
+        parts = [str(structure)]
+        if len(structure.tasks) > 1:
+            parts.append(sharing_table(structure))
+        parts.append(_facts(place, structure))
+    if png is not None:
+        from gatedadapters.inspection import save_png  # matplotlib takes a moment to import
+
+        save_png(structure, png)
+        parts.append(f"drawn in {png}")
+    return "\n\n".join(parts)
+
+
+def sharing_table(structure: Structure) -> str:
+    """Parameters by task, parameters by the number of tasks that use them, and the overlap of every pair of tasks."""
+    sharing = structure.sharing()
+    rows = [[f"used by {task}", f"{count:,}"] for task, count in sharing["params_per_task"].items()]
+    rows += [[f"used by {n} task(s)", f"{count:,}"] for n, count in sharing["params_used_by_n_tasks"].items()]
+    rows += [[f"overlap of {pair}", f"{share:.0%}"] for pair, share in sharing["overlap"].items()]
+    return format_table(["sharing", "parameters"], rows)
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """The folder itself, or the adapter that a run left in it."""
+    return folder / ADAPTER if (folder / ADAPTER / STRUCTURE).is_file() else folder
+
+
+def _facts(folder: Path, structure: Structure) -> str:
+    """What the adapter was made for and with, its cost, and the sizes of its files."""
+    lines = [
+        f"made for    {structure.fingerprint.model_class}, search space {structure.space.name}, seed {structure.seed}",
+        f"made with   {', '.join(f'{name} {version}' for name, version in structure.created_with.items())}",
+        f"flops       {structure.flops:,.0f} per token, forward",
+    ]
+    if structure.fingerprint.heads:
+        lines.append(f"heads       {', '.join(structure.fingerprint.heads)}")
+    if folder.is_dir():
+        weights = folder / WEIGHTS
+        if not weights.is_file():
+            raise ArtifactError(
+                "the weights are missing",
+                expected=WEIGHTS,
+                got=", ".join(sorted(path.name for path in folder.iterdir())),
+                where=folder,
+                fix="copy the whole folder",
+            )
+        sizes = {path.name: path.stat().st_size for path in (weights, folder / STRUCTURE)}
+        lines.append("files       " + ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""A plan from Python counts what attaching makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel
+
+import gatedadapters as ga
+from gatedadapters import experiments
+from gatedadapters.errors import ConfigError
+from gatedadapters.experiments.run_plan import build_on_meta
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_plan_counts_what_attaching_makes(encoder: Path, tasks: int) -> None:
+    found = experiments.plan(encoder, "encoder-mixed", tasks=tasks)
+    model = AutoModel.from_pretrained(encoder)
+    adapters = ga.attach(model, "encoder-mixed", tasks=[f"task {i}" for i in range(tasks)])
+    assert adapters.bank is not None
+    assert found.paths == len(adapters.paths)
+    assert found.gates == adapters.bank.log_alpha.numel()
+    assert found.params == adapters.bank.dense_cost()
+    assert sum(place.params for place in found.places.values()) == found.params
+    if tasks == 1:
+        assert found.params == sum(p.numel() for p in adapters.weight_parameters())
+
+
+def test_planning_allocates_no_weights(encoder: Path) -> None:
+    assert {parameter.device.type for parameter in build_on_meta(str(encoder)).parameters()} == {"meta"}
+
+
+def test_a_plan_takes_a_model_at_hand_or_its_name(encoder: Path) -> None:
+    by_name = experiments.plan(encoder, "encoder-mixed", budget=ga.Budget(fraction=0.5))
+    model = AutoModel.from_pretrained(encoder)
+    assert experiments.plan(model, ga.SearchSpace.load("encoder-mixed"), budget=ga.Budget(fraction=0.5)) == by_name
+    assert by_name.budget is not None
+    assert by_name.budget.limit == by_name.params / 2
+    assert by_name.to_data()["budget"]["bytes"] == {"fp32": 2 * by_name.params, "bf16": by_name.params}
+    assert str(by_name).count(by_name.table()) == 1
+
+
+def test_a_budget_in_flops_has_no_size_on_disk(encoder: Path) -> None:
+    found = experiments.plan(encoder, "encoder-mixed", budget=ga.Budget(flops=5000))
+    assert found.budget is not None
+    assert found.budget.bytes is None
+    assert "flops per token" in str(found.budget)
+    assert "saved:" not in str(found.budget)
+
+
+def test_a_plan_for_no_task_is_refused(encoder: Path) -> None:
+    with pytest.raises(ConfigError, match="one task or more"):
+        experiments.plan(encoder, "encoder-mixed", tasks=0)
