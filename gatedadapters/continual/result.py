@@ -241,7 +241,7 @@ class StreamResult:
         return {task: place for task, place in places.items() if place.is_dir()}
 
     def shelf(self, model: nn.Module) -> Shelf:
-        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name::
+        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name:
 
             with result.shelf(model).using("mood"):
                 model(**batch)
