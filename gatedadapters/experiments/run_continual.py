@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from gatedadapters.config import ContinualConfig
-from gatedadapters.continual import StreamResult, TaskStream, metrics_table, run_stream
+from gatedadapters.continual import StreamResult, check_stream, metrics_table, run_stream
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.result import STREAM
-from gatedadapters.continual.runner import Run
 from gatedadapters.continual.strategies import Strategy, resolve
-from gatedadapters.continual.strategies.random import Random
+from gatedadapters.continual.strategies.random import RandomCores
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.progress import say, silence_transformers
 from gatedadapters.experiments.streams import build_stream, stream_orders
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
+from gatedadapters.safe_files import write_text
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,12 @@ def continual(
     outputs.check_output_folder(folder, results, overwrite=overwrite or _can_go_on(folder, text))
     model, stream = build_stream(config, config.seeds[0])
     for strategy in strategies.values():  # all of them before the first is trained
-        _check_stream(config, folder, model, stream, strategy)
+        check_stream(model, stream, strategy, training=config.training)
     if overwrite:
         for name in (outputs.STREAMS, outputs.PICTURES, outputs.LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, text)
+    write_text(folder / outputs.CONTINUAL_CONFIG, text)  # before any result: a run goes on only beside its own
     for name in unfinished:
         (folder / name).unlink(missing_ok=True)
     (folder / outputs.PICTURES).mkdir(exist_ok=True)
@@ -132,10 +130,10 @@ def _run_one(
             the first strategy.
     """
     model, stream = build_stream(config, seed)
-    if main is not None and isinstance(strategy, Random):
+    if main is not None and isinstance(strategy, RandomCores):
         sized = _of_equal_size(strategy, main)
         try:
-            _check_stream(config, folder, model, stream.ordered(order), sized)
+            check_stream(model, stream.ordered(order), sized, training=config.training)
             strategy = sized
         except ConfigError as error:  # it is configured to choose from fewer elements than the first strategy trained
             say(f"  {name} keeps its share, for {error}")
@@ -154,13 +152,6 @@ def _run_one(
         )
 
 
-def _check_stream(
-    config: ContinualConfig, folder: Path, model: nn.Module, stream: TaskStream, strategy: Strategy
-) -> None:
-    """Raise an error if the strategy cannot run on the stream."""
-    Run(model, stream, strategy, config.training, folder / outputs.STREAMS, keep=config.keep)
-
-
 def _by_name(strategies: list[Strategy]) -> dict[str, Strategy]:
     """Each strategy under its kind, with a number where a kind is used more than once."""
     found: dict[str, Strategy] = {}
@@ -170,7 +161,7 @@ def _by_name(strategies: list[Strategy]) -> dict[str, Strategy]:
     return found
 
 
-def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
+def _of_equal_size(strategy: RandomCores, main: StreamResult) -> RandomCores:
     """A random core as large as what `main` trained on each task, unless it is configured with a size of its own."""
     fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
     if "elements" in fields or "share" in fields.get("core", {}) or len(main.stages) != len(main.tasks):
@@ -202,16 +193,6 @@ def _can_go_on(folder: Path, text: str) -> bool:
         where=f"{file}: {place.removeprefix('.')}",
         fix="give the same one, another --out, or --overwrite",
     )
-
-
-def _write_config(folder: Path, text: str) -> None:
-    """Write the configuration, whole or not at all.
-
-    It is written before any result, because a run goes on only in a folder that holds its own configuration.
-    """
-    part = folder / f".{outputs.CONTINUAL_CONFIG}.{os.getpid()}"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / outputs.CONTINUAL_CONFIG)
 
 
 def _write(result: ContinualResult) -> None:
