@@ -32,7 +32,7 @@ FILES = frozenset(
 )
 
 
-def write_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
+def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:

@@ -222,10 +222,10 @@ class Study:
             StudyError: no trial is complete.
             ArtifactError: the folder holds something else.
         """
-        from gatedadapters.studies.report import write_report  # matplotlib takes a second to import
+        from gatedadapters.studies.report import save_report  # matplotlib takes a second to import
 
         where = f"study {self.config.name!r} in {self.storage}"
-        return write_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
+        return save_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
 
     def tensorboard(self, folder: str | Path) -> None:
         """Write every complete trial as a TensorBoard run of its own, for the page that compares runs.
