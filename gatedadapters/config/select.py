@@ -1,4 +1,4 @@
-"""Importance-masked tuning as data: model, general and domain text, selection, training."""
+"""The configuration of `gatedadapters select`: model, general and domain text, selection, training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class SelectionConfig(Config):
     """How elements are scored and selected; see `score` and `select`.
 
     Attributes:
-        kind: the score.
-        protect: share of elements that stay frozen.
-        contrast: λ, how much importance for the domain counts against importance in general.
-        scope: whether the share holds over all tensors or in each.
-        include, exclude: roles or names of parameters.
-        batches: how many batches of each kind of data are scored.
-        batch_size: examples in each of them.
-        seed: of kinds that draw.
+        kind: kind of score.
+        protect: share of elements that stay frozen, in (0, 1).
+        contrast: λ, the weight of importance for the domain against importance in general.
+        scope: whether the share holds over all tensors together or in each tensor.
+        include: roles or names of the parameters to select from; default: all.
+        exclude: roles or names of parameters that stay frozen.
+        batches: number of batches to score, of the general data and of the domain's.
+        batch_size: examples in a batch.
+        seed: of scores that draw random numbers.
     """
 
     kind: str = "taylor"
@@ -57,15 +58,15 @@ class SelectionConfig(Config):
 
 
 class CorpusConfig(Config):
-    """Text to learn from or to protect.
+    """A corpus: general text or text of the domain.
 
     Attributes:
-        file: `.txt` (paragraphs apart by empty lines), or CSV, TSV, JSON lines, parquet.
-        bundled: name of a corpus that a data package carries, in place of a file.
-        text: column of the text, or of the question where there is an answer.
-        answer: column of the answer; the loss is then that of the answer alone.
-        held_out: share that is not trained or scored on, but evaluated.
-        max_texts: at most so many texts are used, drawn by seed.
+        file: `.txt` with empty lines between paragraphs, or a table: CSV, TSV, JSON lines, parquet.
+        bundled: name of a corpus in a data package, instead of a file.
+        text: column of the text, or of the question if there is an answer.
+        answer: column of the answer. The loss is then that of the answer alone.
+        held_out: share of the texts that is kept for evaluation, in (0, 1).
+        max_texts: use at most this many texts, drawn at random.
     """
 
     file: str | None = None
@@ -86,16 +87,18 @@ class CorpusConfig(Config):
 
 
 class TuningConfig(Config):
-    """How long and how fast what is free is tuned.
+    """How the free elements are tuned.
 
     Attributes:
-        steps: optimiser steps.
-        batch_size: texts, or blocks of running text, per step.
-        learning_rate: linear decay after a warm-up of `warmup` of the steps.
-        max_length: tokens of a block, or after which a text is cut.
+        steps: number of optimiser steps.
+        batch_size: texts, or blocks of running text, in a step.
+        learning_rate: at its peak. It decays linearly after the warm-up.
+        weight_decay: of the optimiser.
+        warmup: share of the steps in which the rate rises.
+        max_length: tokens of a block. Longer texts are cut.
         precision: `bf16` trains under autocast.
-        device: `auto` takes what accelerate finds.
-        seed: of data splits, what is drawn in training, and batches.
+        device: `auto` uses the device that accelerate finds.
+        seed: of data splits, batches and dropout.
     """
 
     steps: int = Field(200, gt=0)
@@ -110,12 +113,14 @@ class TuningConfig(Config):
 
 
 class SelectConfig(FileConfig):
-    """What `gatedadapters select` does.
+    """The configuration of `gatedadapters select`.
 
     Attributes:
         model: a causal language model: a folder, a hub id, or `bundled:NAME`.
-        general: text that says what the model must not lose.
-        domain: text it shall learn.
+        general: text that represents the knowledge to keep.
+        domain: text to learn.
+        selection: how elements are scored and selected.
+        training: how the free elements are tuned.
     """
 
     version: Literal[1] = 1
