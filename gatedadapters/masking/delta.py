@@ -138,7 +138,8 @@ class SparseDelta(nn.Module, StepListener):
         Raises:
             AttachError: this delta is in a model already, or `model` has a delta.
             MaskError: `model` has another backbone, or heads of other shapes.
-            The model is not changed in any of these cases.
+
+        The model is not changed in any of these cases.
         """
         if self.applied:
             raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
@@ -378,7 +379,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     Raises:
         AttachError: the model has a delta already, or a head is unknown.
         MaskError: the mask selects nothing, belongs to another model, or selects integer or quantised weights.
-        The model is not changed in any of these cases.
+
+    The model is not changed in any of these cases.
     """
     delta, head_names = _build(model, mask, heads, where="apply_mask")
     delta._install(model, head_names)
@@ -397,7 +399,8 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     Raises:
         ArtifactError: the folder holds no delta, or a file is truncated or foreign.
         AttachError, MaskError: as in `apply_mask`.
-        The model is not changed in any of these cases.
+
+    The model is not changed in any of these cases.
     """
     path = Path(folder)
     mask = Mask.load(path)
