@@ -26,7 +26,7 @@ from gatedadapters.studies.measured import Measure, ReportProgress
 from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
-_CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
+CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
 _DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
     "score": "maximize",
     "params": "minimize",
@@ -288,7 +288,7 @@ class Study:
             study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
         except DuplicatedStudyError:  # another machine was faster
             return
-        study.set_user_attr(_CONFIG, {"config": self.config.as_written(), "versions": versions()})
+        study.set_user_attr(CONFIG, {"config": self.config.as_written(), "versions": versions()})
 
     def _check_same(self, study: optuna.Study) -> None:
         stored = _stored_config(study)
@@ -329,7 +329,7 @@ def _stored_config(study: optuna.Study) -> dict[str, Any] | None:
     The process that creates a study writes the configuration a moment later, so wait for it while there is no trial.
     """
     for _ in range(50):
-        found: dict[str, Any] | None = study.user_attrs.get(_CONFIG)
+        found: dict[str, Any] | None = study.user_attrs.get(CONFIG)
         if found is not None:
             config: dict[str, Any] = found["config"]
             return config
