@@ -50,7 +50,7 @@ def score(
         include: roles or names (with * and ?) of the parameters to score; default: the whole backbone.
         exclude: which of these to leave out.
         heads: task heads, which are trained in full and not scored; default: as in `attach`.
-        seed: of kinds that draw random numbers.
+        seed: seed of kinds that draw random numbers.
         spill: a folder for safetensors shards, which then hold the scores instead of memory.
         overwrite: replace scores that the folder holds.
 

@@ -36,8 +36,8 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:
-        config: of the study.
-        study: its trials.
+        config: the study's configuration.
+        study: the study's trials.
         folder: a new folder, or one with an earlier report of this study.
         overwrite: replace the report of another study, too.
         where: names the study in errors.

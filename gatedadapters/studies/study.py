@@ -48,8 +48,8 @@ class Study:
         create: make the study if the storage has none of this name.
 
     Attributes:
-        config: as given.
-        storage: as given, or the default.
+        config: the configuration.
+        storage: the given storage, or the default.
         optuna: the Optuna study underneath.
 
     Raises:
@@ -212,7 +212,7 @@ class Study:
         """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best searches.
 
         Args:
-            folder: of the report. An earlier report of this study is replaced.
+            folder: where to write the report. An earlier report of this study is replaced.
             overwrite: replace the report of another study, too.
 
         Returns:
@@ -233,7 +233,7 @@ class Study:
         TensorBoard takes its columns from the first run. So each run has the fields of all searches and all metrics.
 
         Args:
-            folder: of the runs `trial-0`, `trial-1`, ... Runs that exist already are kept.
+            folder: where to write the runs `trial-0`, `trial-1`, ... Runs that exist already are kept.
         """
         from gatedadapters.inspection import TensorBoardWriter  # TensorBoard takes a moment to import
         from gatedadapters.inspection.tensorboard import flat
