@@ -20,9 +20,11 @@ class ProbeConfig(Config):
         epochs: passes over the data used.
         steps: optimiser steps, in place of `epochs`.
         fraction: share of the task's training examples used.
-        learning_rate, warmup: of AdamW, cosine decay after a warm-up of this share of the steps.
+        learning_rate: of AdamW, with cosine decay after the warm-up.
+        warmup: share of the steps.
         batch_size: examples per step.
-        fisher_batches, fisher_batch_size: how many batches of which size the squared gradient is averaged over.
+        fisher_batches: how many batches the squared gradient is averaged over.
+        fisher_batch_size: examples in each of them.
         start: `base` probes every task from the pretrained model, before any is tuned; `current` each from the model
             that it is about to change.
         dtype: in which update deltas are stored.

@@ -21,10 +21,15 @@ class TaskConfig(Config):
 
     Attributes:
         name: what it is called in results; default: the training table's stem, or the bundled name.
-        train, validation, test: CSV, TSV, JSON lines or parquet. What is missing is split off the training table.
+        train: CSV, TSV, JSON lines or parquet.
+        validation: the same; split off the training table if it is missing.
+        test: the same.
         bundled: name of a task that a data package carries, in place of tables.
-        text, pair, label: columns; `pair` is a second text.
-        max_train, max_test: at most so many examples are used, drawn by seed, stratified.
+        text: column of the text.
+        pair: column of a second text.
+        label: column of the label.
+        max_train: at most so many examples are trained on, drawn by seed, stratified.
+        max_test: the same of the test table.
     """
 
     name: str | None = None

@@ -20,7 +20,8 @@ class SelectionConfig(Config):
         protect: share of elements that stay frozen.
         contrast: λ, how much importance for the domain counts against importance in general.
         scope: whether the share holds over all tensors or in each.
-        include, exclude: roles or names of parameters.
+        include: roles or names of the parameters to select from.
+        exclude: of these, which to leave out.
         batches: how many batches of each kind of data are scored.
         batch_size: examples in each of them.
         seed: of kinds that draw.

@@ -25,7 +25,8 @@ class Where(Config):
         roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
         blocks: block indices; negative ones count from the end.
         stacks: `encoder`, `decoder`, or `""` for a single stack.
-        include, exclude: regular expressions searched in the module's qualified name.
+        include: a regular expression searched in the module's qualified name.
+        exclude: another; what it is found in is left out.
     """
 
     sublayers: tuple[SublayerKind, ...] | None = None

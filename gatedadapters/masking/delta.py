@@ -39,11 +39,15 @@ class SparseDelta(nn.Module, StepListener):
     Attributes:
         tuned: the selected elements by tensor, `name.of.parameter` with `/` for `.`.
         identity: of the backbone without the delta.
-        roles, origin: of the mask.
+        roles: of the mask.
+        origin: of the mask.
         head_values: what task heads had learned when it last left a model; empty while it is in one.
     """
 
     turn: ClassVar[Turn] = Turn.DELTA
+    identity: Fingerprint
+    roles: dict[str, str]
+    origin: dict[str, Any]
 
     def __init__(
         self, tuned: Mapping[str, Tuned], *, identity: Fingerprint, roles: Mapping[str, str], origin: Mapping[str, Any]

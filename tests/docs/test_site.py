@@ -23,7 +23,18 @@ from gatedadapters.robustness import corruption_kinds
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 PACKAGES = (
-    *("continual", "data", "errors", "inspection", "masking", "masking.scores", "paths", "robustness", "studies"),
+    *(
+        "continual",
+        "data",
+        "errors",
+        "experiments",
+        "inspection",
+        "masking",
+        "masking.scores",
+        "paths",
+        "robustness",
+        "studies",
+    ),
     *("testing", "training", "transfer"),
 )
 
