@@ -128,6 +128,13 @@ def test_every_kind_of_the_library_is_on_its_page(page: str, kinds: Callable[[],
     assert [kind for kind in own if f"`{kind}`" not in text] == []
 
 
+def test_the_map_shows_every_room_of_the_package() -> None:
+    page = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    rooms = [place for place in (ROOT / "gatedadapters").iterdir() if (place / "__init__.py").is_file()]
+    assert len(rooms) > 15
+    assert [room.name for room in rooms if f"\n  {room.name}/ " not in page] == []
+
+
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) > 20
