@@ -114,6 +114,7 @@ class Shelf(nn.Module):
             ArtifactError: no folders, a bad name, or see `load_adapters`.
             AttachError: the model already has adapters.
 
+
         The model is left untouched by all of them.
         """
         check_no_adapters(model)

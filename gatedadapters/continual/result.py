@@ -76,7 +76,7 @@ class BaselineRecord(Config):
     general: float | None
 
 
-class Attached(Config):
+class AttachedAdapters(Config):
     """Adapters that a strategy leaves on the model, as they were attached.
 
     Attributes:
@@ -217,7 +217,7 @@ class StreamResult:
         attached = places[0].parent / MEMORY / ATTACHED
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
-            Attached.model_validate_json(attached.read_bytes()).attach(model)
+            AttachedAdapters.model_validate_json(attached.read_bytes()).attach(model)
         try:
             found = digest(model)
             if found not in states:

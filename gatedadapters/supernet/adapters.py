@@ -234,6 +234,7 @@ class Adapters(Supernet):
             TaskError: several tasks, and none of them named.
             ArtifactError: a merged value would not be finite.
 
+
         Nothing is changed by any of them.
         """
         index = self._task_to_merge(task)
