@@ -7,4 +7,4 @@ source scripts/setup.sh dev
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+pytest --durations=25 "$@"
