@@ -75,7 +75,7 @@ class BaselineRecord(Config):
     general: float | None
 
 
-class Attached(Config):
+class AttachedAdapters(Config):
     """Adapters that a strategy leaves on the model, as they were attached.
 
     Attributes:
@@ -211,7 +211,7 @@ class StreamResult:
         attached = places[0].parent / MEMORY / ATTACHED
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
-            Attached.model_validate_json(attached.read_bytes()).attach(model)
+            AttachedAdapters.model_validate_json(attached.read_bytes()).attach(model)
         try:
             found = digest(model)
             if found not in states:
@@ -241,7 +241,7 @@ class StreamResult:
         return {task: place for task, place in places.items() if place.is_dir()}
 
     def shelf(self, model: nn.Module) -> Shelf:
-        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name::
+        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name:
 
             with result.shelf(model).using("mood"):
                 model(**batch)

@@ -233,7 +233,9 @@ class Adapters(Supernet):
             PathError: a path is of a kind that no weight can stand in for.
             TaskError: several tasks, and none of them named.
             ArtifactError: a merged value would not be finite.
-            Nothing is changed by any of them.
+
+
+        Nothing is changed by any of them.
         """
         index = self._task_to_merge(task)
         name = self.tasks[index]

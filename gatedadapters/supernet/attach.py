@@ -77,7 +77,8 @@ def attach(
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
         BudgetError: see `set_penalty`.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     check_no_adapters(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space

@@ -109,7 +109,8 @@ def simulate_update(
             model whose tokenizer has no mask token.
         AttachError: adapters or a sparse delta are attached.
         DataError: too little text.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     objective = _objective(model)
     _check_bare(model)

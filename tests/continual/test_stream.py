@@ -30,9 +30,10 @@ from streams import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gatedadapters as ga
-from gatedadapters.continual import Strategy, fitting, strategy_kinds
+from gatedadapters.continual import Strategy, TunedStage, fitting, strategy_kinds
 from gatedadapters.continual.result import MEMORY, StreamResult, stage_folder
-from gatedadapters.continual.runner import Run
+from gatedadapters.continual.runner import StreamRunner
+from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.states import Change, digest
 from gatedadapters.continual.strategies import resolve
 from gatedadapters.continual.strategies.lota import LoTA
@@ -106,8 +107,8 @@ def test_exclusive_cores_do_not_meet() -> None:
     seen = []
 
     class Watched(LoTA):
-        def tune(self, run: Any, index: int) -> Any:
-            found = super().tune(run, index)
+        def tune(self, stage: Stage) -> Any:
+            found = super().tune(stage)
             seen.append(found.core)
             return found
 
@@ -182,10 +183,10 @@ def test_lota_is_by_element_whatever_else_is_said_of_its_core() -> None:
 def test_ewc_pulls_as_the_summed_fisher_information_says(monkeypatch: pytest.MonkeyPatch) -> None:
     name, at, step, weight = "backbone.encoder.layer.1.output.dense.weight", (3, 5), 0.01, 7.0
     found: list[float] = []
-    original = Run.fit
+    original = Stage.fit
 
-    def fit(run: Run, index: int, **options: Any) -> Any:
-        penalty, element = options["penalty"], run.model.get_parameter(name)
+    def fit(stage: Stage, **options: Any) -> Any:
+        penalty, element = options["penalty"], stage.model.get_parameter(name)
         if penalty is not None:
             assert float(penalty().detach()) == 0
             with torch.no_grad():
@@ -193,14 +194,14 @@ def test_ewc_pulls_as_the_summed_fisher_information_says(monkeypatch: pytest.Mon
                 found.append(float(penalty().detach()))
                 element[at] -= step
         else:
-            assert index == 0
-        fitted = original(run, index, **{**options, "penalty": None})
-        batches = list(run.batches(index, 4))[:2]
-        fisher.append(float(ga.score(run.model, batches, kind="fisher", heads=sorted(run.all_heads))[name][at]))
+            assert stage.index == 0
+        fitted = original(stage, **{**options, "penalty": None})
+        batches = list(stage.batches(4))[:2]
+        fisher.append(float(ga.score(stage.model, batches, kind="fisher", heads=sorted(stage.all_heads))[name][at]))
         return fitted
 
     fisher: list[float] = []
-    monkeypatch.setattr(Run, "fit", fit)
+    monkeypatch.setattr(Stage, "fit", fit)
     run(classifier(dropout=0.0), "ewc", weight=weight)
     expected = [0.5 * weight * sum(fisher[:count]) * step**2 for count in (1, 2)]
     assert found == pytest.approx(expected, rel=1e-3)
@@ -364,17 +365,17 @@ def test_a_task_stopped_after_its_training_is_not_trained_further(
     given = options(kind, **({"schedule": {"prune": None}} if kind == "per_task" else {}))
     whole, stopped = classifier(), classifier()
     wanted = ga.run_stream(whole, tasks(), given, training=RESUMED, folder=tmp_path / "whole")
-    finish = Run._finish_stage
+    finish = StreamRunner._finish_stage
 
-    def kill(self: Run, index: int, *args: Any) -> None:
-        if index == 1:
+    def kill(self: StreamRunner, stage: Stage, *args: Any) -> None:
+        if stage.index == 1:
             raise KeyboardInterrupt
-        finish(self, index, *args)
+        finish(self, stage, *args)
 
-    monkeypatch.setattr(Run, "_finish_stage", kill)
+    monkeypatch.setattr(StreamRunner, "_finish_stage", kill)
     with pytest.raises(KeyboardInterrupt):
         ga.run_stream(stopped, tasks(), given, training=RESUMED, folder=tmp_path / "stopped")
-    monkeypatch.setattr(Run, "_finish_stage", finish)
+    monkeypatch.setattr(StreamRunner, "_finish_stage", finish)
     steps: list[int] = []
     counting = register_optimizer_step_post_hook(lambda *_: steps.append(1))
     found = ga.run_stream(classifier(), tasks(), given, training=RESUMED, folder=tmp_path / "stopped")
@@ -462,10 +463,8 @@ def test_a_new_strategy_is_one_class() -> None:
     class Nothing(Strategy):
         kind = "nothing"
 
-        def tune(self, run: Any, index: int) -> Any:
-            from gatedadapters.continual.strategies import Tuned
-
-            return Tuned(0, 0.0)
+        def tune(self, stage: Stage) -> TunedStage:
+            return TunedStage(0, 0.0)
 
     model = classifier()
     result = ga.run_stream(model, tasks(), Nothing())

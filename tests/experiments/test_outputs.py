@@ -28,6 +28,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         experiments.serch  # noqa: B018
 
 
+def test_the_package_has_its_runs_and_loads_them_when_they_are_used() -> None:
+    script = (
+        "import sys; import gatedadapters as ga; before = set(sys.modules); ga.experiments.search\n"
+        "print('gatedadapters.experiments' in before, 'gatedadapters.experiments.run_search' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True"
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_takes_a_file_that_it_names_when_it_is_wrong(name: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("nonsense: 1")
