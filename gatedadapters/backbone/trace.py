@@ -47,7 +47,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AttentionScore:
     """Label: a product of two activations; ``softmaxed`` once normalised into attention weights."""
 
     order: int
@@ -61,7 +61,7 @@ class Input:
     """Label: a floating-point tensor of the sample batch."""
 
 
-Label = Map | Stream | Weight | Score | Input
+Label = Map | Stream | Weight | AttentionScore | Input
 Labels = frozenset[Label]
 Maps = frozenset[Map]
 NONE: Labels = frozenset()
@@ -153,7 +153,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def first_tensor(*values: Any) -> Tensor | None:
+def first_float_tensor(*values: Any) -> Tensor | None:
     """The first floating-point tensor with at least two dimensions among nested ``values``."""
     return next((tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
 
@@ -225,7 +225,7 @@ class Tracer(TorchDispatchMode):
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.trace.called.add(name)
-            hidden = first_tensor(args, kwargs.get("hidden_states"), kwargs)
+            hidden = first_float_tensor(args, kwargs.get("hidden_states"), kwargs)
             if hidden is not None and self._block is None and name in self._containers:
                 stack = self._containers[name]
                 self._block = BlockCall(name, stack, tuple(hidden.shape))
@@ -240,7 +240,7 @@ class Tracer(TorchDispatchMode):
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             while self._stack[-1].name != name:
                 self._stack.pop()  # a module that raised, and was caught
-            call, out = self._stack[-1], first_tensor(output)
+            call, out = self._stack[-1], first_float_tensor(output)
             if not isinstance(output, Tensor):
                 self.trace.composite.add(name)
             if out is not None:
@@ -335,7 +335,9 @@ class Tracer(TorchDispatchMode):
             return NONE
         if "softmax" in name:
             return frozenset(
-                Score(label.order, label.left, label.right, True) if isinstance(label, Score) else label
+                AttentionScore(label.order, label.left, label.right, True)
+                if isinstance(label, AttentionScore)
+                else label
                 for label in union
             )
         if not has_stream(union):
@@ -381,7 +383,7 @@ class Tracer(TorchDispatchMode):
             use = self._use(key, width_in, width_out, transposed, other.numel() // width_in, reads)
             return frozenset({use.map})
         left_maps, right_maps = maps_of(from_left), maps_of(from_right)
-        scores = [label for label in from_left if isinstance(label, Score) and label.softmaxed]
+        scores = [label for label in from_left if isinstance(label, AttentionScore) and label.softmaxed]
         if scores:
             first = min(scores, key=lambda score: score.order)
             return self._attend(first.left, first.right, right_maps, left_maps)
@@ -390,7 +392,7 @@ class Tracer(TorchDispatchMode):
             self._order += 1
             self.trace.mixed |= left_maps | right_maps
             self.trace.links.append(left_maps | right_maps)
-            union |= {Score(self._order, left_maps, right_maps)}
+            union |= {AttentionScore(self._order, left_maps, right_maps)}
         return union
 
     def _attend(self, query: Maps, key: Maps, value: Maps, more: Maps = frozenset()) -> Labels:

@@ -18,9 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.continual.measures import Collate
-from gatedadapters.errors import TrainingError
 from gatedadapters.training import FollowOptimizer, GatedTrainer
-from gatedadapters.training.checked import check_launch
+from gatedadapters.training.checked import check_finite_loss, check_launch
 from gatedadapters.training.trainer import split_groups
 
 COMPLETE = "complete"
@@ -77,14 +76,8 @@ class _Staged(Trainer):
         loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         if model.training and self.penalty is not None:
             loss = loss + self.penalty()
-        if model.training and not bool(torch.isfinite(loss).all()):
-            raise TrainingError(
-                "the loss is not finite",
-                expected="a finite loss",
-                got=str(float(loss.detach().mean())),
-                where=f"optimiser step {self.state.global_step}",
-                fix="lower the learning rate or the penalty",
-            )
+        if model.training:
+            check_finite_loss(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -91,7 +91,8 @@ def run_stream(
             Nothing was computed or written.
         ArtifactError: the folder holds files of others, or a stream of other tasks, another order or other settings.
         TrainingError: a loss is not finite.
-        Whatever is raised, the model is then bit for bit what it was, and a stream in a folder can go on.
+
+    Whatever is raised, the model is then bit for bit what it was, and a stream in a folder can go on.
     """
     chosen, training = resolve(strategy), training or StreamTrainingConfig()
     setup = check_stream(model, tasks, chosen, training=training)

@@ -155,21 +155,6 @@ class GateBank(nn.Module, StepListener):
         """Whether an optimiser has stepped on the gates since the last draw; gradient accumulation does not count."""
         return self._moved and not self.frozen
 
-    def next_step(self) -> None:
-        """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
-        CLOCK.stepped([self.log_alpha])
-
-    def watched(self) -> Sequence[Tensor]:
-        """The gates; see `StepListener`."""
-        return [self.log_alpha]
-
-    def after_step(self, optimizer: Optimizer | None) -> None:
-        """End the step. Version counters could not tell that it ended: fused optimisers do not advance them."""
-        if not self.frozen:
-            self._collect_evidence()
-        self._moved = True
-        self._values_of = None
-
     @torch.no_grad()
     def draw(self) -> None:
         """Begin a step: keep log alpha in range, draw this step's noise.
@@ -188,16 +173,6 @@ class GateBank(nn.Module, StepListener):
     def keep_in_range(self) -> None:
         """Clamp log alpha to its bounds: an optimiser may have stepped beyond them."""
         self.log_alpha.clamp_(*self.config.bounds)
-
-    @torch.no_grad()
-    def _collect_evidence(self, decay: float = 0.95) -> None:
-        # At the end of a step, not at the beginning of the next: DDP overwrites buffers before a forward pass, and a
-        # checkpoint holds one rank's only.
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.pulse)
-            self.pulse /= dist.get_world_size()  # as DDP averages gradients
-        self.evidence.mul_(decay).add_(self.pulse.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
-        self.pulse.zero_()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
@@ -235,6 +210,33 @@ class GateBank(nn.Module, StepListener):
             return values
         pulse = self.pulse[:, where]
         return _take(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], pulse)
+
+    # -- the end of the step -------------------------------------------------------------------------------------------
+
+    def watched(self) -> Sequence[Tensor]:
+        """The gates; see `StepListener`."""
+        return [self.log_alpha]
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """End the step. Version counters could not tell that it ended: fused optimisers do not advance them."""
+        if not self.frozen:
+            self._collect_evidence()
+        self._moved = True
+        self._values_of = None
+
+    @torch.no_grad()
+    def _collect_evidence(self, decay: float = 0.95) -> None:
+        # At the end of a step, not at the beginning of the next: DDP overwrites buffers before a forward pass, and a
+        # checkpoint holds one rank's only.
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.pulse)
+            self.pulse /= dist.get_world_size()  # as DDP averages gradients
+        self.evidence.mul_(decay).add_(self.pulse.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
+        self.pulse.zero_()
+
+    def next_step(self) -> None:
+        """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
+        CLOCK.stepped([self.log_alpha])
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 

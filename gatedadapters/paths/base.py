@@ -120,16 +120,27 @@ class Path(nn.Module, ABC):
         return f"{self.site.tap} -> {self.site.write}, units={self.units}"
 
 
-def check_width(path: Path, tensor: Tensor, width: int, side: str) -> None:
-    """Raise a `PathError` naming the point where a tensor does not have the width the layout promised."""
-    if tensor.shape[-1] != width:
-        raise PathError(
-            "a path does not fit its point",
-            expected=f"last dimension {width} at the {side}",
-            got=f"shape {tuple(tensor.shape)}",
-            where=f"{path.kind} at {path.site.tap} (block {path.site.block_index}, {path.site.sublayer})",
-            fix="attach with a sample batch of the kind you train on",
-        )
+def check_widths(path: Path, tapped: Tensor, target: Tensor) -> None:
+    """Check that the tensors that a path reads and writes are as wide as the layout says.
+
+    Args:
+        path: with its site.
+        tapped: see `Path.forward`.
+        target: see `Path.forward`.
+
+    Raises:
+        PathError: naming the point.
+    """
+    site = path.site
+    for tensor, point, width in ((tapped, site.tap, site.width_in), (target, site.write, site.width_out)):
+        if tensor.shape[-1] != width:
+            raise PathError(
+                "a path does not fit its point",
+                expected=f"last dimension {width} at {point}",
+                got=f"shape {tuple(tensor.shape)}",
+                where=f"{path.kind} at {site.tap} (block {site.block_index}, {site.sublayer})",
+                fix="attach with a sample batch of the kind you train on",
+            )
 
 
 def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
@@ -151,14 +162,16 @@ def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
     return gate.repeat_interleave(rows.numel() // rows.shape[-1] // n, dim=0)
 
 
-def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Parameters of paths that run together, side by side; a single one as it is, at no copy."""
+def join_parameters(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate the parameters of paths that run together. A single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
-def joined_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
-    """Gates of paths that run together, side by side: (g,), or (rows of target, g) where one differs by example. That
-    of a single path keeps its width, 1 or `units`; of several each is as wide as its path.
+def join_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
+    """Concatenate the gates of paths that run together: (g,), or (rows of target, g) if a gate differs by example.
+
+    The gate of a single path keeps its width, 1 or `units`. With several paths, each gate gets as many columns as its
+    path has units.
 
     Raises:
         PathError: see `per_token`.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_width, joined, joined_gates, new_parameter, resized
+from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import low_rank
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.precision import widened
@@ -78,10 +78,9 @@ class LoRA(Path):
         """One down- and one up-projection for all of them, the gates scaling the bottleneck."""
         several = cast(Sequence[LoRA], paths)
         first = several[0]
-        check_width(first, tapped, first.site.width_in, "input")
-        check_width(first, target, first.site.width_out, "output")
-        down, up = joined([p.down for p in several]), joined([p.up for p in several], 1)
-        return low_rank(tapped, target, down, up, joined_gates(several, gates, target))
+        check_widths(first, tapped, target)
+        down, up = join_parameters([p.down for p in several]), join_parameters([p.up for p in several], 1)
+        return low_rank(tapped, target, down, up, join_gates(several, gates, target))
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_width, new_parameter, per_token
+from gatedadapters.paths.base import Path, check_widths, new_parameter, per_token
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Side, Site, SkippedSite
 
@@ -66,7 +66,7 @@ class Scale(Path):
     ) -> Tensor:
         """One multiplication by the product of their factors."""
         several = cast(Sequence[Scale], paths)
-        check_width(several[0], target, several[0].site.width_out, several[0].site.write.side)
+        check_widths(several[0], tapped, target)
         factors = [
             1 + (path.shift if gate is None else gate * path.shift) for path, gate in zip(several, gates, strict=True)
         ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,20 +10,6 @@ from streams import strategy
 
 from gatedadapters.continual import StreamResult
 from gatedadapters.testing.strategy_contract import finished_stream
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_collections() -> Iterator[None]:
-    """Every Trainer collects garbage three times as it starts, which takes most of a tiny run: of what is imported by
-    then there is none.
-    """
-    import transformers
-
-    assert transformers.Trainer
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -329,16 +329,16 @@ def test_copies_of_a_tuned_model_are_written_by_their_own_optimiser(how: str) ->
         assert torch.equal(weights[1], before[1])
 
 
-def test_models_without_gates_deltas_and_ramps_leave_no_hooks() -> None:
+def test_what_leaves_a_model_leaves_no_hooks() -> None:
     gc.collect()
     assert not CLOCK._entries, [entry.listener() for entry in CLOCK._entries]
     model, batch = tiny("llama", head="lm")
     adapters = ga.attach(model, "attention-only", batch)
     assert CLOCK.running
     adapters.compact()
+    adapters.detach()
     gc.collect()
     assert not CLOCK.running
-    adapters.detach()
     delta = ga.apply_mask(model, ga.Mask.build(model, {"model.norm.weight": torch.arange(3)}))
     assert CLOCK.running
     delta.remove()
