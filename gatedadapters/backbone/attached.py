@@ -36,7 +36,7 @@ def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
         parameter.requires_grad_(wanted if over else name in originally)
 
 
-def check_heads(model: nn.Module, head_names: Sequence[str]) -> None:
+def check_heads_untuned(model: nn.Module, head_names: Sequence[str]) -> None:
     """See that no sparse delta tunes elements of task heads that are to be trained in full.
 
     Raises:

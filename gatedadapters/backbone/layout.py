@@ -290,7 +290,7 @@ class _Assembly:
         ]
         sublayers = []
         links = [link for use in uses for link in self.links.get(use.map, ())]
-        found = roles.groups(uses, [*links, *scaling], written)
+        found = roles.connected_maps(uses, [*links, *scaling], written)
         # What is added to the hidden state only for a later sub-layer to read: Zamba 2's shared transformer.
         read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
         lent = {key for group in found if not group.writers for key in read & group.uses.keys()}
@@ -325,7 +325,7 @@ class _Assembly:
         return next((use.block for use in self.uses[key] if use.block in self.calls), None)
 
     def _ends(
-        self, block: BlockCall, group: roles.Group, written: frozenset[Map], name: str
+        self, block: BlockCall, group: roles.ConnectedMaps, written: frozenset[Map], name: str
     ) -> tuple[str | None, str | None]:
         """Reader and writer: the smallest modules that get the hidden state and return the contribution."""
         stream, width = Stream(block.stack), block.shape[-1]

@@ -13,7 +13,7 @@ Kind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ConnectedMaps:
     """Maps of one block that feed each other: a sub-layer in the making."""
 
     uses: dict[Map, MapUse]  # first use of each, in call order
@@ -21,7 +21,9 @@ class Group:
     writers: frozenset[Map]  # whose outputs arrive in the block's output
 
 
-def groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]) -> list[Group]:
+def connected_maps(
+    uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]
+) -> list[ConnectedMaps]:
     """Split the ``uses`` of one block into connected groups, in call order."""
     parent = {use.map: use.map for use in uses}
 
@@ -40,17 +42,17 @@ def groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: fro
         members.setdefault(root(use.map), {}).setdefault(use.map, use)
         feeds[use.map] = feeds.get(use.map, frozenset()) | maps_of(use.reads)
     return [
-        Group(group, {key: feeds[key] & group.keys() for key in group}, written & group.keys())
+        ConnectedMaps(group, {key: feeds[key] & group.keys() for key in group}, written & group.keys())
         for group in members.values()
     ]
 
 
-def attention_of(group: Group, trace: Trace, block: str) -> Attention | None:
+def attention_of(group: ConnectedMaps, trace: Trace, block: str) -> Attention | None:
     """The first attention the group computes: later ones are corrections (DeBERTa's relative positions)."""
     return next((a for a in trace.attention if a.block == block and a.value & group.uses.keys()), None)
 
 
-def kind_of(group: Group, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
+def kind_of(group: ConnectedMaps, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
     """Attention, cross-attention, other token mixing, or a function of each token alone."""
     if attention is None and group.uses.keys() & trace.mixed:
         return "mixer"
@@ -63,7 +65,7 @@ def kind_of(group: Group, attention: Attention | None, trace: Trace, stack: str,
     return "attention"
 
 
-def roles_of(group: Group, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
+def roles_of(group: ConnectedMaps, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
     """The role of every map of the group."""
     routers = [
         key
@@ -81,7 +83,7 @@ def roles_of(group: Group, kind: Kind, attention: Attention | None, width: int, 
     return roles | dict.fromkeys(routers, "router")
 
 
-def _attention_roles(group: Group, attention: Attention | None) -> dict[Map, str]:
+def _attention_roles(group: ConnectedMaps, attention: Attention | None) -> dict[Map, str]:
     parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v")) if attention else ()
     letters = {key: "".join(letter for maps, letter in parts if key in maps) for key in group.uses}
     if attention is None or "qv" in letters.values():  # hidden, or landmarks instead of tokens (Nystromformer)
@@ -92,7 +94,7 @@ def _attention_roles(group: Group, attention: Attention | None) -> dict[Map, str
     return {key: "other" if key in inner else letters[key] or "other" for key in group.uses}
 
 
-def _feed_forward_roles(group: Group, writers: frozenset[Map], trace: Trace) -> dict[Map, str]:
+def _feed_forward_roles(group: ConnectedMaps, writers: frozenset[Map], trace: Trace) -> dict[Map, str]:
     roles = dict.fromkeys(group.uses, "other")
     for down in writers:
         feeders = [key for key in group.uses if key in group.feeds[down] and key not in trace.routed]
@@ -109,7 +111,7 @@ def _feed_forward_roles(group: Group, writers: frozenset[Map], trace: Trace) -> 
     return roles
 
 
-def _says_attention(name: str, group: Group) -> bool:
+def _says_attention(name: str, group: ConnectedMaps) -> bool:
     """For attention kernels that hide their operations: fed by maps that are called q, k and v."""
     letters = {_attention_role_by_name(key) for key in group.uses}
     projections = "qkv" in letters or letters >= {"q", "k", "v"}

@@ -47,7 +47,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AttentionScore:
     """Label: a product of two activations; ``softmaxed`` once normalised into attention weights."""
 
     order: int
@@ -61,7 +61,7 @@ class Input:
     """Label: a floating-point tensor of the sample batch."""
 
 
-Label = Map | Stream | Weight | Score | Input
+Label = Map | Stream | Weight | AttentionScore | Input
 Labels = frozenset[Label]
 Maps = frozenset[Map]
 NONE: Labels = frozenset()
@@ -141,21 +141,21 @@ _NONLINEAR = {
 _ADDITIVE = {"add", "add_", "sub", "cat", "stack"}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def nested_tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor among nested sequences and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors_in(part)
+            yield from nested_tensors(part)
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors_in(part)
+            yield from nested_tensors(part)
 
 
 def first_tensor(*values: Any) -> Tensor | None:
     """The first floating-point tensor with at least two dimensions among nested ``values``."""
-    return next((tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
+    return next((tensor for tensor in nested_tensors(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -277,7 +277,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "overloadpacket", func).__name__
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = list(nested_tensors((args, kwargs)))
         # A view of a tensor nobody has filled yet, or the writing into one, does not read it.
         view, writes = (
             getattr(func, "is_view", False),
@@ -290,7 +290,7 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **kwargs)
         labels = self._flow(name, args, known)
         inputs = {tensor.untyped_storage() for tensor in tensors}
-        for made in tensors_in(out):
+        for made in nested_tensors(out):
             key = made.untyped_storage()
             if key in self._owners or "empty" in name or (view and key not in self._labels):
                 continue  # weights keep their own label; what fills an empty tensor gives it one
@@ -335,7 +335,9 @@ class Tracer(TorchDispatchMode):
             return NONE
         if "softmax" in name:
             return frozenset(
-                Score(label.order, label.left, label.right, True) if isinstance(label, Score) else label
+                AttentionScore(label.order, label.left, label.right, True)
+                if isinstance(label, AttentionScore)
+                else label
                 for label in union
             )
         if not has_stream(union):
@@ -381,7 +383,7 @@ class Tracer(TorchDispatchMode):
             use = self._use(key, width_in, width_out, transposed, other.numel() // width_in, reads)
             return frozenset({use.map})
         left_maps, right_maps = maps_of(from_left), maps_of(from_right)
-        scores = [label for label in from_left if isinstance(label, Score) and label.softmaxed]
+        scores = [label for label in from_left if isinstance(label, AttentionScore) and label.softmaxed]
         if scores:
             first = min(scores, key=lambda score: score.order)
             return self._attend(first.left, first.right, right_maps, left_maps)
@@ -390,7 +392,7 @@ class Tracer(TorchDispatchMode):
             self._order += 1
             self.trace.mixed |= left_maps | right_maps
             self.trace.links.append(left_maps | right_maps)
-            union |= {Score(self._order, left_maps, right_maps)}
+            union |= {AttentionScore(self._order, left_maps, right_maps)}
         return union
 
     def _attend(self, query: Maps, key: Maps, value: Maps, more: Maps = frozenset()) -> Labels:

@@ -151,7 +151,7 @@ def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
     return gate.repeat_interleave(rows.numel() // rows.shape[-1] // n, dim=0)
 
 
-def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Parameters of paths that run together, side by side; a single one as it is, at no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_width, joined, joined_gates, new_parameter, resized
+from gatedadapters.paths.base import Path, check_width, joined_gates, new_parameter, resized, side_by_side
 from gatedadapters.paths.low_rank import low_rank
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.precision import widened
@@ -80,7 +80,7 @@ class LoRA(Path):
         first = several[0]
         check_width(first, tapped, first.site.width_in, "input")
         check_width(first, target, first.site.width_out, "output")
-        down, up = joined([p.down for p in several]), joined([p.up for p in several], 1)
+        down, up = side_by_side([p.down for p in several]), side_by_side([p.up for p in several], 1)
         return low_rank(tapped, target, down, up, joined_gates(several, gates, target))
 
     @torch.no_grad()

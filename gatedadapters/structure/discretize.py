@@ -22,7 +22,7 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
 
     Without a budget, test-time gate > 0. With one, greedily by `scores`, skipping what no longer fits: never above the
     budget. Default scores: P(open), that of a path's k-th likeliest unit over k, since it adds the less the more are
-    there (as in `GateBank.crowding`; a short search leaves many gates undecided); each task's best unit before any
+    there (as in `GateBank.rank_price`; a short search leaves many gates undecided); each task's best unit before any
     task's second; after a Structure is fixed only what it kept. A unit that another task has already paid for costs
     nothing more. A task whose own gate is closed takes no unit that another's is open for: what the unit does is the
     other's, and the task's share in it would be 0 for good.
@@ -52,7 +52,7 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     paid = [False] * bank.n_units
     is_open, of_others = (gates > 0).tolist(), (gates > 0).any(0).tolist()
     if scores is None:  # tasks take turns: a task that sees steeper gradients would otherwise take the whole budget
-        values = values / bank.place(values)
+        values = values / bank.rank_within_path(values)
         best = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
         values = values - best.to(values)  # P in [0, 1] decides among equal ranks
     for flat in torch.argsort(values.flatten(), descending=True, stable=True).tolist():
