@@ -14,7 +14,7 @@ from gatedadapters import SearchSpace, attach
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.paths import Path, Site, SkippedSite, register
-from gatedadapters.paths.base import check_width, per_token
+from gatedadapters.paths.base import check_widths, per_token
 from gatedadapters.paths.placing import sublayer_sites
 from gatedadapters.testing import PathContract, tiny
 
@@ -57,8 +57,7 @@ class GroupedShift(Path):
         return len(self.reads)
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        check_width(self, tapped, self.site.width_in, "input")
-        check_width(self, target, self.site.width_out, "output")
+        check_widths(self, tapped, target)
         with torch.autocast(target.device.type, enabled=False):
             numbers = torch.tanh(F.linear(tapped.to(target.dtype), self.reads.to(target.dtype)))
             numbers = numbers.reshape(-1, self.units)
