@@ -1,4 +1,4 @@
-"""For tests, here and of outsiders: tiny backbones of many families, the contracts of a path, a score, a noise."""
+"""For tests of this package and of yours: tiny backbones of many families, and contracts of paths, scores and noise."""
 
 from gatedadapters.testing.backbones import FAMILIES, tiny
 from gatedadapters.testing.contracts import PathContract

@@ -1,4 +1,4 @@
-"""The contract of noise and perturbations, as tests that a subclass inherits.
+"""The contract of noise and perturbations, as a test class to inherit from.
 
 In a test file of your own, with pytest::
 
@@ -40,7 +40,7 @@ TEXT = "Once upon\ta Time there was  one Miller who had three Sons and 1 Mill, 7
 
 
 class CorruptionContract:
-    """Everything a noise or a perturbation owes its users.
+    """Tests of what every noise and every perturbation guarantees.
 
     Attributes:
         corruptions: the class to test, or several; each is built as `cls(ratio, seed=seed)`.
@@ -56,7 +56,7 @@ class CorruptionContract:
             metafunc.parametrize("subject", offered, ids=[found.kind for found in offered])
 
     def test_the_ratio_is_exact_in_expectation(self, subject: type[Corruption]) -> None:
-        """What is touched, counted from outside: never off by a whole unit, and right on the average of seeds."""
+        """The share of changed units is never off by a whole unit, and exact on the average over seeds."""
         for ratio in RATIOS:
             shares, units = [], 1
             for seed in range(SEEDS):
@@ -64,26 +64,26 @@ class CorruptionContract:
                 shares.append(share)
                 if units:
                     assert abs(share - ratio) < 1 / units, f"{share} of {units} for ratio {ratio}, seed {seed}"
-            # rounding one of `units` up or down by chance has a deviation of at most half of one; tensors: chi-square
+            # A random rounding up or down deviates by at most half a unit; amplitudes have a chi-square distribution.
             deviation = (0.5 / units if units else 0.05 * ratio) / math.sqrt(SEEDS)
             assert abs(float(np.mean(shares)) - ratio) <= 5 * deviation + 1e-6, (ratio, float(np.mean(shares)))
 
     def test_the_same_seed_gives_the_same_and_another_one_another(self, subject: type[Corruption]) -> None:
-        """Whatever was drawn elsewhere in between."""
+        """Also if other code draws random numbers in between."""
         once = outcome(subject(0.5, seed=1))
         torch.rand(3)
         np.random.random()  # noqa: NPY002
         assert outcome(subject(0.5, seed=1)) == once
         others = [outcome(subject(0.5, seed=seed)) for seed in range(2, 8)]
-        if subject.kind != "truncation":  # which is the end whatever the seed
+        if subject.kind != "truncation":  # truncation cuts the end for any seed
             assert any(other != once for other in others)
 
     def test_ratio_0_is_the_identity(self, subject: type[Corruption]) -> None:
         """Bit for bit."""
         assert outcome(subject(0.0)) == outcome(None, like=subject)
 
-    def test_nobody_else_notices(self, subject: type[Corruption]) -> None:
-        """Global random numbers go on as if nothing had been drawn."""
+    def test_global_random_states_do_not_change(self, subject: type[Corruption]) -> None:
+        """Neither torch's, nor NumPy's, nor Python's."""
         before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
         outcome(subject(0.5))
         after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
@@ -91,7 +91,7 @@ class CorruptionContract:
         assert before[1:] == after[1:]
 
     def test_special_tokens_and_labels_are_untouched(self, subject: type[Corruption]) -> None:
-        """Special tokens stay, in their order, and none appears; labels stay but under label noise."""
+        """Special tokens stay in their order, and none is added; only label noise changes labels."""
         for ratio in RATIOS:
             found = subject(ratio, seed=3)
             if isinstance(found, TokenPerturbation):
