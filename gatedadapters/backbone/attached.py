@@ -55,9 +55,9 @@ def check_heads_untuned(model: nn.Module, head_names: Sequence[str]) -> None:
         path, _, leaf = name.rpartition(".")
         if leaf in model.get_submodule(path).__dict__:  # a delta sets the tuned weight here
             raise AttachError(
-                "a sparse delta tunes elements of a task head",
-                expected="heads that are trained in full or not at all",
-                got=f"elements of {name} in the delta's mask",
+                "the mask selects elements of a head that is trained in full",
+                expected="elements of the backbone",
+                got=name,
                 where=type(model).__name__,
                 fix="exclude it from the mask, or pass heads= without it",
             )

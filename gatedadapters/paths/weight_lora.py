@@ -85,6 +85,7 @@ class WeightLoRA(LoRA):
             experts = tuple(e for e in range(self.n_experts) for _ in range(options.rank))
         if not experts or min(experts) < 0 or max(experts) >= self.n_experts:
             raise PathError(
+                "units of experts that the model does not have",
                 expected=f"units of experts 0..{self.n_experts - 1}",
                 got=f"experts {experts}",
                 where=f"{self.kind} at {site.write}",

@@ -68,6 +68,7 @@ def write(
     """
     if dtype not in DTYPES.values():
         raise ArtifactError(
+            "adapters are not saved in this dtype",
             expected="torch.float32 or torch.bfloat16",
             got=str(dtype),
             where="Adapters.save(dtype=)",

@@ -181,6 +181,7 @@ class Structure(Config):
         """
         if task not in self.tasks:
             raise TaskError(
+                "this task is unknown",
                 expected=f"one of {', '.join(self.tasks)}",
                 got=repr(task),
                 where="Structure.for_task",
@@ -319,10 +320,15 @@ class Structure(Config):
             version = data.get("version") if isinstance(data, dict) else None
         except (ValueError, UnicodeDecodeError) as error:
             raise ArtifactError(
-                expected="a Structure as JSON", got=str(error), where=where, fix="is the file truncated or foreign?"
+                "this is not JSON",
+                expected="a Structure as JSON",
+                got=str(error),
+                where=where,
+                fix="the file is truncated or foreign: copy or save it again",
             ) from error
         if version not in (1, 2):
             raise ArtifactError(
+                "this version of a Structure is unknown",
                 expected="a Structure of version 1 or 2",
                 got=f"version {version!r}",
                 where=where,
@@ -346,7 +352,11 @@ class Structure(Config):
             return cls.from_json(path.read_bytes(), where=str(path))
         except OSError as error:
             raise ArtifactError(
-                expected="a structure.json", got=str(error), where=str(path), fix="give the folder of a saved adapter"
+                "the structure cannot be read",
+                expected="a structure.json",
+                got=str(error),
+                where=str(path),
+                fix="give the folder of a saved adapter",
             ) from error
 
 

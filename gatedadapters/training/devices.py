@@ -14,5 +14,7 @@ def on_cpu(device: str) -> bool:
         ConfigError: `device` is "cuda" and there is no CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
+        raise ConfigError(
+            "there is no GPU", expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu"
+        )
     return device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())

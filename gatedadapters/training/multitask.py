@@ -43,9 +43,11 @@ class MultiTaskClassifier(nn.Module):
         few = {name: n for name, n in classes.items() if n < 2}
         if few or not classes:
             raise TaskError(
+                "there is nothing to classify",
                 expected="tasks with at least 2 classes each",
                 got=repr(few or dict(classes)),
-                where="MultiTaskClassifier",
+                where="MultiTaskClassifier(classes=)",
+                fix="give the number of classes by task, and leave out tasks with one class",
             )
         self.backbone, self.config = backbone, backbone.config
         self.tasks, self.pooling = tuple(classes), pooling
@@ -86,6 +88,7 @@ class MultiTaskClassifier(nn.Module):
         if task_ids is None:
             if len(self.tasks) > 1:
                 raise TaskError(
+                    "this model holds several tasks, and the call does not say which",
                     expected=f"task_ids (batch,) in 0..{len(self.tasks) - 1}",
                     got="none",
                     where="MultiTaskClassifier",
@@ -105,6 +108,7 @@ class MultiTaskClassifier(nn.Module):
                 logits = logits.index_copy(0, rows, F.pad(part, (0, logits.shape[1] - part.shape[1]), value=floor))
         if unclaimed:
             raise TaskError(
+                "task ids do not match the batch",
                 expected=f"one task id among 0..{len(self.tasks) - 1} for each of {len(pooled)} examples",
                 got=f"{tuple(task_ids.shape)} ids, {unclaimed} examples without a task",
                 where="MultiTaskClassifier",
@@ -134,7 +138,7 @@ class MultiTaskClassifier(nn.Module):
             row = int(wrong[0])
             task = int(task_ids[row])
             raise TaskError(
-                "a label lies outside its task's head",
+                "a label lies outside the head",
                 expected=f"0..{self.widths[task] - 1}",
                 got=str(int(labels[row])),
                 where=f"task {self.tasks[task]!r}, row {row} of the batch",

@@ -94,7 +94,13 @@ class GatedTrainer(CheckedTrainer):
             if budget is not None and budget.params is not None:
                 budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
-            raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
+            raise TrainingError(
+                "a budget is a penalty",
+                expected="budget= or penalty=",
+                got="both",
+                where="GatedTrainer",
+                fix="drop one",
+            )
         chosen = budget if budget is not None else penalty
         if chosen is None and schedule is not None and self.adapters.pressure is not None:
             chosen = self.adapters.pressure.penalty
@@ -255,6 +261,7 @@ class GatedTrainer(CheckedTrainer):
         sizes = getattr(dataset, "sizes", None)
         if sizes is None:
             raise TrainingError(
+                "tasks cannot be sampled from this data set",
                 expected="a data set with `sizes` (examples per task)",
                 got=type(dataset).__name__,
                 where="task_temperature",

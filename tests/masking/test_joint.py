@@ -182,7 +182,7 @@ def test_a_budget_that_the_mask_alone_takes_is_refused(tmp_path: Path) -> None:
     mask = random_mask(model, 0.01)
     ga.attach(model, SPACE, batch)
     delta = ga.apply_mask(model, mask)
-    with pytest.raises(BudgetError, match="mask alone"):
+    with pytest.raises(BudgetError, match="delta alone"):
         ga.GatedTrainer(model, arguments(tmp_path), budget=ga.Budget(params=delta.params))
 
 
