@@ -345,10 +345,11 @@ def test_what_leaves_a_model_leaves_no_hooks() -> None:
     assert not CLOCK.running
     with ga.weaken_knowledge(model, drop=0.1):
         assert not CLOCK.running  # nothing changes over training
-    with ga.weaken_knowledge(model, drop=ga.Ramp(end=0.1), total_steps=10):
+    with ga.weaken_knowledge(model, drop=ga.Ramp(end=0.1), total_steps=10) as handle:
         assert CLOCK.running
     assert not CLOCK.running
+    assert handle.removed
     ga.attach(model, "attention-only", batch)
-    del model, adapters, delta, batch
+    del model, adapters, delta, handle
     gc.collect()
     assert not CLOCK.running
