@@ -154,6 +154,7 @@ class Plan:
             "flops": self.flops,
             "memory": self.memory,
             "skipped_sites": list(self.skipped_sites),
+            "misfits": list(self.skipped_sites),  # the name of 0.1, for one release
             "unknown": list(self.unknown),
         }
         if self.budget is not None:
