@@ -30,7 +30,8 @@ class Factor(Config):
 
     Attributes:
         values: the list, in the order of the study.
-        low, high: ends of the range; both belong to it.
+        low: the lower end of the range, which belongs to it.
+        high: the upper end, likewise.
         log: whether the range is logarithmic.
         points: number of values that a sensitivity study takes from the range. An optimisation may take any value.
         integer: whether the range has whole numbers only.

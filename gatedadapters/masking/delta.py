@@ -46,6 +46,9 @@ class SparseDelta(nn.Module, StepListener):
     """
 
     turn: ClassVar[Turn] = Turn.DELTA
+    identity: Fingerprint
+    roles: dict[str, str]
+    origin: dict[str, Any]
 
     def __init__(
         self,

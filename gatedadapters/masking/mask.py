@@ -59,6 +59,9 @@ class Mask:
         origin: how the mask was selected, as plain data.
     """
 
+    identity: Fingerprint
+    origin: dict[str, Any]
+
     def __init__(self, record: MaskRecord, codes: Mapping[str, Tensor]) -> None:
         self._record, self._codes = record, dict(codes)
         self.identity, self.origin = record.fingerprint, record.origin
