@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gatedadapters.studies import Study
     from gatedadapters.training import FollowOptimizer, GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "L0",
     "Adapters",

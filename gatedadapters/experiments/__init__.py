@@ -1,7 +1,7 @@
 """Whole runs from Python, in the words of the command line: from one configuration to one output folder.
 
 Every run takes a configuration (or the path of its YAML file), the output folder and `overwrite`. It writes into that
-folder and returns a small frozen result, whose text is what the command prints::
+folder and returns a small frozen result, whose text is what the command prints:
 
     from gatedadapters import experiments
 

@@ -108,7 +108,7 @@ def compress(
     config, folder = outputs.config_and_folder(CompressConfig, config, out)
     lora = read_peft(config.lora)
     search = config.as_search(_base_model(config, lora))
-    task = _with_classes_in_order(load_tasks(search)[0], config.classes)
+    task = with_classes_in_order(load_tasks(search)[0], config.classes)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
     silence_transformers()
     built = build_classifier(search, task.n_classes)
@@ -160,7 +160,7 @@ def _base_model(config: CompressConfig, lora: PeftFolder) -> str:
     return str(model)
 
 
-def _with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
+def with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
     """The task with its classes in the order of `names`; None keeps the sorted order.
 
     Raises:

@@ -26,7 +26,7 @@ from gatedadapters.transfer.shift import check_versions
 from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 
 Train = Callable[[nn.Module, int], Adapters]
-Score = Callable[[nn.Module], float]
+ScoreFunction = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def transfer_scores(
     old: nn.Module,
     new: nn.Module,
     train: Train,
-    score: Score,
+    score: ScoreFunction,
     *,
     seed: int = 0,
     weakening: WeakeningConfig | None = None,
@@ -180,7 +180,7 @@ def evaluate_transfer(
     old: nn.Module,
     new: nn.Module,
     train: Train,
-    score: Score,
+    score: ScoreFunction,
     *,
     seeds: Sequence[int] = (0, 1, 2),
     weakening: WeakeningConfig | None = None,

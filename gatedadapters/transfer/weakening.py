@@ -142,6 +142,8 @@ class Weakening(StepListener):
     """
 
     turn: ClassVar[Turn] = Turn.RAMP
+    config: WeakeningConfig
+    places: tuple[FeedForward, ...]
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,7 +24,18 @@ from gatedadapters.robustness import corruption_kinds
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 PACKAGES = (
-    *("continual", "data", "errors", "inspection", "masking", "masking.scores", "paths", "robustness", "studies"),
+    *(
+        "continual",
+        "data",
+        "errors",
+        "experiments",
+        "inspection",
+        "masking",
+        "masking.scores",
+        "paths",
+        "robustness",
+        "studies",
+    ),
     *("testing", "training", "transfer"),
 )
 
@@ -81,7 +93,8 @@ def public() -> Iterator[tuple[str, Any]]:
     for package in ("gatedadapters", *(f"gatedadapters.{name}" for name in PACKAGES)):
         module = import_module(package)
         for name in module.__all__:
-            yield f"{package}.{name}", getattr(module, name)
+            if not isinstance(found := getattr(module, name), ModuleType):
+                yield f"{package}.{name}", found
 
 
 def test_every_public_name_is_on_a_reference_page() -> None:
@@ -115,6 +128,13 @@ def test_every_kind_of_the_library_is_on_its_page(page: str, kinds: Callable[[],
     own = [kind for kind, found in kinds().items() if found.__module__.startswith("gatedadapters.")]
     assert len(own) > 4
     assert [kind for kind in own if f"`{kind}`" not in text] == []
+
+
+def test_the_map_shows_every_room_of_the_package() -> None:
+    page = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    rooms = [place for place in (ROOT / "gatedadapters").iterdir() if (place / "__init__.py").is_file()]
+    assert len(rooms) > 15
+    assert [room.name for room in rooms if f"\n  {room.name}/ " not in page] == []
 
 
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
