@@ -91,7 +91,8 @@ def run_stream(
             Nothing was computed or written.
         ArtifactError: the folder holds files of others, or a stream of other tasks, another order or other settings.
         TrainingError: a loss is not finite.
-        Whatever is raised, the model is then bit for bit what it was, and a stream in a folder can go on.
+
+    Whatever is raised, the model is then bit for bit what it was, and a stream in a folder can go on.
     """
     chosen, training = resolve(strategy), training or StreamTrainingConfig()
     setup = check_stream(model, tasks, chosen, training=training)
@@ -170,19 +171,32 @@ class StreamRunner:
             if self.keep:
                 reference, current = self._snapshot(), digest(self.model)
         for index in range(done, record.stages):
-            before = reference if self.keep or not index else self._snapshot("before")
-            stage = self.first.at(index)
-            tuned = self._tune(stage)
-            change = Change.between(reference, current, self.model)
-            own = change if before is reference else Change.between(before, "", self.model)
-            self._finish_stage(stage, tuned, change, own)
+            after = self._run_stage(self.first.at(index), reference, current)
             self._report(index)
             if self.keep:
-                reference, current = self._snapshot(), change.record.after
+                reference, current = self._snapshot(), after
             elif index:
                 shutil.rmtree(stage_folder(self.folder, index - 1) / CHANGE, ignore_errors=True)
         reference.file.unlink(missing_ok=True)
         return StreamResult.load(self.folder)
+
+    def _run_stage(self, stage: Stage, reference: Snapshot, digest_then: str) -> str:
+        """Tune, evaluate and store one stage.
+
+        Args:
+            stage: the stage.
+            reference: the last state that stays stored.
+            digest_then: digest of that state.
+
+        Returns:
+            Digest of the model's state afterwards.
+        """
+        before = reference if self.keep or not stage.index else self._snapshot("before")
+        tuned = self._tune(stage)
+        change = Change.between(reference, digest_then, self.model)
+        own = change if before is reference else Change.between(before, "", self.model)
+        self._finish_stage(stage, tuned, change, own)
+        return change.record.after
 
     def _tune(self, stage: Stage) -> TunedStage:
         """Let the strategy tune a stage, after removing what a killed process had half written of it."""

@@ -1,4 +1,4 @@
-"""The run `continual`: tune a model on task after task with one or several strategies, and go on where it stopped."""
+"""The run `continual`: tune a model on task after task, with one or several strategies. A stopped run can go on."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from gatedadapters.safe_files import write_text
 
 @dataclass(frozen=True)
 class ContinualResult:
-    """The result of every stream of every strategy; as text it is what `gatedadapters continual` prints.
+    """The results of all streams of all strategies. Its text is what `gatedadapters continual` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
-        streams: by strategy, in the order of `stream_orders`; the first strategy is the one asked for, the others are
-            compared with it.
+        config: the configuration of the run.
+        folder: the output folder.
+        streams: results by strategy, in the order of `stream_orders`. The first strategy is the configured one; the
+            others are compared with it.
     """
 
     config: ContinualConfig
@@ -39,7 +39,7 @@ class ContinualResult:
     streams: dict[str, list[StreamResult]]
 
     def table(self) -> str:
-        """The first stream of each strategy, then the means over all streams, then the cores of the first task."""
+        """The first stream of each strategy, then means over all streams, then the cores of the first task."""
         parts = [str(results[0]) for results in self.streams.values()]
         count = len(next(iter(self.streams.values())))
         parts.append(f"mean and 95 % interval over {count} streams (orders and seeds):" if count > 1 else "all:")
@@ -63,28 +63,28 @@ class ContinualResult:
 def continual(
     config: ContinualConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> ContinualResult:
-    """Run every strategy on every stream; what `gatedadapters continual` does.
+    """Run every strategy on every stream, as `gatedadapters continual` does.
 
-    A run that was stopped goes on where it was: called again with the same arguments, it ends with the same bits.
+    A run that was stopped goes on when it is called again with the same arguments, and ends with the same bits.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: start anew where that folder holds an earlier run.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to start anew if that folder holds an earlier run.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder, before anything is
-            trained.
+        GatedAdaptersError: the configuration, the model, the data or the folder cannot be used, before anything is
+            trained; or training failed.
     """
     config, folder = outputs.config_and_folder(ContinualConfig, config, out)
     silence_transformers()
     strategies = _by_name([resolve(strategy) for strategy in (config.strategy, *config.compare)])
     text = config.to_yaml(folder.absolute())
-    unfinished = {path.name for path in folder.glob(f".{outputs.CONTINUAL_CONFIG}.*")}  # a killed process left them
+    unfinished = {path.name for path in folder.glob(f".{outputs.CONTINUAL_CONFIG}.*")}  # left by a killed process
     results = outputs.OF_CONTINUAL | unfinished
     outputs.check_output_folder(folder, results, overwrite=overwrite or _can_go_on(folder, text))
     model, stream = build_stream(config, config.seeds[0])
-    for strategy in strategies.values():  # before any of them is trained
+    for strategy in strategies.values():  # all of them before the first is trained
         check_stream(model, stream, strategy, training=config.training)
     if overwrite:
         for name in (outputs.STREAMS, outputs.PICTURES, outputs.LOGS):
@@ -116,17 +116,29 @@ def _run_one(
     order: list[int],
     main: StreamResult | None,
 ) -> StreamResult:
-    """One strategy on one stream. A random core gets the size of `main`, the first strategy's result on that stream."""
+    """Run one strategy on one stream.
+
+    Args:
+        config: the configuration of the run.
+        folder: the output folder.
+        name: name of the strategy.
+        strategy: the strategy.
+        place: name of the stream.
+        seed: seed of the stream.
+        order: order of the tasks.
+        main: the result of the first strategy on this stream, from which a random core takes its size; None if this is
+            the first strategy.
+    """
     model, stream = build_stream(config, seed)
     if main is not None and isinstance(strategy, RandomCores):
         sized = _of_equal_size(strategy, main)
         try:
             check_stream(model, stream.ordered(order), sized, training=config.training)
             strategy = sized
-        except ConfigError as error:  # it may choose from fewer elements than the first strategy trained
+        except ConfigError as error:  # it is configured to choose from fewer elements than the first strategy trained
             say(f"  {name} keeps its share, for {error}")
     logs = folder / outputs.LOGS / name / place
-    shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on logs its finished stages again
+    shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on logs the stages it finished earlier once more
     with TensorBoardWriter(logs) as writer:
         return run_stream(
             model,
@@ -158,14 +170,14 @@ def _of_equal_size(strategy: RandomCores, main: StreamResult) -> RandomCores:
 
 
 def _can_go_on(folder: Path, text: str) -> bool:
-    """Whether `folder` holds this very run, or one that was stopped before anything was computed.
+    """Whether `folder` holds this run, or no result yet.
 
     Args:
-        folder: of the results.
-        text: this run's configuration as it is written there.
+        folder: the output folder.
+        text: the configuration of this run, as it is written there.
 
     Raises:
-        ArtifactError: it holds results of another configuration; what differs is named.
+        ArtifactError: the folder holds results of another configuration; the error names what differs.
     """
     if not ((folder / outputs.METRICS).exists() or any(folder.glob(f"{outputs.STREAMS}/*/*/{STREAM}"))):
         return True

@@ -26,15 +26,15 @@ class GateView:
     A place is a pair of block and column, where a column is a sub-layer, a role and a kind of path.
 
     Args:
-        adapters: with gates.
-        bank: their gates.
+        adapters: adapters with gates.
+        bank: the gates.
         max_tags: above this number of places, `averages` has one value for each block and one for each column.
 
     Attributes:
         blocks, columns: rows and columns of heat maps, as in `Structure.grid`.
-        kinds: of paths.
+        kinds: kinds of the paths.
         sets: the tags of `averages`, and which units each tag averages.
-        unit: in which costs are counted, that of the penalty.
+        unit: the penalty's unit, in which costs are counted.
         probability: that a unit is open, (tasks, units).
         stays: 1 where a unit is open without noise, (tasks, units).
         log_alpha: (tasks, gates).
@@ -157,7 +157,7 @@ class UnitGroups(Generic[Name]):
     """Units in groups, each group with a name.
 
     Args:
-        names: of each path's group.
+        names: the name of each path's group.
         unit_owner: the path of each unit, (units,).
     """
 

@@ -37,7 +37,7 @@ def picture(structure: Structure, *, title: str | None = None) -> Figure:
     is kept. White: nothing was offered. Numbers count units, where there is room.
 
     Args:
-        structure: of any depth. Cells get smaller with the number of blocks.
+        structure: a structure of any depth. Cells get smaller with the number of blocks.
         title: shown above the panels; default: the size of the structure.
     """
     blocks, columns, cells = structure.grid()

@@ -172,7 +172,7 @@ class TensorBoardWriter:
         Args:
             config: a configuration, or plain values by name.
             metrics: results by tag, written as scalars. None stands for a scalar that is written elsewhere.
-            step: of the results.
+            step: step of the results.
         """
         metrics = dict(metrics or {})
         for proto in protos.hparams(flat(config), metrics):

@@ -35,7 +35,7 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     """Check that single elements of a weight can be trained, and that it has the shape in the mask.
 
     Raises:
-        MaskError: naming the tensor.
+        MaskError: one of the two does not hold. The error names the tensor.
     """
     plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
     if not weight.is_floating_point() or not plain or weight.element_size() < 2:
@@ -68,7 +68,7 @@ def check_head_shapes(values: Mapping[str, Tensor], parameters: Mapping[str, Ten
     """Check that the saved values of task heads fit the heads of the model.
 
     Raises:
-        MaskError: naming the tensor.
+        MaskError: a shape differs. The error names the tensor.
     """
     for name, value in values.items():
         if name in parameters and parameters[name].shape != value.shape:
@@ -85,11 +85,11 @@ def check_adapters(model: nn.Module, names: set[str]) -> None:
     """Check that no adapter in the model uses a weight of the delta: one would hide the other's changes.
 
     Args:
-        model: with or without adapters.
+        model: a model with or without adapters.
         names: the parameters in which the delta tunes elements.
 
     Raises:
-        AttachError: naming the weight.
+        AttachError: an adapter uses one. The error names the weight.
     """
     adapters = getattr(model, ADAPTERS, None)
     if not isinstance(adapters, Adapters):

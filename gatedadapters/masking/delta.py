@@ -39,13 +39,16 @@ class SparseDelta(nn.Module, StepListener):
     Attributes:
         tuned: the selected elements by tensor. A key is the name of the parameter with `/` instead of `.`.
         identity: fingerprint of the backbone without the delta.
-        roles: of the mask.
-        origin: of the mask.
+        roles: roles of the mask's parameters.
+        origin: how the mask was selected, as plain data.
         head_names: the parameters of the task heads, which are trained in full and saved too.
         head_values: the trained values of the task heads at the last removal. Empty while the delta is in a model.
     """
 
     turn: ClassVar[Turn] = Turn.DELTA
+    identity: Fingerprint
+    roles: dict[str, str]
+    origin: dict[str, Any]
 
     def __init__(
         self,
@@ -138,7 +141,8 @@ class SparseDelta(nn.Module, StepListener):
         Raises:
             AttachError: this delta is in a model already, or `model` has a delta.
             MaskError: `model` has another backbone, or heads of other shapes.
-            The model is not changed in any of these cases.
+
+        The model is not changed in any of these cases.
         """
         if self.applied:
             raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
@@ -209,7 +213,7 @@ class SparseDelta(nn.Module, StepListener):
 
         Args:
             folder: a new or an empty folder.
-            dtype: of the values, float32 or bfloat16.
+            dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
 
         Raises:
@@ -262,7 +266,7 @@ class SparseDelta(nn.Module, StepListener):
 
         Raises:
             AttachError: this delta is in no model.
-            TrainingError: naming the tensors that fail.
+            TrainingError: something of this does not hold. The error names the tensors.
         """
         held = {id(module) for module in self.model.modules()}
         for name, part in self.items():
@@ -378,7 +382,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     Raises:
         AttachError: the model has a delta already, or a head is unknown.
         MaskError: the mask selects nothing, belongs to another model, or selects integer or quantised weights.
-        The model is not changed in any of these cases.
+
+    The model is not changed in any of these cases.
     """
     delta, head_names = _build(model, mask, heads, where="apply_mask")
     delta._install(model, head_names)
@@ -397,7 +402,8 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     Raises:
         ArtifactError: the folder holds no delta, or a file is truncated or foreign.
         AttachError, MaskError: as in `apply_mask`.
-        The model is not changed in any of these cases.
+
+    The model is not changed in any of these cases.
     """
     path = Path(folder)
     mask = Mask.load(path)

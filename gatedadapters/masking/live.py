@@ -38,7 +38,7 @@ class Pattern:
     Entries are sorted by row and column, as in the CSR format.
 
     Attributes:
-        shape: of the tensor.
+        shape: shape of the tensor.
         row_starts: (rows + 1,) int32, the position in `columns` at which each row begins.
         columns: (selected,) int32.
         width: columns of the matrix.

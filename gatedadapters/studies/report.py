@@ -32,12 +32,12 @@ FILES = frozenset(
 )
 
 
-def write_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
+def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:
-        config: of the study.
-        study: its trials.
+        config: the study's configuration.
+        study: the study's trials.
         folder: a new folder, or one with an earlier report of this study.
         overwrite: replace the report of another study, too.
         where: names the study in errors.

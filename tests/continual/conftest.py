@@ -6,22 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from streams import RESUMED, classifier, options, tasks
+from streams import strategy
 
-import gatedadapters as ga
-from gatedadapters.continual.result import StreamResult
+from gatedadapters.continual import StreamResult
+from gatedadapters.testing.strategy_contract import finished_stream
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, StreamResult]]:
+def finished() -> Callable[[str], tuple[Any, StreamResult]]:
     """Streams that were never stopped, one per strategy: the model afterwards, and the result."""
-    found: dict[str, tuple[Any, StreamResult]] = {}
 
     def get(kind: str) -> tuple[Any, StreamResult]:
-        if kind not in found:
-            model = classifier()
-            folder = tmp_path_factory.mktemp(kind) / "stream"
-            found[kind] = model, ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=folder)
-        return found[kind]
+        found = finished_stream(strategy(kind))
+        return found.model, found.result
 
     return get

@@ -14,8 +14,6 @@ import pytest
 import torch
 from streams import (
     CLASSES,
-    KINDS,
-    OPTIONS,
     PROBE,
     RESUMED,
     TRAINING,
@@ -42,27 +40,9 @@ from gatedadapters.errors import ArtifactError, DataError
 # -- what a stream is --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_of_every_task_after_every_task(kind: str, finished: Any) -> None:
-    model, result = finished(kind)
-    assert result.tasks == tuple(CLASSES)
-    assert len(result.matrix) == (1 if kind == "joint" else 3)
-    assert all(len(row) == 3 and all(0 <= score <= 1 for score in row) for row in result.matrix)
-    assert result.stages[-1].state == digest(model)
-    assert not model.training
-    if kind != "per_task":  # which is served with an adapter each
-        assert [task.score(model) for task in tasks()] == result.matrix[-1]
-    assert result.baseline.scores == [task.score(classifier()) for task in tasks()]
-    assert result.metrics.op == pytest.approx(sum(result.matrix[-1]) / 3)
-    assert str(result).splitlines()[0] == kind
-    assert StreamResult.load(result.folder).to_data() == result.to_data()
-    assert StreamResult.of(result.to_data()).metrics == result.metrics
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "element"])
 @pytest.mark.parametrize("kind", ["l2_fisher", "random"])
-def test_only_the_active_tasks_core_and_head_move(kind: str, granularity: str) -> None:
-    """Under weight decay, bit by bit, after every task."""
+def test_of_cores_of_elements_nothing_else_and_the_active_head_move(kind: str) -> None:
+    """Under weight decay, bit by bit, after every task; for cores of tensors see the contract."""
     model = classifier()
     before = state(model)
     seen = []
@@ -75,7 +55,7 @@ def test_only_the_active_tasks_core_and_head_move(kind: str, granularity: str) -
 
         return ga.Task(**{**{f: getattr(task, f) for f in task.__dataclass_fields__}, "measure": measure})
 
-    strategy = options(kind, core={"granularity": granularity, "share": 0.1})
+    strategy = options(kind, core={"granularity": "element", "share": 0.1})
     result = ga.run_stream(model, [watched(task) for task in tasks()[:2]], strategy, training=TRAINING)
     states = [before, *seen[1:]]
     assert len(states) == 3
@@ -86,8 +66,6 @@ def test_only_the_active_tasks_core_and_head_move(kind: str, granularity: str) -
         backbone = [part for part in changed if not part.startswith("heads.")]
         count = sum(int((states[index][part] != states[index + 1][part]).sum()) for part in backbone)
         assert 0 < count <= result.stages[index].elements
-        if granularity == "tensor" and kind == "l2_fisher":
-            assert len(backbone) <= 6  # a tenth of 53 tensors
 
 
 @pytest.mark.parametrize("kind", ["l2_fisher", "lota", "random", "cosine"])
@@ -95,6 +73,8 @@ def test_what_moved_lies_within_the_stored_core(kind: str, finished: Any) -> Non
     _, result = finished(kind)
     cores = result.cores()
     assert [name for name, _ in cores] == list(CLASSES)
+    if kind == "l2_fisher":
+        assert all(len(core.indices) == 5 for _, core in cores)  # a tenth of 53 tensors
     for index, (_, core) in enumerate(cores):
         assert core.elements == result.stages[index].elements
         change = Change.load(stage_folder(result.folder, index) / "change")
@@ -255,23 +235,6 @@ def test_heads_of_no_task_in_the_stream_are_neither_counted_nor_moved() -> None:
 # -- states ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sequential", "l2_fisher", "lora", "joint"])
-def test_every_earlier_state_is_restored_bit_for_bit(kind: str, finished: Any) -> None:
-    model, result = finished(kind)
-    last = len(result.stages)
-    digests = [None, *(stage.state for stage in result.stages)]
-    for to in (last, 1, last, 0, last):
-        result.restore(model, to)
-        if to:
-            assert digest(model) == digests[to]
-        elif kind != "lora":
-            assert not moved(state(classifier()), state(model))
-    result.restore(plain := classifier(), last)
-    assert digest(plain) == digests[last]
-    with pytest.raises(ArtifactError, match="no such state"):
-        result.restore(model, last + 1)
-
-
 def test_a_state_is_restored_from_the_base_and_never_from_a_model_of_another_state(finished: Any) -> None:
     """Which state the model is in is read off its bits: it used to be taken for the last one."""
     _, result = finished("l2_fisher")
@@ -282,6 +245,8 @@ def test_a_state_is_restored_from_the_base_and_never_from_a_model_of_another_sta
     assert digest(model) == result.stages[-1].state
     result.restore(model, 2)
     assert digest(model) == result.stages[1].state
+    with pytest.raises(ArtifactError, match="no such state"):
+        result.restore(model, 4)
     with torch.no_grad():
         model.heads["a"].bias.add_(1)
     was = state(model)
@@ -330,31 +295,6 @@ def test_a_stream_that_keeps_the_last_state_alone_still_goes_on(tmp_path: Path) 
     assert [p.parent.name for p in sorted((tmp_path / "s").glob("stages/*/change"))] == ["002"]
     with pytest.raises(ArtifactError, match="no such state"):
         result.restore(stopped, 1)
-
-
-@pytest.mark.parametrize("kind", ["l2_fisher", "gated", "lora", "ewc", "o_lora", "replay", "per_task", "joint"])
-def test_a_stopped_stream_ends_with_the_bits_of_one_that_was_not(kind: str, finished: Any, tmp_path: Path) -> None:
-    """Stopped in the middle of the second task; a failing call leaves the model as it was."""
-    whole, wanted = finished(kind)
-    model = classifier()
-    before, required = state(model), [p.requires_grad for p in model.parameters()]
-    probes = 6 if "probe" in OPTIONS.get(kind, {}) else 0
-    at = {"joint": 7, "gated": 4 + 4 + 4 + 3}.get(kind, probes + 4 + 4)
-    with interrupted(at), pytest.raises(KeyboardInterrupt):
-        ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=tmp_path / "stream")
-    assert not moved(before, state(model))
-    assert required == [p.requires_grad for p in model.parameters()]
-    model = classifier()
-    torch.manual_seed(99)
-    found = ga.run_stream(model, tasks(), options(kind), training=RESUMED, folder=tmp_path / "stream")
-    assert found.matrix == wanted.matrix
-    assert [stage.state for stage in found.stages] == [stage.state for stage in wanted.stages]
-    assert not moved(state(whole), state(model))
-    assert sorted(p.name for p in (tmp_path / "stream").iterdir() if p.name != "probes") == [
-        "baseline.json",
-        "stages",
-        "stream.json",
-    ]
 
 
 @pytest.mark.parametrize("kind", ["per_task", "sequential"])

@@ -13,7 +13,7 @@ from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.continual.tensors import TensorInfo
 from gatedadapters.errors import ConfigError
 from gatedadapters.masking import apply_mask
-from gatedadapters.masking.roles import chosen
+from gatedadapters.masking.roles import matching_parameters
 
 
 class Selected(Strategy):
@@ -80,7 +80,7 @@ class Selected(Strategy):
             MaskError: `core.include` or `core.exclude` matches nothing, or nothing is left.
         """
         roles = {name: info.role for name, info in tensors.items()}
-        return tuple(chosen(roles, self.core.include, self.core.exclude, where=f"{self.kind}: core"))
+        return tuple(matching_parameters(roles, self.core.include, self.core.exclude, where=f"{self.kind}: core"))
 
     def taken(self, stage: Stage) -> Sequence[Core]:
         """Cores of earlier tasks, where nothing of them may be chosen again."""
