@@ -34,11 +34,12 @@ from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.transfer import weaken_knowledge
 
 if TYPE_CHECKING:
+    from gatedadapters import experiments
     from gatedadapters.continual import StreamResult, Task, TaskStream, probe, run_stream, select_core
     from gatedadapters.studies import Study
     from gatedadapters.training import FollowOptimizer, GatedTrainer, MultiTaskClassifier, SelectiveTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "L0",
     "Adapters",
@@ -68,6 +69,7 @@ __all__ = [
     "budget_report",
     "detach",
     "discover",
+    "experiments",
     "export_peft",
     "get_adapters",
     "get_delta",
@@ -98,6 +100,8 @@ _ON_USE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "experiments":
+        return import_module("gatedadapters.experiments")
     if name in _ON_USE:
         return getattr(import_module(_ON_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,6 +63,18 @@ def leftovers(folder: str | Path) -> list[Path]:
     return sorted(target.parent.glob(f".{target.name}.????????")) if target.parent.is_dir() else []
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file that appears whole or not at all; its folder is made.
+
+    A process that is killed meanwhile leaves a hidden sibling `.NAME.*`.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, target)
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata to a safetensors file."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

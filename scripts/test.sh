@@ -2,9 +2,9 @@
 # Everything that is checked: style, types, tests. Sets up .venv on first use. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh dev
+source scripts/setup.sh dev,quantized
 
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+pytest --durations=25 "$@"

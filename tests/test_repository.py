@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,6 +23,9 @@ from gatedadapters.data.bundled import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SCRIPTS = [ROOT / ".ci" / "run", *sorted(p for p in (ROOT / "scripts").glob("*.sh") if p.name != "setup.sh")]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted(p for p in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if p.name != "config.yml")
 PRESETS = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml"))
 
 
@@ -60,7 +63,10 @@ def test_data_packages_are_those_the_readers_were_checked_against() -> None:
 def test_one_version_everywhere() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d[^\]]*)\]", changelog, flags=re.MULTILINE)
-    assert released[0] == PROJECT["version"] == gatedadapters.__version__
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert released[0] == PROJECT["version"] == gatedadapters.__version__ == cited["version"]
+    assert cited["license"] == PROJECT["license"]
+    assert cited["repository-code"] == PROJECT["urls"]["Home"]
 
 
 def test_the_command_line_is_installed_where_the_package_is() -> None:
@@ -108,14 +114,10 @@ print([gatedadapters.SearchSpace.load(name).name for name in {PRESETS}])
     assert processes.run(processes.script, script, log=tmp_path / "log").strip() == str(PRESETS)
 
 
-def test_the_source_distribution_leaves_results_out(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
-    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as files:
-        names = {name.partition("/")[2] for name in files.getnames()}
-    assert {"pyproject.toml", "tests/test_repository.py", "benchmarks/__main__.py", "docs/results.md"} <= names
+def test_the_source_distribution_leaves_results_out() -> None:
+    sdist = pytest.importorskip("hatchling.builders.sdist")
+    names = {file.distribution_path for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()}
+    assert {"tests/test_repository.py", "benchmarks/__main__.py", "docs/results.md"} <= names
     assert not [name for name in names if name.startswith(("benchmarks/results", "benchmarks/scratch"))]
 
 
@@ -123,8 +125,51 @@ def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "bash scripts/test.sh" in readme
     assert "bash scripts/quickstart.sh" in readme
-    run = ROOT / ".ci" / "run"
-    assert "bash scripts/test.sh" in run.read_text(encoding="utf-8")
-    for script in (run, ROOT / "scripts" / "test.sh", ROOT / "scripts" / "quickstart.sh"):
-        assert os.access(script, os.X_OK)
-        subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_executable_and_can_be_parsed(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_a_workflow_calls_what_exists(workflow: Path) -> None:
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    commands = [re.sub(r"\$\{\{.*?\}\}", "X", step["run"]) for step in steps if "run" in step]
+    assert commands
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        files = [word for word in command.split() if "/" in word or word.endswith(".txt")]
+        assert all((ROOT / file).is_file() for file in files), files
+        extras = re.findall(r"scripts/setup\.sh (\S+)", command)
+        assert {extra for found in extras for extra in found.split(",")} <= PROJECT["optional-dependencies"].keys()
+
+
+def test_workflows_run_every_python_that_is_promised_and_the_lowest_versions() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    promised = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert jobs["pinned"]["strategy"]["matrix"]["python"] == promised
+    assert PROJECT["requires-python"] == f">={promised[0]}"
+    assert {"run": "bash .ci/run"} in jobs["pinned"]["steps"]
+    assert {"run": "bash scripts/test-lowest.sh"} in jobs["lowest"]["steps"]
+
+
+def test_hooks_before_a_commit_run_tools_of_the_environment() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    checked = set((ROOT / "scripts" / "test.sh").read_text(encoding="utf-8").splitlines())
+    assert {"ruff check .", "ruff format --check .", "mypy"} <= checked
+    assert [hook["entry"] for hook in hooks] == ["ruff check --fix", "ruff format", "mypy"]
+    tools = {Requirement(text).name for text in PROJECT["optional-dependencies"]["dev"]}
+    assert {hook["entry"].split()[0] for hook in hooks} <= tools
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.stem)
+def test_a_form_for_issues_names_itself_and_what_it_asks(form: Path) -> None:
+    data = yaml.safe_load(form.read_text(encoding="utf-8"))
+    assert data["name"]
+    assert data["description"]
+    assert all(field["attributes"]["label"] for field in data["body"])

@@ -58,7 +58,8 @@ def import_peft(
             backbone, or it holds more than a plain LoRA (what, is said).
         AttachError: the model already has adapters, or no such heads.
         LayoutError: see `attach`.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     check_no_adapters(model)
     lora = read_peft(folder)

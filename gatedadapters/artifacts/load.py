@@ -32,7 +32,8 @@ def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") 
             one; it says whether its class, its shapes or its values differ.
         AttachError: the model already has adapters.
         PathError: the structure names a module that the model lacks.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     check_no_adapters(model)
     saved = read(model, folder, base=base)

@@ -113,7 +113,9 @@ class Shelf(nn.Module):
         Raises:
             ArtifactError: no folders, a bad name, or see `load_adapters`.
             AttachError: the model already has adapters.
-            The model is left untouched by all of them.
+
+
+        The model is left untouched by all of them.
         """
         check_no_adapters(model)
         if not folders:

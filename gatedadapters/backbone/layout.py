@@ -291,7 +291,7 @@ class _Assembly:
         ]
         sublayers = []
         links = [link for use in uses for link in self.links.get(use.map, ())]
-        found = roles.connected_maps(uses, [*links, *scaling], written)
+        found = roles.map_groups(uses, [*links, *scaling], written)
         # In Zamba 2 the shared transformer's output is added to the hidden state that a later sub-layer reads, but not
         # to that of the block. Such maps count as writers too.
         read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
@@ -327,7 +327,7 @@ class _Assembly:
         return next((use.block for use in self.uses[key] if use.block in self.calls), None)
 
     def _ends(
-        self, block: BlockCall, group: roles.ConnectedMaps, written: frozenset[Map], name: str
+        self, block: BlockCall, group: roles.MapGroup, written: frozenset[Map], name: str
     ) -> tuple[str | None, str | None]:
         """Reader and writer: the smallest modules that take the hidden state and return the contribution."""
         stream, width = Stream(block.stack), block.shape[-1]

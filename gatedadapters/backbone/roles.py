@@ -13,7 +13,7 @@ Kind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectedMaps:
+class MapGroup:
     """Maps of one block that feed each other. They become one sub-layer if one of them writes the hidden state."""
 
     uses: dict[Map, MapUse]  # the first use of each map, in call order
@@ -21,9 +21,7 @@ class ConnectedMaps:
     writers: frozenset[Map]  # the maps whose outputs reach the block's output
 
 
-def connected_maps(
-    uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]
-) -> list[ConnectedMaps]:
+def map_groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]) -> list[MapGroup]:
     """Split the ``uses`` of one block into groups of connected maps, in call order.
 
     Args:
@@ -48,17 +46,17 @@ def connected_maps(
         members.setdefault(root(use.map), {}).setdefault(use.map, use)
         feeds[use.map] = feeds.get(use.map, frozenset()) | maps_of(use.reads)
     return [
-        ConnectedMaps(group, {key: feeds[key] & group.keys() for key in group}, written & group.keys())
+        MapGroup(group, {key: feeds[key] & group.keys() for key in group}, written & group.keys())
         for group in members.values()
     ]
 
 
-def attention_of(group: ConnectedMaps, trace: Trace, block: str) -> Attention | None:
+def attention_of(group: MapGroup, trace: Trace, block: str) -> Attention | None:
     """The first attention that the group computes; DeBERTa's later ones are corrections by relative position."""
     return next((a for a in trace.attention if a.block == block and a.value & group.uses.keys()), None)
 
 
-def kind_of(group: ConnectedMaps, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
+def kind_of(group: MapGroup, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
     """The kind of the sub-layer: attention, cross-attention, another mixing of tokens, or a feed-forward."""
     if attention is None and group.uses.keys() & trace.mixed:
         return "mixer"
@@ -71,7 +69,7 @@ def kind_of(group: ConnectedMaps, attention: Attention | None, trace: Trace, sta
     return "attention"
 
 
-def roles_of(group: ConnectedMaps, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
+def roles_of(group: MapGroup, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
     """The role of every map of the group; ``width`` is that of the hidden state."""
     routers = [
         key
@@ -89,7 +87,7 @@ def roles_of(group: ConnectedMaps, kind: Kind, attention: Attention | None, widt
     return roles | dict.fromkeys(routers, "router")
 
 
-def _attention_roles(group: ConnectedMaps, attention: Attention | None) -> dict[Map, str]:
+def _attention_roles(group: MapGroup, attention: Attention | None) -> dict[Map, str]:
     parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v")) if attention else ()
     letters = {key: "".join(letter for maps, letter in parts if key in maps) for key in group.uses}
     if attention is None or "qv" in letters.values():  # not seen, or over landmarks instead of tokens (Nystromformer)
@@ -100,7 +98,7 @@ def _attention_roles(group: ConnectedMaps, attention: Attention | None) -> dict[
     return {key: "other" if key in inner else letters[key] or "other" for key in group.uses}
 
 
-def _feed_forward_roles(group: ConnectedMaps, writers: frozenset[Map], trace: Trace) -> dict[Map, str]:
+def _feed_forward_roles(group: MapGroup, writers: frozenset[Map], trace: Trace) -> dict[Map, str]:
     roles = dict.fromkeys(group.uses, "other")
     for down in writers:
         feeders = [key for key in group.uses if key in group.feeds[down] and key not in trace.routed]
@@ -117,7 +115,7 @@ def _feed_forward_roles(group: ConnectedMaps, writers: frozenset[Map], trace: Tr
     return roles
 
 
-def _says_attention(name: str, group: ConnectedMaps) -> bool:
+def _says_attention(name: str, group: MapGroup) -> bool:
     """Whether names tell of attention: needed if a kernel hides its operations from the trace."""
     letters = {_attention_role_by_name(key) for key in group.uses}
     projections = "qkv" in letters or letters >= {"q", "k", "v"}

@@ -153,7 +153,7 @@ def nested_tensors(value: Any) -> Iterator[Tensor]:
             yield from nested_tensors(part)
 
 
-def first_tensor(*values: Any) -> Tensor | None:
+def first_float_tensor(*values: Any) -> Tensor | None:
     """The first floating-point tensor with at least two dimensions in nested ``values``."""
     return next((tensor for tensor in nested_tensors(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
 
@@ -225,7 +225,7 @@ class Tracer(TorchDispatchMode):
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.trace.called.add(name)
-            hidden = first_tensor(args, kwargs.get("hidden_states"), kwargs)
+            hidden = first_float_tensor(args, kwargs.get("hidden_states"), kwargs)
             if hidden is not None and self._block is None and name in self._containers:
                 stack = self._containers[name]
                 self._block = BlockCall(name, stack, tuple(hidden.shape))
@@ -240,7 +240,7 @@ class Tracer(TorchDispatchMode):
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             while self._stack[-1].name != name:
                 self._stack.pop()  # a module that raised an error, which was caught
-            call, out = self._stack[-1], first_tensor(output)
+            call, out = self._stack[-1], first_float_tensor(output)
             if not isinstance(output, Tensor):
                 self.trace.composite.add(name)
             if out is not None:

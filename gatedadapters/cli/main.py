@@ -1,4 +1,4 @@
-"""Commands, their arguments, and what an error looks like."""
+"""The command line: its commands, how one is chosen, and how it shows errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMANDS = (quickstart, search, compress, select, continual, transfer, study, re
 
 
 def parser() -> argparse.ArgumentParser:
-    """Everything the command line understands."""
+    """The parser of all commands. The first line of a command's module says what it does."""
     top = argparse.ArgumentParser(prog="gatedadapters", description="Adapters whose place, kind and size are learned.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -27,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 where it went well, 2 where something was wrong with what it was given."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 if all went well, 2 if something was wrong with what was given, 130 if it was interrupted.
+    """
     options = parser().parse_args(arguments)
     try:
         load_plugins()

@@ -1,4 +1,4 @@
-"""Configuration as frozen, validated, versioned data."""
+"""Configuration as frozen, validated, versioned data: one file a concern."""
 
 from gatedadapters.config.compress import CompressConfig, CompressTrainingConfig
 from gatedadapters.config.continual import (

@@ -1,4 +1,4 @@
-"""What every configuration object shares: frozen, strict about keys, with errors a reader can act on."""
+"""The base of all configuration objects: frozen, strict about keys, with errors that say what to correct."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from gatedadapters.errors import ArtifactError, ConfigError
 
 
 class Config(BaseModel):
-    """A frozen configuration; unknown keys and out-of-range values raise `ConfigError`, from the constructor as well as
-    through `parse`.
+    """A frozen configuration.
+
+    Unknown keys and values out of range raise `ConfigError`, both in the constructor and in `parse`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
@@ -28,20 +29,25 @@ class Config(BaseModel):
             cls = type(self)
             raise config_error(error, where=cls.__name__, known=tuple(cls.model_fields)) from None
 
-    # pydantic: this is no constructor of its own kind; fields are validated in place, errors keep the key's whole path
+    # Tells pydantic that this is not a custom constructor. It then validates nested fields itself instead of calling
+    # the constructor of each, and errors name the whole path of a key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def changed_fields(self, names: Collection[str]) -> list[str]:
-        """Those of `names` that are not at their default."""
+        """The fields among `names` whose value is not the default, sorted."""
         defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in names}
         return sorted(name for name, default in defaults.items() if getattr(self, name) != default)
 
     @classmethod
     def parse(cls, data: Any, *, where: str) -> Self:
-        """Validate plain data read at `where` (a file, an argument).
+        """Validate plain data.
+
+        Args:
+            data: a mapping of fields to values, or an object of this class.
+            where: where the data come from, for errors: a file, an argument.
 
         Raises:
-            ConfigError: naming every wrong key, what was expected and what was found.
+            ConfigError: the data are not valid; every wrong key is named.
         """
         try:
             return cls.model_validate(data)
@@ -53,24 +59,30 @@ class FileConfig(Config):
     """A configuration that a command reads from a YAML file."""
 
     _folder: Path | None = PrivateAttr(None)
-    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # by path: how the file names it
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # resolved path -> the path as the file names it
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read a YAML file; relative paths in it count from its folder.
+        """Read a YAML file. Relative paths in it count from the folder of the file.
 
         Raises:
-            ConfigError: unreadable file, unknown or invalid keys.
+            ConfigError: the file cannot be read, or keys are unknown or invalid.
         """
         path = Path(file)
         return cls.read(read_yaml(path), path.absolute().parent, where=str(path))
 
     @classmethod
     def read(cls, data: Any, folder: Path | None, *, where: str) -> Self:
-        """Validate plain data whose relative paths count from `folder` (None: from the current one).
+        """Validate plain data that hold relative paths.
+
+        Args:
+            data: a mapping of fields to values.
+            folder: the folder that relative paths count from; None leaves them as they are, to count from the current
+                one.
+            where: where the data come from, for errors.
 
         Raises:
-            ConfigError: unknown or invalid keys.
+            ConfigError: keys are unknown or invalid.
         """
         given = cls.parse(data, where=where)
         if folder is None:
@@ -81,11 +93,11 @@ class FileConfig(Config):
         return found
 
     def from_folder(self, folder: Path) -> Self:
-        """The same with relative paths counted from `folder`; of a configuration without paths, itself."""
+        """A copy whose relative paths are resolved against `folder`. A class without paths returns itself."""
         return self
 
     def __eq__(self, other: object) -> bool:
-        """Whether both say the same, wherever they were read."""
+        """Whether the fields are equal, whatever file each was read from."""
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def __hash__(self) -> int:
@@ -93,26 +105,26 @@ class FileConfig(Config):
 
     @property
     def folder(self) -> Path | None:
-        """What relative paths of the file count from; None where it comes from no file."""
+        """The folder of the file it was read from; None if it was built in Python."""
         return self._folder
 
     def as_written(self, folder: Path | None = None, **options: Any) -> dict[str, Any]:
-        """Plain data with the file's relative paths as it names them, the same wherever it lies; absolute ones stay.
+        """Plain data in which paths stand as the file names them, so that the data are the same on every machine.
 
         Args:
-            folder: name them as they count from there instead.
-            options: of pydantic's `model_dump`.
+            folder: name relative paths as they count from this folder instead. Absolute paths stay absolute.
+            options: passed to pydantic's `model_dump`.
         """
         names = self._written if folder is None else {path: _counted_from(folder, path) for path in self._written}
         data: dict[str, Any] = _renamed(self.model_dump(mode="json", **options), names)
         return data
 
     def to_yaml(self, folder: Path | None = None) -> str:
-        """Text that `load` reads back, without what is left at its default.
+        """YAML that `load` reads back. Fields at their default are left out.
 
         Args:
-            folder: where the text is written: relative paths are named as they count from there. None names whole
-                paths, which are valid everywhere on this machine.
+            folder: the folder that the text is written to: relative paths are named as they count from there. None
+                writes resolved paths, which are valid from any folder of this machine.
         """
         return yaml.safe_dump(self._yaml_data(folder), sort_keys=False)
 
@@ -122,19 +134,19 @@ class FileConfig(Config):
         return self.as_written(folder, exclude_defaults=True)
 
     def read_like(self, other: FileConfig) -> Self:
-        """The same as if it had been read from the file of `other`, whose paths it holds."""
+        """A copy that counts as read from the file of `other`, so that `as_written` names paths as that file does."""
         copy = self.model_copy()
         copy._folder, copy._written = other._folder, dict(other._written)
         return copy
 
 
 def _counted_from(folder: Path, path: str) -> str:
-    """As the system finds it, which follows links before it goes up."""
+    """`path` relative to `folder`. Links are resolved first, because the system follows them before it goes up."""
     return os.path.relpath(Path(path).parent.resolve() / Path(path).name, folder.resolve())
 
 
 def _changed_texts(before: Any, after: Any) -> Iterator[tuple[str, str]]:
-    """Every text of plain data that differs from its place in data of the same shape: (after, before)."""
+    """(after, before) of every text that differs between two nested data of the same shape."""
     if isinstance(before, dict):
         for key in before:
             yield from _changed_texts(before[key], after[key])
@@ -146,6 +158,7 @@ def _changed_texts(before: Any, after: Any) -> Iterator[tuple[str, str]]:
 
 
 def _renamed(data: Any, names: Mapping[str, str]) -> Any:
+    """Nested data in which every text among `names` is replaced."""
     if isinstance(data, dict):
         return {key: _renamed(value, names) for key, value in data.items()}
     if isinstance(data, list):
@@ -154,7 +167,7 @@ def _renamed(data: Any, names: Mapping[str, str]) -> Any:
 
 
 def found_in(folder: Path, name: str) -> str:
-    """A file or folder that lies in `folder`, by its path; else the name, which a registry may know."""
+    """The path of `name` in `folder` if something lies there, else `name` itself, which may be the id of a model."""
     return str(folder / name) if (folder / name).exists() else name
 
 
@@ -162,11 +175,17 @@ Record = TypeVar("Record", bound=Config)
 
 
 def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] = ()) -> ConfigError:
-    """Turn pydantic's report into one of ours: expected / got / where / what to do."""
+    """Turn pydantic's report into a ConfigError.
+
+    Args:
+        error: what pydantic raised.
+        where: where the data come from.
+        known: names of the fields that the data may have.
+    """
     problems = []
     for item in error.errors():
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError):  # of one made while this one was checked: it says what to do
+        if isinstance(inner, ConfigError):  # raised by a nested configuration: its fix is more precise than ours
             return ConfigError(
                 inner.message, expected=inner.expected, got=inner.got, where=f"{where}: {inner.where}", fix=inner.fix
             )
@@ -184,7 +203,7 @@ def read_yaml(path: Path) -> Any:
     """The plain data of a YAML file.
 
     Raises:
-        ConfigError: unreadable.
+        ConfigError: the file cannot be read or is not YAML.
     """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -198,17 +217,17 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_record(kind: type[Record], file: Path, *, what: str, expected: str, writer: str) -> Record:
-    """The record of version 1 in a JSON file that `writer` left in the folder of an artefact.
+    """Read the JSON record, of version 1, that `writer` left in the folder of an artefact.
 
     Args:
         kind: class of the record.
-        file: where it is.
-        what: it is of, for errors: "a saved mask".
-        expected: what the folder should hold.
-        writer: the method that writes such a folder.
+        file: the JSON file.
+        what: the artefact, for errors: "a saved mask".
+        expected: what the folder should hold, for errors.
+        writer: the method that writes such folders, for errors.
 
     Raises:
-        ArtifactError: a missing or foreign file, another version, unknown or missing keys.
+        ArtifactError: the file is missing or foreign, is of another version, or has unknown or missing keys.
     """
     try:
         data = json.loads(file.read_bytes())

@@ -13,22 +13,25 @@ from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
 
 
 class CompressTrainingConfig(TrainingConfig):
-    """How long and how fast a LoRA is trained while it shrinks: shorter and more gently than one that starts anew."""
+    """How long and how fast a LoRA is trained while it shrinks.
+
+    A trained LoRA needs fewer steps and a lower rate than an adapter that starts from zero.
+    """
 
     steps: int = Field(200, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
 
 
 class CompressConfig(FileConfig):
-    """What `gatedadapters compress` does.
+    """The configuration of `gatedadapters compress`, which makes an existing LoRA smaller.
 
     Attributes:
         lora: folder of a LoRA that peft saved for sequence classification.
-        budget: what stays of it.
-        task: what it is trained and tested on.
-        model: its base: a folder, a hub id, or `bundled:NAME`; default: the base that the LoRA names.
-        classes: labels in the order of the LoRA's outputs; default: sorted.
-        training: how long and how fast.
+        budget: the most that may stay of it.
+        task: the labelled task to train and test on.
+        model: the base model: a folder, a hub id, or `bundled:NAME`. Default: the base that the LoRA names.
+        classes: labels in the order of the LoRA's outputs. Default: sorted labels.
+        training: how long and how fast it is trained.
     """
 
     version: Literal[1] = 1
@@ -40,9 +43,9 @@ class CompressConfig(FileConfig):
     training: CompressTrainingConfig = CompressTrainingConfig()
 
     def as_search(self, model: str) -> SearchConfig:
-        """The search that this is, given the name of the base model.
+        """This compression as a search on the base model `model`.
 
-        The penalty acts from the first step: the paths of a trained LoRA mean something already.
+        The penalty acts from the first step, because the paths of a trained LoRA have learned something already.
         """
         search = SearchConfig(
             model=model,
@@ -54,7 +57,7 @@ class CompressConfig(FileConfig):
         return search.read_like(self)
 
     def from_folder(self, folder: FilePath) -> Self:
-        """The same with relative paths counted from `folder`."""
+        """A copy whose relative paths are resolved against `folder`."""
         changes: dict[str, object] = {
             "lora": str(folder / self.lora),
             "task": self.task.from_folder(folder),

@@ -1,4 +1,4 @@
-"""How gates are drawn."""
+"""The configuration of gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ Level = Literal["block", "point", "path", "rank"]
 
 
 class GateConfig(Config):
-    """Constants of the hard-concrete distribution and the levels of the gate hierarchy.
+    """Levels of the gate hierarchy, and constants of the hard-concrete distribution.
+
+    Attributes:
+        levels: which things have gates: blocks, points, paths, ranks. A unit is open if all gates above it are.
+        temperature: beta, the temperature of the concrete distribution.
+        low: gamma, the lower end of the stretched interval.
+        high: zeta, the upper end of the stretched interval.
+        init: initial log alpha. Near 2 to 3, samples still carry gradient.
+        init_spread: standard deviation of log alpha around `init`, which breaks ties.
+        epsilon: the uniform noise is drawn from (epsilon, 1 - epsilon).
+        stochastic: whether training samples gates; otherwise it uses the deterministic gate, as evaluation does.
 
     References:
         Louizos, Welling, Kingma 2018 (arXiv 1712.01312), section 3 and appendix: beta = 2/3, gamma = -0.1, zeta = 1.1,
@@ -22,16 +32,16 @@ class GateConfig(Config):
 
     levels: tuple[Level, ...] = ("rank",)
     temperature: float = Field(2 / 3, gt=0)
-    low: float = Field(-0.1, lt=0, description="gamma, the lower end of the stretched interval")
-    high: float = Field(1.1, gt=1, description="zeta, the upper end of the stretched interval")
-    init: float = Field(2.5, description="initial log alpha; near 2-3 samples still carry gradient")
-    init_spread: float = Field(0.01, ge=0, description="standard deviation around `init`, breaking ties")
-    epsilon: float = Field(1e-6, gt=0, lt=0.5, description="the uniform noise is drawn in (epsilon, 1 - epsilon)")
-    stochastic: bool = Field(True, description="False: training, too, uses the deterministic gate")
+    low: float = Field(-0.1, lt=0)
+    high: float = Field(1.1, gt=1)
+    init: float = 2.5
+    init_spread: float = Field(0.01, ge=0)
+    epsilon: float = Field(1e-6, gt=0, lt=0.5)
+    stochastic: bool = True
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Range that log alpha is kept in."""
+        """The range (lowest, highest) that log alpha is clamped to."""
         return math.log(1e-2), math.log(1e2)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What holds the adapter small: an L0 weight, or a budget that is met exactly."""
+"""What keeps an adapter small: a weight on the L0 penalty, or a budget that is met exactly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ Unit = Literal["params", "flops"]
 
 
 class L0(Config):
-    """`weight` times the expected share of the candidates' cost that is open.
+    """A penalty: `weight` times the expected share of the candidates' cost that is open.
 
-    The share lies in [0, 1] whatever the model, so one weight means the same on 6 layers and on 80.
+    The share lies in [0, 1] for every model, so a weight means the same on 6 layers and on 80.
+
+    Attributes:
+        weight: factor of the share in the loss.
+        unit: the cost that is counted: parameters, or flops per token.
 
     References:
-        Louizos et al. 2018, equation 12, with every gate weighted by the cost it stands for.
+        Louizos, Welling, Kingma 2018 (arXiv 1712.01312), equation 12, with every gate weighted by the cost of what it
+        opens.
     """
 
     weight: float = Field(ge=0)
@@ -25,13 +30,13 @@ class L0(Config):
 
 
 class Budget(Config):
-    """How much the final Structure may cost; give exactly one of `params`, `fraction`, `flops`.
+    """The most that the final Structure may cost. Give exactly one of `params`, `fraction`, `flops`.
 
     Attributes:
-        params: adapter parameters stored in the end.
-        fraction: share of the dense candidates' parameters, in (0, 1].
-        flops: adapter multiply-adds times two, forward, per token.
-        per_task: optional cap on what one task uses, in the same unit as the budget (a share with `fraction`).
+        params: number of adapter parameters that are stored.
+        fraction: share of the parameters of all candidates, in (0, 1].
+        flops: twice the multiply-adds of the adapters in a forward pass, per token.
+        per_task: the most that any one task may use, in the unit of the budget (a share with `fraction`).
     """
 
     params: int | None = Field(None, gt=0)
@@ -47,10 +52,10 @@ class Budget(Config):
 
     @classmethod
     def from_number(cls, text: str, *, where: str) -> Self:
-        """A budget from one number: `0.25` is a share of the candidates, `40000` a number of parameters.
+        """Read a budget from one number: `0.25` is a share of the candidates, `40000` a number of parameters.
 
         Raises:
-            ConfigError: `text`, given at `where`, is no such number.
+            ConfigError: `text`, which was given at `where`, is no such number.
         """
         try:
             value = float(text)
@@ -61,17 +66,17 @@ class Budget(Config):
 
     @property
     def unit(self) -> Unit:
-        """The cost this budget counts."""
+        """The cost that this budget limits."""
         return "flops" if self.flops is not None else "params"
 
     def resolve(self, dense: float) -> float:
-        """The budget in units of cost, given the cost of all candidates."""
+        """The budget in parameters or flops, given the cost of all candidates (`dense`)."""
         if self.fraction is not None:
             return self.fraction * dense
         return float(self.params if self.params is not None else self.flops or 0.0)
 
     def resolve_task(self, dense: float) -> float | None:
-        """The cap per task in units of cost, or None."""
+        """The cap per task in parameters or flops, given the cost of all candidates; None if there is no cap."""
         if self.per_task is None:
             return None
         return self.per_task * dense if self.fraction is not None else self.per_task
@@ -83,11 +88,15 @@ Penalty = L0 | Budget
 class Schedule(Config):
     """When the penalty acts, as shares of the training steps.
 
-    No penalty until `warmup`, so that paths (which start at zero) come to mean something; then the L0 weight or the
-    budget ramps until `ramp`; at `prune` the Structure is fixed and the survivors train on without gate noise. All that
-    comes early: in the runs measured, steps spent on what is dropped cost more than a longer search brought.
-    `prune = None` never prunes during training. With `rewind`, `GatedTrainer` lets the weights' learning rate run
-    through its descent once more after the prune.
+    All of it happens early by default: in the runs measured, steps spent on paths that are dropped cost more than a
+    longer search gained.
+
+    Attributes:
+        warmup: until here there is no penalty, so that paths, which start at zero, can learn something first.
+        ramp: until here the L0 weight or the budget rises to its full strength.
+        prune: here the Structure is fixed, and what it keeps trains on without gate noise. None never prunes during
+            training.
+        rewind: whether `GatedTrainer` starts the learning rate of the weights once more from its peak after the prune.
     """
 
     warmup: float = Field(0.02, ge=0, le=1)
@@ -102,7 +111,7 @@ class Schedule(Config):
         return self
 
     def pressure(self, progress: float) -> float:
-        """How far the ramp has come, 0 to 1, at `progress` in [0, 1] of training."""
+        """Strength of the penalty, 0 to 1, at `progress` in [0, 1] of training."""
         if progress < self.warmup:
             return 0.0
         if progress >= self.ramp:

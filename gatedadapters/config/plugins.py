@@ -1,4 +1,4 @@
-"""What other installed packages add: paths, scores, strategies, noise and perturbations of their own."""
+"""Plugins: other installed packages that register paths, scores, strategies, noise or perturbations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ GROUP = "gatedadapters"
 
 
 def load_plugins() -> None:
-    """Import every module that an installed package names under the entry-point group `gatedadapters`, so that what it
-    registers is known to the command line and to the workers of a study.
+    """Import every module that an installed package names under the entry-point group `gatedadapters`.
+
+    The command line and the workers of a study call this first, so that they know what the modules register.
 
     Raises:
-        ConfigError: one cannot be imported.
+        ConfigError: a module cannot be imported.
     """
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # whatever somebody else's module does
+        except Exception as error:  # a module of others may raise anything
             raise ConfigError(
                 "a plugin cannot be imported",
                 expected=f"an importable {entry.value}",

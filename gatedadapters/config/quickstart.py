@@ -19,14 +19,14 @@ def quickstart_config(
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> SearchConfig:
-    """A real encoder, real tasks, one search under a budget, compared with uniform LoRA and a random structure.
+    """A search on a real encoder and real tasks under a budget, compared with uniform LoRA and a random structure.
 
     Args:
         tasks: names of bundled tasks.
         steps: optimiser steps of each of the three trainings.
-        examples: training examples of each task.
-        seed: of data, gates and batches.
-        device: to train on.
+        examples: number of training examples of each task.
+        seed: seed of data splits, heads, gates and batches.
+        device: the device to train on; `auto` takes the one that accelerate finds.
 
     Raises:
         ConfigError: a value is out of range.

@@ -1,4 +1,4 @@
-"""Which noise or perturbation, and how much of it."""
+"""The configuration of a noise or a perturbation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from gatedadapters.config.base import Config
 
 
 class CorruptionConfig(Config):
-    """A noise or a perturbation, as data.
+    """A noise, which training meets, or a perturbation, which test data meet.
 
     Attributes:
-        kind: a registered name, see `gatedadapters.robustness`.
-        ratio: how much, in [0, 1]; 0 is nothing, which a study may vary.
-        seed: of what is chosen.
+        kind: a registered name; see `gatedadapters.robustness`.
+        ratio: how much of it, in [0, 1]. 0 changes nothing; a study may still vary it from there.
+        seed: decides which texts, tokens or values are changed.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""A whole search as data: model, tasks, space, budget, training. What the command line reads."""
+"""A search as data: model, tasks, search space, budget, training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ BUNDLED = "bundled:"
 
 
 class TaskConfig(Config):
-    """One labelled task: the user's tables, or a bundled one.
+    """One labelled task: tables of the user's, or a bundled task.
 
     Attributes:
-        name: what it is called in results; default: the training table's stem, or the bundled name.
-        train, validation, test: CSV, TSV, JSON lines or parquet. What is missing is split off the training table.
+        name: name of the task in results. Default: the stem of the training table, or the bundled name.
+        train: table of training examples: CSV, TSV, JSON lines or parquet.
+        validation: table of validation examples. Default: they are split off the training table.
+        test: table of test examples. Default: they are split off the training table, unless `validation` is given,
+            which then stands in.
         bundled: name of a task that a data package carries, in place of tables.
-        text, pair, label: columns; `pair` is a second text.
-        max_train, max_test: at most so many examples are used, drawn by seed, stratified.
+        text: column of the text.
+        pair: column of a second text.
+        label: column of the label.
+        max_train: the most training examples to use; more are sampled by seed, stratified by label.
+        max_test: the same for test examples.
     """
 
     name: str | None = None
@@ -49,27 +55,31 @@ class TaskConfig(Config):
 
     @property
     def title(self) -> str:
-        """The name, or what stands for it."""
+        """The name of the task in results: `name`, or its default."""
         return self.name or self.bundled or FilePath(self.train or "").stem
 
     def from_folder(self, folder: FilePath) -> Self:
-        """The same with relative paths of tables counted from `folder`."""
+        """A copy in which relative paths of tables are resolved against `folder`."""
         tables = {part: getattr(self, part) for part in ("train", "validation", "test")}
         return self.model_copy(update={part: file and str(folder / file) for part, file in tables.items()})
 
 
 class TrainingConfig(Config):
-    """How long and how fast.
+    """How long and how fast adapters are trained.
 
     Attributes:
-        steps: optimiser steps of the whole run: search, pruning and what follows.
-        batch_size: examples per step, tasks mixed.
-        learning_rate: of adapters and heads; linear decay after `warmup` (a share of the steps).
-        gate_learning_rate: default: a gate can cross its range within the schedule's ramp.
+        steps: optimiser steps of the whole training: before the prune and after it.
+        batch_size: examples per step; tasks are mixed.
+        learning_rate: highest learning rate of adapters and heads; it decays linearly after the warm-up.
+        gate_learning_rate: learning rate of gates. Default: a gate can cross its range within the schedule's ramp.
+        weight_decay: weight decay of adapters and heads.
+        warmup: share of the steps in which the learning rate rises.
         max_length: tokens after which a text is cut.
-        task_temperature: tasks are drawn with probability n ** (1 / temperature).
-        precision: `auto` takes bf16 where that is faster on this machine.
-        device: `auto` takes what accelerate finds.
+        task_temperature: a task with n examples is drawn with a probability proportional to n ** (1 / temperature).
+        pooling: how a classifier pools hidden states: their mean, or the first position.
+        precision: number format of the forward pass; `auto` takes bf16 where that is faster on this machine.
+        device: `auto` takes the device that accelerate finds.
+        seed: seed of data splits, heads, gates and batches.
     """
 
     steps: int = Field(300, gt=0)
@@ -87,16 +97,19 @@ class TrainingConfig(Config):
 
 
 class SearchConfig(FileConfig):
-    """What `gatedadapters search` does.
+    """The configuration of `gatedadapters search`, which searches the structure of an adapter.
 
     Attributes:
-        model: a folder, a hub id, or `bundled:NAME` for a model that a data package carries.
-        space: a preset, a YAML file, or a search space in place.
-        budget: what the structure may cost.
-        penalty: an L0 weight on the candidates' cost, in place of a budget.
-        noise: what training meets; any kind of `gatedadapters.robustness`.
-        perturbation: of the test texts; scores on them are reported beside those on clean ones.
-        compare: rivals of equal size and equal steps, trained in the same run: `uniform` LoRA ranks at every
+        model: the backbone: a folder, a hub id, or `bundled:NAME` for a model that a data package carries.
+        tasks: one or several labelled tasks; each has gates of its own over shared paths.
+        space: the search space: a preset, a YAML file, or a search space in place.
+        budget: the most that the structure may cost.
+        penalty: a weight on the L0 penalty, in place of a budget.
+        schedule: when the penalty acts, and when the structure is fixed.
+        noise: noise that training meets; any kind of `gatedadapters.robustness`.
+        perturbation: perturbation of test texts; scores on them are reported beside those on clean texts.
+        training: how long and how fast adapters are trained.
+        compare: rivals to train in the same run, with as many parameters and steps: `uniform` LoRA ranks at every
             linear map, a `random` structure out of the same space.
     """
 
@@ -128,25 +141,25 @@ class SearchConfig(FileConfig):
 
     @property
     def limit(self) -> Budget | None:
-        """The budget, unless a penalty stands in its place."""
+        """The budget; None if a penalty stands in its place."""
         return self.budget if self.penalty is None else None
 
     def resolved_space(self) -> SearchSpace:
-        """The search space itself.
+        """The search space as an object, read from its preset or file if need be.
 
         Raises:
-            ConfigError: unknown preset or invalid file.
+            ConfigError: there is no such preset, or the file is not valid.
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
 
     def _yaml_data(self, folder: FilePath | None) -> dict[str, Any]:
         data = super()._yaml_data(folder)
-        if isinstance(self.space, SearchSpace):  # a path's kind is a default of its class, but says what it is
+        if isinstance(self.space, SearchSpace):  # with defaults: a path's `kind` is one, and tells its class
             data["space"] = self.space.model_dump(mode="json", exclude_none=True)
         return data
 
     def from_folder(self, folder: FilePath) -> Self:
-        """The same with relative paths counted from `folder`."""
+        """A copy whose relative paths are resolved against `folder`."""
         changes: dict[str, Any] = {
             "tasks": tuple(task.from_folder(folder) for task in self.tasks),
             "model": found_in(folder, self.model),

@@ -1,4 +1,4 @@
-"""Importance-masked tuning as data: model, general and domain text, selection, training."""
+"""Importance-masked tuning as data: model, general text, domain text, selection, training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class SelectionConfig(Config):
     """How elements are scored and selected; see `score` and `select`.
 
     Attributes:
-        kind: the score.
+        kind: name of the importance score.
         protect: share of elements that stay frozen.
         contrast: λ, how much importance for the domain counts against importance in general.
-        scope: whether the share holds over all tensors or in each.
-        include, exclude: roles or names of parameters.
-        batches: how many batches of each kind of data are scored.
-        batch_size: examples in each of them.
-        seed: of kinds that draw.
+        scope: `global` protects that share of all elements together, `tensor` that share of each tensor.
+        include: roles or names of the parameters to choose from. Default: all.
+        exclude: roles or names of parameters to leave out of these.
+        batches: number of batches, of general and of domain text each, that scores are averaged over.
+        batch_size: examples in each batch.
+        seed: seed of the scores that draw random numbers.
     """
 
     kind: str = "taylor"
@@ -57,15 +58,15 @@ class SelectionConfig(Config):
 
 
 class CorpusConfig(Config):
-    """Text to learn from or to protect.
+    """Text to learn from, or text that says what to protect.
 
     Attributes:
-        file: `.txt` (paragraphs apart by empty lines), or CSV, TSV, JSON lines, parquet.
+        file: a `.txt` file (empty lines separate its paragraphs), or a table: CSV, TSV, JSON lines or parquet.
         bundled: name of a corpus that a data package carries, in place of a file.
-        text: column of the text, or of the question where there is an answer.
-        answer: column of the answer; the loss is then that of the answer alone.
-        held_out: share that is not trained or scored on, but evaluated.
-        max_texts: at most so many texts are used, drawn by seed.
+        text: column of the text, or of the question if there is an answer.
+        answer: column of the answer. The loss is then that of the answer alone.
+        held_out: share of the texts that is used for evaluation alone.
+        max_texts: the most texts to use; more are sampled by seed.
     """
 
     file: str | None = None
@@ -86,16 +87,18 @@ class CorpusConfig(Config):
 
 
 class TuningConfig(Config):
-    """How long and how fast what is free is tuned.
+    """How long and how fast the selected elements of a model are tuned.
 
     Attributes:
-        steps: optimiser steps.
+        steps: number of optimiser steps.
         batch_size: texts, or blocks of running text, per step.
-        learning_rate: linear decay after a warm-up of `warmup` of the steps.
-        max_length: tokens of a block, or after which a text is cut.
-        precision: `bf16` trains under autocast.
-        device: `auto` takes what accelerate finds.
-        seed: of data splits, what is drawn in training, and batches.
+        learning_rate: highest learning rate; it decays linearly after the warm-up.
+        weight_decay: weight decay of what is tuned.
+        warmup: share of the steps in which the learning rate rises.
+        max_length: tokens of a block of running text; any other text is cut after so many.
+        precision: number format of the forward pass; `bf16` trains under autocast.
+        device: `auto` takes the device that accelerate finds.
+        seed: seed of data splits, batches, and random numbers in training.
     """
 
     steps: int = Field(200, gt=0)
@@ -110,12 +113,14 @@ class TuningConfig(Config):
 
 
 class SelectConfig(FileConfig):
-    """What `gatedadapters select` does.
+    """The configuration of `gatedadapters select`, which tunes only what matters little in general.
 
     Attributes:
         model: a causal language model: a folder, a hub id, or `bundled:NAME`.
-        general: text that says what the model must not lose.
-        domain: text it shall learn.
+        general: text that stands for what the model must not lose.
+        domain: text to learn.
+        selection: how elements are scored and selected.
+        training: how long and how fast they are tuned.
     """
 
     version: Literal[1] = 1
@@ -126,7 +131,7 @@ class SelectConfig(FileConfig):
     training: TuningConfig = TuningConfig()
 
     def from_folder(self, folder: FilePath) -> Self:
-        """The same with relative paths counted from `folder`."""
+        """A copy whose relative paths are resolved against `folder`."""
         changes: dict[str, object] = {
             part: corpus.model_copy(update={"file": str(folder / corpus.file)})
             for part, corpus in (("general", self.general), ("domain", self.domain))

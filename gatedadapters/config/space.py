@@ -1,4 +1,4 @@
-"""Search spaces: which points, which candidate paths, which gate levels."""
+"""Search spaces: which points, which candidate paths at them, which gate levels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", 
 
 
 class Where(Config):
-    """Selects points of a layout; every condition given must hold, none given selects everything.
+    """Conditions that select points of a layout. All that are given must hold; without any, every point is selected.
 
     Attributes:
-        sublayers: kinds of sub-layer; `outside` (poolers, heads, projections of embeddings) only where it is named.
+        sublayers: kinds of sub-layer. `outside` (poolers, heads, projections of embeddings) is selected only if it is
+            named here.
         roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
-        blocks: block indices; negative ones count from the end.
+        blocks: indices of blocks; negative ones count from the end.
         stacks: `encoder`, `decoder`, or `""` for a single stack.
-        include, exclude: regular expressions searched in the module's qualified name.
+        include: a regular expression to find in the module's qualified name.
+        exclude: a regular expression that must not be found there.
     """
 
     sublayers: tuple[SublayerKind, ...] | None = None
@@ -48,7 +50,16 @@ class Where(Config):
     def accepts(
         self, *, module: str, block: int, n_blocks: int, stack: str, sublayer: str, role: str | None = None
     ) -> bool:
-        """Whether the module described is selected. `role` None (a whole sub-layer) passes any role condition."""
+        """Whether a module is selected.
+
+        Args:
+            module: its qualified name.
+            block: index of its block.
+            n_blocks: number of blocks in its stack.
+            stack: name of the stack.
+            sublayer: kind of its sub-layer.
+            role: role of a linear map; None for a whole sub-layer, which passes any condition on roles.
+        """
         if self.blocks is not None and block not in {b + n_blocks if b < 0 else b for b in self.blocks}:
             return False
         if self.include is not None and not re.search(self.include, module):
@@ -63,9 +74,13 @@ class Where(Config):
 
 
 class PathOptions(Config):
-    """One candidate: its kind, where it goes, and (in subclasses, beside each path) its own options.
+    """The options of one candidate path. Each kind has a subclass, beside its path, with options of its own.
 
-    A subclass that fixes `kind` is thereby known to search spaces; nothing else has to be registered.
+    A subclass that gives `kind` a default is known to search spaces by that name.
+
+    Attributes:
+        kind: name of the kind of path.
+        at: the points it is offered at.
     """
 
     registry: ClassVar[dict[str, type[PathOptions]]] = {}
@@ -82,17 +97,25 @@ class PathOptions(Config):
 
     @property
     def size(self) -> int:
-        """Number of units (ranks, widths) the candidate has when dense."""
+        """Number of units (ranks or widths) of the whole candidate."""
         return 1
 
     def resized(self, size: int) -> Self:
-        """The same options with `size` units."""
+        """The same options with `size` units.
+
+        Raises:
+            ConfigError: the kind has one unit only, and `size` is another number.
+        """
         if size != self.size:
             raise ConfigError(expected="one unit", got=f"{size} units", where=f"path {self.kind!r}", fix="keep size 1")
         return self
 
     def select(self, units: Sequence[int]) -> Self:
-        """The options of a candidate that keeps only `units` (positions among its units, sorted)."""
+        """The options of a candidate that keeps only some units.
+
+        Args:
+            units: their positions among the units of this candidate, sorted.
+        """
         return self.resized(len(units))
 
 
@@ -110,7 +133,14 @@ AnyPathOptions = Annotated[SerializeAsAny[PathOptions], BeforeValidator(_parse_o
 
 
 class SearchSpace(Config):
-    """Which points, which candidate paths, which gate levels. Plain data; presets lie in `search_spaces/`."""
+    """Which candidate paths a search may choose from, at which points, with which gates. Presets: `search_spaces/`.
+
+    Attributes:
+        name: name of the space, in structures and reports.
+        description: what the space is meant for.
+        gates: levels and constants of the gates.
+        paths: the candidates.
+    """
 
     version: Literal[1] = 1
     name: str = "custom"
@@ -120,10 +150,11 @@ class SearchSpace(Config):
 
     @classmethod
     def load(cls, preset_or_file: str | FilePath) -> Self:
-        """Read a preset by name (`"lora-all-linear"`) or a YAML file by path.
+        """Read a preset by its name (`"lora-all-linear"`) or a YAML file by its path.
 
         Raises:
-            ConfigError: unknown preset (the known ones are listed), unreadable file, unknown or invalid keys.
+            ConfigError: there is no such preset (the error lists them), the file cannot be read, or keys are unknown or
+                invalid.
         """
         path = FilePath(preset_or_file)
         if path.suffix not in {".yaml", ".yml"}:
@@ -144,18 +175,22 @@ class SearchSpace(Config):
         return cls.parse(data, where=str(path))
 
     def with_gates(self, **changes: Any) -> Self:
-        """The same space with other gate constants, e.g. `with_gates(levels=("path", "rank"))`."""
+        """The same space with other fields of its gates, such as `with_gates(levels=("path", "rank"))`.
+
+        Raises:
+            ConfigError: the fields are not valid.
+        """
         gates = GateConfig.parse({**self.gates.model_dump(), **changes}, where="SearchSpace.with_gates")
         return self.model_copy(update={"gates": gates})
 
 
 def presets_folder() -> FilePath:
-    """Folder of the shipped presets: inside the wheel, or at the top of a checkout."""
+    """The folder of the presets: inside the installed package, or at the top of a checkout."""
     package = FilePath(__file__).resolve().parent.parent
     shipped = package / "search_spaces"
     return shipped if shipped.is_dir() else package.parent / "search_spaces"
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the shipped search-space presets."""
+    """Names of the presets of search spaces, sorted."""
     return tuple(sorted(path.stem for path in presets_folder().glob("*.yaml")))

@@ -30,7 +30,8 @@ class Factor(Config):
 
     Attributes:
         values: the list, in the order of the study.
-        low, high: ends of the range; both belong to it.
+        low: the lower end of the range, which belongs to it.
+        high: the upper end, likewise.
         log: whether the range is logarithmic.
         points: number of values that a sensitivity study takes from the range. An optimisation may take any value.
         integer: whether the range has whole numbers only.
@@ -82,21 +83,22 @@ class StudyConfig(Config):
     """The configuration of `gatedadapters study`, which trains, prunes and tests a search with changed fields.
 
     Attributes:
-        name: of the study, in the storage and in the report.
+        name: name of the study, in the storage and in the report.
         description: a paragraph for the report.
         mode: `sensitivity` tries every value of each factor with every seed and scores test data. `optimise` lets a
             sampler choose values that give the best score on validation data.
         search: the search to change. A file may hold it in place, or the path of a search file (see `load`).
         factors: the fields to vary, by dotted path into the search: `penalty.weight` (the sparsity weight),
             `noise.ratio`, `noise.kind`, `perturbation.ratio`, `training.learning_rate`, `tasks.0.max_train`, ...
-        design: of a sensitivity study. `one_factor` changes one factor at a time; `grid` tries all combinations.
+        design: how a sensitivity study combines factors. `one_factor` changes one at a time; `grid` tries all
+            combinations.
         sides: the sides to compare, each with changes of the search for it alone: the `gated` structure, `uniform`
             LoRA of the budget's size, `full` fine-tuning.
-        seeds: of data splits, heads, gates and batches. Each seed is a training of its own.
+        seeds: seeds of data splits, heads, gates and batches. Each seed is a training of its own.
         retries: how often a failed trial is run again.
         trials: number of trials of an optimisation.
-        objectives: of an optimisation: the mean `score`, the `params` kept, the `gap` between scores on clean and on
-            perturbed data. The sampler is TPE for one objective and NSGA-II for several.
+        objectives: goals of an optimisation: the mean `score`, the `params` kept, the `gap` between scores on clean and
+            on perturbed data. The sampler is TPE for one objective and NSGA-II for several.
         constraints: upper limits of `params` and `gap`, lower limit of `score`.
         prune: whether an optimisation with one objective stops unpromising trials early.
     """

@@ -1,4 +1,4 @@
-"""How strongly feed-forward knowledge is weakened, and when; what `gatedadapters transfer` does."""
+"""Weakening of feed-forward knowledge, and the configuration of `gatedadapters transfer`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from gatedadapters.config.space import SearchSpace
 
 
 class Ramp(Config):
-    """A probability that changes over training: `start` until the share `begin` of the steps, then linearly to `end`,
-    which is reached at the share `finish`.
+    """A probability that changes linearly over training.
+
+    Attributes:
+        start: the probability until `begin`.
+        end: the probability from `finish` on.
+        begin, finish: when the change begins and ends, as shares of the steps.
     """
 
     start: float = Field(0.0, ge=0, lt=1)
@@ -29,7 +33,7 @@ class Ramp(Config):
         return self
 
     def at(self, progress: float) -> float:
-        """The probability at `progress` in [0, 1] of training."""
+        """The probability at `progress` in [0, 1] of the steps."""
         if progress >= self.finish:
             return self.end
         if progress <= self.begin:
@@ -38,16 +42,16 @@ class Ramp(Config):
 
 
 class WeakeningConfig(Config):
-    """What `weaken_knowledge` does to every feed-forward sub-layer while a model trains.
+    """How `weaken_knowledge` disturbs every feed-forward sub-layer while a model trains.
 
     Attributes:
-        mask: p_i, with which each neuron of the inner activation is set to 0.
-        drop: p_c, with which a block skips its feed-forward sub-layer.
-        rescale: ablation: divide what stays by the share that stays, as ordinary dropout does. The published method
-            does not.
+        mask: p_i, the probability that a neuron of the inner activation is set to 0.
+        drop: p_c, the probability that a block skips its feed-forward sub-layer.
+        rescale: whether to divide what stays by the share that stays, as ordinary dropout does. The published method
+            does not; this is for ablations.
 
     References:
-        Trans-PEFT (arXiv 2506.06844, ACL 2025); the defaults are its released recipe.
+        Trans-PEFT (arXiv 2506.06844, ACL 2025). The defaults are those of its released code.
     """
 
     mask: float | Ramp = Field(0.0)
@@ -63,28 +67,29 @@ class WeakeningConfig(Config):
 
     @property
     def scheduled(self) -> bool:
-        """Whether a probability changes over training."""
+        """Whether one of the probabilities changes over training."""
         return isinstance(self.mask, Ramp) or isinstance(self.drop, Ramp)
 
     def at(self, progress: float) -> tuple[float, float]:
-        """(p_i, p_c) at `progress` in [0, 1] of training."""
+        """(p_i, p_c) at `progress` in [0, 1] of the steps."""
         mask, drop = (p.at(progress) if isinstance(p, Ramp) else p for p in (self.mask, self.drop))
         return mask, drop
 
 
 class TransferConfig(SearchConfig):
-    """What `gatedadapters transfer` does: train on `model`, test there and on `update`, a later version of it.
+    """The configuration of `gatedadapters transfer`, which trains on `model` and tests there and on its update.
 
     Attributes:
-        update: the new base: a folder, a hub id, or `bundled:NAME`.
-        adapter: a saved adapter of the old base: it is tested as it is, and its structure is what is trained.
-        space: what is trained where no adapter is given, every candidate of it.
-        search: let gates choose out of `space` under `budget` instead.
-        prefer_transferable: the search of the transfer-trained arm prefers places that hang less on feed-forward
-            knowledge (`gatedadapters.transfer.prefer_transferable`).
-        weakening: probabilities of knowledge masking and dropping.
-        seeds: one training of each arm for each; `training.seed` draws the splits of the tables, for all of them.
-        shift_texts: how many test texts the shift of activations is measured on.
+        update: the new base, a later version of `model`: a folder, a hub id, or `bundled:NAME`.
+        adapter: a saved adapter of the old base. It is tested as it is, and its structure is the one to train.
+        space: the search space. Every candidate of it is trained, unless `adapter` or `search` says otherwise.
+        search: whether gates choose out of `space` under `budget`.
+        prefer_transferable: whether the search of the transfer-trained arm prefers points that depend less on
+            feed-forward knowledge (`gatedadapters.transfer.prefer_transferable`).
+        weakening: probabilities of masking and dropping feed-forward knowledge.
+        seeds: seeds of training. Each arm is trained once for each. `training.seed` draws the splits of the tables, the
+            same for all.
+        shift_texts: number of test texts on which the shift of activations is measured.
     """
 
     update: str
@@ -117,6 +122,6 @@ class TransferConfig(SearchConfig):
         return self
 
     def from_folder(self, folder: FilePath) -> Self:
-        """The same with relative paths counted from `folder`."""
+        """A copy whose relative paths are resolved against `folder`."""
         changes = {"update": found_in(folder, self.update), "adapter": self.adapter and found_in(folder, self.adapter)}
         return super().from_folder(folder).model_copy(update=changes)

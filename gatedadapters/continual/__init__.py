@@ -1,12 +1,14 @@
 """Continual tuning: probe what a task needs, tune that alone, task after task."""
 
 from gatedadapters.continual.carry import carry_core
+from gatedadapters.continual.check import check_stream
 from gatedadapters.continual.core import Core, random_core, select_core
 from gatedadapters.continual.metrics import Metrics, intervals, metrics_table
 from gatedadapters.continual.probing import Probe, probe
 from gatedadapters.continual.result import StageRecord, StreamResult
 from gatedadapters.continual.runner import run_stream
-from gatedadapters.continual.strategies import Strategy, register, strategy_kinds
+from gatedadapters.continual.stage import Stage, StreamSetup
+from gatedadapters.continual.strategies import Strategy, TunedStage, register, strategy_kinds
 from gatedadapters.continual.tasks import Task, TaskStream, answer_task, choice_tasks, classification_tasks
 from gatedadapters.continual.tensors import TensorInfo, tensors_of
 
@@ -14,14 +16,18 @@ __all__ = [
     "Core",
     "Metrics",
     "Probe",
+    "Stage",
     "StageRecord",
     "Strategy",
     "StreamResult",
+    "StreamSetup",
     "Task",
     "TaskStream",
     "TensorInfo",
+    "TunedStage",
     "answer_task",
     "carry_core",
+    "check_stream",
     "choice_tasks",
     "classification_tasks",
     "intervals",

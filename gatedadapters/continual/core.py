@@ -22,7 +22,7 @@ from gatedadapters.masking.selection import lowest
 from gatedadapters.reporting.tables import format_table
 
 CORE = "core.json"
-Kind = Literal["l2_fisher", "cosine", "delta"]
+CoreKind = Literal["l2_fisher", "cosine", "delta"]
 Chosen = Mapping[str, Tensor]
 """Flat positions of the selected elements, sorted int64, by tensor."""
 
@@ -104,7 +104,7 @@ def select_core(
     probes: Sequence[Probe],
     index: int,
     *,
-    kind: Kind = "l2_fisher",
+    kind: CoreKind = "l2_fisher",
     share: float = 0.1,
     granularity: Literal["tensor", "element"] = "tensor",
     previous: Sequence[Core] = (),
@@ -153,7 +153,7 @@ def select_core(
         used = {name for core in previous for name in core.indices}
         scores = _tensor_scores(infos, probes, index, kind)
         left = [name for name in infos if name not in used]
-        count = min(len(left), tensors_in(share, len(infos)))
+        count = min(len(left), share_of_tensors(share, len(infos)))
         best = set(sorted(left, key=lambda name: -scores[name])[:count])  # stable: ties go to what comes first
         indices = {name: torch.arange(infos[name].numel) for name in infos if name in best}
     else:
@@ -178,7 +178,7 @@ def select_core(
     return Core(indices, every, kind, scores)
 
 
-def tensors_in(share: float, count: int) -> int:
+def share_of_tensors(share: float, count: int) -> int:
     """How many of `count` tensors a share is, at least one; rounded down, as released."""
     return max(1, math.floor(share * count + 1e-9))
 
@@ -309,7 +309,7 @@ def _restricted(infos: Mapping[str, TensorInfo], names: Collection[str] | None) 
 
 
 def _tensor_scores(
-    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: Kind
+    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: CoreKind
 ) -> dict[str, float]:
     """Larger is more core."""
     record = probes[index].record
@@ -323,7 +323,7 @@ def _tensor_scores(
 
 
 def _element_keys(
-    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: Kind
+    infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: CoreKind
 ) -> dict[str, Tensor]:
     """Smaller is more core; flat fp32 by tensor."""
     own = probes[index]

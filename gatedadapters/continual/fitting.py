@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from gatedadapters.continual.tasks import Collate
-from gatedadapters.errors import TrainingError
+from gatedadapters.continual.measures import Collate
 from gatedadapters.training import FollowOptimizer, GatedTrainer
-from gatedadapters.training.checked import check_launch
+from gatedadapters.training.checked import check_finite_loss, check_launch
 from gatedadapters.training.trainer import split_groups
 
 COMPLETE = "complete"
 CHECKPOINT_STEPS = 200  # unless said otherwise
-Penalty = Callable[[], Tensor]
+PenaltyTerm = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Recipe:
 class _Staged(Trainer):
     """A rate of their own for heads, a penalty beside the loss, checkpoints of what is trained alone."""
 
-    penalty: Penalty | None = None
+    penalty: PenaltyTerm | None = None
     heads: tuple[nn.Parameter, ...] = ()
     head_rate: float | None = None
 
@@ -77,14 +76,8 @@ class _Staged(Trainer):
         loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         if model.training and self.penalty is not None:
             loss = loss + self.penalty()
-        if model.training and not bool(torch.isfinite(loss).all()):
-            raise TrainingError(
-                "the loss is not finite",
-                expected="a finite loss",
-                got=str(float(loss.detach().mean())),
-                where=f"optimiser step {self.state.global_step}",
-                fix="lower the learning rate or the penalty",
-            )
+        if model.training:
+            check_finite_loss(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -128,7 +121,7 @@ def fit(
     folder: Path,
     seed: int,
     heads: Sequence[str] = (),
-    penalty: Penalty | None = None,
+    penalty: PenaltyTerm | None = None,
     gated: dict[str, Any] | None = None,
 ) -> float:
     """Train what requires gradients; goes on from the last whole checkpoint in `folder`, to the same bits. Returns the

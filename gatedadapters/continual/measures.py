@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,34 @@ from gatedadapters.data.language import IGNORED, LanguageCollator, LanguageDatas
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.training import MultiTaskClassifier
 
-if TYPE_CHECKING:
-    from gatedadapters.continual.tasks import Task
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+"""From a list of examples to a batch."""
 
 BATCH = 64
 
 
+class MeasuredTask(Protocol):
+    """What a measure reads of a `Task`; see there."""
+
+    @property
+    def train(self) -> Any:
+        """Examples to learn from."""
+
+    @property
+    def held_out(self) -> Any:
+        """Examples to score on."""
+
+    @property
+    def collate(self) -> Collate:
+        """From a list of examples to a batch."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, task: Task) -> float:
+def accuracy(model: nn.Module, task: MeasuredTask) -> float:
     """Share of examples whose class is found, of the task's own classes where it names them."""
     right, total = 0, 0
     for batch in _batches(model, task.held_out, task):
@@ -35,7 +55,7 @@ def accuracy(model: nn.Module, task: Task) -> float:
 
 
 @torch.no_grad()
-def exact_match(model: nn.Module, task: Task) -> float:
+def exact_match(model: nn.Module, task: MeasuredTask) -> float:
     """Share of examples whose labelled tokens greedy decoding would all give: each is the likeliest after the true
     ones before it.
     """
@@ -56,7 +76,7 @@ class ChoiceAccuracy:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, task: Task) -> float:
+    def __call__(self, model: nn.Module, task: MeasuredTask) -> float:
         """Score `task.held_out`, a sequence of `ChoiceExample`."""
         collate, right, device = LanguageCollator(self.tokenizer), 0, _device(model)
         for example in task.held_out:
@@ -89,7 +109,7 @@ def question_once(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def nearest_class(model: nn.Module, task: Task) -> float:
+def nearest_class(model: nn.Module, task: MeasuredTask) -> float:
     """Share of held-out examples that lie nearest to the mean of their class in the training data, by the angle between
     pooled hidden states: what a classifier's backbone tells apart, read out without any trained head.
     """
@@ -106,7 +126,7 @@ def prompt(example: ChoiceExample) -> str:
     return f"{example.passage}\nQuestion: {example.question}\nAnswer:".strip()
 
 
-def _pooled(model: nn.Module, data: Sequence[Any], task: Task) -> tuple[Tensor, Tensor]:
+def _pooled(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> tuple[Tensor, Tensor]:
     assert isinstance(model, MultiTaskClassifier), "nearest_class reads the hidden states of a MultiTaskClassifier"
     features, labels = [], []
     for batch in _batches(model, data, task):
@@ -116,7 +136,7 @@ def _pooled(model: nn.Module, data: Sequence[Any], task: Task) -> tuple[Tensor, 
     return torch.cat(features), torch.cat(labels)
 
 
-def _batches(model: nn.Module, data: Sequence[Any], task: Task) -> Iterator[dict[str, Tensor]]:
+def _batches(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> Iterator[dict[str, Tensor]]:
     """All examples on the model's device, those of like length together, which saves padding."""
     device = _device(model)
     order = sorted(range(len(data)), key=lambda index: len(data[index]["input_ids"]))

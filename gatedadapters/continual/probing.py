@@ -22,7 +22,7 @@ from gatedadapters.config.base import Config
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.fitting import CHECKPOINT_STEPS, Recipe, fit, phase_seed
 from gatedadapters.continual.states import Snapshot, digest, state_of
-from gatedadapters.continual.tasks import Task
+from gatedadapters.continual.tasks import Task, first_example
 from gatedadapters.continual.tensors import tensors_of
 from gatedadapters.errors import ArtifactError
 from gatedadapters.masking import Scores, score
@@ -34,7 +34,7 @@ from gatedadapters.safe_files import leftovers, opened, whole_folder, write_tens
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
 REQUEST = "request.json"
-FILES = frozenset({RECORD, DELTAS, FISHER})
+PROBE_FILES = frozenset({RECORD, DELTAS, FISHER})
 
 
 class ProbeRecord(Config):
@@ -204,7 +204,7 @@ def probe(
         _check_same(earlier.record.request, request, path)
         shutil.rmtree(running, ignore_errors=True)
         return earlier
-    infos = tensors_of(model, heads, _sample(model, task))
+    infos = tensors_of(model, heads, first_example(model, task))
     _claim(running, request)
     data = _part(task.train, config.fraction, seed)
     steps = config.steps or math.ceil(config.epochs * math.ceil(len(data) / config.batch_size))
@@ -237,7 +237,7 @@ def probe(
         )
         for parameter in model.parameters():
             parameter.grad = None  # before the squared gradients take as much
-        with whole_folder(path, files=FILES) as new:
+        with whole_folder(path, files=PROBE_FILES) as new:
             norms = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
             found = score(
                 model, _batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
@@ -328,10 +328,3 @@ def _write_deltas(
             deltas[name] = change.to(dtype)
     write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
     return {name: norms[name] for name in current if name in names}
-
-
-def _sample(model: nn.Module, task: Task) -> dict[str, Tensor]:
-    """One example without its label, to discover a layout by."""
-    batch = task.collate([task.train[0]])
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items() if key != "labels"}

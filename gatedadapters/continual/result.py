@@ -48,9 +48,10 @@ class StageRecord(Config):
 
     Attributes:
         scores: on every task, in the order of the stream: a row of R.
-        elements, tensors: trained, heads not counted; of paths that were merged, tensors counts those of the backbone
-            that they changed. None where no part of the backbone was chosen or changed.
-        seconds, probe_seconds: of training, and of finding out what to train.
+        elements: how many were trained, heads not counted.
+        tensors: how many were trained, or changed by paths that were merged; None where no part of the backbone was.
+        seconds: of training.
+        probe_seconds: of finding out what to train.
         bytes: to store this task: what it changed (heads included), or its adapter.
         state: digest of the model afterwards.
     """
@@ -75,7 +76,7 @@ class BaselineRecord(Config):
     general: float | None
 
 
-class Attached(Config):
+class AttachedAdapters(Config):
     """Adapters that a strategy leaves on the model, as they were attached.
 
     Attributes:
@@ -106,6 +107,11 @@ class StreamResult:
         stages: one after the other.
         folder: where its states are, None where they were not kept.
     """
+
+    record: StreamRecord
+    baseline: BaselineRecord
+    stages: list[StageRecord]
+    folder: Path | None
 
     def __init__(
         self, record: StreamRecord, baseline: BaselineRecord, stages: list[StageRecord], folder: Path | None
@@ -211,7 +217,7 @@ class StreamResult:
         attached = places[0].parent / MEMORY / ATTACHED
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
-            Attached.model_validate_json(attached.read_bytes()).attach(model)
+            AttachedAdapters.model_validate_json(attached.read_bytes()).attach(model)
         try:
             found = digest(model)
             if found not in states:
@@ -241,7 +247,7 @@ class StreamResult:
         return {task: place for task, place in places.items() if place.is_dir()}
 
     def shelf(self, model: nn.Module) -> Shelf:
-        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name::
+        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name:
 
             with result.shelf(model).using("mood"):
                 model(**batch)

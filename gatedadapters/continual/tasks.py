@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.continual.digests import data_digest
-from gatedadapters.continual.measures import ChoiceAccuracy, accuracy, exact_match, nearest_class, prompt
+from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, nearest_class, prompt
 from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
 from gatedadapters.errors import DataError, TaskError
 from gatedadapters.supernet.attach import find_heads
 from gatedadapters.training import MultiTaskClassifier
-
-Measure = Callable[[nn.Module, "Task"], float]
-Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Task:
     train: Any
     held_out: Any
     collate: Collate
-    measure: Measure = accuracy
+    measure: Callable[[nn.Module, Task], float] = accuracy
     classes: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
@@ -226,6 +223,15 @@ def answer_task(
         raise DataError("a question has no answer", expected="an answer for each", got="none", where=f"task {name!r}")
     learned, scored = (LanguageDataset(p, tokenizer, max_length) if p else () for p in (train, held_out))
     return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
+
+
+def first_example(model: nn.Module, task: Task) -> dict[str, Tensor]:
+    """The task's first training example as a batch on the model's device, without its label: a layout is discovered
+    with it.
+    """
+    batch = task.collate([task.train[0]])
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
 
 def check_mixing(tasks: Sequence[Task], kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Users' tables, bundled real tasks and models, and batches that mix tasks."""
+"""Data: tables and texts of the user's, bundled real tasks and models, and batches that mix tasks."""
 
 from gatedadapters.data.collate import MixedTaskCollator, MixedTaskDataset, TaskSampler, task_sampler
 from gatedadapters.data.files import read_task

@@ -1,4 +1,4 @@
-"""From tasks to batches: a tokenised data set, a collator that keeps task ids, a balancing sampler."""
+"""From labelled tasks to batches: a tokenised data set, a collator, and a sampler that balances the tasks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ Feature = dict[str, Any]
 
 
 class MixedTaskDataset(Dataset[Feature]):
-    """One split of several tasks, tokenised once, task after task; the items carry their task's position.
+    """One split of several tasks, tokenised when it is built. The examples of the first task come first.
 
-    An item holds ``input_ids`` and ``attention_mask`` (lists of up to ``max_length`` ints),
-    ``token_type_ids`` where the tokenizer makes them, ``labels`` (a class index of its own task) and
-    ``task_ids``. A transformers Trainer drops ``task_ids`` unless its arguments say
-    ``remove_unused_columns=False``.
+    An item holds `input_ids` and `attention_mask` (lists of up to `max_length` ints), `token_type_ids` if the tokenizer
+    makes them, `labels` (the index of a class of its task) and `task_ids` (the position of its task). transformers'
+    Trainer drops `task_ids` unless its arguments say `remove_unused_columns=False`.
 
     Args:
-        tasks: The tasks; their order gives the task ids.
-        tokenizer: Of the model the data is for.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        max_length: Tokens after which an example is cut.
+        tasks: the tasks; their order gives the task ids.
+        tokenizer: the tokenizer of the model.
+        split: `"train"`, `"validation"` or `"test"`.
+        max_length: tokens after which an example is cut.
 
     Attributes:
-        sizes: How many examples each task has here.
+        sizes: number of examples of each task in this split.
 
     Raises:
         DataError: there is no task, or a task lacks the split.
@@ -67,14 +66,14 @@ class MixedTaskDataset(Dataset[Feature]):
 
 
 class MixedTaskCollator:
-    """Pads a list of features to the longest among them.
+    """Pads items of a `MixedTaskDataset` to the longest of a batch.
 
-    Returns ``input_ids``, ``attention_mask`` (and ``token_type_ids``) as LongTensors ``(batch, length)``;
-    ``labels`` and ``task_ids`` as LongTensors ``(batch,)``.
+    A batch holds `input_ids`, `attention_mask` (and `token_type_ids`) as LongTensors of shape (batch, length), `labels`
+    and `task_ids` as LongTensors of shape (batch,).
 
     Args:
-        tokenizer: Says what to pad with and on which side.
-        max_length: Tokens after which an example is cut, or None to trust the data set.
+        tokenizer: decides what to pad with, and on which side.
+        max_length: tokens after which an example is cut; None leaves examples as the data set cut them.
 
     Raises:
         DataError: the tokenizer has no padding token; a batch is empty or its features differ in their keys.
@@ -89,7 +88,7 @@ class MixedTaskCollator:
         self.fill = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": tokenizer.pad_token_type_id}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collate ``features``; see the class."""
+        """Make one batch of `features`."""
         keys = {frozenset(feature) for feature in features}
         if len(keys) != 1:
             got = " and ".join(str(sorted(found)) for found in keys) or "an empty batch"
@@ -107,7 +106,7 @@ class MixedTaskCollator:
 
 
 class TaskSampler(Sampler[int]):
-    """Draws indices into a :class:`MixedTaskDataset` with temperature sampling; see :func:`task_sampler`."""
+    """Draws indices into a `MixedTaskDataset`; `task_sampler` builds one and says how it draws."""
 
     def __init__(
         self, sizes: Sequence[int], *, temperature: float, batch_size: int, num_samples: int, seed: int
@@ -126,7 +125,7 @@ class TaskSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw differently from now on; accelerate and transformers call this at the start of every epoch."""
+        """Draw other indices from now on. accelerate and transformers call this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -139,7 +138,7 @@ class TaskSampler(Sampler[int]):
         streams = [_shuffled_forever(size, generator) for size in self.sizes]
         for first in range(0, self.num_samples, self.batch_size):
             count = min(self.batch_size, self.num_samples - first)
-            # one random offset for evenly spaced positions: each task's share is met to within one example
+            # Positions evenly spaced in [0, 1) from one random offset meet each task's share to within one example.
             positions = (np.arange(count) + generator.random()) / count
             tasks = np.minimum(np.searchsorted(edges, positions, side="right"), len(self.sizes) - 1)
             for task in generator.permutation(tasks):
@@ -149,19 +148,18 @@ class TaskSampler(Sampler[int]):
 def task_sampler(
     sizes: Sequence[int], *, temperature: float = 2.0, batch_size: int, num_samples: int, seed: int = 0
 ) -> TaskSampler:
-    """Temperature sampling across tasks of unequal size, in batches that mix the tasks.
+    """A sampler across tasks of unequal size, in batches that mix the tasks.
 
-    Task t is drawn with probability ``n_t ** (1 / temperature)`` up to scale: 1 follows the sizes, infinity
-    makes all tasks equal. Every run of ``batch_size`` indices meets each task's share to within one example,
-    and a task's examples come in shuffled passes, none twice before all came once. Deterministic by seed and
-    epoch.
+    Task t is drawn with a probability proportional to `n_t ** (1 / temperature)`. Every batch of `batch_size` indices
+    meets each task's share to within one example. The examples of a task come in shuffled passes: none comes twice
+    before all came once. The draw depends on the seed and the epoch alone.
 
     Args:
-        sizes: Examples per task, in the order of the tasks: ``MixedTaskDataset.sizes``.
-        temperature: Larger is more even.
-        batch_size: The loader's batch size.
-        num_samples: Indices in one pass over the sampler.
-        seed: What everything is drawn from.
+        sizes: number of examples of each task, in the order of the tasks: `MixedTaskDataset.sizes`.
+        temperature: 1 draws tasks in proportion to their sizes; infinity draws all equally often.
+        batch_size: batch size of the loader.
+        num_samples: number of indices in one pass over the sampler.
+        seed: seed of the draw.
 
     Raises:
         DataError: a size, the temperature, the batch size or the number of samples is not positive.
@@ -173,5 +171,6 @@ def task_sampler(
 
 
 def _shuffled_forever(size: int, generator: np.random.Generator) -> Iterator[int]:
+    """Indices below `size`, in a new random order each time that all have come."""
     while True:
         yield from (int(index) for index in generator.permutation(size))

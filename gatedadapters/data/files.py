@@ -1,7 +1,6 @@
-"""Users' labelled tables: CSV, TSV, JSON lines and parquet.
+"""Labelled tables of the user's: CSV, TSV, JSON lines and parquet.
 
-To read another format, write one function ``(path) -> (columns, records)`` and name its suffix in
-``_READERS``.
+To read another format, write a function that takes a path and returns a `_Table`, and enter its suffix in `_READERS`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
 
-_Table = list[tuple[str, dict[str, Any]]]  # where each record was read, and its cells by column
+_Table = list[tuple[str, dict[str, Any]]]  # of each record: its file and line, and its cells by column
 
 
 class _Labelled(NamedTuple):
-    """One validated record; ``where`` is for messages."""
+    """One validated record. `where` is its file and line, for errors."""
 
     where: str
     text: str
@@ -41,29 +40,29 @@ def read_task(
     max_examples: int | None = None,
     seed: int = 0,
 ) -> TextTask:
-    """A user's labelled table, or tables, as a task.
+    """Read one labelled table, or a table for each split, as a task.
 
-    The suffix says the format, in small or capital letters: ``.csv``, ``.tsv`` (in which quotes are text),
-    ``.jsonl`` or ``.parquet``. A split that has a table of its own is taken as it is. The others are drawn from the
-    training table, stratified and deterministic by seed: validation, and test too where ``train`` is the only table.
-    What is split is made distinct first: a repeated text is kept once, a text with two labels not at all.
+    The suffix of a file, in small or capital letters, tells its format: `.csv`, `.tsv` (in which quotes are text),
+    `.jsonl` or `.parquet`. A split with a table of its own is that table. Without a validation table, validation
+    examples are split off the training table; if there is no test table either, so are test examples. Splitting is
+    stratified and depends on the seed alone. Before it, a repeated text is reduced to one, and a text with two labels
+    is dropped.
 
     Args:
-        train: The training table, or the only one.
-        validation: The validation table.
-        test: The test table.
-        text: The column of the text.
-        pair: The column of a second text, for tasks over two.
-        label: The column of the label: text, whole numbers or booleans. Classes are sorted, numbers by value.
-        name: What to call the task; the training table's stem where None.
-        fractions: Shares of train, validation and test where the training table is split.
-        max_examples: At most so many examples are kept of each table, stratified.
-        seed: What is drawn is drawn from this.
+        train: the training table, or the only one.
+        validation: the validation table.
+        test: the test table.
+        text: column of the text.
+        pair: column of a second text, for tasks over two texts.
+        label: column of the label: text, whole numbers or booleans. Classes are sorted, numbers by value.
+        name: name of the task. Default: the stem of the training table.
+        fractions: shares of train, validation and test when the training table is split.
+        max_examples: the most examples to keep of each table; more are sampled, stratified.
+        seed: seed of the splits and samples.
 
     Raises:
-        DataError: a file is missing, empty, malformed or of another format; a column is missing; a cell is
-            not text; there is a single class; a label occurs that the training table lacks; or a table is too
-            small to split.
+        DataError: a file is missing, empty, malformed or of another format; a column is missing; a cell is not text;
+            there is only one class; a label occurs that the training table lacks; or a table is too small to split.
     """
     if min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
         expected = "three shares (train, validation, test) that sum to 1"
@@ -100,14 +99,14 @@ def read_task(
 
 
 def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, dict[str, object]]]:
-    """The records of a table, each with the place it came from.
+    """The records of a table: of each its file and line, and its cells by column.
 
     Args:
         path: CSV, TSV, JSON lines or parquet.
-        columns: what must be there, by the option that names it.
+        columns: the columns that must be there, by the option that names them; None asks for no column.
 
     Raises:
-        DataError: a missing, empty or malformed file, or a missing column.
+        DataError: the file is missing, empty, malformed or of another format, or a column is missing.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
@@ -150,10 +149,10 @@ def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labe
 
 
 def cell_text(cell: object, where: str) -> str:
-    """A cell that holds text.
+    """The text of a cell.
 
     Raises:
-        DataError: it holds none.
+        DataError: the cell, which lies at `where`, holds no text.
     """
     if not isinstance(cell, str) or not cell.strip():
         raise DataError("a cell is not text", expected="some text", got=repr(cell), where=where)
@@ -190,7 +189,7 @@ def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | 
 
 
 def _head(rows: list[Row], count: int | None, seed: int) -> list[Row]:
-    """At most ``count`` rows, stratified; all of them in their own order where there are no more."""
+    """A stratified sample of `count` rows; all rows, in their order, if there are no more."""
     return [rows[index] for index in stratified_sample([row.label for row in rows], count, seed)]
 
 
@@ -215,8 +214,9 @@ def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3], fix: str
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Within this context the csv module takes cells of any length (it stops at 131,072 characters, its limit for the
-    whole process; a book in a cell is longer).
+    """A context in which the csv module reads cells of any length.
+
+    Its default limit, which holds for the whole process, is 131,072 characters. A book in a cell is longer.
     """
     before = csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
     try:
@@ -230,7 +230,7 @@ def _read_csv(path: Path) -> _Table:
 
 
 def _read_tsv(path: Path) -> _Table:
-    # a stray quote would make one record of all up to the next one
+    # If quotes meant something, a stray one would join all records up to the next quote.
     fix = "quotes mean nothing in a .tsv: save cells that hold tabs or line breaks as .csv"
     return _read_delimited(path, "\t", csv.QUOTE_NONE, fix)
 

@@ -1,4 +1,4 @@
-"""Text for language models: running text in blocks, or questions whose answers alone count."""
+"""Text for language models: running text in blocks, or questions of which only the answers are learned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class Passage(NamedTuple):
-    """A text, or a question and its answer."""
+    """A text, or a question (`text`) and its answer."""
 
     text: str
     answer: str | None = None
@@ -28,12 +28,12 @@ def read_passages(file: str | Path, *, text: str = "text", answer: str | None = 
     """The passages of a file, in its order.
 
     Args:
-        file: `.txt`, paragraphs apart by empty lines, or a table.
+        file: a `.txt` file, whose paragraphs are separated by empty lines, or a table.
         text: column of the text, or of the question.
-        answer: column of the answer.
+        answer: column of the answer; None reads texts alone.
 
     Raises:
-        DataError: a missing, empty or malformed file, or a missing column.
+        DataError: the file is missing, empty or malformed, or a column is missing.
     """
     path = Path(file)
     if path.suffix.lower() != ".txt":
@@ -56,7 +56,7 @@ def read_passages(file: str | Path, *, text: str = "text", answer: str | None = 
 
 
 def sample_passages(passages: Sequence[Passage], count: int | None, *, seed: int) -> list[Passage]:
-    """At most `count` passages, at random by seed, in their own order; all of them where there are no more."""
+    """A random sample of `count` passages, in their order; all passages if there are no more, or if `count` is None."""
     if count is None or len(passages) <= count:
         return list(passages)
     order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))
@@ -66,16 +66,19 @@ def sample_passages(passages: Sequence[Passage], count: int | None, *, seed: int
 def split_passages(
     passages: Sequence[Passage], held_out: float, *, seed: int, where: object = None
 ) -> tuple[list[Passage], list[Passage]]:
-    """(to learn from, held out), at random by seed; each text lies on one side only.
+    """Split passages at random. A repeated passage is kept once, so that no text lies on both sides.
 
     Args:
-        passages: all of them.
-        held_out: which share to hold out.
-        seed: of the draw.
-        where: they come from, for errors.
+        passages: the passages to split.
+        held_out: the share to hold out; at least one passage is held out and one is not.
+        seed: seed of the draw.
+        where: where the passages come from, for errors.
+
+    Returns:
+        The passages to learn from, and those that are held out.
 
     Raises:
-        DataError: fewer than two distinct texts.
+        DataError: there are fewer than two distinct passages.
     """
     distinct = list(dict.fromkeys(passages))
     if len(distinct) < 2:
@@ -92,13 +95,18 @@ def split_passages(
 
 
 class LanguageDataset(Dataset[dict[str, Any]]):
-    """Items with `input_ids`, `attention_mask` and `labels`, lists of at most `max_length` ints.
+    """Items with `input_ids`, `attention_mask` and `labels`: lists of at most `max_length` ints.
 
-    Passages without an answer are joined, an end-of-text token between them, and cut into blocks of `max_length`; with
-    one, each is an item of its own whose labels are -100 on the question.
+    Passages without an answer are joined, with an end-of-text token between them, and cut into blocks of `max_length`
+    tokens. A passage with an answer is an item of its own; its labels are -100 on the question, which the loss ignores.
+
+    Args:
+        passages: the texts, or questions and answers.
+        tokenizer: the tokenizer of the model.
+        max_length: tokens of a block, or after which a question is cut.
 
     Raises:
-        DataError: no passage gives a token to predict.
+        DataError: no passage has a token to predict.
     """
 
     def __init__(self, passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> None:
@@ -112,7 +120,7 @@ class LanguageDataset(Dataset[dict[str, Any]]):
                 continue
             answer = list(tokenizer(f" {passage.answer.strip()}", add_special_tokens=False)["input_ids"]) + end
             answer = answer[: max_length - 1]
-            ids = ids[-(max_length - len(answer)) :]  # of a long question, what stands next to the answer
+            ids = ids[-(max_length - len(answer)) :]  # a long question keeps its end, next to the answer
             self._add(ids + answer, [IGNORED] * len(ids) + answer)
         for start in range(0, len(stream), max_length):
             block = stream[start : start + max_length]
@@ -139,7 +147,7 @@ class LanguageCollator:
         self.fill = {"input_ids": int(pad or 0), "attention_mask": 0, "labels": IGNORED}
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate."""
+        """Make one batch: LongTensors of shape (batch, length)."""
         length = max(len(feature["input_ids"]) for feature in features)
         return {
             key: torch.tensor([list(f[key]) + [fill] * (length - len(f[key])) for f in features])

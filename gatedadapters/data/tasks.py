@@ -1,4 +1,4 @@
-"""Labelled tasks as plain data: what the readers return and what datasets are built from."""
+"""Labelled tasks as plain data: what readers return, and what data sets are built from."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Examples:
     """The examples of one split.
 
     Attributes:
-        texts: One text per example.
-        labels: One class index per example, into the task's ``classes``.
-        pairs: A second text per example (a passage, a hypothesis), or None for single-text tasks.
+        texts: one text per example.
+        labels: one index per example, into the task's `classes`.
+        pairs: a second text per example (a passage, a hypothesis); None in tasks over one text.
     """
 
     texts: list[str]
@@ -49,14 +49,14 @@ class Examples:
         return len(self.texts)
 
     def sample(self, count: int | None, seed: int) -> Examples:
-        """At most ``count`` examples, stratified; all of them in their own order where there are no more."""
+        """A stratified sample of `count` examples; all examples, in their order, if there are no more."""
         chosen = stratified_sample(self.labels, count, seed)
         pairs = None if self.pairs is None else [self.pairs[i] for i in chosen]
         return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen], pairs)
 
     @staticmethod
     def from_rows(rows: Iterable[Row]) -> Examples:
-        """Columns from rows, which either all have a second text or all have none."""
+        """The columns of rows, of which either all have a second text or none has."""
         rows = list(rows)
         pairs = [row.pair for row in rows if row.pair is not None]
         return Examples([row.text for row in rows], [row.label for row in rows], pairs or None)
@@ -64,14 +64,14 @@ class Examples:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A labelled text-classification task, split.
+    """A labelled text-classification task, in splits.
 
     Attributes:
-        name: What the task is called in tables and logs.
-        train: What is trained on.
-        validation: What decisions are made on.
-        test: What is reported, or None where the user gave none.
-        classes: The name of every class; labels index into it.
+        name: name of the task in tables and logs.
+        train: examples to train on.
+        validation: examples to base decisions on.
+        test: examples to report results on; None if the user gave none.
+        classes: names of the classes; labels are indices into it.
     """
 
     name: str
@@ -82,14 +82,14 @@ class TextTask:
 
     @property
     def n_classes(self) -> int:
-        """How many classes a head for this task distinguishes."""
+        """Number of classes, which is the number of outputs of a head for this task."""
         return len(self.classes)
 
     def split(self, name: str) -> Examples:
         """The examples of one split.
 
         Raises:
-            DataError: ``name`` is no split, or the task has no test split.
+            DataError: there is no such split, or the task has no test split.
         """
         _check_split(name, self.name)
         examples = {"train": self.train, "validation": self.validation, "test": self.test}[name]
@@ -101,7 +101,7 @@ class TextTask:
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """One multiple-choice question: ``answer`` indexes ``choices``; ``passage`` may be empty."""
+    """One multiple-choice question. `answer` is an index into `choices`; `passage` may be empty."""
 
     question: str
     choices: tuple[str, ...]
@@ -111,7 +111,7 @@ class ChoiceExample:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A multiple-choice task, split. The number of choices may differ between its questions."""
+    """A multiple-choice task, in splits. Its questions may differ in their number of choices."""
 
     name: str
     train: tuple[ChoiceExample, ...]
@@ -122,19 +122,19 @@ class ChoiceTask:
         """The questions of one split.
 
         Raises:
-            DataError: ``name`` is no split.
+            DataError: there is no such split.
         """
         _check_split(name, self.name)
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
 def text_key(*texts: str | None) -> str:
-    """What makes two examples the same example: their words, whatever the case and the spacing."""
+    """A key that is equal for examples of the same words, whatever their case and spacing."""
     return "\0".join(" ".join((text or "").casefold().split()) for text in texts)
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
-    """The rows with repeats left out, and with every text left out that occurs under two labels."""
+    """The rows without repeats, and without the texts that occur under two labels."""
     first: dict[str, Row] = {}
     contradictory: set[str] = set()
     for row in rows:
@@ -145,10 +145,10 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 
 
 def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
-    """A shuffled order of ``range(len(labels))`` that is stratified wherever it is cut.
+    """A random order of `range(len(labels))` of which every part is stratified, wherever it is cut.
 
-    Every run of neighbours has nearly the class shares of the whole: each class is shuffled and spread evenly
-    over [0, 1); sorting by that position interleaves the classes.
+    Each class is shuffled and spread evenly over [0, 1); sorting by that position interleaves the classes. Every
+    stretch of the order therefore has nearly the class shares of the whole.
     """
     generator = np.random.default_rng(seed)
     position = np.empty(len(labels))
@@ -160,16 +160,17 @@ def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
 
 
 def stratified_sample(labels: Sequence[int], count: int | None, seed: int) -> list[int]:
-    """The first ``count`` of a stratified order; ``range(len(labels))`` where there are no more."""
+    """The first `count` indices of a stratified order; all indices, in order, if there are no more."""
     if count is None or len(labels) <= count:
         return list(range(len(labels)))
     return stratified_order(labels, seed)[:count]
 
 
 def split_sizes(available: int, train: int | None, validation: int, test: int) -> tuple[int, int, int]:
-    """How many examples each split gets; shrunk in proportion where there are fewer than asked for.
+    """Sizes (train, validation, test) of the splits of `available` examples.
 
-    ``train=None`` asks for everything that validation and test leave.
+    `train=None` takes all that validation and test leave. If there are fewer examples than asked for, all sizes shrink
+    in proportion.
     """
     if train is None:
         train = max(available - validation - test, 1)
@@ -183,7 +184,10 @@ def split_sizes(available: int, train: int | None, validation: int, test: int) -
 def split_rows(
     rows: Sequence[Row], *, train: int | None, validation: int, test: int, seed: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Stratified disjoint splits; the test rows do not depend on how many training rows are asked for."""
+    """Stratified disjoint splits (train, validation, test) of rows; see `split_sizes` for their sizes.
+
+    The test rows are drawn first, so they do not depend on how many training rows are asked for.
+    """
     train_size, validation_size, test_size = split_sizes(len(rows), train, validation, test)
     order = [rows[index] for index in stratified_order([row.label for row in rows], seed)]
     first, second = test_size, test_size + validation_size

@@ -1,14 +1,14 @@
-"""Whole runs, each from one configuration to one folder: what the command line does, for Python.
+"""Whole runs from Python, in the words of the command line: from one configuration to one output folder.
 
-Every run takes a configuration (or the YAML file of one), the folder of its results and `overwrite`, writes into that
-folder, and returns a small frozen result. As text, a result is what its command prints::
+Every run takes a configuration (or the path of its YAML file), the output folder and `overwrite`. It writes into that
+folder and returns a small frozen result, whose text is what the command prints:
 
     from gatedadapters import experiments
 
     result = experiments.search("search.yaml", out="runs/first")
     print(result.table())
 
-`plan` and `show` only look, so they take what they look at, and write no folder.
+`plan` and `show` train nothing: they take a model and a search space, or a saved adapter, and write no folder.
 """
 
 from __future__ import annotations

@@ -54,11 +54,11 @@ class Arm:
     """The result of one arm.
 
     Attributes:
-        name: of the arm, in tables and logs.
-        accuracy: on test data, by task.
-        structure: what is stored.
-        seconds: that training took.
-        perturbed: accuracy on perturbed test data, by task; None where no perturbation is configured.
+        name: name of the arm in tables and logs.
+        accuracy: accuracy on test data, by task.
+        structure: the structure of its adapters.
+        seconds: duration of training.
+        perturbed: accuracy on perturbed test data, by task; None if no perturbation is configured.
     """
 
     name: str
@@ -74,18 +74,18 @@ class Arm:
 
 
 class ArmRunner:
-    """Trains and tests arms; each starts from the same weights and leaves the model as it was.
+    """Trains and tests arms. Each starts from the same weights and leaves the model as it was.
 
     Args:
-        config: what to train, on what, for how long.
-        tasks: with a test split each.
-        logs: folder of TensorBoard runs, one an arm; None writes none.
-        built: the model and its tokenizer, in place of what `build_model` makes.
-        perturbations: of test data; default: that of the configuration.
-        callbacks: added to the Trainer of every training.
+        config: the configuration of all arms.
+        tasks: the tasks, each with a test split.
+        logs: folder of TensorBoard runs, one an arm; None writes no logs.
+        built: a model and its tokenizer, in place of those of `build_model`.
+        perturbations: perturbations of test data, in place of that of the configuration.
+        callbacks: callbacks of every training.
 
     Raises:
-        ConfigError: the model cannot be loaded, or a noise or a perturbation is of no known kind.
+        ConfigError: the model cannot be loaded, or the kind of a noise or a perturbation is unknown.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ArmRunner:
     # -- arms ----------------------------------------------------------------------------------------------------------
 
     def run_search(self, progress: tqdm[Any], folder: Path, *, overwrite: bool) -> Arm:
-        """Train gates and weights under the budget or the penalty, prune, train on, compact, save to `folder`, test."""
+        """Search, compact, save to `folder`, and test."""
         adapters = self.attach(self.config.resolved_space())
         seconds = self.train(adapters, SEARCHED, progress, searching=True)
         self.compact(adapters)
@@ -126,7 +126,7 @@ class ArmRunner:
         """Train and test a structure that nobody searched, of at most `size` parameters.
 
         Raises:
-            BudgetError: no such structure is so small; the model is what it was.
+            BudgetError: there is no structure of this kind that is so small. The model is then as it was.
         """
         name = RIVAL_NAMES[kind]
         if size < 1:
@@ -142,7 +142,7 @@ class ArmRunner:
         return self.test_and_detach(adapters, name, seconds, progress)
 
     def test_and_detach(self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any]) -> Arm:
-        """Test compact adapters, take them out of the model, and log the accuracy; `seconds` is what training took."""
+        """Test compact adapters, detach them, and log the accuracy; `seconds` is the duration of their training."""
         progress.set_description(f"{name}: test data")
         accuracy = self.accuracy()
         perturbed = self.accuracy(perturbation=self.perturbations[0]) if self.perturbations else None
@@ -155,13 +155,13 @@ class ArmRunner:
                 writer.scalars({ACCURACY: arm.mean, **by_task}, self.config.training.steps)
         return arm
 
-    # -- structures that are trained -----------------------------------------------------------------------------------
+    # -- structures that nobody searched -------------------------------------------------------------------------------
 
     def uniform_structure(self, size: int) -> Structure:
-        """LoRA at every linear map, of at most `size` parameters, its ranks as even as they get.
+        """LoRA at every linear map, of at most `size` parameters, with ranks as even as possible.
 
         Raises:
-            BudgetError: `size` is below a single rank; the model is what it was.
+            BudgetError: `size` is below the cost of one rank. The model is then as it was.
         """
         adapters = self.attach(uniform_space(self.model, size))
         try:
@@ -170,7 +170,7 @@ class ArmRunner:
             detach(self.model)
 
     def _random_structure(self, size: int) -> Structure:
-        """Units drawn from the configured space, of at most `size` parameters."""
+        """Random units of the configured space, of at most `size` parameters."""
         adapters = self.attach(self.config.resolved_space())
         try:
             scores = random_scores(adapters, self.config.training.seed)
@@ -186,10 +186,10 @@ class ArmRunner:
         detach(self.model)
         return structure
 
-    # -- steps that arms are made of -----------------------------------------------------------------------------------
+    # -- the steps of an arm -------------------------------------------------------------------------------------------
 
     def attach(self, space: SearchSpace | Structure) -> Adapters:
-        """Attach adapters for the tasks, seeded as configured, and give the heads the values they started from."""
+        """Attach adapters for the tasks, with the configured seed, and reset the heads to their first values."""
         adapters = attach(self.model, space, tasks=self.names, seed=self.config.training.seed)
         with torch.no_grad():
             for name, head in zip(adapters.head_names, adapters.head_parameters(), strict=True):
@@ -200,16 +200,16 @@ class ArmRunner:
         """Train once, for the configured number of steps.
 
         Args:
-            adapters: what is attached and trained; None trains the whole model.
-            name: of the arm, for the bar and the logs.
-            progress: is moved by one a step.
-            searching: whether the budget or the penalty acts on gates.
+            adapters: the attached adapters; None trains the whole model.
+            name: name of the arm, for the bar and the logs.
+            progress: a bar, which moves by one a step.
+            searching: whether the budget or the penalty acts on the gates.
 
         Returns:
-            The seconds it took.
+            The duration in seconds.
 
         Raises:
-            TrainingError: the loss stopped being finite.
+            TrainingError: the loss is not finite.
         """
         callbacks = [*self.callbacks, StepProgress(progress)]
         if self.logs is not None and adapters is not None:
@@ -268,7 +268,10 @@ class ArmRunner:
         )
 
     def compact(self, adapters: Adapters) -> None:
-        """Keep the structure that the schedule fixed, or else what the gates say now; without gates do nothing."""
+        """Compact to the structure that the schedule fixed, or else to what the gates say now; without gates, nothing.
+
+        Structures that nobody searched have no gates: they are compact already.
+        """
         if adapters.bank is not None:
             adapters.compact(adapters.structure or adapters.discretize(self.config.limit))
 

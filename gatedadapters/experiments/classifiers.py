@@ -1,4 +1,4 @@
-"""From a configuration to labelled tasks, and to a classifier with a head for each of them."""
+"""From a configuration to its labelled tasks, and to a classifier with a head for each of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gatedadapters.config import SearchConfig, TaskConfig
 from gatedadapters.data import TextTask, read_task
 from gatedadapters.data.bundled import load_task
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.models import is_causal, load_shape_and_tokenizer, locate_model, reading_model
+from gatedadapters.experiments.models import is_causal, load_config_and_tokenizer, locate_model, reading_model
 from gatedadapters.training import MultiTaskClassifier
 
 
@@ -45,7 +45,7 @@ def _load_task(task: TaskConfig, seed: int) -> TextTask:
             task.train, task.validation, task.test, text=task.text, pair=task.pair, label=task.label, seed=seed
         )
     held_out = loaded.validation if loaded.test is None else loaded.test
-    # A sample by seed, not the first rows: tables may be sorted by label.
+    # A random sample and not the first rows, because tables may be sorted by label.
     cut = loaded.train.sample(task.max_train, seed), held_out.sample(task.max_test, seed)
     return TextTask(task.title, cut[0], loaded.validation, cut[1], loaded.classes)
 
@@ -53,18 +53,18 @@ def _load_task(task: TaskConfig, seed: int) -> TextTask:
 def build_model(config: SearchConfig, tasks: list[TextTask]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A pretrained backbone with one head a task, in fp32, and its tokenizer; the heads depend on the seed alone.
 
-    A single task on a causal language model gets transformers' own classification model. Of T5 and the like the encoder
-    is taken.
+    A single task on a causal language model gets transformers' own classification model. Of models like T5 the encoder
+    is used.
 
     Raises:
         ConfigError: the model cannot be loaded, or does not run on texts alone.
         DataError: the package that carries a bundled model is not installed.
     """
     torch.manual_seed(config.training.seed)
-    shape, tokenizer = load_shape_and_tokenizer(config.model, config.training.max_length)
-    if len(tasks) == 1 and is_causal(shape):
-        return _load_classifier(config.model, shape, tokenizer, tasks[0].n_classes), tokenizer
-    backbone = _load_backbone(config.model, shape)
+    model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
+    if len(tasks) == 1 and is_causal(model_config):
+        return _load_classifier(config.model, model_config, tokenizer, tasks[0].n_classes), tokenizer
+    backbone = _load_backbone(config.model, model_config)
     classes = {task.name: task.n_classes for task in tasks}
     return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
 
@@ -77,17 +77,17 @@ def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, P
         DataError: the package that carries a bundled model is not installed.
     """
     torch.manual_seed(config.training.seed)
-    shape, tokenizer = load_shape_and_tokenizer(config.model, config.training.max_length)
-    return _load_classifier(config.model, shape, tokenizer, n_classes), tokenizer
+    model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
+    return _load_classifier(config.model, model_config, tokenizer, n_classes), tokenizer
 
 
-def _load_backbone(name: str, shape: PreTrainedConfig) -> PreTrainedModel:
-    """A model without a head. Of T5 and the like the encoder alone: their decoder would want input of its own."""
-    encodes = shape.is_encoder_decoder and type(shape) in MODEL_FOR_TEXT_ENCODING_MAPPING
+def _load_backbone(name: str, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without a head. Of models like T5 it is the encoder, because the decoder would need input of its own."""
+    encodes = model_config.is_encoder_decoder and type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     kind = AutoModelForTextEncoding if encodes else AutoModel
     with reading_model(name):
         backbone: PreTrainedModel = kind.from_pretrained(locate_model(name), dtype=torch.float32)
-    if shape.is_encoder_decoder and not encodes:
+    if model_config.is_encoder_decoder and not encodes:
         sample = default_sample(backbone)
         sample.pop("decoder_input_ids", None)
         try:
@@ -105,11 +105,11 @@ def _load_backbone(name: str, shape: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _load_classifier(
-    name: str, shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, n_classes: int
+    name: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, n_classes: int
 ) -> nn.Module:
-    shape.num_labels, shape.pad_token_id = n_classes, tokenizer.pad_token_id
+    model_config.num_labels, model_config.pad_token_id = n_classes, tokenizer.pad_token_id
     with reading_model(name):
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            locate_model(name), config=shape, dtype=torch.float32
+            locate_model(name), config=model_config, dtype=torch.float32
         )
     return model

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier by task, and the accuracy that no model is needed for."""
+"""Accuracy of a classifier by task, and that of the most frequent class as a baseline."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy by task, in evaluation mode.
 
-    Examples are sorted by length first: batches of texts of like length need the least padding.
+    Examples are sorted by length, because batches of texts of similar length need little padding.
 
     Args:
-        model: takes a batch with `task_ids` and returns logits, shape (batch, classes).
-        tasks: in the order of the task ids.
-        tokenizer: of the model.
+        model: a model that takes a batch with `task_ids` and returns logits, shape (batch, classes).
+        tasks: the tasks, in the order of their ids.
+        tokenizer: the tokenizer of the model.
         max_length: tokens after which a text is cut.
-        split: of every task.
+        split: the split of every task to evaluate on.
         batch_size: texts in a batch.
         bf16: whether to run under bf16 autocast.
-        perturbation: of the texts; None leaves them as they are.
-        vocabulary: what a perturbation draws from; default: that of the tokenizer.
+        perturbation: a perturbation of the texts; None leaves them as they are.
+        vocabulary: the words that a perturbation draws from. Default: those of the tokenizer.
 
     Raises:
         DataError: a task lacks the split.

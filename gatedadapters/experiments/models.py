@@ -1,4 +1,4 @@
-"""Finding a pretrained model, its tokenizer and its kind, with errors that say what is wrong with the folder."""
+"""Finding and reading pretrained models and their tokenizers, with errors that say what is wrong with the folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gatedadapters.errors import ConfigError
 
 
 def locate_model(name: str) -> str:
-    """What `from_pretrained` takes for a model that is named by a folder, a file, a hub id, or `bundled:NAME`.
+    """The argument of `from_pretrained` for a model that is named by a folder, a file, a hub id, or `bundled:NAME`.
 
     Raises:
         DataError: there is no such bundled model, or the package that carries it is not installed.
@@ -32,9 +32,9 @@ def locate_model(name: str) -> str:
     return str(path) if path.exists() else name
 
 
-def is_causal(shape: object) -> bool:
+def is_causal(model_config: object) -> bool:
     """Whether a transformers configuration is that of a causal language model."""
-    names = getattr(shape, "architectures", None) or ()
+    names = getattr(model_config, "architectures", None) or ()
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
@@ -42,11 +42,11 @@ def is_causal(shape: object) -> bool:
 def reading_model(
     name: str, expected: str = "a folder that from_pretrained reads, or the id of a model on the hub"
 ) -> Iterator[None]:
-    """A context in which transformers reads the model `name`; what it raises becomes one of our errors.
+    """A context in which transformers reads the model `name`. What it raises becomes a ConfigError.
 
     Args:
-        name: as the configuration gives it.
-        expected: what it should have been, for the error.
+        name: the model, as the configuration names it.
+        expected: what `name` should be, for the error.
 
     Raises:
         ConfigError: the model cannot be read.
@@ -71,7 +71,7 @@ def reading_model(
         ) from error
 
 
-def load_shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The transformers configuration and the tokenizer of a model, without its weights.
 
     Args:
@@ -84,9 +84,9 @@ def load_shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConf
     """
     folder = locate_model(name)
     with reading_model(name):
-        shape: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    # In a folder without a tokenizer's files, transformers makes one of special tokens alone, and of "▁", a space.
+    # For a folder without a tokenizer, transformers makes one that knows special tokens (and "▁", a space) only.
     if not {token for token in tokenizer.get_vocab() if token.strip("▁")} - set(tokenizer.all_special_tokens):
         raise ConfigError(
             "the model has no tokenizer: every word would be unknown",
@@ -95,10 +95,10 @@ def load_shape_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConf
             where=f"model: {name}",
             fix="save it there: AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)",
         )
-    _check_length(max_length, shape, tokenizer)
+    _check_length(max_length, model_config, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return shape, tokenizer
+    return model_config, tokenizer
 
 
 def load_causal_model(name: str) -> nn.Module:
@@ -112,8 +112,8 @@ def load_causal_model(name: str) -> nn.Module:
     return model
 
 
-def _check_length(max_length: int, shape: object, tokenizer: PreTrainedTokenizerBase) -> None:
-    limits = [tokenizer.model_max_length, getattr(shape, "max_position_embeddings", None)]
+def _check_length(max_length: int, model_config: object, tokenizer: PreTrainedTokenizerBase) -> None:
+    limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
     limit = min(value for value in limits if isinstance(value, int) and value > 0)
     if max_length > limit:
         raise ConfigError(

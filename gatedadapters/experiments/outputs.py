@@ -1,6 +1,6 @@
-"""The files that a run leaves in its folder: their names, and how they are checked, written and listed.
+"""The output folder of a run: the names of its files, and how they are checked, written and listed.
 
-Every name is defined here and nowhere else, so that a run, `show`, a test and a guide cannot disagree.
+Every name is defined once: here, or with what writes it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from gatedadapters.config.base import FileConfig
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.reporting.versions import versions
+from gatedadapters.transfer.evaluate import ADAPTER as ADAPTER
+from gatedadapters.transfer.evaluate import TRANSFER_TRAINED as TRANSFER_TRAINED
 
 METRICS = "metrics.json"
 TABLE = "table.txt"
 REPORT = "report.txt"
 LOGS = "tensorboard"
 
-ADAPTER = "adapter"
-TRANSFER_TRAINED = "transfer-trained"
 PEFT = "peft"
 DELTA = "delta"
 STREAMS = "streams"
@@ -33,7 +33,7 @@ SEARCH_CONFIG = "search.yaml"
 CONTINUAL_CONFIG = "continual.yaml"
 TRANSFER_CONFIG = "transfer.yaml"
 
-# What each run may find in its folder and replace. A search and a compression leave the same kind of results.
+# Names that each run writes, and may therefore replace. A search and a compression may replace each other's results.
 OF_SEARCH = frozenset({ADAPTER, PEFT, STRUCTURE_PICTURE, METRICS, TABLE, SEARCH_CONFIG, LOGS})
 OF_SELECT = frozenset({DELTA, METRICS, REPORT, LOGS})
 OF_CONTINUAL = frozenset({STREAMS, PICTURES, METRICS, TABLE, CONTINUAL_CONFIG, LOGS})
@@ -45,16 +45,16 @@ AnyConfig = TypeVar("AnyConfig", bound=FileConfig)
 def config_and_folder(
     kind: type[AnyConfig], config: AnyConfig | str | Path, out: str | Path | None
 ) -> tuple[AnyConfig, Path]:
-    """What a run was given: its configuration, and the folder of its results.
+    """The configuration of a run and the folder of its results, from the arguments of the run.
 
     Args:
         kind: class of the configuration.
-        config: the configuration, or the YAML file to load it from.
-        out: the folder; None takes the name of the file, without its suffix, in the current folder.
+        config: the configuration, or the path of its YAML file.
+        out: the folder. None takes the name of the file without its suffix, in the current folder.
 
     Raises:
-        ConfigError: the file is not valid, the configuration is of another class, or a configuration that comes from no
-            file is given without a folder.
+        ConfigError: the file is not valid, the configuration is of another class, or a configuration is given as an
+            object and `out` is None.
     """
     if isinstance(config, (str, Path)):
         return kind.load(config), Path(out if out is not None else Path(config).stem)
@@ -78,15 +78,15 @@ def config_and_folder(
 
 
 def check_output_folder(folder: Path, results: frozenset[str], *, overwrite: bool) -> None:
-    """Make sure that results can go into `folder`, before anything is computed.
+    """Check that results can be written into `folder`. A run calls this before it computes anything.
 
-    TensorBoard logs alone do not count as results: a run that failed leaves them to be looked at, and the next run
-    writes its own.
+    TensorBoard logs do not count as results: a run that failed leaves them for inspection, and the next run replaces
+    them.
 
     Args:
-        folder: of the results; it need not exist.
-        results: names that an earlier run of the same kind may have left there.
-        overwrite: whether such results may be replaced.
+        folder: the output folder; it need not exist.
+        results: names that runs of this kind write.
+        overwrite: whether earlier results may be replaced.
 
     Raises:
         ArtifactError: `folder` is a file, holds earlier results that may not be replaced, or holds anything else.
@@ -107,7 +107,7 @@ def check_output_folder(folder: Path, results: frozenset[str], *, overwrite: boo
 
 
 def write_metrics(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write every number of a run, after the versions that it was computed with."""
+    """Write the numbers of a run, after the versions of the packages that computed them."""
     text = json.dumps({"versions": versions(), **data}, indent=1)
     (folder / METRICS).write_text(text + "\n", encoding="utf-8")
 
@@ -118,5 +118,5 @@ def write_table(folder: Path, table: str) -> None:
 
 
 def list_outputs(contents: Mapping[str, str], *, width: int = 15) -> str:
-    """Lines that say what each file or folder of a run holds; names are padded to `width` characters."""
+    """One line for each file or folder, with what it holds; names are padded to `width` characters."""
     return "\n".join(f"  {name:<{width}} {what}" for name, what in contents.items())

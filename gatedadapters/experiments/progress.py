@@ -1,4 +1,4 @@
-"""What a run tells on the terminal while it works; its result goes to the standard output, all of this to the other."""
+"""Progress of a run, on the standard error output; results alone go to the standard output."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def progress_bar(steps: int) -> tqdm[Any]:
 
 
 def silence_transformers() -> None:
-    """Let transformers show errors alone: its own bars and warnings would break the bar of the run."""
+    """Let transformers show errors only: its own bars and warnings would break the bar of the run."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
 
 class StepProgress(TrainerCallback):
-    """Moves a bar, which several trainings may share, by one a step, and shows the loss and the share of open paths."""
+    """Moves a bar by one a step, and shows the loss and the share of open paths. Several trainings may share a bar."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self.bar = bar

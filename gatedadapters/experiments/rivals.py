@@ -1,4 +1,4 @@
-"""Structures that nobody searched, of a given size: what a searched structure is compared with."""
+"""Rivals of a search: structures of the same size that nobody searched, uniform or random."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIVAL_NAMES: Mapping[Rival, str] = {"uniform": "uniform LoRA", "random": "random
 
 
 def uniform_space(model: nn.Module, size: int) -> SearchSpace:
-    """LoRA at every linear map of `model`, with enough ranks that `size` parameters can be spent evenly."""
+    """LoRA at every linear map of `model`, with enough ranks to spend `size` parameters evenly."""
     rank_one = attach(model, SearchSpace.parse({"paths": [{"kind": "lora", "rank": 1}]}, where="uniform"))
     assert rank_one.bank is not None
     rank = int(size // rank_one.bank.dense_cost()) + 1
@@ -27,7 +27,7 @@ def uniform_space(model: nn.Module, size: int) -> SearchSpace:
 def uniform_scores(adapters: Adapters) -> Tensor:
     """Scores, shape (tasks, units), under which every path gets its first rank before any gets its second.
 
-    The k-th rank of a path scores -k; a fixed draw below 1/2 decides among equals.
+    The k-th rank of a path scores -k, plus a random number below 1/2 that breaks ties and is always the same.
     """
     assert adapters.bank is not None
     bank = adapters.bank
@@ -39,7 +39,7 @@ def uniform_scores(adapters: Adapters) -> Tensor:
 
 
 def random_scores(adapters: Adapters, seed: int) -> Tensor:
-    """Random scores, shape (tasks, units), the same for all tasks: they then share what is stored."""
+    """Random scores, shape (tasks, units). They are the same for all tasks, which then share all that is stored."""
     assert adapters.bank is not None
     bank = adapters.bank
     return torch.rand(bank.n_units, generator=torch.Generator().manual_seed(seed)).expand(bank.tasks, -1)

@@ -25,14 +25,16 @@ GIVEN, TRUNCATED, COMPRESSED = "as given", "SVD truncation", "compressed"
 
 @dataclass(frozen=True)
 class CompressResult:
-    """The result of a compression; as text it is what `gatedadapters compress` prints.
+    """The result of a compression. Its text is what `gatedadapters compress` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
-        task: that it was trained and tested on.
-        given, truncated, compressed: the LoRA as it was, cut to the budget by its singular values, and searched.
-        bytes: sizes of the LoRA's weight file before and after.
+        config: the configuration of the run.
+        folder: the output folder.
+        task: the task that was trained and tested on.
+        given: the LoRA as it was.
+        truncated: the LoRA cut to the budget by its singular values, without training.
+        compressed: the LoRA searched under the budget.
+        bytes: sizes of the weight files of the given and of the compressed LoRA.
         baseline: test accuracy of always naming the most frequent class.
     """
 
@@ -47,11 +49,11 @@ class CompressResult:
 
     @property
     def arms(self) -> tuple[tuple[Arm, int | None], ...]:
-        """Each arm, with the bytes of its weight file where it has one."""
+        """(arm, bytes of its weight file) of all arms; the truncated LoRA is not saved."""
         return (self.given, self.bytes[0]), (self.truncated, None), (self.compressed, self.bytes[1])
 
     def table(self) -> str:
-        """Accuracy on test data, size and training time of each."""
+        """Accuracy on test data, size and training time of each arm."""
         whole = self.given.structure.params
         rows = [
             [
@@ -92,20 +94,21 @@ class CompressResult:
 def compress(
     config: CompressConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> CompressResult:
-    """Search an existing LoRA's ranks and modules under a budget; what `gatedadapters compress` does.
+    """Search the ranks and modules of an existing LoRA under a budget, as `gatedadapters compress` does.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: replace the results of an earlier compression in that folder.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to replace the results of an earlier run in that folder.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the LoRA, the model, the data or the folder; nothing is written then.
+        GatedAdaptersError: the configuration, the LoRA, the model, the data or the folder cannot be used, before
+            anything is written; or training failed.
     """
     config, folder = outputs.config_and_folder(CompressConfig, config, out)
     lora = read_peft(config.lora)
     search = config.as_search(_base_model(config, lora))
-    task = _with_classes_in_order(load_tasks(search)[0], config.classes)
+    task = with_classes_in_order(load_tasks(search)[0], config.classes)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
     silence_transformers()
     built = build_classifier(search, task.n_classes)
@@ -137,10 +140,10 @@ def compress(
 
 
 def _base_model(config: CompressConfig, lora: PeftFolder) -> str:
-    """The model that the configuration or the LoRA names.
+    """The base model that the configuration names, or else the one that the LoRA names.
 
     Raises:
-        ConfigError: the LoRA is not for classification, or nobody names a model.
+        ConfigError: the LoRA is not for classification, or neither names a model.
     """
     if lora.config.get("task_type") not in ("SEQ_CLS", None):
         raise ConfigError(
@@ -157,11 +160,11 @@ def _base_model(config: CompressConfig, lora: PeftFolder) -> str:
     return str(model)
 
 
-def _with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
-    """The task with its classes in the order of the LoRA's outputs; None: they are sorted.
+def with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
+    """The task with its classes in the order of `names`; None keeps the sorted order.
 
     Raises:
-        DataError: these are not the classes of the task.
+        DataError: `names` are not the classes of the task.
     """
     if names is None:
         return task

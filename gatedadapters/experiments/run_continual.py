@@ -1,39 +1,37 @@
-"""The run `continual`: tune a model on task after task with one or several strategies, and go on where it stopped."""
+"""The run `continual`: tune a model on task after task, with one or several strategies. A stopped run can go on."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from gatedadapters.config import ContinualConfig
-from gatedadapters.continual import StreamResult, TaskStream, metrics_table, run_stream
+from gatedadapters.continual import StreamResult, check_stream, metrics_table, run_stream
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.result import STREAM
-from gatedadapters.continual.runner import Run
 from gatedadapters.continual.strategies import Strategy, resolve
-from gatedadapters.continual.strategies.random import Random
+from gatedadapters.continual.strategies.random import RandomCores
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.progress import say, silence_transformers
 from gatedadapters.experiments.streams import build_stream, stream_orders
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
+from gatedadapters.safe_files import write_text
 
 
 @dataclass(frozen=True)
 class ContinualResult:
-    """The result of every stream of every strategy; as text it is what `gatedadapters continual` prints.
+    """The results of all streams of all strategies. Its text is what `gatedadapters continual` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
-        streams: by strategy, in the order of `stream_orders`; the first strategy is the one asked for, the others are
-            compared with it.
+        config: the configuration of the run.
+        folder: the output folder.
+        streams: results by strategy, in the order of `stream_orders`. The first strategy is the configured one; the
+            others are compared with it.
     """
 
     config: ContinualConfig
@@ -41,7 +39,7 @@ class ContinualResult:
     streams: dict[str, list[StreamResult]]
 
     def table(self) -> str:
-        """The first stream of each strategy, then the means over all streams, then the cores of the first task."""
+        """The first stream of each strategy, then means over all streams, then the cores of the first task."""
         parts = [str(results[0]) for results in self.streams.values()]
         count = len(next(iter(self.streams.values())))
         parts.append(f"mean and 95 % interval over {count} streams (orders and seeds):" if count > 1 else "all:")
@@ -65,34 +63,34 @@ class ContinualResult:
 def continual(
     config: ContinualConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> ContinualResult:
-    """Run every strategy on every stream; what `gatedadapters continual` does.
+    """Run every strategy on every stream, as `gatedadapters continual` does.
 
-    A run that was stopped goes on where it was: called again with the same arguments, it ends with the same bits.
+    A run that was stopped goes on when it is called again with the same arguments, and ends with the same bits.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: start anew where that folder holds an earlier run.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to start anew if that folder holds an earlier run.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder, before anything is
-            trained.
+        GatedAdaptersError: the configuration, the model, the data or the folder cannot be used, before anything is
+            trained; or training failed.
     """
     config, folder = outputs.config_and_folder(ContinualConfig, config, out)
     silence_transformers()
     strategies = _by_name([resolve(strategy) for strategy in (config.strategy, *config.compare)])
     text = config.to_yaml(folder.absolute())
-    unfinished = {path.name for path in folder.glob(f".{outputs.CONTINUAL_CONFIG}.*")}  # a killed process left them
+    unfinished = {path.name for path in folder.glob(f".{outputs.CONTINUAL_CONFIG}.*")}  # left by a killed process
     results = outputs.OF_CONTINUAL | unfinished
     outputs.check_output_folder(folder, results, overwrite=overwrite or _can_go_on(folder, text))
     model, stream = build_stream(config, config.seeds[0])
-    for strategy in strategies.values():  # before any of them is trained
-        _check_stream(config, folder, model, stream, strategy)
+    for strategy in strategies.values():  # all of them before the first is trained
+        check_stream(model, stream, strategy, training=config.training)
     if overwrite:
         for name in (outputs.STREAMS, outputs.PICTURES, outputs.LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, text)
+    write_text(folder / outputs.CONTINUAL_CONFIG, text)  # before any result: a run goes on only beside its own
     for name in unfinished:
         (folder / name).unlink(missing_ok=True)
     (folder / outputs.PICTURES).mkdir(exist_ok=True)
@@ -118,17 +116,29 @@ def _run_one(
     order: list[int],
     main: StreamResult | None,
 ) -> StreamResult:
-    """One strategy on one stream. A random core gets the size of `main`, the first strategy's result on that stream."""
+    """Run one strategy on one stream.
+
+    Args:
+        config: the configuration of the run.
+        folder: the output folder.
+        name: name of the strategy.
+        strategy: the strategy.
+        place: name of the stream.
+        seed: seed of the stream.
+        order: order of the tasks.
+        main: the result of the first strategy on this stream, from which a random core takes its size; None if this is
+            the first strategy.
+    """
     model, stream = build_stream(config, seed)
-    if main is not None and isinstance(strategy, Random):
+    if main is not None and isinstance(strategy, RandomCores):
         sized = _of_equal_size(strategy, main)
         try:
-            _check_stream(config, folder, model, stream.ordered(order), sized)
+            check_stream(model, stream.ordered(order), sized, training=config.training)
             strategy = sized
-        except ConfigError as error:  # it may choose from fewer elements than the first strategy trained
+        except ConfigError as error:  # it is configured to choose from fewer elements than the first strategy trained
             say(f"  {name} keeps its share, for {error}")
     logs = folder / outputs.LOGS / name / place
-    shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on logs its finished stages again
+    shutil.rmtree(logs, ignore_errors=True)  # a stream that goes on logs the stages it finished earlier once more
     with TensorBoardWriter(logs) as writer:
         return run_stream(
             model,
@@ -142,13 +152,6 @@ def _run_one(
         )
 
 
-def _check_stream(
-    config: ContinualConfig, folder: Path, model: nn.Module, stream: TaskStream, strategy: Strategy
-) -> None:
-    """Raise whatever is wrong with a strategy on a stream."""
-    Run(model, stream, strategy, config.training, folder / outputs.STREAMS, keep=config.keep)
-
-
 def _by_name(strategies: list[Strategy]) -> dict[str, Strategy]:
     """Each strategy under its kind, with a number where a kind is used more than once."""
     found: dict[str, Strategy] = {}
@@ -158,7 +161,7 @@ def _by_name(strategies: list[Strategy]) -> dict[str, Strategy]:
     return found
 
 
-def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
+def _of_equal_size(strategy: RandomCores, main: StreamResult) -> RandomCores:
     """A random core as large as what `main` trained on each task, unless it is configured with a size of its own."""
     fields: dict[str, Any] = strategy.model_dump(exclude_unset=True)
     if "elements" in fields or "share" in fields.get("core", {}) or len(main.stages) != len(main.tasks):
@@ -167,14 +170,14 @@ def _of_equal_size(strategy: Random, main: StreamResult) -> Random:
 
 
 def _can_go_on(folder: Path, text: str) -> bool:
-    """Whether `folder` holds this very run, or one that was stopped before anything was computed.
+    """Whether `folder` holds this run, or no result yet.
 
     Args:
-        folder: of the results.
-        text: this run's configuration as it is written there.
+        folder: the output folder.
+        text: the configuration of this run, as it is written there.
 
     Raises:
-        ArtifactError: it holds results of another configuration; what differs is named.
+        ArtifactError: the folder holds results of another configuration; the error names what differs.
     """
     if not ((folder / outputs.METRICS).exists() or any(folder.glob(f"{outputs.STREAMS}/*/*/{STREAM}"))):
         return True
@@ -190,13 +193,6 @@ def _can_go_on(folder: Path, text: str) -> bool:
         where=f"{file}: {place.removeprefix('.')}",
         fix="give the same one, another --out, or --overwrite",
     )
-
-
-def _write_config(folder: Path, text: str) -> None:
-    """Write the configuration, whole or not at all, and before any result: a run goes on only beside its own."""
-    part = folder / f".{outputs.CONTINUAL_CONFIG}.{os.getpid()}"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / outputs.CONTINUAL_CONFIG)
 
 
 def _write(result: ContinualResult) -> None:

@@ -1,4 +1,4 @@
-"""The run `plan`: count what a search space costs on a model, without loading any weights."""
+"""The run `plan`: count what a search space costs on a model, without loading weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _TRAINED, _GRADIENT, _ADAM = 4, 4, 8  # bytes of a trained fp32 value, its gradi
 
 @dataclass(frozen=True)
 class PlacePlan:
-    """The candidates at one kind of place, such as LoRA at `ffn.down`.
+    """The candidates of one kind at one role of all blocks, such as LoRA at `ffn.down`.
 
     Attributes:
-        paths: how many there are.
-        units: ranks or widths, over all of them.
-        params: their parameters.
+        paths: number of candidate paths.
+        units: number of their ranks or widths.
+        params: number of their parameters.
     """
 
     paths: int
@@ -46,7 +46,7 @@ class BudgetPlan:
     Attributes:
         budget: the budget.
         limit: the most that may be kept, in parameters or in flops per token.
-        share: of all candidates, in [0, 1].
+        share: the limit as a share of the cost of all candidates.
     """
 
     budget: Budget
@@ -55,7 +55,7 @@ class BudgetPlan:
 
     @property
     def bytes(self) -> dict[str, int] | None:
-        """Size of the saved weights by number format; None of a budget in flops."""
+        """Bytes of the saved weights, by number format; None for a budget in flops."""
         return {name: int(self.limit) * size for name, size in _BYTES.items()} if self.budget.unit == "params" else None
 
     def __str__(self) -> str:
@@ -69,20 +69,20 @@ class BudgetPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What attaching a search space to a model makes; as text it is what `gatedadapters plan` prints.
+    """What a search space offers and costs on a model. Its text is what `gatedadapters plan` prints.
 
     Attributes:
-        model: class of the model.
-        blocks: how many it has.
-        weights: parameters of the model.
+        model: name of the model's class.
+        blocks: number of its blocks.
+        weights: number of its parameters.
         space: name of the search space.
-        tasks: how many, each with gates of its own.
-        places: candidates by place and kind.
-        gates: how many, over all tasks.
-        flops: of all candidates, forward, per token.
-        skipped_sites: where a candidate does not fit, and why.
-        unknown: modules that were not understood, and why.
-        budget: what the budget leaves; None where none was given.
+        tasks: number of tasks, each with gates of its own.
+        places: candidates by sub-layer, role and kind.
+        gates: number of gates, of all tasks together.
+        flops: cost of all candidates in a forward pass, per token.
+        skipped_sites: points where a candidate does not fit, with the reason.
+        unknown: modules that discovery did not understand, with the reason.
+        budget: what the budget leaves; None if none was given.
     """
 
     model: str
@@ -99,22 +99,22 @@ class Plan:
 
     @property
     def paths(self) -> int:
-        """Candidate paths in all."""
+        """Number of all candidate paths."""
         return sum(place.paths for place in self.places.values())
 
     @property
     def units(self) -> int:
-        """Units of all candidates."""
+        """Number of units of all candidates."""
         return sum(place.units for place in self.places.values())
 
     @property
     def params(self) -> int:
-        """Parameters of all candidates."""
+        """Number of parameters of all candidates."""
         return sum(place.params for place in self.places.values())
 
     @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes of training without activations, by number format of the backbone and by part."""
+        """Bytes that training takes without activations, by number format of the backbone and by part."""
         trained = self.params + self.gates
         return {
             name: {
@@ -128,7 +128,7 @@ class Plan:
         }
 
     def table(self) -> str:
-        """Paths, units and parameters of the candidates, by place and kind."""
+        """Paths, units and parameters of the candidates, by sub-layer, role and kind."""
         rows = [
             [name, f"{place.paths:,}", f"{place.units:,}", f"{place.params:,}"] for name, place in self.places.items()
         ]
@@ -154,6 +154,7 @@ class Plan:
             "flops": self.flops,
             "memory": self.memory,
             "skipped_sites": list(self.skipped_sites),
+            "misfits": list(self.skipped_sites),  # the name of 0.1, for one release
             "unknown": list(self.unknown),
         }
         if self.budget is not None:
@@ -186,18 +187,18 @@ class Plan:
 def plan(
     model: nn.Module | str | Path, space: SearchSpace | str | Path, *, tasks: int = 1, budget: Budget | None = None
 ) -> Plan:
-    """Everything there is to know of a search before training; what `gatedadapters plan` prints.
+    """Count what a search would offer and cost, before any training, as `gatedadapters plan` does.
 
     Args:
-        model: a model; or a folder, a hub id, a `config.json`, or `bundled:NAME`, of which only the shape is read.
-        space: a search space, a preset's name, or a YAML file.
-        tasks: how many tasks, each with gates of its own.
-        budget: count what it leaves, too.
+        model: a model; or a folder, a hub id, a `config.json`, or `bundled:NAME`, of which no weights are loaded.
+        space: a search space, the name of a preset, or a YAML file.
+        tasks: number of tasks, each with gates of its own.
+        budget: a budget to resolve against the candidates.
 
     Raises:
-        ConfigError: there is no such space or model, or fewer tasks than one.
-        LayoutError: the model's blocks were not found.
-        PathError: the space selects nothing of it.
+        ConfigError: there is no such space or model, or `tasks` is below one.
+        LayoutError: discovery does not find the blocks of the model.
+        PathError: the space selects no point of the model.
         BudgetError: the budget is below the smallest candidate.
     """
     if tasks < 1:
@@ -234,22 +235,22 @@ def plan(
 
 
 def build_on_meta(name: str) -> nn.Module:
-    """A model of the right shape whose weights take no memory.
+    """A model on the meta device, whose weights have shapes and take no memory.
 
     Raises:
-        ConfigError: there is no readable configuration of that name.
+        ConfigError: the configuration of the model cannot be read.
     """
     place = locate_model(name)
     with reading_model(name, "a folder with a config.json, such a file, or the id of a model on the hub"):
-        shape = AutoConfig.from_pretrained(place)
-        kind = AutoModelForCausalLM if is_causal(shape) else AutoModel
+        model_config = AutoConfig.from_pretrained(place)
+        kind = AutoModelForCausalLM if is_causal(model_config) else AutoModel
         with torch.device("meta"):
-            model: nn.Module = kind.from_config(shape)  # type: ignore[no-untyped-call]
+            model: nn.Module = kind.from_config(model_config)  # type: ignore[no-untyped-call]
     return model
 
 
 def _listed(title: str, lines: Sequence[str], limit: int = 8) -> list[str]:
-    """One paragraph of at most so many lines; none where there are no lines."""
+    """A list of one paragraph with at most `limit` lines; an empty list if there are no lines."""
     if not lines:
         return []
     more = [f"  ... and {len(lines) - limit} more"] if len(lines) > limit else []

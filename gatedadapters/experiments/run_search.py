@@ -25,15 +25,15 @@ from gatedadapters.reporting.tables import format_table
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search; as text it is what `gatedadapters search` prints.
+    """The result of a search. Its text is what `gatedadapters search` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
+        config: the configuration of the run.
+        folder: the output folder.
         arms: the searched structure first, then its rivals.
         baseline: test accuracy of always naming the most frequent class, by task.
-        seconds: that everything took, loading and testing included.
-        left_out: why a rival was not trained, by its name.
+        seconds: duration of the whole run, loading and testing included.
+        left_out: the reason why a rival was not trained, by the name of the rival.
     """
 
     config: SearchConfig
@@ -116,18 +116,19 @@ class SearchResult:
 def search(
     config: SearchConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> SearchResult:
-    """Search a structure and compare it with its rivals; what `gatedadapters search` does.
+    """Search a structure and compare it with its rivals, as `gatedadapters search` does.
 
-    Everything is written anew after each arm, so that a rival that fails does not cost the search. A rival that cannot
-    be made as small as the searched structure is left out, and the result says so.
+    The files of results are written again after each arm, so the search is not lost if a rival fails. A rival that
+    cannot be made as small as the searched structure is left out, and the result says so.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: replace the results of an earlier search in that folder.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to replace the results of an earlier run in that folder.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder; nothing is written then.
+        GatedAdaptersError: the configuration, the model, the data or the folder cannot be used, before anything is
+            written; or training failed.
     """
     config, folder = outputs.config_and_folder(SearchConfig, config, out)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)

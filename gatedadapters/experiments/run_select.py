@@ -21,7 +21,7 @@ from gatedadapters.data.language import (
 )
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiments import outputs
-from gatedadapters.experiments.models import is_causal, load_causal_model, load_shape_and_tokenizer
+from gatedadapters.experiments.models import is_causal, load_causal_model, load_config_and_tokenizer
 from gatedadapters.experiments.progress import silence_transformers
 from gatedadapters.experiments.training import training_arguments
 from gatedadapters.inspection import TensorBoardInspector
@@ -31,13 +31,13 @@ from gatedadapters.training.selective import Report, SelectiveTrainer
 
 @dataclass(frozen=True)
 class SelectResult:
-    """The result of a selection; as text it is what `gatedadapters select` prints.
+    """The result of a selection. Its text is what `gatedadapters select` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
-        report: losses on held-out general and domain text before and after, and how many elements were tuned.
-        mask: which elements were tuned.
+        config: the configuration of the run.
+        folder: the output folder.
+        report: losses on held-out general and domain text before and after tuning, and the number of tuned elements.
+        mask: the tuned elements.
     """
 
     config: SelectConfig
@@ -56,26 +56,27 @@ class SelectResult:
 def select(
     config: SelectConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> SelectResult:
-    """Tune a causal language model on domain text while protecting general ability; what `gatedadapters select` does.
+    """Tune a causal language model on domain text while protecting general ability, as `gatedadapters select` does.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: replace the results of an earlier selection in that folder.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to replace the results of an earlier run in that folder.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the configuration, the data or the folder; nothing is written then.
+        GatedAdaptersError: the configuration, the model, the data or the folder cannot be used, before anything is
+            written; or training failed.
     """
     config, folder = outputs.config_and_folder(SelectConfig, config, out)
     outputs.check_output_folder(folder, outputs.OF_SELECT, overwrite=overwrite)
     silence_transformers()
     training = config.training
-    shape, tokenizer = load_shape_and_tokenizer(config.model, training.max_length)
-    if not is_causal(shape):
+    model_config, tokenizer = load_config_and_tokenizer(config.model, training.max_length)
+    if not is_causal(model_config):
         raise ConfigError(
             "selection from the command line is for causal language models",
             expected="such a model",
-            got=", ".join(shape.architectures or ["no architecture"]),
+            got=", ".join(model_config.architectures or ["no architecture"]),
             where=f"model: {config.model}",
             fix="other models: gatedadapters.SelectiveTrainer",
         )
@@ -106,7 +107,7 @@ def select(
 def _datasets(
     name: str, corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, config: SelectConfig
 ) -> tuple[LanguageDataset, LanguageDataset]:
-    """(to learn from, held out) of one corpus; their sizes are printed."""
+    """The data sets (to learn from, held out) of one corpus. Their sizes are printed."""
     train, held_out = (
         LanguageDataset(passages, tokenizer, config.training.max_length)
         for passages in load_passages(corpus, config.training.seed)
@@ -116,11 +117,11 @@ def _datasets(
 
 
 def load_passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Passage]]:
-    """The passages of a corpus, cut to the configured number and split: (to learn from, held out).
+    """The passages (to learn from, held out) of a corpus, cut to the configured number and split by `seed`.
 
     Raises:
-        DataError: the file is missing, empty or malformed, holds too little text to split, or a data package is not
-            installed.
+        DataError: the file is missing, empty or malformed, or holds too little text to split; or the package of a
+            bundled corpus is not installed.
     """
     if corpus.bundled is not None:
         passages = [Passage(text) for text in load_corpus(corpus.bundled)]

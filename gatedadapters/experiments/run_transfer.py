@@ -1,4 +1,4 @@
-"""The run `transfer`: how an adapter survives an update of its base, and how much training for it wins back."""
+"""The run `transfer`: how much an adapter loses when its base is updated, and how much training can prevent of it."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ SENSITIVITY_TEXTS = 64
 
 @dataclass(frozen=True)
 class TransferResult:
-    """The result of a transfer; as text it is what `gatedadapters transfer` prints.
+    """The result of a transfer. Its text is what `gatedadapters transfer` prints.
 
     Attributes:
-        config: what was run.
-        folder: where everything was written.
+        config: the configuration of the run.
+        folder: the output folder.
         report: scores by seed (mean accuracy over tasks) and the recovery.
-        shift: of activations between the bases.
-        given: scores of the adapter that was given, as it was saved: (old base, new base); None where none was given.
-        seconds: that everything took.
+        shift: how far activations moved between the bases.
+        given: scores (old base, new base) of the configured adapter as it was saved; None if none is configured.
+        seconds: duration of the whole run.
     """
 
     config: TransferConfig
@@ -95,15 +95,15 @@ class TransferResult:
 def transfer(
     config: TransferConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> TransferResult:
-    """Train every arm for every seed on both versions of a base; what `gatedadapters transfer` does.
+    """Train and test every arm for every seed on both versions of a base, as `gatedadapters transfer` does.
 
     Args:
-        config: a configuration, or the YAML file of one.
-        out: folder of the results; default: the name of the YAML file.
-        overwrite: replace the results of an earlier transfer in that folder.
+        config: the configuration, or the path of its YAML file.
+        out: folder of the results. Default: the name of the YAML file, in the current folder.
+        overwrite: whether to replace the results of an earlier run in that folder.
 
     Raises:
-        GatedAdaptersError: whatever is wrong with the configuration, the data, the bases or the folder.
+        GatedAdaptersError: the configuration, the bases, the data or the folder cannot be used; or training failed.
     """
     config, folder = outputs.config_and_folder(TransferConfig, config, out)
     outputs.check_output_folder(folder, outputs.OF_TRANSFER, overwrite=overwrite)
@@ -131,11 +131,12 @@ def transfer(
 
 
 class BasePair:
-    """Both versions of a base under equal heads, for one seed.
+    """Both versions of a base, with equal heads, for one seed.
 
     Attributes:
-        old, new: the models, before and after the update.
-        runners: what trains and tests each of them.
+        old: the model before the update.
+        new: the model after it.
+        runners: the arm runners of both.
 
     Raises:
         LayoutError: the two do not have the same vocabulary.
@@ -177,7 +178,7 @@ class BasePair:
         return adapters
 
     def train_transferable(self, sensitivity: dict[str, float], progress: tqdm[Any]) -> Adapters:
-        """`train` on the old base, with a search that prefers places of low sensitivity."""
+        """`train` on the old base, with a search that prefers candidates of low sensitivity."""
         runner = self.runners[0]
         runner.callbacks = [WeighBySensitivity(sensitivity)]
         try:
@@ -186,7 +187,7 @@ class BasePair:
             runner.callbacks = []
 
     def sensitivity(self) -> dict[str, float]:
-        """How much each candidate of the search hangs on feed-forward knowledge, on training texts of the old base."""
+        """How much each candidate depends on feed-forward knowledge, measured on training texts and the old base."""
         batches = self._batches("train", SENSITIVITY_TEXTS)
         if "task_ids" not in inspect.signature(self.old.forward).parameters:
             batches = [_without(batch, "task_ids") for batch in batches]
@@ -203,7 +204,7 @@ class BasePair:
         return sum(scores.values()) / len(scores)
 
     def shift(self) -> ActivationShift:
-        """How far activations moved between the bases, on test texts."""
+        """How far activations moved between the bases, measured on test texts."""
         batches = [_without(batch, "task_ids") for batch in self._batches("test", self.config.shift_texts)]
         old, new = (
             getattr(model, str(getattr(model, "base_model_prefix", "")), model) for model in (self.old, self.new)
@@ -211,7 +212,7 @@ class BasePair:
         return activation_shift(old, new, batches)
 
     def _batches(self, split: str, texts: int) -> list[dict[str, Any]]:
-        """Batches of 16 without labels: at most so many texts, spread evenly over a split."""
+        """Batches of 16 without labels, of at most `texts` texts, which are spread evenly over the split."""
         data = MixedTaskDataset(self.tasks, self.tokenizer, split, self.config.training.max_length)
         chosen = torch.linspace(0, len(data) - 1, min(texts, len(data))).long().tolist()
         collate = MixedTaskCollator(self.tokenizer)
@@ -220,22 +221,22 @@ class BasePair:
 
 
 class WeighBySensitivity(TrainerCallback):
-    """Makes a search prefer places of low sensitivity, from its first step on."""
+    """Makes a search prefer candidates of low sensitivity, from its first step on."""
 
     def __init__(self, sensitivity: dict[str, float]) -> None:
         self.sensitivity = sensitivity
 
     def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        """Weigh the gates; the Trainer has set the penalty by now."""
+        """Weigh the gates. `GatedTrainer` has set the penalty by now."""
         weigh_by(get_adapters(model), self.sensitivity)
 
 
 def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[Any]) -> TransferScores:
-    """Every arm of one seed; with a folder, its adapters are kept there."""
+    """Train and test every arm of one seed. With a folder, its adapters are kept there."""
     config = bases.config
     transferable: Train | None = None
     if config.prefer_transferable:
-        sensitivity = bases.sensitivity()  # now, because knowledge is weakened while the arm trains
+        sensitivity = bases.sensitivity()  # measured now, because knowledge is weakened while the arm trains
 
         def transferable(model: nn.Module, seed: int) -> Adapters:
             return bases.train_transferable(sensitivity, progress)
@@ -254,7 +255,7 @@ def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[An
 
 
 def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
-    """Scores of a saved adapter on the old and on the new base, untrained."""
+    """Scores (old base, new base) of a saved adapter, without further training."""
     scores = []
     cases: list[tuple[nn.Module, Literal["same", "updated"]]] = [(bases.old, "same"), (bases.new, "updated")]
     for model, base in cases:
@@ -265,7 +266,7 @@ def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
 
 
 def _with_precision(config: TransferConfig) -> TransferConfig:
-    """The configuration with one precision for every arm, base and seed; `auto` is decided here, once."""
+    """The configuration with `precision: auto` decided, once for all arms, bases and seeds."""
     training = config.training.model_copy(update={"precision": "bf16" if use_bf16(config) else "fp32"})
     return config.model_copy(update={"training": training})
 

@@ -1,4 +1,4 @@
-"""What a saved adapter holds, as text."""
+"""The description of a saved adapter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gatedadapters.structure.folder import STRUCTURE, WEIGHTS
 
 
 def show(folder: str | Path, *, png: str | Path | None = None, diff: str | Path | None = None) -> str:
-    """The structure of a saved adapter, what its tasks share, and its size; or what changes from it to another one.
+    """Describe a saved adapter, as `gatedadapters show` does: its structure, what its tasks share, and its size.
 
     Args:
-        folder: of the adapter, or the folder of a run that left one, or a structure's JSON file.
-        png: a file to draw the structure in, too.
-        diff: another adapter; then the text lists what changes from the first to it.
+        folder: folder of the adapter, output folder of a run that saved one, or a JSON file of a structure.
+        png: a file to draw the structure in.
+        diff: another adapter. The text then lists what changes from the first to this one instead.
 
     Raises:
         ArtifactError: there is no readable structure, or the weights are missing.
@@ -34,7 +34,7 @@ def show(folder: str | Path, *, png: str | Path | None = None, diff: str | Path 
             parts.append(sharing_table(structure))
         parts.append(_facts(place, structure))
     if png is not None:
-        from gatedadapters.inspection import save_png  # matplotlib takes a moment to import
+        from gatedadapters.inspection import save_png  # imported here: matplotlib takes long to import
 
         save_png(structure, png)
         parts.append(f"drawn in {png}")
@@ -51,12 +51,12 @@ def sharing_table(structure: Structure) -> str:
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """The folder itself, or the adapter that a run left in it."""
+    """The folder of the adapter that a run saved in `folder`, or else `folder` itself."""
     return folder / ADAPTER if (folder / ADAPTER / STRUCTURE).is_file() else folder
 
 
 def _facts(folder: Path, structure: Structure) -> str:
-    """What the adapter was made for and with, its cost, and the sizes of its files."""
+    """Lines about what the adapter was made for and with, its cost, and the sizes of its files."""
     lines = [
         f"made for    {structure.fingerprint.model_class}, search space {structure.space.name}, seed {structure.seed}",
         f"made with   {', '.join(f'{name} {version}' for name, version in structure.created_with.items())}",

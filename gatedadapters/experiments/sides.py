@@ -22,9 +22,9 @@ class TrainedSide:
     """The result of training one side.
 
     Attributes:
-        params: parameters stored: those of the adapters, or of the whole backbone; heads are not counted.
-        structure: of the adapters; None where the whole model was trained.
-        seconds: that training took.
+        params: number of parameters to store: those of the adapters or of the whole backbone, without heads.
+        structure: the structure of the adapters; None if the whole model was trained.
+        seconds: duration of training.
     """
 
     params: int
@@ -34,16 +34,16 @@ class TrainedSide:
 
 @contextmanager
 def trained_side(runner: ArmRunner, side: StudySide, progress: tqdm[Any]) -> Iterator[TrainedSide]:
-    """A context in which the runner's model is trained, pruned and compact; afterwards it is what it was.
+    """A context in which the runner's model is trained, pruned and compact. Afterwards the model is as it was.
 
     Args:
-        runner: of the model, its tasks and their data.
+        runner: the runner of the model, its tasks and their data.
         side: `gated` searches under the budget or the penalty; `uniform` trains LoRA of the budget's size, with the
             same ranks everywhere; `full` trains every weight of the model.
-        progress: is moved by one a step.
+        progress: a bar, which moves by one a step.
 
     Raises:
-        BudgetError: uniform LoRA without a budget in parameters.
+        BudgetError: the side is `uniform`, and the search has no budget in parameters.
     """
     if side == "full":
         with _fully_trained(runner, progress) as trained:

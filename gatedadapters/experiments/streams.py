@@ -1,4 +1,4 @@
-"""From a configuration of continual tuning to an untrained model and the stream of its tasks."""
+"""From a configuration of continual tuning to an untrained model and its stream of tasks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
 from gatedadapters.data.language import read_passages, sample_passages, split_passages
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiments.classifiers import build_model, load_tasks
-from gatedadapters.experiments.models import is_causal, load_causal_model, load_shape_and_tokenizer
+from gatedadapters.experiments.models import is_causal, load_causal_model, load_config_and_tokenizer
 from gatedadapters.training import MultiTaskClassifier
 
 
 def stream_orders(config: ContinualConfig) -> Iterator[tuple[str, int, list[int]]]:
     """(name, seed, order of the tasks) of each configured stream.
 
-    The first order is the one given; the others are drawn, none twice, and are the same for every seed.
+    The first order is that of the configuration. The others are random, distinct, and the same for every seed.
     """
     draw, orders = np.random.default_rng(0), [list(range(len(config.tasks)))]
     while len(orders) < config.orders:
@@ -37,10 +37,10 @@ def stream_orders(config: ContinualConfig) -> Iterator[tuple[str, int, list[int]
 
 
 def build_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
-    """The untrained model, and its tasks in the order of the configuration; both depend on the seed alone.
+    """The untrained model, and its tasks in the order of the configuration. Both depend on the seed alone.
 
     Raises:
-        ConfigError: a task does not go with the model.
+        ConfigError: a task does not fit the model.
         DataError: data cannot be read.
     """
     if any(_is_generative(task) for task in config.tasks):
@@ -49,7 +49,7 @@ def build_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStr
 
 
 def _is_generative(task: StreamTaskConfig) -> bool:
-    """Whether a causal language model answers the task by generating text."""
+    """Whether the task has questions that a causal language model answers."""
     return task.answer is not None or task.bundled in CHOICE_TASKS
 
 
@@ -76,7 +76,7 @@ def _labelled_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, Tas
 
 
 def _nearest_class_task(task: StreamTaskConfig, search: SearchConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """A task without a head, which measures what a classifier's backbone can do in general."""
+    """A task without a head, which measures the general ability of a classifier's backbone by nearest class means."""
     if _is_generative(task):
         raise ConfigError(
             expected="a labelled table or a bundled classification task",
@@ -96,12 +96,12 @@ def _question_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, Tas
     max_length = config.training.max_length
     every = (*config.tasks, *([config.general] if config.general is not None else []))
     labelled = [task.title for task in every if not _is_generative(task)]
-    shape, tokenizer = load_shape_and_tokenizer(config.model, max_length)
-    if labelled or not is_causal(shape):
+    model_config, tokenizer = load_config_and_tokenizer(config.model, max_length)
+    if labelled or not is_causal(model_config):
         raise ConfigError(
             "questions with answers are for causal language models, and do not mix with labelled tables",
             expected="answer: of every table, and a causal language model",
-            got=f"labelled: {', '.join(labelled)}" if labelled else ", ".join(shape.architectures or ["?"]),
+            got=f"labelled: {', '.join(labelled)}" if labelled else ", ".join(model_config.architectures or ["?"]),
             where="tasks",
             fix="give each task an answer column, or none",
         )
@@ -124,6 +124,7 @@ def _question_task(task: StreamTaskConfig, tokenizer: PreTrainedTokenizerBase, m
         train_part, held_out = split_passages(passages, 0.2, seed=seed, where=task.train)
     else:
         train_part, held_out = passages, read_passages(held_out_file, text=task.text, answer=task.answer)
-    train_part = sample_passages(train_part, task.max_train, seed=seed)  # by seed, not the first rows: files are sorted
+    # A random sample and not the first rows, because files may be sorted.
+    train_part = sample_passages(train_part, task.max_train, seed=seed)
     held_out = sample_passages(held_out, task.max_test, seed=seed)
     return answer_task(task.title, train_part, held_out, tokenizer, max_length=max_length)

@@ -19,13 +19,13 @@ def training_arguments(
     """The Trainer's arguments for one training of a run: no checkpoints, and nothing printed.
 
     Args:
-        training: how long and how fast.
+        training: the configuration of the training.
         scratch: a folder that the Trainer may write to.
         bf16: whether to train under bf16 autocast.
-        logs: how many log entries to make, spread evenly over the steps.
+        logs: number of log entries, which are spread evenly over the steps.
 
     Raises:
-        ConfigError: the configured device is not there.
+        ConfigError: a GPU is configured and there is none.
     """
     return TrainingArguments(
         output_dir=scratch,
@@ -51,8 +51,8 @@ def training_arguments(
 def use_bf16(config: SearchConfig) -> bool:
     """Whether to train under bf16 autocast.
 
-    `precision: auto` measures on the CPU which number format multiplies faster, which takes some milliseconds; on a GPU
-    it takes bf16 where the GPU supports it.
+    With `precision: auto`, a CPU is timed for some milliseconds, and uses bf16 if that multiplies at least 1.3 times as
+    fast. A GPU uses bf16 if it supports it.
     """
     training = config.training
     if training.precision != "auto":

@@ -165,24 +165,6 @@ class GateBank(nn.Module, StepListener):
         """Whether an optimiser has stepped on the gates since the last draw; gradient accumulation does not count."""
         return self._moved and not self.frozen
 
-    def next_step(self) -> None:
-        """Report a step of an optimiser that is not a `torch.optim.Optimizer`; the clock sees all others itself."""
-        CLOCK.stepped([self.log_alpha])
-
-    def watched(self) -> Sequence[Tensor]:
-        """The gates; see `StepListener`."""
-        return [self.log_alpha]
-
-    def after_step(self, optimizer: Optimizer | None) -> None:
-        """End the step: update the saliency and ask for a new draw.
-
-        The bank is told because it cannot see the step itself: fused optimisers do not advance version counters.
-        """
-        if not self.frozen:
-            self._collect_saliency()
-        self._moved = True
-        self._values_of = None
-
     @torch.no_grad()
     def draw(self) -> None:
         """Begin a step: clamp log alpha to its range and draw this step's noise.
@@ -202,16 +184,6 @@ class GateBank(nn.Module, StepListener):
     def keep_in_range(self) -> None:
         """Clamp log alpha to its bounds, which an optimiser's step may have left."""
         self.log_alpha.clamp_(*self.config.bounds)
-
-    @torch.no_grad()
-    def _collect_saliency(self, decay: float = 0.95) -> None:
-        # This happens at the end of a step, not at the beginning of the next: before each forward pass DDP overwrites
-        # the buffers of all processes with those of the first, and a checkpoint holds those of the first alone.
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.gate_gradient)
-            self.gate_gradient /= dist.get_world_size()  # DDP averages gradients too
-        self.saliency.mul_(decay).add_(self.gate_gradient.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
-        self.gate_gradient.zero_()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
@@ -249,6 +221,36 @@ class GateBank(nn.Module, StepListener):
             return values
         gate_gradient = self.gate_gradient[:, where]
         return _with_derivative(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], gate_gradient)
+
+    # -- the end of the step -------------------------------------------------------------------------------------------
+
+    def watched(self) -> Sequence[Tensor]:
+        """The gates; see `StepListener`."""
+        return [self.log_alpha]
+
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        """End the step: update the saliency and ask for a new draw.
+
+        The bank is told because it cannot see the step itself: fused optimisers do not advance version counters.
+        """
+        if not self.frozen:
+            self._collect_saliency()
+        self._moved = True
+        self._values_of = None
+
+    @torch.no_grad()
+    def _collect_saliency(self, decay: float = 0.95) -> None:
+        # This happens at the end of a step, not at the beginning of the next: before each forward pass DDP overwrites
+        # the buffers of all processes with those of the first, and a checkpoint holds those of the first alone.
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.gate_gradient)
+            self.gate_gradient /= dist.get_world_size()  # DDP averages gradients too
+        self.saliency.mul_(decay).add_(self.gate_gradient.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
+        self.gate_gradient.zero_()
+
+    def next_step(self) -> None:
+        """Report a step of an optimiser that is not a `torch.optim.Optimizer`; the clock sees all others itself."""
+        CLOCK.stepped([self.log_alpha])
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 

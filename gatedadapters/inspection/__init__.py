@@ -1,4 +1,4 @@
-"""Looking at gates, structures, masks, base updates and streams of tasks: pictures and TensorBoard."""
+"""Pictures and TensorBoard logs of gates, structures, masks, base updates and streams of tasks."""
 
 from gatedadapters.inspection.callback import TensorBoardInspector
 from gatedadapters.inspection.continual import core_picture, save_core_png, save_stream_png, stream_picture

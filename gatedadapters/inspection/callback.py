@@ -1,4 +1,4 @@
-"""The writer at work in a Trainer, without a line of the user's."""
+"""A Trainer callback that writes gates, structures and masks to TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,22 +24,29 @@ from gatedadapters.supernet.adapters import Adapters, get_adapters
 
 
 class TensorBoardInspector(TensorBoardCallback):
-    """transformers' TensorBoard callback that also writes gates, structures and masks, into the same run.
+    """transformers' TensorBoard callback, which also writes gates, structures and masks into the same run.
 
-    Give it in place of the built-in one: `TrainingArguments(report_to="none")` and
-    `GatedTrainer(callbacks=[TensorBoardInspector("runs/search")])`. It writes hyper-parameters and a mask at the
-    beginning; gates while they learn; the structure at the prune, at every checkpoint that finds it changed, and at the
-    end, with what changed since the last one; and `time/step`, the seconds of a training step.
+    Use it instead of the built-in callback: `TrainingArguments(report_to="none")` and
+    `GatedTrainer(callbacks=[TensorBoardInspector("runs/search")])`. It writes
+
+    - hyper-parameters and the mask at the beginning,
+    - the gates while they learn,
+    - the structure at the prune, at every checkpoint where it has changed, and at the end, with the changes since the
+      last one,
+    - `time/step`, the seconds of a training step.
 
     Args:
-        log_dir: folder of the run; transformers' default where None.
-        hparams: what the run was made with, see `TensorBoardWriter.hparams`; default: what can be seen of it.
-        metrics: tags of scalars to compare runs by, beside the loss and the size; written by whoever knows them.
+        log_dir: folder of the run; default: that of transformers.
+        hparams: hyper-parameters of the run, see `TensorBoardWriter.hparams`; default: `run_hparams`.
+        metrics: tags of scalars by which runs are compared, beside the loss and the size. You write their values.
         max_tags: see `TensorBoardWriter`.
-        writes: most times that gates are written while they learn.
-        maps: most times that they are drawn.
-        share: of the time that training takes in all, the most that writing again and again may take, spread over the
-            steps in which gates learn. What would exceed it is left out, but for the beginning, the prune and the end.
+        writes: how often gates are written while they learn, at most.
+        maps: how often gates are drawn, at most.
+        share: largest share of the training time for the writes while gates learn. Writes that would exceed it are
+            skipped, except those at the beginning, at the prune and at the end.
+
+    Attributes:
+        seconds: time spent on writing.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class TensorBoardInspector(TensorBoardCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Gates while they learn, and the structure when it is fixed."""
+        """Write gates while they learn, and the structure once it is fixed."""
         self._step_seconds += time.perf_counter() - self._step_began
         self._steps += 1
         if self.writer is None:
@@ -114,7 +121,7 @@ class TensorBoardInspector(TensorBoardCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The Trainer's own values, and how long a step takes."""
+        """Write the Trainer's values and the seconds of a step."""
         logs = {key: value for key, value in (logs or {}).items() if not key.startswith("gates/")}
         super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[no-untyped-call]
         if self.writer is not None and self._steps:
@@ -122,14 +129,14 @@ class TensorBoardInspector(TensorBoardCallback):
             self._step_seconds, self._steps = 0.0, 0
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The structure of a checkpoint."""
+        """Write the structure of a checkpoint."""
         if self._affordable(state):
             self._structure(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The gates and the structure as they are in the end; closes the run."""
+        """Write the gates and the structure a last time, and close the run."""
         self._gates(state, fully=True)
         self._structure(state.global_step)
         self.writer = self.adapters = self._shown = None
@@ -154,7 +161,7 @@ class TensorBoardInspector(TensorBoardCallback):
             self._next_map = step + max(1, searching // self.maps)
 
     def _structure(self, step: int) -> None:
-        """Writes the structure if it is not the one that was shown last."""
+        """Write the structure if it differs from the one written last."""
         if self.writer is None or self.adapters is None:
             return
         with self._counted():
@@ -165,19 +172,20 @@ class TensorBoardInspector(TensorBoardCallback):
             self._shown = structure
 
     def _searching(self, state: TrainerState) -> int:
-        """Steps in which gates learn."""
+        """Number of steps in which gates learn."""
         pressure = self.adapters.pressure if self.adapters is not None else None
         prune = pressure.schedule.prune if pressure is not None else None
         return math.ceil((1.0 if prune is None else prune) * state.max_steps)
 
     def _affordable(self, state: TrainerState) -> bool:
-        """Whether writing is within its share of what training takes in all, going by its pace so far."""
+        """Whether writing stays within its share of the training time, which is estimated from the pace so far."""
         elapsed, step = time.perf_counter() - self._began - self.seconds, max(1, state.global_step)
         due = min(1.0, step / self._searching(state))
         return self.seconds - self._fixed_seconds <= self.share * elapsed * state.max_steps / step * due
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
+        """A context whose time counts as time for writing."""
         began = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - began
@@ -186,7 +194,10 @@ class TensorBoardInspector(TensorBoardCallback):
 def run_hparams(
     args: TrainingArguments, state: TrainerState, adapters: Adapters | None, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, Any]:
-    """What a run can be seen to be made with: the same names for every run, `none` where something does not apply."""
+    """Hyper-parameters of a run, as far as the Trainer shows them.
+
+    Every run has the same names; a value that does not apply is None.
+    """
     gates = {id(gate) for gate in adapters.gate_parameters()} if adapters is not None else set()
     groups = optimizer.param_groups if optimizer is not None else []
     rates = [group["lr"] for group in groups if any(id(p) in gates for p in group["params"])]

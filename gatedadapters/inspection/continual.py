@@ -1,4 +1,4 @@
-"""A stream of tasks as pictures: the matrix of scores, and where the cores lie."""
+"""Pictures of a stream of tasks: the matrix of scores, and the cores of the tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gatedadapters.reporting.html import INK
 
 
 def stream_picture(result: StreamResult, *, title: str | None = None) -> Figure:
-    """R as a heat map: rows are stages (the first: untrained), columns tasks."""
+    """The matrix R as a heat map: rows are stages, the first of them the untrained model; columns are tasks."""
     scores = [result.baseline.scores, *result.matrix]
     rows = ["untrained", *(stage.task for stage in result.stages)]
     return matrix_picture(result.tasks, scores, rows=rows, title=title or result.strategy)
@@ -27,9 +27,10 @@ def save_stream_png(result: StreamResult, path: str | Path, *, title: str | None
 
 
 def core_picture(cores: Sequence[tuple[str, Core]], *, title: str = "what each task may move") -> Figure:
-    """One panel a task, blocks by role: the share of the elements selected, in per cent; the number counts tensors.
+    """One panel for each task, with blocks as rows and roles as columns.
 
-    White: there is no such tensor. The row "out" is what lies outside the blocks. Heads are not counted.
+    Colours show the share of the elements that are selected, in per cent. Numbers count tensors. White: no such tensor.
+    The row "out" holds the tensors outside the blocks. Heads are not counted.
     """
     places = sorted({place for _, core in cores for place in core.cells()}, key=lambda p: (p[0] is None, p[0] or 0))
     blocks = list(dict.fromkeys(block for block, _ in places))

@@ -1,4 +1,4 @@
-"""What there is to see of gates: by place, by block, by kind, by level."""
+"""The state of gates, summarised by place, by block, by kind and by level."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ from gatedadapters.paths import Path
 from gatedadapters.structure import column
 from gatedadapters.supernet.adapters import Adapters
 
-Cell = tuple[int, str]
+BlockColumn = tuple[int, str]  # (block, column)
 Name = TypeVar("Name")
 Floats = NDArray[np.floating[Any]]
 
 
 class GateView:
-    """The gates of some adapters, sorted by where they are; `read` them, then ask.
+    """A summary of the gates of adapters. `read` copies their state; the other methods summarise it.
+
+    A place is a pair of block and column, where a column is a sub-layer, a role and a kind of path.
+
+    Args:
+        adapters: adapters with gates.
+        bank: the gates.
+        max_tags: above this number of places, `averages` has one value for each block and one for each column.
 
     Attributes:
-        blocks, columns: rows and columns of heat maps over places, as of `Structure.grid`.
-        kinds: of paths.
-        sets: tags of what is averaged, each with the number of its tag for every unit.
+        blocks, columns: rows and columns of heat maps, as in `Structure.grid`.
+        kinds: kinds of the paths.
+        sets: the tags of `averages`, and which units each tag averages.
+        unit: the penalty's unit, in which costs are counted.
+        probability: that a unit is open, (tasks, units).
+        stays: 1 where a unit is open without noise, (tasks, units).
+        log_alpha: (tasks, gates).
+        any_task: the probability that at least one task has a unit open, (units,).
     """
 
     def __init__(self, adapters: Adapters, bank: GateBank, *, max_tags: int) -> None:
@@ -37,8 +49,8 @@ class GateView:
         self.blocks, self.columns = sorted(set(indices)), list(dict.fromkeys(places))
         self.kinds = list(dict.fromkeys(path.kind for path in paths))
         owner = bank.owner.cpu().numpy()
-        self._cells = Numbered(list(zip(indices, places, strict=True)), owner)
-        self._mix = Numbered([(index, path.kind) for index, path in zip(indices, paths, strict=True)], owner)
+        self._cells = UnitGroups(list(zip(indices, places, strict=True)), owner)
+        self._mix = UnitGroups([(index, path.kind) for index, path in zip(indices, paths, strict=True)], owner)
         self._levels = {
             level: np.flatnonzero([name[0] == level for name in bank.gate_names])
             for level in dict.fromkeys(name[0] for name in bank.gate_names)
@@ -46,11 +58,11 @@ class GateView:
         digits = len(str(max(indices)))
         blocks = [f"{index:0{digits}d}" for index in indices]
         tags = [f"open block {block}/{place}" for block, place in zip(blocks, places, strict=True)]
-        self.sets = [Numbered(tags, owner)]
+        self.sets = [UnitGroups(tags, owner)]
         if len(self.sets[0].names) > max_tags:
             self.sets = [
-                Numbered([f"open place/{place}" for place in places], owner),
-                Numbered([f"open block/{block}" for block in blocks], owner),
+                UnitGroups([f"open place/{place}" for place in places], owner),
+                UnitGroups([f"open block/{block}" for block in blocks], owner),
             ]
         penalty = adapters.pressure.penalty if adapters.pressure is not None else None
         self.unit = penalty.unit if penalty is not None else "params"
@@ -59,7 +71,7 @@ class GateView:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Bring the state of the gates over from the device, at once."""
+        """Copy the state of the gates from the device, in one transfer."""
         bank = self.bank
         probability = (bank.kept > 0).float() if bank.frozen else bank.open_probability()
         parts = (probability, (bank.deterministic() > 0).float(), bank.log_alpha.detach())
@@ -70,15 +82,15 @@ class GateView:
         self.any_task = 1 - (1 - self.probability).prod(0)
 
     def averages(self) -> dict[str, float]:
-        """By tag, the probability that any task has a unit open, mean over the units."""
-        return {tag: value for numbered in self.sets for tag, value in numbered.means(self.any_task).items()}
+        """By tag, the probability that at least one task has a unit open, as the mean over units."""
+        return {tag: value for group in self.sets for tag, value in group.means(self.any_task).items()}
 
-    def open(self, task: int) -> dict[Cell, float]:
-        """By place, the probability that a task has a unit open, mean over the units."""
+    def open(self, task: int) -> dict[BlockColumn, float]:
+        """By place, the probability that a task has a unit open, as the mean over units."""
         return self._cells.means(self.probability[task])
 
-    def mix(self) -> dict[Cell, float]:
-        """By block and kind, the share of the block's expected cost that goes to paths of the kind."""
+    def mix(self) -> dict[BlockColumn, float]:
+        """By block and kind, the share of the block's expected cost that paths of this kind take."""
         sums = self._mix.sums(self.any_task * self._cost)
         totals = dict.fromkeys(self.blocks, 0.0)
         for (block, _), value in sums.items():
@@ -95,7 +107,7 @@ class GateView:
         return {kind: value / total if total else 0.0 for kind, value in shares.items()}
 
     def costs(self) -> dict[str, float]:
-        """What the gates cost: expected, really open without noise, and the target that they are held to, if any."""
+        """Expected cost, cost of the units open without noise and, under a budget, the present target."""
         pressure = self.adapters.pressure
         found = {
             "expected_cost": float((self.any_task * self._cost).sum()),
@@ -106,7 +118,7 @@ class GateView:
         return found
 
     def task_shares(self) -> dict[str, float]:
-        """By task, the expected share of the candidates' cost that it uses; nothing for a single task."""
+        """By task, the expected share of the candidates' cost that the task uses; empty for a single task."""
         if len(self.adapters.tasks) == 1:
             return {}
         shares = (self.probability * self._cost).sum(-1) / self._cost.sum()
@@ -114,7 +126,7 @@ class GateView:
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
-        """The terms of the penalty as it is now, and the multipliers behind a budget."""
+        """The present terms of the penalty and, under a budget, its multipliers."""
         pressure = self.adapters.pressure
         if pressure is None:
             return {}
@@ -127,12 +139,12 @@ class GateView:
         return found
 
     def closed_paths(self) -> float:
-        """Share of the paths that no forward pass of this step runs."""
+        """Share of the paths that forward passes of this step skip."""
         self.bank.refresh()
         return 1 - sum(self.bank.open_paths.values()) / len(self.bank.open_paths)
 
     def log_alphas(self) -> dict[str, Floats]:
-        """By task and level of the hierarchy, log alpha of each gate."""
+        """By task and level of the hierarchy, the log alpha of each gate."""
         tasks = self.adapters.tasks if len(self.adapters.tasks) > 1 else ("",)
         return {
             f"{task} {level}".strip(): self.log_alpha[number, gates]
@@ -141,8 +153,13 @@ class GateView:
         }
 
 
-class Numbered(Generic[Name]):
-    """Distinct names of groups, and which of them each unit belongs to."""
+class UnitGroups(Generic[Name]):
+    """Units in groups, each group with a name.
+
+    Args:
+        names: the name of each path's group.
+        unit_owner: the path of each unit, (units,).
+    """
 
     def __init__(self, names: Sequence[Name], unit_owner: NDArray[np.int64]) -> None:
         position = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -151,11 +168,11 @@ class Numbered(Generic[Name]):
         self._count = np.bincount(self._number, minlength=len(self.names))
 
     def sums(self, values: Floats) -> dict[Name, float]:
-        """Of one value per unit, by name."""
+        """By name, the sum of `values` (units,) over the group."""
         found = np.bincount(self._number, weights=values, minlength=len(self.names))
         return dict(zip(self.names, found.tolist(), strict=True))
 
     def means(self, values: Floats) -> dict[Name, float]:
-        """Of one value per unit, by name."""
+        """By name, the mean of `values` (units,) over the group."""
         found = np.bincount(self._number, weights=values, minlength=len(self.names)) / self._count
         return dict(zip(self.names, found.tolist(), strict=True))

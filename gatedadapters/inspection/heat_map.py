@@ -1,4 +1,4 @@
-"""A heat map that is painted many times: its frame is drawn once, a new picture costs little more than a copy."""
+"""A heat map that is painted many times. Its frame is drawn once, so a new picture costs little more than a copy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ _LEFT, _RIGHT, _TOP, _LETTER = 0.6, 0.6, 0.3, 0.075  # inches beside and above t
 
 
 class HeatMap:
-    """Blocks by columns; white where there is no cell. Sized so that TensorBoard shows a dozen columns as they are.
+    """A heat map with blocks as rows. Places without a value stay white.
+
+    Its size suits TensorBoard, which shows a picture of a dozen columns without scaling it.
 
     Args:
         blocks: names of the rows.
-        columns: names of the columns; a line parts those that end in different words.
-        label: what the colours mean.
-        colours: over `limits`.
-        limits: values at the ends of the colours.
+        columns: names of the columns. A line separates columns that end in different words.
+        label: the meaning of the colours.
+        colours: the colour map.
+        limits: values at the two ends of the colour map.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class HeatMap:
         left = max(_LEFT, 0.25 + _LETTER * max(len(str(block)) for block in blocks))
         bottom = 0.15 + _LETTER * max(map(len, columns))
         size = left + width + _RIGHT, bottom + height + _TOP
-        figure = Figure(figsize=size, dpi=_DPI)  # laid out by hand: a layout engine takes ten times as long
+        figure = Figure(figsize=size, dpi=_DPI)  # with fixed positions: a layout engine takes ten times as long
         axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(blocks) - 0.5, -0.5)
@@ -72,7 +74,7 @@ class HeatMap:
         }
 
     def paint(self, values: Mapping[Any, float]) -> NDArray[np.uint8]:
-        """The picture of these values by (block, column), (height, width, 3)."""
+        """The picture, uint8 (height, width, 3), of values by (block, column)."""
         picture = self._frame.copy()
         colours = self.colours(self.norm(np.fromiter(values.values(), float, len(values))), bytes=True)
         for place, colour in zip(values, colours, strict=True):

@@ -1,4 +1,4 @@
-"""A square of scores, task by task, as a picture."""
+"""A picture of the scores of a continual run, stage by task."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gatedadapters.reporting.html import INK
 def matrix_picture(
     names: Sequence[str], values: ArrayLike, *, rows: Sequence[str] | None = None, title: str | None = None
 ) -> Figure:
-    """The R matrix of a continual run: row t, column i is the score on task i after training on task t.
+    """The matrix R of a continual run as a heat map: row t, column i is the score on task i after training on task t.
 
     Args:
-        names: of the tasks, in the order they were trained.
-        values: (rows, tasks); nan where nothing was measured, left white.
-        rows: what was trained last, where that is not each task once.
-        title: above it.
+        names: names of the tasks, in the order of training.
+        values: (rows, tasks). nan, for a score that was not measured, stays white.
+        rows: names of the rows; default: the tasks.
+        title: shown above the picture.
 
     Raises:
-        DataError: another shape.
+        DataError: `values` has another shape.
     """
     found = np.asarray(values, dtype=float)
     stages = names if rows is None else rows

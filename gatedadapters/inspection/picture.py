@@ -1,4 +1,4 @@
-"""A structure as a picture: which share of what was offered stays, by block and place."""
+"""A picture of a structure: the share of the offered units that is kept, by block and place."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _ASPECT = 2.2  # width by height that several panels are arranged for
 
 
 def picture(structure: Structure, *, title: str | None = None) -> Figure:
-    """A heat map, blocks by (sub-layer.role, kind): the share of the offered units that stays.
+    """A heat map of the share of the offered units that is kept. Rows are blocks, columns sub-layer, role and kind.
 
-    With several tasks there is a panel for what is stored and one for what each task uses. Grey: offered,
-    nothing stays. White: not offered. Numbers count units, where there is room.
+    With several tasks, one panel shows the stored units, and one panel for each task those that it uses. Grey: nothing
+    is kept. White: nothing was offered. Numbers count units, where there is room.
 
     Args:
-        structure: of any depth; cells get smaller with it.
-        title: above everything; default: the size.
+        structure: a structure of any depth. Cells get smaller with the number of blocks.
+        title: shown above the panels; default: the size of the structure.
     """
     blocks, columns, cells = structure.grid()
     if not blocks:
@@ -77,21 +77,26 @@ def save_png(structure: Structure, path: str | Path, *, title: str | None = None
 
 
 def quiet(bar: Colorbar, label: str = "") -> None:
-    """Let a colour bar be small and without a frame, as all of ours are."""
+    """Make a colour bar small, without a frame, and label it."""
     bar.set_label(label, color=INK, fontsize=7)
     bar.ax.tick_params(labelsize=7, colors=INK, length=2)
     bar.outline.set_visible(False)
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a figure as a PNG file, once it has been drawn without an error."""
+    """Write a figure as a PNG file. The file is opened after drawing, so an error while drawing leaves no file."""
+    Path(path).write_bytes(png_bytes(figure, dpi=dpi))
+
+
+def png_bytes(figure: Figure, *, dpi: int) -> bytes:
+    """The bytes of a figure's PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, facecolor="white")
-    Path(path).write_bytes(file.getvalue())
+    return file.getvalue()
 
 
 def pixels(figure: Figure, dpi: int = 90) -> NDArray[np.uint8]:
-    """A figure as an array (height, width, 3)."""
+    """A figure as an array, uint8 (height, width, 3)."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -99,7 +104,7 @@ def pixels(figure: Figure, dpi: int = 90) -> NDArray[np.uint8]:
 
 
 def _arranged(panels: int, width: float, height: float) -> tuple[int, int]:
-    """(panels across, panels down) that come near the aspect wanted and leave few places empty."""
+    """The number of panels across and down that comes close to the aspect `_ASPECT` with few empty places."""
 
     def cost(across: int) -> float:
         down = -(-panels // across)

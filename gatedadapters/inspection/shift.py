@@ -1,4 +1,4 @@
-"""What a base update moved, as a picture."""
+"""A picture of how far a base update moved the activations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from gatedadapters.transfer import ActivationShift
 
 
 def shift_picture(shift: ActivationShift, *, title: str | None = None) -> Figure:
-    """A heat map, blocks by (sub-layer.role): the relative shift of what each point returns, in per cent.
+    """A heat map of the relative shift of the output of each point, in per cent. Rows are blocks, columns points.
 
-    White: there is no such point in the block.
+    White: the block has no such point.
+
+    Args:
+        shift: see `activation_shift`.
+        title: shown above the picture.
     """
     blocks, columns, cells = shift.grid()
     values = np.full((len(blocks), max(1, len(columns))), np.nan)

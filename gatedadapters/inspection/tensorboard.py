@@ -1,4 +1,4 @@
-"""One TensorBoard run: everything that this library shows there."""
+"""A writer of TensorBoard runs, for everything that this library shows there."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from gatedadapters.supernet.adapters import Adapters
 
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#b2182b", NOTHING, "#1f5fa6"])
 _OPEN = "share of the units open"
-_LINES = 100  # of a text, at most
-_PLAIN = (int, float, str)
+_LINES = 100  # lines of a text, at most
 
 
 class TensorBoardWriter:
-    """Writes one run, few runs with many tags being easier to read than many runs.
+    """Writes one TensorBoard run.
 
-    Each method is one kind of thing to look at, with the step it belongs to; all of them may be left out. A Trainer
-    needs none of them: `TensorBoardInspector` calls them.
+    Each method writes one kind of result, with the step it belongs to, and can be left out. With a Trainer,
+    `TensorBoardInspector` calls them. Everything goes into one run, because few runs with many tags are easier to read
+    than many runs.
 
     Args:
-        run: a folder, or a writer that is open already and stays open for whoever opened it.
-        max_tags: most places of gates that get a tag of their own; where there are more, blocks and kinds of places are
-            averaged instead.
+        run: a folder, or an open writer, which stays open.
+        max_tags: largest number of places of gates with a tag of their own. If there are more, gates are averaged by
+            block and by column instead.
     """
 
     def __init__(self, run: str | Path | SummaryWriter, *, max_tags: int = 600) -> None:
@@ -58,18 +58,24 @@ class TensorBoardWriter:
         self._maps: dict[str, HeatMap] = {}
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Any numbers, by tag."""
+        """Write numbers by tag."""
         found = [value for tag, number in values.items() for value in protos.scalar(tag, number).value]
         self._write(Summary(value=found), step)  # one event: a hundred tags cost little more than one
 
     def gates(self, adapters: Adapters, step: int, *, maps: bool = True) -> None:
-        """What gates do; nothing for compact adapters, which have none.
+        """Write the state of the gates. Compact adapters have none, and nothing is written.
 
-        Scalars: `open block 3/attn.q lora` (the probability that any task has a unit open, mean over units; a group of
-        charts for each block), `open task/<name>` (expected share of the candidates' cost), `path mix/<kind>` (its
-        share of the expected cost), `gates/...` (expected cost, the cost really open without noise, the target that
-        they are held to, closed paths), `penalty/...` (its terms and multipliers). With `maps` also images,
-        `open/<task>` (blocks by places) and `path mix/by block`, and histograms of `log alpha/<task> <level>`.
+        Scalars:
+
+        - `open block 3/attn.q lora`: the probability that at least one task has a unit open, as the mean over units;
+          each block has a group of charts.
+        - `open task/<name>`: the expected share of the candidates' cost that the task uses.
+        - `path mix/<kind>`: the share of the expected cost that paths of this kind take.
+        - `gates/...`: expected cost, cost of the units open without noise, target of the budget, closed paths.
+        - `penalty/...`: terms and multipliers of the penalty.
+
+        With `maps`: images of `open/<task>` (blocks by columns) and `path mix/by block`, and histograms of
+        `log alpha/<task> <level>`.
         """
         bank = adapters.bank
         if bank is None:
@@ -87,9 +93,11 @@ class TensorBoardWriter:
             self._gate_maps(view, step)
 
     def structure(self, structure: Structure, step: int, *, before: Structure | None = None) -> None:
-        """What stays: the share of what was offered by block and place as `structure/kept` (what is stored) and, of
-        several tasks, `structure/kept by <task>`; sizes; the table as a text. With `before` also what changed, as
-        `structure/changed` and `structure/diff`.
+        """Write a structure: an image of the share of the offered units that is kept, sizes, and the table as a text.
+
+        The image of the stored units is `structure/kept`. With several tasks, `structure/kept by <task>` shows the
+        units that a task uses. With an earlier structure `before`, the changes are `structure/changed` and
+        `structure/diff`.
         """
         blocks, columns, cells = structure.grid()
         tasks = structure.tasks if len(structure.tasks) > 1 else ()
@@ -112,7 +120,7 @@ class TensorBoardWriter:
             self._image("structure/changed", frame.paint(change), step)
 
     def mask(self, mask: Mask, step: int = 0, *, tag: str = "mask") -> None:
-        """Which elements are free: density by role as scalars, by block and role as an image, the table as text."""
+        """Write a mask: its density by role as scalars, by block and role as an image, and its table as a text."""
         blocks, columns, cells = mask.grid()
         share = {place: selected / max(1, of) for place, (selected, of) in cells.items()}
         totals: dict[str, list[int]] = {role: [0, 0] for role in columns}
@@ -126,19 +134,19 @@ class TensorBoardWriter:
         self._text(f"{tag}/table", mask.table().splitlines(), step)
 
     def matrix(self, names: Sequence[str], values: ArrayLike, step: int = 0, *, tag: str = "R") -> None:
-        """Scores task by task as an image, such as the R matrix of a continual run: see `matrix_picture`.
+        """Write scores, task by task, as an image, such as the matrix R of a continual run; see `matrix_picture`.
 
         Raises:
-            DataError: not one row and one column per name.
+            DataError: `values` does not have one row and one column for each name.
         """
         self._image(tag, pixels(matrix_picture(names, values, title=tag)), step)
 
     def stream(self, result: StreamResult) -> None:
-        """What a stream of tasks has come to, at the step that counts its finished stages; step 0 is the untrained
-        model. `run_stream(on_stage=writer.stream)` calls it after each.
+        """Write the state of a stream of tasks after a stage. `run_stream(on_stage=writer.stream)` does so for each.
 
-        Scalars: `score/<task>`, `score/general`, `trained/elements`, `trained/bytes`; once all stages are there also
-        `metrics/...` (OP, BWT, FWT, forgetting, general delta). Images: `R`, and `cores` where tasks have them.
+        The step is the number of finished stages; step 0 is the untrained model. Scalars: `score/<task>`,
+        `score/general`, `trained/elements`, `trained/bytes` and, after the last stage, `metrics/...` (OP, BWT, FWT,
+        forgetting, general delta). Images: `R`, and `cores` if the tasks have cores.
         """
         step, last = len(result.stages), result.stages[-1]
         for at, record in ([(0, result.baseline)] if step == 1 else []) + [(step, last)]:
@@ -156,15 +164,15 @@ class TensorBoardWriter:
     def hparams(
         self, config: Config | Mapping[str, Any], metrics: Mapping[str, float | None] | None = None, *, step: int = 0
     ) -> None:
-        """What this run was made with, and what came out, for the page that compares runs.
+        """Write the hyper-parameters and the results of this run, for the page that compares runs.
 
-        TensorBoard takes its columns from the first run it finds. So every run should name every value, also those that
-        do not apply to it: nested values get names with dots, None is written as `none`, a list as JSON.
+        TensorBoard takes its columns from the first run it finds. So every run should have every name, also for values
+        that do not apply to it. Nested values get names with dots, None is written as `none`, and a list as JSON.
 
         Args:
             config: a configuration, or plain values by name.
-            metrics: results by tag, written as scalars; None for a scalar that the run writes elsewhere.
-            step: of the results.
+            metrics: results by tag, written as scalars. None stands for a scalar that is written elsewhere.
+            step: step of the results.
         """
         metrics = dict(metrics or {})
         for proto in protos.hparams(flat(config), metrics):
@@ -172,11 +180,11 @@ class TensorBoardWriter:
         self.scalars({tag: value for tag, value in metrics.items() if value is not None}, step)
 
     def flush(self) -> None:
-        """Let readers see what was written so far."""
+        """Make everything written so far visible to readers."""
         self.run.flush()
 
     def close(self) -> None:
-        """Flush, and close the run where this writer opened it."""
+        """Flush, and close the run if this writer opened it."""
         self.flush()
         if self._owned:
             self.run.close()
@@ -200,9 +208,9 @@ class TensorBoardWriter:
         return self._view
 
     def _charts(self, view: GateView) -> None:
-        """Custom charts: a block's places in one chart, costs and target in another."""
+        """Lay out the custom charts: the places of a block in one chart, costs and target in another."""
         charts: dict[str, list[Any]] = {}
-        for tag in (tag for numbered in view.sets for tag in numbered.names):
+        for tag in (tag for group in view.sets for tag in group.names):
             charts.setdefault(tag.partition("/")[0], ["Multiline", []])[1].append(re.escape(tag))
         gates = {
             "cost": ["Multiline", [f"gates/{name}" for name in view.costs()]],
@@ -245,14 +253,14 @@ class TensorBoardWriter:
 
 
 def flat(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
-    """A configuration as numbers and texts, nested ones with dots in their names."""
+    """A configuration as numbers and texts; nested fields have names with dots."""
     values = config.model_dump(mode="json") if isinstance(config, Config) else config
     found: dict[str, int | float | str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Config | Mapping):
             found |= flat(value, f"{name}.")
-        elif isinstance(value, _PLAIN) and not isinstance(value, bool):
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
             found[name] = value
         elif value is None or isinstance(value, bool):
             found[name] = str(value).lower()

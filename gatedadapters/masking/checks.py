@@ -1,4 +1,4 @@
-"""Whether a sparse delta may go into a model; each of these raises before anything is changed."""
+"""Checks that a sparse delta fits a model. They all run before the model is changed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
 
-def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, among which are those that a mask selects from."""
+def parameters_of(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, nn.Parameter]:
+    """All parameters of the model by name, after a check that `names` are among them.
+
+    Raises:
+        MaskError: a parameter is missing.
+    """
     parameters = dict(model.named_parameters())
     missing = [name for name in names if name not in parameters]
     if missing:
@@ -28,7 +32,11 @@ def tunable(model: nn.Module, names: Sequence[str], *, where: str) -> dict[str, 
 
 
 def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise where single elements of a weight cannot be trained, or the mask is of another one."""
+    """Check that single elements of a weight can be trained, and that it has the shape in the mask.
+
+    Raises:
+        MaskError: one of the two does not hold. The error names the tensor.
+    """
     plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
     if not weight.is_floating_point() or not plain or weight.element_size() < 2:
         raise MaskError(
@@ -40,7 +48,7 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
         )
     if tuple(weight.shape) != shape:
         raise MaskError(
-            "a tensor has another shape than the mask says",
+            "a tensor and the mask differ in shape",
             expected=shape,
             got=tuple(weight.shape),
             where=name,
@@ -52,16 +60,20 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
             expected="a contiguous tensor with memory",
             got="meta" if weight.device.type == "meta" else "strides of another layout",
             where=name,
-            fix="make it contiguous before",
+            fix="load the weights, or parameter.data = parameter.data.contiguous()",
         )
 
 
-def check_heads(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise where what task heads had learned does not fit those of the model."""
+def check_head_shapes(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Check that the saved values of task heads fit the heads of the model.
+
+    Raises:
+        MaskError: a shape differs. The error names the tensor.
+    """
     for name, value in values.items():
         if name in parameters and parameters[name].shape != value.shape:
             raise MaskError(
-                "a task head has another shape than what was learned for it",
+                "a task head and its saved values differ in shape",
                 expected=tuple(value.shape),
                 got=tuple(parameters[name].shape),
                 where=name,
@@ -70,11 +82,22 @@ def check_heads(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
 
 
 def check_adapters(model: nn.Module, names: set[str]) -> None:
-    """Raise where adapters in the model have to do with a weight that a delta is to tune: one would hide the other."""
+    """Check that no adapter in the model uses a weight of the delta: one would hide the other's changes.
+
+    Args:
+        model: a model with or without adapters.
+        names: the parameters in which the delta tunes elements.
+
+    Raises:
+        AttachError: an adapter uses one. The error names the weight.
+    """
     adapters = getattr(model, ADAPTERS, None)
-    taken = {"head_names": "task head of the adapters", "replaced": "weight that adapters are merged into"}
-    for attribute, what in taken.items():
-        for name in sorted(names.intersection(getattr(adapters, attribute, ()))):
+    if not isinstance(adapters, Adapters):
+        return
+    merged = adapters.merged.originals if adapters.merged is not None else ()
+    taken = {"task head of the adapters": adapters.head_names, "weight that adapters are merged into": merged}
+    for what, taken_names in taken.items():
+        for name in sorted(names.intersection(taken_names)):
             raise AttachError(
                 f"the mask selects elements of a {what}",
                 expected="a weight of the backbone's own",
@@ -82,10 +105,10 @@ def check_adapters(model: nn.Module, names: set[str]) -> None:
                 where=type(model).__name__,
                 fix="exclude it from the mask, or unmerge or detach the adapters first",
             )
-    for key, path in adapters.typed_paths() if isinstance(adapters, Adapters) else ():
+    for key, path in adapters.typed_paths():
         if path.site.at_weight and str(path.site.write) in names:
             raise AttachError(
-                "an adapter's path stands at this weight",
+                "a path of the adapters changes this weight",
                 expected="a weight of the backbone's own",
                 got=f"path {key}",
                 where=str(path.site.write),

@@ -1,4 +1,4 @@
-"""The trainable values of selected elements, living in the weights of a model."""
+"""Sparse deltas: trainable values of the selected elements of a model's weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
-from gatedadapters.masking.checks import check_adapters, check_heads, check_tensor, tunable
+from gatedadapters.masking.checks import check_adapters, check_head_shapes, check_tensor, parameters_of
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
-from gatedadapters.masking.tuned import Tuned
+from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
 from gatedadapters.supernet.attach import find_heads
@@ -30,23 +30,33 @@ FILES = MASK_FILES | {VALUES}
 
 
 class SparseDelta(nn.Module, StepListener):
-    """What `apply_mask` puts into a model, registered there as `sparse_delta`: its parameters are the only trainable
-    values of the backbone.
+    """The trainable values of selected elements. `apply_mask` registers it in the model as `sparse_delta`.
 
-    After each step of a `torch.optim.Optimizer` the values are written into the weights, so the forward pass is that of
-    the plain model. Before each step it is checked that nobody else wrote there.
+    Its parameters are the only trainable values of the backbone. After each step of a `torch.optim.Optimizer`, the
+    delta writes them into the weights, so that forward passes are those of the plain model. Before each step, it checks
+    that nothing else has changed the selected elements.
 
     Attributes:
-        tuned: the selected elements by tensor, `name.of.parameter` with `/` for `.`.
-        identity: of the backbone without the delta.
-        roles, origin: of the mask.
-        head_values: what task heads had learned when it last left a model; empty while it is in one.
+        tuned: the selected elements by tensor. A key is the name of the parameter with `/` instead of `.`.
+        identity: fingerprint of the backbone without the delta.
+        roles: roles of the mask's parameters.
+        origin: how the mask was selected, as plain data.
+        head_names: the parameters of the task heads, which are trained in full and saved too.
+        head_values: the trained values of the task heads at the last removal. Empty while the delta is in a model.
     """
 
     turn: ClassVar[Turn] = Turn.DELTA
+    identity: Fingerprint
+    roles: dict[str, str]
+    origin: dict[str, Any]
 
     def __init__(
-        self, tuned: Mapping[str, Tuned], *, identity: Fingerprint, roles: Mapping[str, str], origin: Mapping[str, Any]
+        self,
+        tuned: Mapping[str, TunedElements],
+        *,
+        identity: Fingerprint,
+        roles: Mapping[str, str],
+        origin: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.tuned = nn.ModuleDict({name.replace(".", "/"): part for name, part in tuned.items()})
@@ -56,7 +66,7 @@ class SparseDelta(nn.Module, StepListener):
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
-        self._as_written: frozenset[str] = frozenset()  # while a state dict is loaded: weights that it did not hold
+        self._as_written: frozenset[str] = frozenset()  # tensors that loading a state dict has not changed
         nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
 
@@ -65,14 +75,14 @@ class SparseDelta(nn.Module, StepListener):
         if self.applied:
             CLOCK.add(self)
 
-    # -- what it holds -------------------------------------------------------------------------------------------------
+    # -- contents ------------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        """The model this delta is in.
+        """The model that the delta is in.
 
         Raises:
-            AttachError: it is in none.
+            AttachError: it is in no model.
         """
         if not self._model:
             raise AttachError("this delta is in no model", fix="delta.reapply(model)")
@@ -80,27 +90,27 @@ class SparseDelta(nn.Module, StepListener):
 
     @property
     def applied(self) -> bool:
-        """Whether it is in a model."""
+        """Whether the delta is in a model."""
         return bool(self._model)
 
-    def items(self) -> Iterator[tuple[str, Tuned]]:
-        """Names of the parameters of the backbone, and their selected elements."""
+    def items(self) -> Iterator[tuple[str, TunedElements]]:
+        """The name of each parameter with selected elements, and these elements."""
         for key, part in self.tuned.items():
-            yield key.replace("/", "."), cast(Tuned, part)
+            yield key.replace("/", "."), cast(TunedElements, part)
 
-    def parts(self) -> Iterator[Tuned]:
-        """The selected elements, tensor by tensor."""
+    def parts(self) -> Iterator[TunedElements]:
+        """The selected elements of each tensor."""
         for part in self.tuned.values():
-            yield cast(Tuned, part)
+            yield cast(TunedElements, part)
 
     @property
     def params(self) -> int:
-        """How many elements are tuned."""
+        """Number of selected elements."""
         return sum(len(part.pattern) for part in self.parts())
 
     @property
     def mask(self) -> Mask:
-        """Which elements are tuned."""
+        """The mask of the selected elements."""
         return Mask.from_indices(
             {name: part.pattern.indices() for name, part in self.items()},
             {name: part.pattern.shape for name, part in self.items()},
@@ -110,58 +120,67 @@ class SparseDelta(nn.Module, StepListener):
         )
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the model's own task heads, trained and saved along."""
+        """The parameters of the model's task heads, which are trained in full and saved too."""
         return [self.model.get_parameter(name) for name in self.head_names]
 
     def checkpointing(self) -> bool:
-        """Whether the model checkpoints activations while training."""
+        """Whether the model trains with activation checkpointing."""
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
-    # -- in and out of a model -----------------------------------------------------------------------------------------
+    # -- into and out of a model ---------------------------------------------------------------------------------------
 
     def reapply(self, model: nn.Module, *, heads: Sequence[str] | None = None) -> SparseDelta:
-        """Put the values into `model`, which is or equals the one they were trained in, and into its task heads what
-        they had learned with them; costs O(selected).
+        """Put this delta into a model again, with its values and the trained values of the task heads.
+
+        The cost is proportional to the number of selected elements.
 
         Args:
-            model: without a delta.
-            heads: see `apply_mask`; default: those it had.
+            model: the model in which the values were trained, or an equal one; without a delta.
+            heads: see `apply_mask`; default: the heads that the delta had.
 
         Raises:
-            AttachError: this delta is in a model already, or `model` has one.
-            MaskError: another backbone, or heads of other shapes.
-            The model is left untouched by all of them.
+            AttachError: this delta is in a model already, or `model` has a delta.
+            MaskError: `model` has another backbone, or heads of other shapes.
+
+        The model is not changed in any of these cases.
         """
         if self.applied:
             raise AttachError("this delta is in a model already", where="reapply", fix="delta.remove() first")
         head_names = find_heads(model, self.head_names if heads is None else heads)
         check_backbone(self.identity, fingerprint(model, skip=frozenset(head_names)), where="reapply")
-        parameters = tunable(model, [name for name, _ in self.items()], where="reapply")
+        parameters = parameters_of(model, [name for name, _ in self.items()], where="reapply")
         for name, part in self.items():
             check_tensor(name, parameters[name], part.pattern.shape)
-        check_heads(self.head_values, parameters)
+        check_head_shapes(self.head_values, parameters)
         self._install(model, head_names)
         return self
 
     def remove(self) -> nn.Module:
-        """Take the delta out: every bit, attribute and `requires_grad` of the model is as before; where adapters stay
-        in it, the backbone stays frozen. Task heads keep what they learned, this object its values and a copy of
-        theirs.
+        """Take the delta out of its model, and restore every bit, attribute and `requires_grad` flag of the backbone.
+
+        If the model has adapters, the backbone stays frozen. Task heads in the model keep their trained values. The
+        delta keeps its values and a copy of those of the heads, for `reapply`.
+
+        Returns:
+            The model.
 
         Raises:
             AttachError: this delta is in no model.
-            TrainingError: somebody else changed the tuned weights; nothing is done.
+            TrainingError: something else changed the selected elements. Nothing is done then.
         """
         self.check()
         self.head_values = {name: value.clone() for name, value in self._heads().items()}
         return self._uninstall(restore=True)
 
     def merge(self) -> nn.Module:
-        """Leave the values in the weights for good, and this object without a model.
+        """Leave the values in the weights for good, and take the delta out of its model.
+
+        Returns:
+            The model.
 
         Raises:
             AttachError: this delta is in no model.
-            TrainingError: somebody else changed the tuned weights; nothing is done.
+            TrainingError: something else changed the selected elements. Nothing is done then.
         """
         self.check()
         self.head_values = {name: value.clone() for name, value in self._heads().items()}
@@ -171,10 +190,15 @@ class SparseDelta(nn.Module, StepListener):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model is the backbone alone; not to be trained meanwhile."""
+        """A context in which the model is the backbone alone. Do not train in it.
+
+        Raises:
+            AttachError: this delta is in no model.
+            TrainingError: something else changed the selected elements.
+        """
         self.check()
         for part in self.parts():
-            part._written = part.values._version  # so that no forward pass writes them back
+            part._written = part.values._version  # so that forward passes do not write the values back
             part.write(part.originals)
         try:
             yield
@@ -183,16 +207,17 @@ class SparseDelta(nn.Module, StepListener):
                 part.write()
 
     def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
-        """Write the mask, the values and what task heads learned into `folder`, whole or not at all: about 5 bytes an
-        element. `load_delta` reads them back, bit for bit in fp32.
+        """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
+
+        An element takes about 5 bytes in float32. `load_delta` then reads the same bits.
 
         Args:
             folder: a new or an empty folder.
-            dtype: of the values, float32 or bfloat16.
+            dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
 
         Raises:
-            ArtifactError: the folder is not free, or an unknown dtype.
+            ArtifactError: the folder is not free, or the dtype is neither of the two.
         """
         if dtype not in DTYPES.values():
             raise ArtifactError(
@@ -214,18 +239,17 @@ class SparseDelta(nn.Module, StepListener):
         return self.parameters()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """See that nobody else wrote into the weights."""
+        """Check that nothing else has changed the selected elements."""
         self.check()
 
     def after_step(self, optimizer: Optimizer | None) -> None:
-        """Write the values into the weights. Version counters cannot tell whether they moved: fused optimisers do not
-        advance them.
-        """
+        """Write the values into the weights, always: fused optimisers change values without a new version number."""
         self.write()
 
     def write(self) -> None:
-        """Put the values into the weights. Needed only after changing them by hand, or with an optimiser that is no
-        `torch.optim.Optimizer`.
+        """Write the values into the weights.
+
+        Needed only after a change by hand, or with an optimiser that is no `torch.optim.Optimizer`.
 
         Raises:
             AttachError: this delta is in no model.
@@ -235,16 +259,18 @@ class SparseDelta(nn.Module, StepListener):
             part.write()
 
     def check(self) -> None:
-        """See that the weights hold what was written last, that every use of them is still seen, and that they learn
-        through the values alone.
+        """Check the weights in which elements are tuned.
+
+        They must hold the values that were written last, their stand-ins must be in place, and they must not require
+        gradients themselves.
 
         Raises:
             AttachError: this delta is in no model.
-            TrainingError: naming the tensors of which this is not so.
+            TrainingError: something of this does not hold. The error names the tensors.
         """
         held = {id(module) for module in self.model.modules()}
         for name, part in self.items():
-            for module, attribute in part.places:
+            for module, attribute in part.owners:
                 if id(module) not in held:
                     raise _changed([name], "another module was put in its place")
                 if not isinstance(module.__dict__.get(attribute), LiveWeight) or attribute not in module._parameters:
@@ -266,7 +292,7 @@ class SparseDelta(nn.Module, StepListener):
                 raise _changed(changed, "other values in tuned elements")
 
     def _heads(self) -> dict[str, Tensor]:
-        """What task heads learned: in the model, or when this delta left one."""
+        """The trained values of the task heads, from the model or, outside one, from the last removal."""
         if not self.applied:
             return self.head_values
         return {n: p.detach() for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
@@ -274,15 +300,15 @@ class SparseDelta(nn.Module, StepListener):
     def _install(self, model: nn.Module, head_names: tuple[str, ...]) -> None:
         required = trained_originally(model)
         check_adapters(model, {name for name, _ in self.items()})
-        places = _places(model)
+        owners = _owners(model)
         self.train(model.training)
         try:
             for name, part in self.items():
-                part.places = places[name]
+                part.owners = owners[name]
                 if part.weight.device != part.values.device:
                     part.to(part.weight.device)
                 part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
-                for module, attribute in part.places:
+                for module, attribute in part.owners:
                     module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
@@ -306,11 +332,11 @@ class SparseDelta(nn.Module, StepListener):
     def _uninstall(self, *, restore: bool) -> nn.Module:
         model = self.model
         for part in self.parts():
-            if part.places and restore:
+            if part.owners and restore:
                 part.write(part.originals)
-            for module, attribute in part.places:
+            for module, attribute in part.owners:
                 module.__dict__.pop(attribute, None)
-            part.places, part._written = [], None
+            part.owners, part._written = [], None
         CLOCK.discard(self)
         for handle in self._handles:
             handle.remove()
@@ -323,10 +349,10 @@ class SparseDelta(nn.Module, StepListener):
 
 
 class RefuseCompilation:
-    """Before the model runs: a compiled one would see neither new values nor their gradients."""
+    """A forward pre-hook that refuses compilation: a compiled model would miss new values and their gradients."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the model."""
+        """Raise an error while the model is compiled."""
         if torch.compiler.is_compiling():
             raise TrainingError(
                 "a model with a sparse delta is not compiled",
@@ -338,42 +364,50 @@ class RefuseCompilation:
 
 
 def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = None) -> SparseDelta:
-    """Freeze `model` and make the elements that `mask` selects trainable, in place.
+    """Freeze `model`, and make the elements that `mask` selects trainable, in place.
 
-    The model computes what it did, at the cost it had; `model.parameters()` now also yields the values, one compact
-    vector per tensor, and they alone (and adapters, if attached) require gradients. Everything else is bit-frozen,
-    whatever the optimiser: no other value exists for it to move.
+    The model computes the same as before, at the same cost. `model.parameters()` now also yields the values of the
+    selected elements, as one compact vector for each tensor. Only these values, and adapters if there are any, require
+    gradients. Everything else is frozen to the bit with any optimiser, because the optimiser has no other values.
 
-    Load, resize and tie weights before, or after `remove`: transformers' own methods do not expect what stands in for
-    a tuned parameter, and fail on it.
+    Load, resize and tie weights before this call or after `remove`. In between, a stand-in replaces each tuned
+    parameter, and transformers' methods fail on it.
 
     Args:
         model: any module whose selected tensors are floating-point parameters.
         mask: made for this model, by `select` or `Mask.build`.
-        heads: parameters of the model (names or prefixes) to train in full and save along; by default everything
-            outside the backbone of a model without a language-model head, such as a classifier.
+        heads: parameters of the model (names or prefixes) to train in full and save too. By default, everything outside
+            the backbone, unless the model has a language-model head.
 
     Raises:
-        AttachError: the model has a delta already; unknown heads.
-        MaskError: the mask selects nothing, is of another model, or selects integer or quantised weights.
-        The model is left untouched by all of them.
+        AttachError: the model has a delta already, or a head is unknown.
+        MaskError: the mask selects nothing, belongs to another model, or selects integer or quantised weights.
+
+    The model is not changed in any of these cases.
     """
-    delta, head_names = _built(model, mask, heads, where="apply_mask")
+    delta, head_names = _build(model, mask, heads, where="apply_mask")
     delta._install(model, head_names)
     return delta
 
 
 def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
-    """Put a saved delta into the backbone it was trained in, task heads included. Everything is checked before the
-    model is touched, and nothing in the files is executed.
+    """Put a saved delta into the backbone in which it was trained, with its task heads.
+
+    Everything is checked before the model is changed. Nothing in the files is executed.
+
+    Args:
+        model: a model with the backbone of the delta.
+        folder: written by `SparseDelta.save`.
 
     Raises:
         ArtifactError: the folder holds no delta, or a file is truncated or foreign.
-        AttachError, MaskError: as in `apply_mask`. The model is left untouched by all of them.
+        AttachError, MaskError: as in `apply_mask`.
+
+    The model is not changed in any of these cases.
     """
     path = Path(folder)
     mask = Mask.load(path)
-    delta, head_names = _built(model, mask, mask.identity.heads, where=str(path))
+    delta, head_names = _build(model, mask, mask.identity.heads, where=str(path))
     shapes: dict[str, tuple[int, ...]] = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
     shapes |= {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in head_names}
     tensors = read_tensors(path / VALUES, shapes)
@@ -385,10 +419,10 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     return delta
 
 
-def _built(
+def _build(
     model: nn.Module, mask: Mask, heads: Sequence[str] | None, *, where: str
 ) -> tuple[SparseDelta, tuple[str, ...]]:
-    """A delta for `model`, which is not touched, and the names of its heads."""
+    """A delta for `model` and the names of its heads. The model is not changed."""
     if find_delta(model) is not None:
         raise AttachError(
             "this model has a sparse delta already",
@@ -400,7 +434,7 @@ def _built(
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
         raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
-    parameters = tunable(model, selected, where=where)
+    parameters = parameters_of(model, selected, where=where)
     for name in selected:
         check_tensor(name, parameters[name], mask.shape(name))
     head_names = find_heads(model, heads)
@@ -419,21 +453,21 @@ def _built(
     for name in selected:
         weight = parameters[name]
         pattern = Pattern.of(weight.shape, mask.indices(name).to(weight.device))
-        tuned[name] = Tuned(pattern, pattern.gather(weight.detach()).clone())
+        tuned[name] = TunedElements(pattern, pattern.gather(weight.detach()).clone())
     return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
 
 
 def find_delta(model: nn.Module) -> SparseDelta | None:
-    """The delta in `model` (or in what DDP wrapped), if any."""
+    """The delta in `model`, or in the model that DDP wraps; None without one."""
     found = (getattr(module, NAME, None) for module in model.modules())
     return next((delta for delta in found if isinstance(delta, SparseDelta)), None)
 
 
 def get_delta(model: nn.Module) -> SparseDelta:
-    """The delta in `model` (or in what DDP wrapped).
+    """The delta in `model`, or in the model that DDP wraps.
 
     Raises:
-        AttachError: it has none.
+        AttachError: the model has none.
     """
     found = find_delta(model)
     if found is not None:
@@ -441,15 +475,18 @@ def get_delta(model: nn.Module) -> SparseDelta:
     raise AttachError("this model has no sparse delta", where=type(model).__name__, fix="call gatedadapters.apply_mask")
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Every module and attribute that holds each parameter, tied ones included, under the name `parameters()` gives."""
+def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each parameter, by its name in `named_parameters()`, every (module, attribute) that holds it.
+
+    A tied parameter has several.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(names[id(parameter)], []).append((module, attribute))
-    return places
+                owners.setdefault(names[id(parameter)], []).append((module, attribute))
+    return owners
 
 
 def _changed(names: Sequence[str], how: str) -> TrainingError:
@@ -463,14 +500,19 @@ def _changed(names: Sequence[str], how: str) -> TrainingError:
 
 
 def _before_loading(delta: SparseDelta, *args: Any) -> None:
-    """Before the values of a state dict are loaded, after the backbone's: which weights the delta wrote last."""
+    """Load-state-dict pre-hook: note the tensors that the state dict has not changed.
+
+    It runs after the weights of the backbone are loaded, and before the values of the delta are.
+    """
     parts = delta.items() if delta.applied else ()
     delta._as_written = frozenset(name for name, part in parts if not bool(part.differs()))
 
 
 def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
-    """After a state dict was loaded: weights that it held are those that were trained, or the base's; anything else is
-    refused.
+    """Load-state-dict post-hook: accept weights that hold the trained values or the base's, and write the values.
+
+    Raises:
+        TrainingError: other weights were loaded.
     """
     if not delta.applied:
         return

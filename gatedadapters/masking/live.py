@@ -1,14 +1,14 @@
-"""What stands in for a weight of which some elements are trained: the weight in every forward, its elements' gradient
-in every backward.
+"""A stand-in for a weight with trainable elements. Forward passes use the weight; backward passes give gradients to the
+selected elements alone.
 
-The stand-in is an attribute of the owning module that shadows the registered parameter: `module.weight` finds it, while
-`parameters()`, `state_dict()`, optimisers, DDP and deep copies see the plain frozen parameter. It intercepts the
-*operation* that uses the weight, so that a weight read by a parent module, tied to another or indexed by expert is
-covered as one read by its owner is, also when a checkpointed block runs again.
+The stand-in is an attribute of the module that owns the weight, and shadows the registered parameter. `module.weight`
+finds the stand-in, while `parameters()`, `state_dict()`, optimisers, DDP and deep copies see the plain frozen
+parameter. The stand-in intercepts the *operation* that uses the weight. So it also covers a weight that a parent module
+reads, that is tied to another one, that is indexed by expert, or that a checkpointed block uses a second time.
 
-Multiplying by a frozen weight costs what it costs; only the backward differs. Of `grad_out^T x`, the dense gradient, no
-more than the selected entries are computed where that is cheaper (few of them, on a CPU); elsewhere the dense gradient
-of one tensor lives until its entries are gathered.
+The forward pass costs as much as with a plain frozen weight. In the backward pass, the dense gradient is
+`grad_out^T x`. With few selected elements on a CPU, only the selected entries of this product are computed. Otherwise
+the dense gradient of one tensor exists until its entries are gathered.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Shares of selected elements up to which sampling entries of a product beats the product and a gather: measured on CPUs
-# with maps of 512 x 512 to 8192 x 512; products of half-precision matrices are several times as fast as fp32 ones.
+# Densities up to which computing the selected entries of a product is faster than the whole product and a gather.
+# Measured on CPUs with maps of 512 x 512 to 8192 x 512; half-precision products are several times as fast as fp32 ones.
 SAMPLED_UP_TO = {torch.float32: 0.06, torch.float64: 0.06, torch.bfloat16: 0.02, torch.float16: 0.02}
 
-with warnings.catch_warnings():  # torch says once per process that its CSR layout is young; here, and to nobody
+with warnings.catch_warnings():  # torch warns once per process that its CSR layout is in beta; take the warning here
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 class Pattern:
-    """Which elements of one tensor, seen as a matrix of its last dimension, are selected; sorted by row and column.
+    """The selected elements of one tensor, which is seen as a matrix with the tensor's last dimension as its width.
+
+    Entries are sorted by row and column, as in the CSR format.
 
     Attributes:
-        shape: of the tensor.
-        row_starts: (rows + 1,) int32, where each row's entries begin.
+        shape: shape of the tensor.
+        row_starts: (rows + 1,) int32, the position in `columns` at which each row begins.
         columns: (selected,) int32.
+        width: columns of the matrix.
+        rows: rows of the matrix.
     """
 
     def __init__(self, shape: Sequence[int], row_starts: Tensor, columns: Tensor) -> None:
@@ -49,7 +53,7 @@ class Pattern:
 
     @classmethod
     def of(cls, shape: Sequence[int], indices: Tensor) -> Pattern:
-        """From sorted flat positions (selected,)."""
+        """A pattern from sorted flat positions, (selected,) int64."""
         width = shape[-1] if shape else 1
         rows = torch.Size(shape).numel() // width
         counts = torch.bincount(indices // width, minlength=rows)
@@ -62,18 +66,18 @@ class Pattern:
 
     @property
     def density(self) -> float:
-        """Share of elements selected."""
+        """Share of the elements that are selected."""
         return len(self) / max(1, self.rows * self.width)
 
     def entry_rows(self) -> Tensor:
-        """(selected,) int64 row of each entry."""
+        """The row of each entry, (selected,) int64."""
         starts = self.row_starts.long()
         return torch.repeat_interleave(
             torch.arange(self.rows, device=starts.device), starts.diff(), output_size=len(self)
         )
 
     def indices(self) -> Tensor:
-        """(selected,) int64 sorted flat positions."""
+        """Sorted flat positions, (selected,) int64."""
         return self.entry_rows().mul_(self.width).add_(self.columns)
 
     def gather(self, dense: Tensor) -> Tensor:
@@ -81,18 +85,18 @@ class Pattern:
         return dense.reshape(-1)[self.indices()]
 
     def part(self, index: int) -> tuple[Pattern, slice]:
-        """The pattern of `tensor[index]` for a tensor of three or more dimensions, and where its entries lie."""
+        """The pattern of `tensor[index]`, for a tensor of three or more dimensions, and the slice of its entries."""
         each = self.rows // self.shape[0]
         starts = self.row_starts[index * each : (index + 1) * each + 1]
         where = slice(int(starts[0]), int(starts[-1]))
         return Pattern(self.shape[1:], starts - starts[0], self.columns[where]), where
 
     def to(self, device: torch.device) -> Pattern:
-        """On another device."""
+        """This pattern on another device."""
         return Pattern(self.shape, self.row_starts.to(device), self.columns.to(device))
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """The selected entries of `left^T right`, (selected,), without computing the others where that is cheaper.
+        """The selected entries of `left^T right`, (selected,). The others are not computed where that is cheaper.
 
         Args:
             left: (tokens, rows).
@@ -102,17 +106,17 @@ class Pattern:
             return self.gather(left.T @ right)
         exact = torch.promote_types(left.dtype, torch.float32)
         zeros = torch.zeros(len(self), dtype=exact)
-        # a plain tensor holding the pattern; its values do not count (beta = 0)
+        # a tensor that holds the pattern; beta = 0 ignores its values
         pattern = torch.sparse_csr_tensor(
             self.row_starts, self.columns, zeros, (self.rows, self.width), check_invariants=False
         )
-        left_rows = left.T.to(exact).contiguous()  # the kernel multiplies rows that lie together
+        left_rows = left.T.to(exact).contiguous()  # the kernel needs contiguous rows
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, left_rows, right.to(exact), beta=0.0)
         return sampled.values()
 
 
 class LiveWeight(Tensor):
-    """Stands in for `module._parameters[name]`, of which `pattern`'s elements have the gradient of `values()`."""
+    """The stand-in for `module._parameters[name]`. Gradients of its selected elements go to the values of `tuned`."""
 
     _module: nn.Module
     _name: str
@@ -120,8 +124,8 @@ class LiveWeight(Tensor):
 
     @staticmethod
     def over(module: nn.Module, name: str, tuned: Any) -> LiveWeight:
-        """Make one. `tuned` (a `Tuned`) is what holds the values."""
-        live = torch.empty(0).as_subclass(LiveWeight)  # never read: everything is done on the parameter itself
+        """A stand-in for a parameter of `module`, whose selected elements and their values are in `tuned`."""
+        live = torch.empty(0).as_subclass(LiveWeight)  # never read: every operation uses the parameter itself
         live._module, live._name, live._tuned = module, name, tuned
         return live
 
@@ -140,7 +144,7 @@ class LiveWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run `func` with the parameter in place of its stand-in."""
+        """Run `func` with the parameter instead of the stand-in."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             rule = _RULES.get(func)
@@ -148,26 +152,26 @@ class LiveWeight(Tensor):
                 result = rule(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            return func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in kwargs.items()})
+            return func(*(_without_stand_in(a) for a in args), **{k: _without_stand_in(v) for k, v in kwargs.items()})
 
 
 def weight_of(live: LiveWeight) -> Tensor:
-    """The parameter behind a stand-in, with its current values in it."""
+    """The parameter behind a stand-in, with the current values written into it."""
     return cast(Tensor, live._tuned.current(live._module._parameters[live._name]))
 
 
-def _plain(value: Any) -> Any:
-    """A tensor for any operation: where gradients are wanted, one that gathers them for the selected elements."""
+def _without_stand_in(value: Any) -> Any:
+    """The argument without stand-ins. With gradients enabled, a weight becomes a tensor that gathers the gradient."""
     if isinstance(value, LiveWeight):
         weight = weight_of(value)
         return _gathering(value._tuned.values, weight, value._tuned.pattern) if torch.is_grad_enabled() else weight
     if isinstance(value, (tuple, list)) and any(isinstance(item, LiveWeight) for item in value):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_without_stand_in(item) for item in value)
     return value
 
 
 class _Gathering(torch.autograd.Function):
-    """The weight itself; its dense gradient is cut down to the selected elements on its way to their values."""
+    """Returns the weight. Backward gathers the selected elements of its dense gradient, for their values."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
@@ -181,9 +185,9 @@ class _Gathering(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """`x W^T + b` for a weight stored (out, in), `x W + b` for one stored (in, out); x of shape (..., in).
+    """`x W^T + b` for a weight stored as (out, in), `x W + b` for one stored as (in, out); x has the shape (..., in).
 
-    Values are bit for bit those of the operation it stands for.
+    The result is bit for bit that of the replaced operation.
     """
 
     @staticmethod
@@ -192,7 +196,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))  # what is kept for backward is what was multiplied
+            x = x.to(torch.get_autocast_dtype(device))  # save for backward the type that was multiplied
         ctx.save_for_backward(x, weight)
         ctx.pattern, ctx.run, ctx.dtype = pattern, run, values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -234,7 +238,7 @@ def _run_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of an embedding; only selected elements of rows that were looked up are visited in backward."""
+    """Rows of an embedding. Backward visits only the selected elements of rows that were looked up."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, ids: Tensor, weight: Tensor, pattern: Pattern, padding: int) -> Tensor:
@@ -284,7 +288,7 @@ def _multiplied(x: Any, weight: Any, bias: Any, run: _Run) -> Any:
     if parameter.dim() != 2:
         return NotImplemented
     tuned = weight._tuned
-    return _product(tuned.values, x, _plain(bias), parameter, tuned.pattern, run)
+    return _product(tuned.values, x, _without_stand_in(bias), parameter, tuned.pattern, run)
 
 
 def _embedding(
@@ -303,8 +307,8 @@ def _embedding(
     return _rows(weight._tuned.values, ids, parameter, weight._tuned.pattern, padding)
 
 
-class _Part:
-    """What `Tuned` is to a tensor, to `tensor[index]`."""
+class _TunedPart:
+    """The selected elements of `tensor[index]`, as part of those of the whole tensor."""
 
     def __init__(self, whole: Any, index: int) -> None:
         self.pattern, where = whole.pattern.part(index)
@@ -315,7 +319,7 @@ class _Part:
 
 
 def _getitem(live: Any, index: Any) -> Any:
-    """One expert's matrix out of a fused parameter keeps being a stand-in."""
+    """Indexing one expert's matrix in a fused parameter gives a stand-in again."""
     if not isinstance(live, LiveWeight):
         return NotImplemented
     parameter = weight_of(live)
@@ -325,7 +329,7 @@ def _getitem(live: Any, index: Any) -> Any:
     at = int(index) % len(parameter)
     holder = nn.Module()
     holder._parameters["weight"] = parameter[at]  # type: ignore[assignment]
-    return LiveWeight.over(holder, "weight", _Part(live._tuned, at))
+    return LiveWeight.over(holder, "weight", _TunedPart(live._tuned, at))
 
 
 _RULES: Mapping[Callable[..., Any], Callable[..., Any]] = {

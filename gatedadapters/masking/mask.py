@@ -59,6 +59,9 @@ class Mask:
         origin: how the mask was selected, as plain data.
     """
 
+    identity: Fingerprint
+    origin: dict[str, Any]
+
     def __init__(self, record: MaskRecord, codes: Mapping[str, Tensor]) -> None:
         self._record, self._codes = record, dict(codes)
         self.identity, self.origin = record.fingerprint, record.origin
@@ -78,10 +81,10 @@ class Mask:
         """Make a mask from positions.
 
         Args:
-            indices: by parameter name, sorted flat positions, int64 (selected,).
-            shapes: by parameter name, for all tensors that the mask covers. A tensor without positions is frozen.
+            indices: sorted flat positions by parameter name, int64 (selected,).
+            shapes: shapes by parameter name, of all tensors that the mask covers. Those without positions are frozen.
             identity: fingerprint of the backbone.
-            roles: by parameter name.
+            roles: roles by parameter name.
             origin: how the positions were selected, as plain data.
         """
         records, codes = {}, {}
@@ -103,7 +106,7 @@ class Mask:
 
         Args:
             model: the backbone, without a delta in it.
-            chosen: by parameter name, the free elements: a bool tensor of the parameter's shape, or flat positions.
+            chosen: the free elements by parameter name: a bool tensor of the parameter's shape, or flat positions.
             heads: parameters that are trained in full beside the mask and do not identify the backbone.
 
         Raises:

@@ -45,7 +45,7 @@ def parameter_roles(model: nn.Module, sample: Mapping[str, Tensor] | None = None
     return found
 
 
-def chosen(
+def matching_parameters(
     roles: Mapping[str, str], include: Iterable[str] | None, exclude: Iterable[str] | None, *, where: str
 ) -> list[str]:
     """Names of the parameters that match a pattern of `include` and no pattern of `exclude`, in the order of `roles`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatedadapters.backbone.fingerprint import fingerprint, is_own
 from gatedadapters.errors import MaskError
-from gatedadapters.masking.roles import chosen, parameter_roles
+from gatedadapters.masking.roles import matching_parameters, parameter_roles
 from gatedadapters.masking.scores import Batch, Loss, Score, Scores, ScoringRun, score_class
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.masking.scores.per_example import size_of
@@ -50,7 +50,7 @@ def score(
         include: roles or names (with * and ?) of the parameters to score; default: the whole backbone.
         exclude: which of these to leave out.
         heads: task heads, which are trained in full and not scored; default: as in `attach`.
-        seed: of kinds that draw random numbers.
+        seed: seed of kinds that draw random numbers.
         spill: a folder for safetensors shards, which then hold the scores instead of memory.
         overwrite: replace scores that the folder holds.
 
@@ -83,7 +83,7 @@ def score(
     sample = {k: v[:1].to(home) for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _LABELS}
     roles = parameter_roles(model, sample or None)
     own = {n: r for n, r in roles.items() if n not in head_names and not is_own(n)}
-    names = chosen(own, include, exclude, where="score")
+    names = matching_parameters(own, include, exclude, where="score")
     everything = dict(model.named_parameters())
     parameters = {name: everything[name] for name in names}
     for name, parameter in parameters.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.mask import Mask, check_backbone
-from gatedadapters.masking.roles import chosen
+from gatedadapters.masking.roles import matching_parameters
 from gatedadapters.masking.scores.storage import Scores
 
 Scope = Literal["global", "tensor"]
@@ -87,7 +87,7 @@ def select(
                 where="select",
                 fix="score with the same include= and exclude=",
             )
-    names = chosen(general.roles, include, exclude, where="select")
+    names = matching_parameters(general.roles, include, exclude, where="select")
     for scores in (general, domain):
         if scores is not None and not any(bool(scores[name].any()) for name in names):
             raise MaskError(

@@ -1,6 +1,7 @@
 """Candidate paths, one file per kind. To add one, write its file and register its class here: see `base.py`."""
 
 from gatedadapters.config import PathOptions
+from gatedadapters.config.deprecation import renamed
 from gatedadapters.paths.base import Path
 from gatedadapters.paths.bottleneck import Parallel, Serial
 from gatedadapters.paths.lora import LoRA
@@ -44,3 +45,5 @@ __all__ = [
     "path_kinds",
     "register",
 ]
+
+__getattr__ = renamed(__name__, {"Misfit": "SkippedSite"})

@@ -204,12 +204,12 @@ def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
     return gate.repeat_interleave(rows.numel() // rows.shape[-1] // n, dim=0)
 
 
-def side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def join_parameters(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Concatenate parameters of paths that run together; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
-def joined_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
+def join_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
     """Concatenate the gates of paths that run together.
 
     Args:

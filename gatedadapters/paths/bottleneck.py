@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_widths, joined_gates, new_parameter, resized, side_by_side
+from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.placing import sublayer_sites
 from gatedadapters.paths.site import Site, SkippedSite
@@ -96,8 +96,8 @@ class Bottleneck(Path):
         several = cast(Sequence[Bottleneck], paths)
         first, dtype = several[0], target.dtype
         check_widths(first, tapped, target)
-        rows, gate = target.reshape(-1, target.shape[-1]), joined_gates(several, gates, target)
-        down, bias = side_by_side([p.down for p in several]), side_by_side([p.bias for p in several])
+        rows, gate = target.reshape(-1, target.shape[-1]), join_gates(several, gates, target)
+        down, bias = join_parameters([p.down for p in several]), join_parameters([p.bias for p in several])
         with in_its_own_type(target):
             hidden = F.linear(tapped.to(dtype), down.to(dtype), bias.to(dtype))
             hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -108,7 +108,9 @@ class Bottleneck(Path):
                 hidden = torch.cat([p.activation(part) for p, part in zip(several, parts, strict=True)], 1)
             if gate is not None:
                 hidden = hidden * gate.to(dtype)
-            return torch.addmm(rows, hidden, side_by_side([p.up for p in several], 1).to(dtype).t()).view(target.shape)
+            return torch.addmm(rows, hidden, join_parameters([p.up for p in several], 1).to(dtype).t()).view(
+                target.shape
+            )
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

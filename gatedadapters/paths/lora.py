@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_widths, joined_gates, new_parameter, resized, side_by_side
+from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import low_rank
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.precision import widened
@@ -79,8 +79,8 @@ class LoRA(Path):
         several = cast(Sequence[LoRA], paths)
         first = several[0]
         check_widths(first, tapped, target)
-        down, up = side_by_side([p.down for p in several]), side_by_side([p.up for p in several], 1)
-        return low_rank(tapped, target, down, up, joined_gates(several, gates, target))
+        down, up = join_parameters([p.down for p in several]), join_parameters([p.up for p in several], 1)
+        return low_rank(tapped, target, down, up, join_gates(several, gates, target))
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

@@ -66,8 +66,8 @@ def grid(
     Args:
         blocks: names of the rows.
         columns: names of the columns.
-        texts: by (block, column).
-        shares: colours by (block, column), in [0, 1].
+        texts: texts by (block, column).
+        shares: shares by (block, column), in [0, 1], shown as colours.
         title: shown above the table.
         ends: a whole number for each block, shown with a bar in a last column.
         end: name of that column.

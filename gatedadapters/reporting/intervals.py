@@ -19,7 +19,7 @@ def t_quantile(degrees: int) -> float:
     the θ at which it is 95 %.
 
     Args:
-        degrees: of freedom, at least 1.
+        degrees: degrees of freedom, at least 1.
 
     References:
         Abramowitz and Stegun 1964, Handbook of Mathematical Functions, equations 26.7.3 and 26.7.4.
@@ -59,7 +59,7 @@ class Interval:
     """A mean over seeds and its 95 % t interval.
 
     Attributes:
-        mean: of the values.
+        mean: mean of the values.
         half: half the width of the interval; None for a single value.
         count: number of values.
     """

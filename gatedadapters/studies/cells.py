@@ -20,7 +20,7 @@ class Cell:
 
     Attributes:
         side: gated, uniform or full.
-        seed: of the training.
+        seed: seed of the training.
         assignment: factors whose values differ from the study's search, by dotted path.
         search: the search with these values.
         perturbation: applied to the test data; None for clean data.
@@ -45,7 +45,7 @@ class Training:
     Attributes:
         key: see `training_key`.
         cell: the first cell that needs it.
-        perturbations: of the test data, beside clean data.
+        perturbations: the perturbations of the test data, beside clean data.
     """
 
     key: str

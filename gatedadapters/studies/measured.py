@@ -20,7 +20,7 @@ class Measured:
         scores: accuracy by task, on clean data.
         perturbed: accuracy by task under each perturbation, in the order of the perturbations.
         params: number of parameters that are stored.
-        seconds: of training.
+        seconds: time spent on training.
     """
 
     scores: dict[str, float]

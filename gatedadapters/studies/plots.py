@@ -33,8 +33,8 @@ def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) 
     Bands are 95 % intervals over seeds. A factor of the penalty has a second panel, with the parameters kept.
 
     Args:
-        config: of the study.
-        curves: see `Study.curves`.
+        config: the study's configuration.
+        curves: the curves to draw, see `Study.curves`.
         task: name of a task, or `mean`.
     """
     factors = [path for path in config.factors if any(c.factor == path and c.task == task for c in curves)]

@@ -94,8 +94,8 @@ def fail(study: optuna.Study, trial: Trial | FrozenTrial, error: str, *, uncount
     """Mark a trial as failed and store the reason; False if the trial was finished already.
 
     Args:
-        study: of the trial.
-        trial: to be marked.
+        study: the study of the trial.
+        trial: the trial to mark.
         error: the reason.
         uncounted: whether this failure does not count towards the retries.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import platform
@@ -18,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gatedadapters.config import StudyConfig
 from gatedadapters.config.study import differing
 from gatedadapters.errors import StudyError
+from gatedadapters.inspection.picture import png_bytes
 from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, html_page, markdown_page
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import whole_folder
@@ -32,12 +32,12 @@ FILES = frozenset(
 )
 
 
-def write_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
+def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:
-        config: of the study.
-        study: its trials.
+        config: the study's configuration.
+        study: the study's trials.
         folder: a new folder, or one with an earlier report of this study.
         overwrite: replace the report of another study, too.
         where: names the study in errors.
@@ -234,6 +234,4 @@ def _last_line(error: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130, facecolor="white")
-    return file.getvalue()
+    return png_bytes(figure, dpi=130)

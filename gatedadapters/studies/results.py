@@ -31,7 +31,7 @@ class CurvePoint:
     """The score at one value of a factor.
 
     Attributes:
-        value: of the factor.
+        value: the value of the factor.
         score: mean accuracy over seeds.
         half: half the width of its 95 % t interval; nan for one seed.
         seeds: number of seeds.
@@ -53,7 +53,7 @@ class Curve:
         factor: dotted path.
         side: gated, uniform or full.
         task: name of a task, or `mean` for the mean over tasks.
-        points: in the order of the values.
+        points: one for each value, in the order of the values.
     """
 
     factor: str

@@ -26,7 +26,7 @@ from gatedadapters.studies.measured import Measure, ReportProgress
 from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
-_CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
+CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
 _DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
     "score": "maximize",
     "params": "minimize",
@@ -48,8 +48,8 @@ class Study:
         create: make the study if the storage has none of this name.
 
     Attributes:
-        config: as given.
-        storage: as given, or the default.
+        config: the configuration.
+        storage: the given storage, or the default.
         optuna: the Optuna study underneath.
 
     Raises:
@@ -212,7 +212,7 @@ class Study:
         """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best searches.
 
         Args:
-            folder: of the report. An earlier report of this study is replaced.
+            folder: where to write the report. An earlier report of this study is replaced.
             overwrite: replace the report of another study, too.
 
         Returns:
@@ -222,10 +222,10 @@ class Study:
             StudyError: no trial is complete.
             ArtifactError: the folder holds something else.
         """
-        from gatedadapters.studies.report import write_report  # matplotlib takes a second to import
+        from gatedadapters.studies.report import save_report  # matplotlib takes a second to import
 
         where = f"study {self.config.name!r} in {self.storage}"
-        return write_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
+        return save_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
 
     def tensorboard(self, folder: str | Path) -> None:
         """Write every complete trial as a TensorBoard run of its own, for the page that compares runs.
@@ -233,7 +233,7 @@ class Study:
         TensorBoard takes its columns from the first run. So each run has the fields of all searches and all metrics.
 
         Args:
-            folder: of the runs `trial-0`, `trial-1`, ... Runs that exist already are kept.
+            folder: where to write the runs `trial-0`, `trial-1`, ... Runs that exist already are kept.
         """
         from gatedadapters.inspection import TensorBoardWriter  # TensorBoard takes a moment to import
         from gatedadapters.inspection.tensorboard import flat
@@ -288,7 +288,7 @@ class Study:
             study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
         except DuplicatedStudyError:  # another machine was faster
             return
-        study.set_user_attr(_CONFIG, {"config": self.config.as_written(), "versions": versions()})
+        study.set_user_attr(CONFIG, {"config": self.config.as_written(), "versions": versions()})
 
     def _check_same(self, study: optuna.Study) -> None:
         stored = _stored_config(study)
@@ -329,7 +329,7 @@ def _stored_config(study: optuna.Study) -> dict[str, Any] | None:
     The process that creates a study writes the configuration a moment later, so wait for it while there is no trial.
     """
     for _ in range(50):
-        found: dict[str, Any] | None = study.user_attrs.get(_CONFIG)
+        found: dict[str, Any] | None = study.user_attrs.get(CONFIG)
         if found is not None:
             config: dict[str, Any] = found["config"]
             return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -16,7 +17,7 @@ from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.paths import Path
+from gatedadapters.paths import Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.structure import Structure
@@ -58,6 +59,12 @@ class Adapters(Supernet):
             finally:
                 self._exchange_merged()
 
+    @property
+    def misfits(self) -> tuple[SkippedSite, ...]:
+        """Deprecated name of `skipped_sites`."""
+        warnings.warn("Adapters.misfits is now called Adapters.skipped_sites", DeprecationWarning, stacklevel=2)
+        return self.skipped_sites
+
     def _exchange_merged(self) -> None:
         if self.merged is not None:
             self.merged.exchange(self.model)
@@ -65,9 +72,14 @@ class Adapters(Supernet):
     def set_penalty(
         self, penalty: Penalty, *, schedule: Schedule | None = None, total_steps: int | None = None
     ) -> None:
-        """Choose what holds the adapter small; `total_steps` counts optimiser steps and is needed for a budget.
+        """Choose the penalty that closes gates.
 
-        After a prune gates no longer learn: a smaller budget is then met at once, by the gates as they were.
+        After a prune the gates no longer learn. A smaller budget is then met at once, by a second prune.
+
+        Args:
+            penalty: `L0(weight)`, or a `Budget`.
+            schedule: when the penalty ramps up and when the gates are pruned; default: `Schedule()`.
+            total_steps: number of optimiser steps of the training; needed for a budget, whose target falls over it.
 
         Raises:
             BudgetError: the budget is below the smallest candidate, or the length of training is unknown.
@@ -107,10 +119,10 @@ class Adapters(Supernet):
     # -- the discrete result -------------------------------------------------------------------------------------------
 
     def discretize(self, budget: Budget | None = None, *, scores: Tensor | None = None) -> Structure:
-        """The hard rule that turns gates into a Structure; nothing is changed.
+        """Turn the gates into a Structure by one fixed rule; the adapters are not changed.
 
-        Without a budget: a unit stays where its test-time gate is above 0. With one: units are taken in order of
-        `scores` (default: the probability of being open), skipping what no longer fits, until nothing does.
+        Without a budget, a unit is kept if its test-time gate is above 0. With a budget, units are kept in descending
+        order of `scores` (default: the probability of being open). A unit that no longer fits is skipped.
 
         Args:
             budget: what the Structure may cost at most; default: the one trained under, if any.
@@ -139,13 +151,16 @@ class Adapters(Supernet):
 
     @torch.no_grad()
     def prune(self, structure: Structure) -> None:
-        """Fix the gates to `structure` and go on training its weights: what is dropped is closed for good, what stays
-        is open without noise. Parameters keep their shapes, so the optimiser goes on; `compact` later shrinks them.
+        """Fix the gates to `structure` and let its weights train on.
 
-        A single task's gates move into the weights, and what is dropped is condensed into what stays where a path can
-        (`Path.condense`): the function stays what it was, but for what the budget cut off. Of several tasks' gates the
-        largest moves and the ratios remain as routing. A unit kept with a gate of 0 starts from a zero contribution;
-        where another task's gate is open, from that task's, for a routing of 0 could not learn.
+        Units that are dropped are closed for good; units that are kept are open, without noise. Parameters keep their
+        shapes, so the optimiser can go on; `compact` shrinks them later.
+
+        With a single task, the gate values move into the weights. Paths that can (`Path.condense`) also fold the
+        dropped units into the kept ones, so the function changes only by what the budget cut off. With several tasks,
+        the largest gate of each unit moves into the weights, and each task keeps its ratio to it as routing. A unit
+        that is kept with a gate of 0 starts from a zero contribution. If another task's gate is open there, it starts
+        from that task's contribution instead, because a routing of 0 would get no gradient.
         """
         bank = self._gates()
         kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)
@@ -173,14 +188,14 @@ class Adapters(Supernet):
 
     @torch.no_grad()
     def compact(self, structure: Structure | None = None, *, task: str | None = None) -> Structure:
-        """Shrink to `structure` (default: the pruned one, else `discretize()`), in place: what stays, gates folded.
+        """Keep only the paths and units of `structure`, in place, with the gates folded into the weights.
 
         Args:
-            structure: made by `discretize` on these adapters.
-            task: keep this task alone.
+            structure: made by `discretize` on these adapters; default: the pruned structure, else `discretize()`.
+            task: keep only what this task uses.
 
         Returns:
-            The structure now in place.
+            The structure that is now in place.
 
         Raises:
             AttachError: already compact, or the structure names other candidates.
@@ -215,25 +230,27 @@ class Adapters(Supernet):
         return structure
 
     def merge(self, task: str | None = None) -> Merged:
-        """Fold compact adapters into the backbone's own weights, in place: no path runs, a forward costs what the
-        backbone's alone does. `unmerge` takes them out again bit for bit, `disabled` does so for a while.
+        """Add compact adapters to the backbone's own weights, in place.
 
-        Sums are rounded once, to the type that the weight has. The originals stay in memory beside the model: as many
-        bytes as the weights written to (`Merged.bytes`).
+        No path runs afterwards, so a forward costs as much as the backbone alone. `unmerge` restores the weights bit
+        for bit; `disabled` does so for the length of a context. Each sum is rounded once, to the dtype of its weight.
+        The original values stay in memory (`Merged.bytes`).
 
         Args:
             task: the task to merge, where there are several.
 
         Returns:
-            What rounding lost, by weight. Merging again what is merged changes nothing and returns the same.
+            What rounding lost, by weight. A second merge of the same task changes nothing and returns the same.
 
         Raises:
             AttachError: not compact, disabled, on a shelf, or another task's are merged; a weight is shared, quantised,
                 on the meta device, or of a module that computes more than a linear map.
-            PathError: a path is of a kind that no weight can stand in for.
-            TaskError: several tasks, and none of them named.
+            PathError: a path computes more than a linear map.
+            TaskError: there are several tasks, and none is named.
             ArtifactError: a merged value would not be finite.
-            Nothing is changed by any of them.
+
+
+        Nothing is changed by any of them.
         """
         index = self._task_to_merge(task)
         name = self.tasks[index]
@@ -250,7 +267,7 @@ class Adapters(Supernet):
         return self.merged
 
     def unmerge(self) -> None:
-        """Put the originals of merged weights back, every bit of them; nothing to do where nothing is merged.
+        """Restore the weights as they were before `merge`, bit for bit. Without a merge, nothing happens.
 
         Raises:
             AttachError: within `disabled`.
@@ -261,8 +278,9 @@ class Adapters(Supernet):
             self.merged = None
 
     def merge_and_detach(self, task: str | None = None) -> Merged:
-        """Fold compact adapters into the backbone and go: the model is a plain one of its class with other weights, to
-        be saved with `save_pretrained`. No originals are kept: there is no way back. Otherwise as `merge`.
+        """Add compact adapters to the backbone's weights and detach them: a plain model is left for `save_pretrained`.
+
+        Original values are not kept, so there is no way back. Otherwise as `merge`.
         """
         if self.merged is not None:
             done = self.merge(task)
@@ -302,8 +320,9 @@ class Adapters(Supernet):
             raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
 
     def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
-        """Write compact adapters and task heads into `folder`: `structure.json` and `adapters.safetensors`, whole or
-        not at all. `load_adapters` reads them back.
+        """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
+
+        The folder holds `structure.json` and `adapters.safetensors`. It appears complete or not at all.
 
         Args:
             folder: a new or an empty folder.
@@ -352,7 +371,11 @@ class Adapters(Supernet):
         forget(self.serial)
 
     def check_alone(self) -> nn.Module:
-        """The model, unless these adapters are on a shelf, and the model not theirs alone to change."""
+        """The model, which these adapters may change.
+
+        Raises:
+            AttachError: the adapters are on a shelf, so the model is not theirs alone.
+        """
         model = self.model
         if self.on_shelf:
             fix = "shelf.detach(), then load_adapters(model, folder) for these alone"
@@ -360,10 +383,9 @@ class Adapters(Supernet):
         return model
 
     def detach(self) -> nn.Module:
-        """Take everything out of the model again; every bit, hook and `requires_grad` of it is as before `attach`. A
-        sparse delta that stays in it keeps the backbone frozen.
+        """Take the adapters out: every bit, hook and `requires_grad` of the model is as it was before `attach`.
 
-        Task heads keep what they learned.
+        Task heads keep what they learned. A sparse delta that stays in the model keeps the backbone frozen.
         """
         model = self.check_alone()
         self.unmerge()

@@ -33,7 +33,9 @@ DEFAULT_TASK = "default"
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: among ten thousand paths that all stay, it took a third of the time."""
+    """Within this context Python does not collect garbage: searching ten thousand new paths took a third of the
+    time.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -56,13 +58,15 @@ def attach(
     heads: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Adapters:
-    """Freeze `model` and put gated candidates into it, in place; or build a known `Structure` without gates.
+    """Freeze `model` and put gated candidate paths into it, in place.
+
+    Given a `Structure`, it puts exactly those paths in, untrained and without gates.
 
     Args:
         model: any transformers model, or a module that contains one.
         space: a search space, the name of a preset, or a Structure to train from scratch.
-        sample: a batch that runs through the model, used to discover its layout; a default is made for token models.
-        tasks: names of the tasks; each has its own gates over the shared paths.
+        sample: a batch that runs through the model once, to discover its layout; a default is made for token models.
+        tasks: names of the tasks; each task has its own gates over the shared paths.
         penalty: see `Adapters.set_penalty`.
         schedule: see `Adapters.set_penalty`.
         total_steps: see `Adapters.set_penalty`.
@@ -77,7 +81,8 @@ def attach(
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
         BudgetError: see `set_penalty`.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     check_no_adapters(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
@@ -102,10 +107,10 @@ def attach(
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """See that neither a model nor a part of it has adapters.
+    """Check that neither a model nor a part of it has adapters.
 
     Raises:
-        AttachError: it has.
+        AttachError: adapters are found.
     """
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -122,7 +127,11 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Adapters:
-    """Put built adapters into a model and freeze all of it but its heads; on failure it is left untouched."""
+    """Put adapters into a model and freeze all of it but its heads. If anything fails, the model is left untouched.
+
+    Raises:
+        AttachError: a sparse delta tunes a head, or a weight that a path sits at.
+    """
     check_heads_untuned(model, head_names)
     for key, path in built.typed_paths():
         if not path.site.at_weight:
@@ -168,7 +177,7 @@ def detach(model: nn.Module) -> Adapters:
 def candidates(
     space: SearchSpace, layout: Layout
 ) -> tuple[dict[str, tuple[PathOptions, Site]], tuple[SkippedSite, ...]]:
-    """Every candidate a space offers on a layout, by key, and the places where one does not fit.
+    """Every candidate that a space offers on a layout, by key, and the sites where a selected candidate does not fit.
 
     Raises:
         PathError: the space selects nothing.
@@ -200,7 +209,9 @@ def candidates(
 
 
 def gate_groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[GateGroup]:
-    """The candidates as the gate bank counts them; with several tasks, each unit also stores a routing value a task."""
+    """The candidates as the gate bank counts them. With several tasks, each unit also stores one routing value per
+    task.
+    """
     routing = n_tasks if n_tasks > 1 else 0
     result = []
     for key, (options, site) in found.items():
@@ -321,11 +332,15 @@ def move_beside(adapters: Adapters, model: nn.Module) -> None:
 
 
 def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of a model's task heads, which are trained beside the adapters: those given (names or prefixes), else
-    everything outside the backbone of a model without a language-model head.
+    """Names of a model's task heads, which are trained and saved with the adapters.
+
+    Args:
+        model: the model.
+        heads: names or prefixes of parameters; default: everything outside the backbone, such as a classifier, and
+            nothing if the model has a language-model head.
 
     Raises:
-        AttachError: no parameter of that name.
+        AttachError: no parameter has such a name.
     """
     names = [name for name, _ in model.named_parameters() if not is_own(name)]
     if heads is not None:

@@ -73,7 +73,8 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
             computes more than a linear map.
         PathError: a path is of a kind that no weight can stand in for.
         ArtifactError: a merged value would not be finite.
-        Nothing is changed by any of them.
+
+    Nothing is changed by any of them.
     """
     places = _places(model, paths)
     drift: dict[str, float] = {}

@@ -11,13 +11,18 @@ from gatedadapters.errors import TaskError
 
 
 def checked_ids(models: Sequence[nn.Module], tasks: Sequence[str], task_ids: Tensor, batch: int | None) -> Tensor:
-    """The place in `tasks` of each example's task, (batch,), from the ids that a call of the model gives.
+    """Each example's position in `tasks`, (batch,), from the task ids of a call.
 
-    Ids count the adapters' tasks; where the model has tasks of these names itself (`MultiTaskClassifier`), the model's.
-    `models` holds it, or nothing where another adapter on a shelf is at work.
+    Args:
+        models: the model, or nothing. If the model itself has tasks of these names (`MultiTaskClassifier`), the ids
+        count
+            the model's tasks; otherwise they count `tasks`.
+        tasks: names of the adapters' tasks.
+        task_ids: integers (batch,).
+        batch: number of examples, None if unknown.
 
     Raises:
-        TaskError: no integer for each example, or a task that the adapters do not have.
+        TaskError: not one integer per example, or an id of a task that the adapters do not have.
     """
     is_tensor = isinstance(task_ids, Tensor)
     fits = is_tensor and task_ids.dim() == 1 and not task_ids.is_floating_point() and len(task_ids) > 0

@@ -45,6 +45,7 @@ class Supernet(nn.Module, StepListener):
     turn: ClassVar[Turn] = Turn.PRUNE
     follows_ids = True
     paths: nn.ModuleDict
+    tasks: tuple[str, ...]
     bank: GateBank | None
     pressure: Pressure | None
 

@@ -23,13 +23,13 @@ from torch.nn.functional import linear
 from gatedadapters.backbone import discover
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace
 from gatedadapters.errors import PathError
+from gatedadapters.masking.scores import Batch
 from gatedadapters.paths import Path, Site, SkippedSite, path_class
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.testing.backbones import tiny
 from gatedadapters.testing.helpers import (
-    Batch,
     assert_equal,
     assert_same_state,
     awaken,

@@ -8,9 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.masking.scores import Batch
 from gatedadapters.supernet.adapters import Adapters
-
-Batch = Mapping[str, Tensor]
 
 
 def awaken(module: nn.Module, *, seed: int = 0) -> None:

@@ -57,14 +57,8 @@ class CheckedTrainer(Trainer):
                 where=f"optimiser step {self.state.global_step}",
                 fix="check the label column and the model's num_labels",
             ) from error
-        if model.training and not bool(torch.isfinite(loss).all()):
-            raise TrainingError(
-                "the loss is not finite",
-                expected="a finite loss",
-                got=str(float(loss.detach().mean())),
-                where=f"optimiser step {self.state.global_step}",
-                fix="lower the learning rate, clip gradients, or look for broken examples near this step",
-            )
+        if model.training:
+            check_finite_loss(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -129,6 +123,26 @@ class CheckedTrainer(Trainer):
     @abstractmethod
     def _origin(self) -> dict[str, str]:
         """Backbone and mask digests stored in checkpoint metadata, by name."""
+
+
+def check_finite_loss(loss: Tensor, step: int) -> None:
+    """Check that a training loss is finite.
+
+    Args:
+        loss: of any shape.
+        step: the optimiser step, for the error.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    if not bool(torch.isfinite(loss).all()):
+        raise TrainingError(
+            "the loss is not finite",
+            expected="a finite loss",
+            got=str(float(loss.detach().mean())),
+            where=f"optimiser step {step}",
+            fix="lower the learning rate or the penalty, clip gradients, or look for broken examples near this step",
+        )
 
 
 def check_launch(args: TrainingArguments) -> None:

@@ -13,9 +13,10 @@ from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
 from gatedadapters.gates import GateBank
+from gatedadapters.masking.scores import Batch
 from gatedadapters.paths import Path
 from gatedadapters.supernet.adapters import Adapters
-from gatedadapters.transfer.shift import Batch, outputs, padding, recording, relative, routed
+from gatedadapters.transfer.shift import outputs, padding, recording, relative, routed
 from gatedadapters.transfer.weakening import weaken_knowledge
 
 LEAST = 0.25

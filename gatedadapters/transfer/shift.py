@@ -16,12 +16,11 @@ from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import DataError, LayoutError
+from gatedadapters.masking.scores import Batch
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import column
 from gatedadapters.supernet.hooks import hidden_argument
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from gatedadapters.errors import AttachError, DataError, TrainingError
 from gatedadapters.supernet.attach import check_no_adapters
 
 Piece = dict[str, list[int]]
-Collate = Callable[[list[Piece]], dict[str, Tensor]]
+_Collate = Callable[[list[Piece]], dict[str, Tensor]]
 _HELD_OUT = 64  # pieces at most: a loss is known well enough, and measuring it twice costs less than training
 
 
@@ -109,7 +109,8 @@ def simulate_update(
             model whose tokenizer has no mask token.
         AttachError: adapters or a sparse delta are attached.
         DataError: too little text.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     objective = _objective(model)
     _check_bare(model)
@@ -209,7 +210,7 @@ def _check_bare(model: nn.Module) -> None:
         )
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, seed: int) -> Collate:
+def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, seed: int) -> _Collate:
     """Masks for encoders; for decoders the pieces as they are, of equal length: no token has to be padding."""
     if not masked:
         return _stacked
@@ -221,7 +222,7 @@ def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, se
             where="simulate_update(tokenizer=)",
             fix="give the model's own tokenizer, or set tokenizer.mask_token",
         )
-    collate: Collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=share, seed=seed)
+    collate: _Collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=share, seed=seed)
     return collate
 
 

@@ -67,7 +67,7 @@ def weaken_knowledge(
     per block and forward for the whole batch. Neither rescales. Both draw from torch's default generators (dropping on
     the CPU, masking on the device), which activation checkpointing replays. A probability of 0 draws nothing.
 
-    Works on a bare model, one with peft adapters, and one with gated adapters, attached before or after::
+    Works on a bare model, one with peft adapters, and one with gated adapters, attached before or after:
 
         with ga.weaken_knowledge(model, drop=0.1):
             trainer.train()
@@ -90,7 +90,8 @@ def weaken_knowledge(
         ConfigError: a probability outside [0, 1), or a ramp over an unknown number of steps.
         LayoutError: no feed-forward sub-layer, or one that hooks cannot mask or drop; it is named.
         AttachError: the model is already weakened.
-        The model is left untouched by all of them.
+
+    The model is left untouched by all of them.
     """
     config = WeakeningConfig.parse({"mask": mask, "drop": drop, "rescale": rescale}, where="weaken_knowledge")
     if config.scheduled and not total_steps:
@@ -141,6 +142,8 @@ class Weakening(StepListener):
     """
 
     turn: ClassVar[Turn] = Turn.RAMP
+    config: WeakeningConfig
+    places: tuple[FeedForward, ...]
 
     def __init__(
         self,

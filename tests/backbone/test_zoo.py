@@ -4,6 +4,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ POST_NORM = {
 TRANSPOSED = {"gpt_oss", "llama4", "recurrent_gemma"}
 
 
+@cache
+def laid_out(family: str, head: str = "base") -> tuple[PreTrainedModel, Layout]:
+    """A model that no test changes, and its layout by its own batch."""
+    model, batch = tiny(family, head=head)
+    return model, discover(model, batch)
+
+
+@cache
+def laid_out_by_default(family: str, head: str = "base") -> Layout:
+    """The layout by the batch that `discover` makes itself."""
+    return discover(laid_out(family, head)[0])
+
+
 def _relative(name: str | None, block: Block) -> str:
     return "-" if name is None else name.removeprefix(block.name).lstrip(".") or "."
 
@@ -52,8 +66,7 @@ def _describe(block: Block) -> Iterator[str]:
 
 @every_family
 def test_layout_is_the_one_written_by_hand(family: str) -> None:
-    model, batch = tiny(family)
-    layout = discover(model, batch)
+    _, layout = laid_out(family)
     head: dict[str, list[str]] = {}
     expected: dict[str, list[str]] = {}
     for line in filter(None, map(str.strip, EXPECTED[family].splitlines())):
@@ -75,7 +88,7 @@ def test_layout_is_the_one_written_by_hand(family: str) -> None:
 
 def test_stacks_are_named_by_what_they_read() -> None:
     for family, stacks in (("t5", "2 3"), ("bart", "2 3"), ("bert", ""), ("opt", "")):
-        layout = discover(*tiny(family))
+        _, layout = laid_out(family)
         counted = Counter(block.stack for block in layout.blocks)
         if stacks:
             assert f"{counted['encoder']} {counted['decoder']}" == stacks
@@ -85,8 +98,7 @@ def test_stacks_are_named_by_what_they_read() -> None:
 
 @every_head
 def test_every_matrix_has_exactly_one_place(family: str, head: str) -> None:
-    model, batch = tiny(family, head=head)
-    layout = discover(model, batch)
+    model, layout = laid_out(family, head)
     places = Counter(f"{m.name}.{m.parameter}" for _, _, m in layout.maps())
     places.update(f"{m.name}.{m.parameter}" for m in layout.outside)
     places.update(entry.name for entry in layout.unknown)
@@ -102,8 +114,7 @@ def test_every_matrix_has_exactly_one_place(family: str, head: str) -> None:
 
 @every_head
 def test_widths_and_storage_match_the_weights(family: str, head: str) -> None:
-    model, batch = tiny(family, head=head)
-    layout = discover(model, batch)
+    model, layout = laid_out(family, head)
     for m in (*(m for _, _, m in layout.maps()), *layout.outside):
         shape = model.get_parameter(f"{m.name}.{m.parameter}").shape
         stored = (m.in_features, m.out_features) if m.transposed else (m.out_features, m.in_features)
@@ -127,18 +138,17 @@ def test_heads_and_batches_do_not_change_the_backbone(family: str, head: str) ->
             for b, s, m in layout.maps()
         ]
 
-    base, _ = tiny(family)
-    headed, batch = tiny(family, head=head)
+    headed, layout = laid_out(family, head)
     prefix = "" if head == "base" else f"{headed.base_model_prefix}."
-    assert structure(discover(headed, batch), prefix) == structure(discover(base))
+    assert structure(layout, prefix) == structure(laid_out_by_default(family))
 
 
 @every_head
 def test_meta_device_gives_the_same_layout(family: str, head: str) -> None:
     if family == "jetmoe":
         pytest.skip("it counts the tokens of each expert in Python, which needs values")
-    model, _ = tiny(family, head=head)
-    assert discover(copy.deepcopy(model).to("meta")) == discover(model)
+    model, _ = laid_out(family, head)
+    assert discover(copy.deepcopy(model).to("meta")) == laid_out_by_default(family, head)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5", "gpt2", "falcon", "mixtral", "gpt_oss"])

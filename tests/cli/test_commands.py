@@ -189,6 +189,23 @@ def test_the_quick_start_takes_four_tasks_by_default_and_the_next_free_folder(
 # -- all of them -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["search", "select", "continual", "transfer"])
+def test_a_run_hands_its_options_to_python_and_prints_the_result(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[tuple[object, ...]] = []
+
+    def run(config: object, out: object, *, overwrite: bool) -> str:
+        given.append((config, out, overwrite))
+        return "the result"
+
+    monkeypatch.setattr(experiments, command, run)
+    assert main([command, "my.yaml"]) == 0
+    assert main([command, "my.yaml", "--out", "there", "--overwrite"]) == 0
+    assert given == [(Path("my.yaml"), None, False), (Path("my.yaml"), Path("there"), True)]
+    assert capsys.readouterr().out == "the result\n" * 2
+
+
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(options: argparse.Namespace) -> None:
         raise ZeroDivisionError

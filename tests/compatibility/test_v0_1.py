@@ -271,7 +271,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:SelectionConfig:FutureWarning")
 @pytest.mark.parametrize("name", KINDS)
 def test_every_field_of_a_configuration_is_still_known(name: str) -> None:
     found = KINDS[name].load(STORED / "configurations" / f"{name}.yaml")

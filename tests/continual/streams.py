@@ -1,9 +1,10 @@
-"""Tiny streams of made-up tasks that the tests of this folder share, also across processes."""
+"""The tiny stream of the contract as the tests of this folder use it, also across processes."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import gatedadapters as ga
-from gatedadapters.config import StreamTrainingConfig
-from gatedadapters.continual import StreamResult, fitting, strategy_kinds
+from gatedadapters.continual import Strategy, StreamResult, fitting, strategy_kinds
 from gatedadapters.continual.states import state_of
-from gatedadapters.testing.backbones import VOCABULARY, tiny
+from gatedadapters.continual.strategies import resolve
+from gatedadapters.testing.strategy_contract import finished_stream
+from gatedadapters.testing.streams import CLASSES, Collate, tiny_tasks
+from gatedadapters.testing.streams import TRAINING as RESUMED
+from gatedadapters.testing.streams import tiny_classifier as classifier
+from gatedadapters.testing.streams import tiny_rows as rows
 
-CLASSES = {"a": 3, "b": 2, "c": 3}
-TRAINING = StreamTrainingConfig(
-    steps=4,
-    batch_size=4,
-    learning_rate=1e-2,
-    head_learning_rate=2e-2,
-    weight_decay=0.1,
-    device="cpu",
-    checkpoint_steps=None,
-)
-RESUMED = TRAINING.model_copy(update={"checkpoint_steps": 2})
+TRAINING = RESUMED.model_copy(update={"checkpoint_steps": None})
 PROBE = {"steps": 2, "batch_size": 4, "fisher_batches": 2, "learning_rate": 1e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2_fisher": {"probe": PROBE},
@@ -35,57 +30,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ewc": {"fisher_batches": 2, "fisher_batch_size": 4},
     "gated": {"search_steps": 4},
 }
-KINDS = tuple(kind for kind in strategy_kinds() if kind != "carried")  # needs an earlier stream
+KINDS = tuple(strategy_kinds())
+
+collate = Collate()
 
 
 def options(kind: str, **changes: Any) -> dict[str, Any]:
-    """A strategy with quick options."""
-    return {"kind": kind, **OPTIONS.get(kind, {}), **changes}
+    """A strategy with quick options; `carried` takes the cores of the finished stream of `l2_fisher`."""
+    given = OPTIONS.get(kind, {})
+    if kind == "carried":
+        given = {"source": str(finished_stream(strategy("l2_fisher")).result.folder)}
+    return {"kind": kind, **given, **changes}
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows of equal length to a batch."""
-    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
-
-
-def rows(task: int, classes: int, size: int, *, seed: int) -> list[dict[str, Any]]:
-    """Examples whose label is a function of the first token."""
-    generator = torch.Generator().manual_seed(100 * seed + task)
-    found = []
-    for _ in range(size):
-        tokens = torch.randint(3, VOCABULARY, (8,), generator=generator).tolist()
-        label = (tokens[0] + task) % classes
-        found.append({"input_ids": tokens, "attention_mask": [1] * 8, "labels": label, "task_ids": task})
-    return found
+def strategy(kind: str) -> Strategy:
+    """The same as an object."""
+    return resolve(options(kind))
 
 
 def tasks(**changes: Any) -> list[ga.Task]:
     """Three classification tasks; `changes` replace fields of the second."""
-    found = []
-    for index, (name, width) in enumerate(CLASSES.items()):
-        data: dict[str, Any] = {
-            "name": name,
-            "train": rows(index, width, 12, seed=0),
-            "held_out": rows(index, width, 10, seed=1),
-            "collate": collate,
-            "classes": tuple("xyz"[:width]),
-            "heads": (f"heads.{name}",),
-        }
-        found.append(ga.Task(**(data | (changes if index == 1 else {}))))
-    return found
-
-
-def classifier(*, dropout: float = 0.1, seed: int = 0) -> ga.MultiTaskClassifier:
-    """A tiny BERT with a head per task."""
-    backbone, _ = tiny("bert", seed=seed)
-    backbone.pooler = None  # no task reads it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ga.MultiTaskClassifier(backbone, CLASSES, dropout=dropout)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    return model.eval()
+    first, second, third = tiny_tasks(collate)
+    return [first, replace(second, **changes), third]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -137,3 +103,23 @@ class interrupted:  # noqa: N801
 
     def __exit__(self, *args: object) -> None:
         del fitting._Staged.training_step
+
+
+__all__ = [
+    "CLASSES",
+    "KINDS",
+    "OPTIONS",
+    "PROBE",
+    "RESUMED",
+    "TRAINING",
+    "classifier",
+    "collate",
+    "interrupted",
+    "moved",
+    "options",
+    "rows",
+    "run",
+    "state",
+    "strategy",
+    "tasks",
+]

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cosine as cosine_distance
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import ProbeConfig
 from gatedadapters.continual import Probe, TensorInfo, carry_core, random_core, select_core
-from gatedadapters.continual.core import Core, load_core, save_core, tensors_in
+from gatedadapters.continual.core import Core, load_core, save_core, share_of_tensors
 from gatedadapters.continual.probing import ProbeRecord
 from gatedadapters.errors import MaskError
 from gatedadapters.masking import Scores
@@ -209,7 +209,7 @@ def test_shares_are_of_the_whole_backbone_also_where_few_tensors_may_be_chosen(
     [(0.1, 579, 57), (0.1, 707, 70), (0.15, 291, 43), (0.1, 10, 1), (0.7, 10, 7), (0.29, 100, 29), (0.1, 3, 1)],
 )
 def test_a_share_of_tensors_is_rounded_down_as_released(share: float, count: int, tensors: int) -> None:
-    assert tensors_in(share, count) == tensors
+    assert share_of_tensors(share, count) == tensors
 
 
 def test_a_share_of_less_than_an_element_is_one_element(probes: list[Probe]) -> None:

@@ -15,27 +15,28 @@ import gatedadapters as ga
 from gatedadapters.continual.core import random_core
 from gatedadapters.continual.measures import exact_match
 from gatedadapters.continual.result import CHANGE, MEMORY, stage_folder
-from gatedadapters.continual.runner import Run
+from gatedadapters.continual.runner import StreamRunner
+from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.states import Change
 from gatedadapters.continual.strategies import probed, resolve
 
 
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every training take no step."""
-    monkeypatch.setattr(Run, "fit", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(Stage, "fit", lambda *args, **kwargs: 0.0)
 
 
 def moving(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training add one to all that is trained."""
 
-    def fit(self: Run, index: int, **kwargs: Any) -> float:
+    def fit(self: Stage, **kwargs: Any) -> float:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(1)
         return 0.0
 
-    monkeypatch.setattr(Run, "fit", fit)
+    monkeypatch.setattr(Stage, "fit", fit)
 
 
 def test_bytes_are_those_of_the_stage_alone_where_only_the_last_state_is_kept(
@@ -108,7 +109,8 @@ def test_seconds_of_probing_and_choosing_are_added(start: str, monkeypatch: pyte
         time.sleep(0.3)
         return random_core(infos, size, seed=0, candidates=candidates)
 
-    monkeypatch.setattr(Run, "probe", lambda *args, **kwargs: Stored())
+    monkeypatch.setattr(Stage, "probe", lambda *args, **kwargs: Stored())
+    monkeypatch.setattr(probed.Probe, "load", lambda *args: Stored())
     monkeypatch.setattr(probed, "select_core", select)
     result = run(classifier(), "l2_fisher", probe={**PROBE, "start": start})
     assert names == ["l2_fisher"] * 3
@@ -162,15 +164,15 @@ def test_earlier_directions_follow_the_model_to_its_device(monkeypatch: pytest.M
     class Moved(Exception):  # noqa: N818
         pass
 
-    def fit(self: Run, index: int, *, penalty: Any = None, **kwargs: Any) -> float:
+    def fit(self: Stage, *, penalty: Any = None, **kwargs: Any) -> float:
         if penalty is not None:
             self.model.to("meta")
             found.append(penalty().device.type)
             raise Moved
         return 0.0
 
-    monkeypatch.setattr(Run, "fit", fit)
-    monkeypatch.setattr(Run, "_put_back", lambda *args: None)
+    monkeypatch.setattr(Stage, "fit", fit)
+    monkeypatch.setattr(StreamRunner, "_put_back", lambda *args: None)
     with pytest.raises(Moved):
         ga.run_stream(classifier(), tasks(), resolve("o_lora"), training=TRAINING)
     assert found == ["meta"]

@@ -13,18 +13,20 @@ The folder holds what ``docs/guides/index.md`` writes, and tiny random models un
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
@@ -34,7 +36,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from gatedadapters import paths
 from gatedadapters.cli.main import main, parser
+from gatedadapters.config import PathOptions
+from gatedadapters.masking import scores
 from gatedadapters.testing import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +81,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_page(START, folder)
-    tokenizer = made_for((folder / name).read_text() for name in ("moods.csv", "questions.csv", "general.txt"))
+    tokenizer = made_for((folder / name).read_text() for name in ("reviews.csv", "questions.csv", "general.txt"))
     for name, (family, head) in MODELS.items():
         model, _ = tiny(family, head=head)
         model.save_pretrained(folder / name)
@@ -95,6 +100,19 @@ def made_for(texts: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
+@pytest.fixture
+def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a guide registers and imports is gone afterwards."""
+    for module, name in ((paths, "_KINDS"), (scores, "_KINDS"), (PathOptions, "registry")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(os.getcwd()):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("nothing_stays_registered")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # guides leave the Trainer's default
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=named)
@@ -133,13 +151,17 @@ def run_command(words: list[str], where: str) -> None:
     program, *arguments = words
     if words[:2] == ["gatedadapters", "quickstart"]:  # takes minutes
         parser().parse_args(arguments)
+    elif program == "gatedadapters" and arguments[-1] == "--help":
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
     elif program == "gatedadapters":
         assert main(arguments) == 0, where
         AcceleratorState._reset_state(True)  # elsewhere a command is a process of its own
     elif program == "pytest":
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+        quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(Path.cwd())]
+        tests = [str(Path(name).resolve()) for name in arguments]
+        printed = processes.run(processes.module, "pytest", *quiet, *tests, log=Path("pytest.log"))
+        assert " passed" in printed, where
     elif words[:2] == ["pip", "install"]:
         check_installable(arguments[1:], where)
     elif program == "bash":

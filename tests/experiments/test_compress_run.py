@@ -11,6 +11,8 @@ import yaml
 import gatedadapters as ga
 from gatedadapters import experiments
 from gatedadapters.config import CompressConfig
+from gatedadapters.data import Examples, TextTask
+from gatedadapters.experiments.run_compress import with_classes_in_order
 
 pytest.importorskip("peft")
 
@@ -58,3 +60,16 @@ def test_a_compression_is_run_from_a_file_whose_paths_count_from_its_folder(
     assert metrics["config"]["tasks"][0]["train"] == "mood.csv"
     assert (tables / "out" / "table.txt").read_text() == result.table() + "\n"
     assert "0 = sad, 1 = happy" in str(result)
+
+
+def test_the_order_of_the_outputs_changes_numbers_and_no_meaning() -> None:
+    def named(task: TextTask, examples: Examples) -> list[str]:
+        return [task.classes[label] for label in examples.labels]
+
+    examples = Examples(["a", "b", "c"], [0, 2, 1])
+    task = TextTask("mood", examples, examples, None, ("calm", "happy", "sad"))
+    turned = with_classes_in_order(task, ("sad", "calm", "happy"))
+    assert turned.classes == ("sad", "calm", "happy")
+    assert named(turned, turned.train) == named(turned, turned.validation) == ["calm", "sad", "happy"]
+    assert turned.test is None
+    assert with_classes_in_order(task, None) is task

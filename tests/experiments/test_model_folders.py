@@ -16,7 +16,7 @@ from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiments.classifiers import build_model, load_tasks
-from gatedadapters.experiments.models import load_shape_and_tokenizer
+from gatedadapters.experiments.models import load_config_and_tokenizer
 
 Configured = Callable[..., Path]
 
@@ -32,15 +32,15 @@ def test_damaged_weights_are_named(tables: Path, encoder: Path, configured: Conf
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, encoder: Path, decoder: Path) -> None:
     for number, whole in enumerate((encoder, decoder)):
-        assert load_shape_and_tokenizer(str(whole), 16)[1].get_vocab()["dog"] > 0
+        assert load_config_and_tokenizer(str(whole), 16)[1].get_vocab()["dog"] > 0
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in ("config.json", "model.safetensors"):
             shutil.copy(whole / name, folder)
         with pytest.raises(ConfigError, match=rf"where: +model: {folder}"):
-            load_shape_and_tokenizer(str(folder), 16)
+            load_config_and_tokenizer(str(folder), 16)
     with pytest.raises(ConfigError, match=r"(?s)no tokenizer.*tokenizer\.json.*5 special tokens.*save_pretrained"):
-        load_shape_and_tokenizer(str(tmp_path / "0"), 16)
+        load_config_and_tokenizer(str(tmp_path / "0"), 16)
 
 
 def test_t5_is_searched_by_its_encoder(tables: Path, encoder: Path, configured: Configured) -> None:

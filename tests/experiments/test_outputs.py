@@ -84,13 +84,18 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         outputs.check_output_folder(tmp_path / "out", outputs.OF_SEARCH, overwrite=True)
 
 
-def test_showing_and_planning_import_no_trainer() -> None:
+def test_the_package_has_its_runs_and_imports_each_when_it_is_used() -> None:
+    """Neither `import gatedadapters` nor showing nor planning pays for what training needs."""
     script = (
-        "import sys; from gatedadapters import experiments; experiments.show; experiments.plan\n"
-        "print(sorted({'matplotlib', 'optuna', 'peft', 'tensorboard', 'transformers.trainer'} & set(sys.modules)))"
+        "import sys; import gatedadapters as ga\n"
+        "print('gatedadapters.experiments' in sys.modules)\n"
+        "ga.experiments.show; ga.experiments.plan\n"
+        "print(sorted({'matplotlib', 'optuna', 'peft', 'tensorboard', 'transformers.trainer'} & set(sys.modules)))\n"
+        "ga.experiments.search\n"
+        "print('transformers.trainer' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n") == ["False", "[]", "True", ""]
 
 
 def test_a_compression_is_shorter_and_gentler_than_a_search_however_much_of_its_training_is_given() -> None:

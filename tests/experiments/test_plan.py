@@ -20,6 +20,7 @@ def test_a_plan_counts_what_attaching_makes(encoder: Path, tasks: int) -> None:
     adapters = ga.attach(model, "encoder-mixed", tasks=[f"task {i}" for i in range(tasks)])
     assert adapters.bank is not None
     assert found.paths == len(adapters.paths)
+    assert found.units == adapters.bank.n_units
     assert found.gates == adapters.bank.log_alpha.numel()
     assert found.params == adapters.bank.dense_cost()
     assert sum(place.params for place in found.places.values()) == found.params

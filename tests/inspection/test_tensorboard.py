@@ -21,7 +21,7 @@ from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.testing.backbones import tiny
 
 STEPS = 12
-SCHEDULE = ga.Schedule(warmup=0.1, ramp=0.5, prune=0.7)  # the tenth step fixes the structure
+SCHEDULE = ga.Schedule(warmup=0.1, ramp=0.5, prune=0.7)  # the ninth step ends with the prune
 
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
@@ -86,7 +86,7 @@ def test_every_place_has_its_open_probability_over_time_grouped_by_block(
     assert all(0.9 < value < 1 for value in first.values())
     for tag in tags:
         values = events.Scalars(tag)
-        assert [event.step for event in values] == [*range(11), STEPS]  # not while nothing can move
+        assert [event.step for event in values] == [*range(10), STEPS]  # not while nothing can move
         assert all(0 <= event.value <= 1 for event in values)
     for (block, column), (kept, of) in cells.items():
         assert math.isclose(events.Scalars(f"open block {block}/{column}")[-1].value, kept / of, abs_tol=1e-6)
@@ -126,7 +126,7 @@ def test_gates_are_drawn_while_they_learn_and_their_log_alpha_is_counted(
 ) -> None:
     events, adapters = run
     assert adapters.bank is not None
-    steps = [0, 2, 4, 6, 8, 10, STEPS]
+    steps = [0, 2, 4, 6, 8, 9, STEPS]
     for tag in ("open/five", "open/six", "path mix/by block"):
         assert [event.step for event in events.Images(tag)] == steps
     for task in ("five", "six"):
@@ -143,11 +143,11 @@ def test_the_structure_is_shown_at_checkpoints_that_change_it_and_when_pruned(
 ) -> None:
     events, adapters = run
     images = events.Images("structure/kept")
-    assert [event.step for event in images] == [5, 10]  # the checkpoint of the tenth step and the end add nothing
+    assert [event.step for event in images] == [5, 9]  # the checkpoint of the tenth step and the end add nothing
     picture = Image.open(io.BytesIO(images[0].encoded_image_string))
     assert picture.size[0] > 300
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
-    assert [event.step for event in events.Images("structure/changed")] == [10]
+    assert [event.step for event in events.Images("structure/changed")] == [9]
     (text,) = events.Tensors("structure/diff/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     assert all(re.fullmatch(r" {4}([-+~] \S+ \(.*\d+\)|\.\.\. and .*)", line) for line in lines)

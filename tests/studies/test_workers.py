@@ -14,8 +14,8 @@ import optuna
 import processes
 import pytest
 from optuna.trial import TrialState
-from postgresql import free_port
 
+from benchmarks.common.postgresql import free_port
 from gatedadapters.errors import StudyError
 from gatedadapters.studies import Study, queue, workers
 

@@ -225,10 +225,7 @@ def test_pipelines_run_on_an_attached_model(minilm: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does that itself
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_compiled_model_gives_what_the_eager_one_does(family: str) -> None:
-    model, batch = tiny(family)
-    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    del blocks[1:]  # every path is in one of them; tracing takes its time
-    model.config.num_hidden_layers = 1
+    model, batch = tiny(family, num_hidden_layers=1)  # which has every path; tracing takes its time
     adapters = stirred(ga.attach(model, "decoder-mixed", sample=batch))
     assert adapters.bank is not None
     compiled = torch.compile(model, backend="aot_eager")

@@ -51,16 +51,16 @@ def mask_of(problem: Problem, cell: Cell) -> ga.Mask:
     fixed += ["heads.*"] if any(name.startswith("heads.") for name in roles) else []  # of what was learnt before
     options: dict[str, Any] = {"heads": problem.heads, "exclude": fixed, "seed": cell.seed}
     if cell.arm == "random":
-        return ga.select(ga.score(problem.model, kind="random", **options), protect=cell.core)
+        return ga.select(ga.score(problem.model, kind="random", **options), protect=cell.protect)
     kind = "fisher" if cell.arm == "fisher" else "taylor"
     importance = ga.score(problem.model, general, kind=kind, **options)
     if cell.arm == "inverse":  # what matters most is free
         turned = {name: importance[name].max() - importance[name] for name in importance.names}
-        return ga.select(ga.Scores(importance.record, turned), protect=cell.core)
+        return ga.select(ga.Scores(importance.record, turned), protect=cell.protect)
     domain = None
     if cell.arm == "contrast":
         domain = ga.score(problem.model, taken(problem.domain, 16), kind=kind, **options)
-    return ga.select(importance, domain, protect=cell.core)
+    return ga.select(importance, domain, protect=cell.protect)
 
 
 def with_peft(problem: Problem, cell: Cell) -> nn.Module:
@@ -71,7 +71,7 @@ def with_peft(problem: Problem, cell: Cell) -> nn.Module:
     elif cell.arm == "shira":
         wrapped = peft_rivals.shira(model, rank, seed=cell.seed)
     else:
-        wrapped = peft_rivals.supertuning(model, cell.core)
+        wrapped = peft_rivals.supertuning(model, cell.protect)
     for name in problem.heads:
         model.get_parameter(name).requires_grad_(True)
     return wrapped
@@ -79,14 +79,16 @@ def with_peft(problem: Problem, cell: Cell) -> nn.Module:
 
 def rank_of(model: nn.Module, cell: Cell) -> int:
     """Rank of LoRA at all maps with as many parameters as a mask has free elements."""
-    return peft_rivals.rank_of_share(model, block_maps(model), 1 - cell.core)
+    return peft_rivals.rank_of_share(model, block_maps(model), 1 - cell.protect)
 
 
 def searched(problem: Problem, cell: Cell) -> tuple[nn.Module, int]:
     """A searched structure as large as the masks, or one of half the size beside a mask of half the density."""
     model = problem.model
-    whole = round((1 - cell.core) * sum(model.get_submodule(name).weight.numel() for name in block_maps(model)))
-    mask = mask_of(problem, replace(cell, arm="contrast", core=(1 + cell.core) / 2)) if cell.arm == "joint" else None
+    whole = round((1 - cell.protect) * sum(model.get_submodule(name).weight.numel() for name in block_maps(model)))
+    mask = (
+        mask_of(problem, replace(cell, arm="contrast", protect=(1 + cell.protect) / 2)) if cell.arm == "joint" else None
+    )
     inner = getattr(model, "backbone", model)  # one structure, whatever task an example is of
     adapters = ga.attach(inner, lora_space(4 * rank_of(model, cell)))
     free = [model.get_parameter(name).requires_grad_(True) for name in problem.heads]

@@ -32,7 +32,7 @@ class Cell:
     arm: str
     rate: float
     seed: int
-    core: float = 0.95
+    protect: float = 0.95
     steps: int = 120
     test: int = 200
     split: str = "test"
@@ -40,7 +40,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Its name among the results."""
-        fields = (self.study, self.arm, f"{self.rate:g}", self.seed, self.core, self.steps, self.test, self.split)
+        fields = (self.study, self.arm, f"{self.rate:g}", self.seed, self.protect, self.steps, self.test, self.split)
         return "-".join(map(str, fields))
 
 
@@ -67,11 +67,11 @@ def tuned_rate(
 
 
 def stored() -> dict[tuple[str, float], dict[str, dict[int, Result]]]:
-    """Test results by (study, core), arm and seed; each arm at its tuned rate."""
+    """Test results by (study, protect), arm and seed; each arm at its tuned rate."""
     found: dict[tuple[str, float], dict[str, dict[int, Result]]] = {}
     for result in STORE.results().values():
         cell = Cell(**result["cell"])
-        options = {"core": cell.core, "steps": cell.steps, "test": cell.test}
+        options = {"protect": cell.protect, "steps": cell.steps, "test": cell.test}
         if cell.split == "test" and cell.rate == tuned_rate(cell.study, cell.arm, options):
-            found.setdefault((cell.study, cell.core), {}).setdefault(cell.arm, {})[cell.seed] = result
+            found.setdefault((cell.study, cell.protect), {}).setdefault(cell.arm, {})[cell.seed] = result
     return found

@@ -18,7 +18,7 @@ OURS = ("taylor", "fisher", "contrast", "joint", "gated")
 
 def trade_off(found: Mapping[tuple[str, float], Arms], arms: Sequence[str], file: Path) -> None:
     """What each arm gains in the domain and loses in general, against the untouched model of the same seed: means with
-    95 % intervals (of two seeds: both), one panel a study; better is up and right. Several cores of an arm are joined.
+    95 % intervals (of two seeds: both), one panel a study; better is up and right. A line joins an arm's shares.
     """
     studies = list(dict.fromkeys(study for study, _ in found))
     rows, columns = max(1, -(-len(studies) // COLUMNS)), max(1, min(COLUMNS, len(studies)))
@@ -27,9 +27,9 @@ def trade_off(found: Mapping[tuple[str, float], Arms], arms: Sequence[str], file
     for axis in axes[len(studies) :]:
         axis.set_axis_off()
     for axis, study in zip(axes, studies, strict=False):
-        cores = sorted(core for name, core in found if name == study)
+        shares = sorted(share for name, share in found if name == study)
         for number, arm in enumerate(arm for arm in arms if arm != "zero"):
-            marks = [mark for core in cores if (mark := _gained(found[study, core], arm, study)) is not None]
+            marks = [mark for share in shares if (mark := _gained(found[study, share], arm, study)) is not None]
             if marks:
                 ours, colour = arm in OURS, colormaps["tab20"](number)
                 (x, dx), (y, dy) = (zip(*side, strict=True) for side in zip(*marks, strict=True))

@@ -5,7 +5,7 @@ domain and general score, which is what an arm trades: tuning the elements that 
 general ability than a random mask of equal size; its domain score is no worse than LoRA's of equal size; and gates with
 a mask under one budget do better than either alone. EWC's weight is not tuned.
 
-    python -m benchmarks forgetting run [--studies grimm ...] [--arms zero full ...] [--seeds 0 1] [--core 0.95]
+    python -m benchmarks forgetting run [--studies grimm ...] [--arms zero full ...] [--seeds 0 1] [--protect 0.95]
     python -m benchmarks forgetting table
     python -m benchmarks forgetting picture forgetting.png
 
@@ -59,19 +59,19 @@ def run(cell: Cell) -> Result:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Compute what is missing: of each study and core, tune every arm, then go seed by seed."""
+    """Compute what is missing: of each study and protected share, tune every arm, then go seed by seed."""
     for study in options.studies:
         encoder = study == "encoder"
         arms = options.arms or (ARMS if encoder else DECIDING)
         steps, test = (120, 600) if encoder else (30, 60)
-        for core in options.core:
-            shared = {"core": core, "steps": options.steps or steps, "test": options.test or test}
+        for protect in options.protect:
+            shared = {"protect": protect, "steps": options.steps or steps, "test": options.test or test}
             rates = {arm: tuned_rate(study, arm, shared, run) for arm in arms}
             for seed in options.seeds or range(5 if encoder else 2):
                 for arm, rate in rates.items():
                     assert rate is not None
                     result = run(Cell(study, arm, rate, seed, **shared))
-                    print(study, core, arm, f"seed {seed}", result["scores"], flush=True)
+                    print(study, protect, arm, f"seed {seed}", result["scores"], flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     made.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "friends"])
     made.add_argument("--arms", nargs="+", choices=ARMS, default=None, help="default: all on the encoder, else five")
     made.add_argument("--seeds", nargs="+", type=int, default=None, help="default: five on the encoder, else two")
-    made.add_argument("--core", nargs="+", type=float, default=[0.95], help="several: the sweep over the core")
+    made.add_argument("--protect", nargs="+", type=float, default=[0.95], help="shares of frozen elements")
     made.add_argument("--steps", type=int, help="default: 120 on the encoder, else 30")
     made.add_argument("--test", type=int, help="test examples of each kind; default: 600 on the encoder, else 60")
     options = made.parse_args(arguments)

@@ -14,7 +14,7 @@ def table() -> str:
     token negated: higher is better everywhere.
     """
     rows = []
-    for (study, core), arms in stored().items():
+    for (study, protect), arms in stored().items():
         ours = arms.get("contrast", {})
         for arm in [arm for arm in ARMS if arm in arms]:
             cells = arms[arm]
@@ -29,6 +29,6 @@ def table() -> str:
                     differences.append(shown(pairs, times=times, signed=True))
             first = next(iter(cells.values()))
             count, rate = f"{first['trained']:,}", f"{first['cell']['rate']:g}"
-            rows.append([study, f"{core:g}", arm, rate, str(len(cells)), *columns, *differences, count])
-    header = ["study", "core", "arm", "rate", "seeds", *SCORES, "contrast - arm: domain", "general", "trained"]
+            rows.append([study, f"{protect:g}", arm, rate, str(len(cells)), *columns, *differences, count])
+    header = ["study", "protect", "arm", "rate", "seeds", *SCORES, "contrast - arm: domain", "general", "trained"]
     return format_table(header, rows)

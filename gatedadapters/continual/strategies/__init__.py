@@ -1,8 +1,10 @@
 """Strategies for a stream of tasks, one file each. To add one: write its file, and name its class here."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.config.deprecation import renamed
+from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.continual.strategies.carried import Carried
 from gatedadapters.continual.strategies.cosine import Cosine
 from gatedadapters.continual.strategies.ewc import EWC
@@ -13,7 +15,7 @@ from gatedadapters.continual.strategies.lora import SequentialLoRA
 from gatedadapters.continual.strategies.lota import LoTA
 from gatedadapters.continual.strategies.o_lora import OLoRA
 from gatedadapters.continual.strategies.per_task import PerTask
-from gatedadapters.continual.strategies.random import Random
+from gatedadapters.continual.strategies.random import RandomCores
 from gatedadapters.continual.strategies.replay import Replay
 from gatedadapters.continual.strategies.sequential import Sequential
 from gatedadapters.errors import ConfigError
@@ -32,8 +34,8 @@ def strategy_kinds() -> dict[str, type[Strategy]]:
     return dict(_KINDS)
 
 
-def resolve(strategy: str | dict[str, Any] | Strategy) -> Strategy:
-    """A strategy from its name, or from its options with the name as `kind`.
+def resolve(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
+    """A strategy from its name, or from its options with the name as `kind`; a `Strategy` is returned as it is.
 
     Raises:
         ConfigError: unknown name or options.
@@ -52,7 +54,7 @@ for _kind in (
     Cosine,
     Gated,
     Carried,
-    Random,
+    RandomCores,
     LoTA,
     Sequential,
     SequentialLoRA,
@@ -64,4 +66,6 @@ for _kind in (
 ):
     register(_kind)
 
-__all__ = ["Strategy", "Tuned", "register", "resolve", "strategy_kinds"]
+__all__ = ["Strategy", "TunedStage", "register", "resolve", "strategy_kinds"]
+
+__getattr__ = renamed(__name__, {"Tuned": "TunedStage"})

@@ -1,4 +1,4 @@
-"""What a strategy owes: how one task is tuned on a model that has earlier ones behind it."""
+"""The contract of a strategy: how one task is tuned on a model that has learned earlier ones."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import Core
+from gatedadapters.continual.stage import Stage, StreamSetup
 from gatedadapters.structure import Structure
-
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What tuning one task took.
+class TunedStage:
+    """What a strategy did in one stage.
 
     Attributes:
-        elements: values trained, heads not counted.
+        elements: how many values were trained, heads not counted.
         seconds: of training.
         probe_seconds: of finding out what to train.
-        core: what was selected, where something was.
-        structure: what was searched, where something was.
-        merged: what was trained beside the backbone is part of it now; which of its tensors that changed is reported.
+        core: the core, where one was selected; the runner stores it.
+        structure: the structure, where one was searched.
+        merged: whether adapters were trained and then merged into the weights. The runner then stores and reports
+            which elements of the backbone the merge changed.
     """
 
     elements: int
@@ -39,44 +37,46 @@ class Tuned:
 
 
 class Strategy(Config, ABC):
-    """A way to tune task after task; its fields are its options. To add one: write its file, name its class in
-    `strategies/__init__.py`.
+    """A way to tune task after task. The fields of a strategy are its options; `tune` is all that it must define.
 
-    Whatever a strategy carries from task to task beside the model itself lives in private attributes that `begin` sets
-    up; `remember` writes them into a stage's folder and `recall` reads them back, so that a killed stream goes on.
+    A strategy object holds no state of a stream. Between tasks, state lives in the model and in the folders of finished
+    stages: `tune` writes files into `stage.memory`, later stages read them. A stream that was killed can therefore go
+    on in another process, and one strategy object can serve several streams.
+
+    To add a strategy, write its file in this folder and name its class in `strategies/__init__.py`. Test it with
+    `gatedadapters.testing.StrategyContract`.
     """
 
     kind: ClassVar[str]
 
     def identity(self) -> dict[str, Any]:
-        """Its options as data, with what is in the files that they name: a stream that goes on must find the same."""
+        """The options as data, with what is in the files they name. Only an equal identity goes on with a stream."""
         return {"kind": self.kind, **self.model_dump(mode="json")}
 
-    def check(self, run: Run) -> None:
-        """Before any compute: raise where this strategy and these tasks do not go together."""
+    def check(self, setup: StreamSetup) -> None:
+        """Raise where this strategy does not suit the tasks or the model. Called before anything is computed."""
         return None
 
-    def begin(self, run: Run) -> None:
-        """Called with the untrained model, once for a new stream and again where one goes on; must do the same."""
-        return None
+    def stages(self, setup: StreamSetup) -> int:
+        """How many stages the stream has: one for each task, unless tasks are trained together."""
+        return len(setup.tasks)
 
-    def stages(self, run: Run) -> int:
-        """How many times something is trained and everything evaluated."""
-        return len(run.stream)
+    def begin(self, stage: Stage) -> None:
+        """Prepare the untrained model, or measure something on it, before the first task.
+
+        Called again, with the untrained model, each time a stream that was stopped goes on. It must then do the same.
+        """
+        return None
 
     @abstractmethod
-    def tune(self, run: Run, index: int) -> Tuned:
-        """Train task `index`; afterwards the model alone (nothing attached that `begin` did not attach) holds it."""
-
-    def remember(self, run: Run, index: int, folder: Path) -> None:
-        """Write what later tasks need to know into an existing folder, after task `index`."""
-        return None
-
-    def recall(self, run: Run, index: int, folder: Path) -> None:
-        """Inverse of `remember`, called for each finished task in order; the model is in the last one's state."""
-        return None
+    def tune(self, stage: Stage) -> TunedStage:
+        """Train the stage's task. Afterwards the model holds what was learned, with nothing attached to it except what
+        `begin` attached.
+        """
 
     @contextmanager
-    def serving(self, run: Run, index: int) -> Iterator[None]:
-        """Within this context the model answers task `index` as it would be served."""
+    def serving(self, stage: Stage) -> Iterator[None]:
+        """Within this context the model answers the stage's task as it would be served. Every task of the stream is
+        evaluated in it after every stage, tasks that are not trained yet included.
+        """
         yield

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import PrivateAttr
+from typing import Any
 
 from gatedadapters.config import CoreConfig
 from gatedadapters.continual.carry import carry_core
-from gatedadapters.continual.core import Core, load_core
-from gatedadapters.continual.result import MEMORY, StreamResult, stage_folder
+from gatedadapters.continual.core import Core
+from gatedadapters.continual.result import StreamResult
+from gatedadapters.continual.stage import Stage, StreamSetup
 from gatedadapters.continual.strategies.selected import Selected
 from gatedadapters.errors import ArtifactError, ConfigError
-
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
 
 
 class Carried(Selected):
@@ -28,31 +23,29 @@ class Carried(Selected):
 
     kind = "carried"
     source: str
-    _carried: dict[str, Core] = PrivateAttr(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        """With the last state of the smaller model's stream, which tells it from any other."""
+        """The options, with the last state of the smaller model's stream, which tells it from any other stream."""
         return {**super().identity(), "source_state": StreamResult.load(self.source).stages[-1].state}
 
-    def check(self, run: Run) -> None:
-        """Read and carry the cores.
+    def check(self, setup: StreamSetup) -> None:
+        """Read the smaller model's cores and carry them all.
 
         Raises:
-            ArtifactError: no finished stream of cores.
-            ConfigError: options for a choice that was made there, or a task is missing there.
+            ArtifactError: `source` holds no finished stream with a core for each task.
+            ConfigError: options for a selection that was made there, or a task that is missing there.
             MaskError: see `carry_core`.
         """
         if self.core != CoreConfig():
             raise ConfigError(
-                "carried cores are not chosen anew",
+                "carried cores are not selected anew",
                 expected="no core:",
                 got=self.core,
                 where="strategy carried",
                 fix="set it for the smaller model's stream",
             )
-        folder = Path(self.source)
-        earlier = StreamResult.load(folder)
-        missing = [name for name in run.stream.names if name not in earlier.tasks]
+        earlier = StreamResult.load(self.source)
+        missing = [name for name in setup.tasks.names if name not in earlier.tasks]
         if missing:
             raise ConfigError(
                 "the small model's stream lacks a task",
@@ -61,20 +54,19 @@ class Carried(Selected):
                 where=self.source,
                 fix="run it with the same tasks",
             )
-        if len(earlier.stages) != len(earlier.tasks):
+        cores = dict(earlier.cores())
+        lacking = [name for name in earlier.tasks if name not in cores]
+        if lacking:
             raise ArtifactError(
                 "that stream has no core for each task",
                 expected="a strategy that selects cores",
-                got=earlier.strategy,
+                got=f"{earlier.strategy}, no core of {lacking[0]}",
                 where=self.source,
                 fix="run l2_fisher or cosine there",
             )
-        self._carried = {
-            name: carry_core(load_core(stage_folder(folder, index) / MEMORY), run.infos)
-            for index, name in enumerate(earlier.tasks)
-            if name in run.stream.names
-        }
+        for name in setup.tasks.names:
+            carry_core(cores[name], setup.tensors)
 
-    def select(self, run: Run, index: int) -> Core:
-        """What was carried."""
-        return self._carried[run.stream[index].name]
+    def select(self, stage: Stage) -> Core:
+        """The smaller model's core of the task, carried over."""
+        return carry_core(dict(StreamResult.load(self.source).cores())[stage.task.name], stage.tensors)

@@ -1,27 +1,26 @@
-"""Elastic weight consolidation: full fine-tuning that is pulled back to what earlier tasks needed."""
+"""Elastic weight consolidation: full fine-tuning with a pull towards the weights that earlier tasks needed."""
 
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.continual.stage import Stage
+from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.masking import ElasticPenalty, Scores, score
 
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
+FISHER = "fisher"
 
 
 class EWC(Strategy):
-    """`½ weight Σ F (θ - θ*)²`, F the sum of the Fisher informations of all earlier tasks, θ* the weights after the
-    last of them (one penalty for all, not one per task).
+    """Adds `½ weight Σ F (θ - θ*)²` to the loss. F is the sum of the Fisher informations of all earlier tasks, θ* the
+    weights after the last of them: one penalty for all earlier tasks, not one for each.
 
     Attributes:
         weight: λ.
-        fisher_batches, fisher_batch_size: of each task's training data, after it is trained.
+        fisher_batches, fisher_batch_size: how many batches of each task's training data F is measured on, after the
+            task is trained, and how many examples each has.
 
     References:
         Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3; Huszár 2018, "Note on the quadratic penalties in elastic
@@ -32,31 +31,16 @@ class EWC(Strategy):
     weight: float = Field(1e4, gt=0)
     fisher_batches: int = Field(16, gt=0)
     fisher_batch_size: int = Field(16, gt=0)
-    _fisher: Scores | None = PrivateAttr(default=None)
 
-    def begin(self, run: Run) -> None:
-        """Nothing pulls yet."""
-        self._fisher = None
-
-    def tune(self, run: Run, index: int) -> Tuned:
-        """Train everything under the pull, then learn what this task needs."""
-        elements = run.require(run.infos, index)
-        penalty = None if self._fisher is None else ElasticPenalty(run.model, self._fisher, self.weight)
-        seconds = run.fit(index, penalty=penalty)
-        if index + 1 < len(run.stream):
-            batches = islice(run.batches(index, self.fisher_batch_size), self.fisher_batches)
-            found = score(run.model, batches, kind="fisher", heads=sorted(run.all_heads))
-            earlier = self._fisher
+    def tune(self, stage: Stage) -> TunedStage:
+        """Train everything with the penalty, then store the sum of the Fisher informations up to this task."""
+        earlier = Scores.load(stage.earlier[-1].memory / FISHER) if stage.index else None
+        elements = stage.train_only(stage.tensors)
+        penalty = None if earlier is None else ElasticPenalty(stage.model, earlier, self.weight)
+        seconds = stage.fit(penalty=penalty)
+        if stage.index + 1 < len(stage.tasks):
+            batches = islice(stage.batches(self.fisher_batch_size), self.fisher_batches)
+            found = score(stage.model, batches, kind="fisher", heads=sorted(stage.all_heads))
             sums = {n: found[n] + (0 if earlier is None else earlier[n].to(found[n].device)) for n in found.names}
-            self._fisher = Scores(found.record, sums)
-        return Tuned(elements, seconds)
-
-    def remember(self, run: Run, index: int, folder: Path) -> None:
-        """The summed Fisher information."""
-        if self._fisher is not None and index + 1 < len(run.stream):
-            self._fisher.save(folder / "fisher")
-
-    def recall(self, run: Run, index: int, folder: Path) -> None:
-        """The last one holds the sum of all."""
-        if (folder / "fisher").is_dir():
-            self._fisher = Scores.load(folder / "fisher")
+            Scores(found.record, sums).save(stage.memory / FISHER)
+        return TunedStage(elements, seconds)

@@ -1,29 +1,29 @@
-"""Cores by gated search: the paths that stay open are what a task may move."""
+"""Merged structures: a gated search finds which paths a task needs, and these are trained and merged."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from gatedadapters.config import Budget, Schedule, SearchSpace
-from gatedadapters.continual.strategies.base import Strategy, Tuned
+from gatedadapters.continual.stage import Stage, StreamSetup
+from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.errors import ConfigError
 from gatedadapters.paths import Path as AdapterPath
 from gatedadapters.paths import path_class
+from gatedadapters.safe_files import write_text
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import get_adapters
 from gatedadapters.supernet.attach import detach
-
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
 
 
 class Searching(Strategy):
-    """What strategies share that search a structure for each task.
+    """The base of strategies that search a structure for each task.
 
     Attributes:
-        space: what is offered.
+        space: the search space, or the name or file of one.
         budget: what a task's structure may cost.
         schedule: of the search.
         gate_learning_rate: see `GatedTrainer`.
@@ -43,38 +43,51 @@ class Searching(Strategy):
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
 
     def identity(self) -> dict[str, Any]:
-        """With the search space itself in place of its name."""
+        """The options, with the search space itself in place of its name."""
         return {**super().identity(), "space": self.resolved_space().model_dump(mode="json")}
 
-    def check(self, run: Run) -> None:
-        """See that the space can be read."""
+    def check(self, setup: StreamSetup) -> None:
+        """Check that the space can be read.
+
+        Raises:
+            ConfigError: unknown preset or invalid file.
+        """
         self.resolved_space()
 
-    def searched(self, run: Run, index: int, *, phase: str, steps: int | None = None) -> float:
-        """Attach the space and search under the budget; adapters are left attached, pruned and trained. Seconds."""
-        run.attach(self.resolved_space(), seed=run.phase_seed(index))
-        run.require_heads(index)
+    def search(self, stage: Stage, *, phase: str, steps: int | None = None) -> float:
+        """Attach the space and search under the budget. The adapters are left attached, pruned and trained.
+
+        Args:
+            stage: whose task is trained.
+            phase: see `Stage.fit`.
+            steps: optimiser steps; default: the configured number.
+
+        Returns:
+            The seconds that it took.
+        """
+        stage.attach(self.resolved_space(), seed=stage.seed_for("draw"))
+        stage.train_heads()
         options = {
             "budget": self.budget,
             "schedule": self.schedule,
             "gate_learning_rate": self.gate_learning_rate,
         }
-        return run.fit(index, phase=phase, steps=steps, gated=options)
+        return stage.fit(phase=phase, steps=steps, gated=options)
 
 
 class Gated(Searching):
-    """A gated search on the model as it is finds a task's structure; what it learned is thrown away, the structure is
-    trained from its start, and merged into the weights. Paths of several tasks may stand at one place.
+    """A gated search on the model as it is finds a task's structure. What the search trained is thrown away. Then the
+    structure is trained anew and merged into the weights. Structures of several tasks may have paths at the same point.
 
     Attributes:
-        search_steps: of the search; default: those of training.
+        search_steps: optimiser steps of the search; default: those of training.
     """
 
     kind = "gated"
     search_steps: int | None = Field(None, gt=0)
 
-    def check(self, run: Run) -> None:
-        """See that the paths can be merged.
+    def check(self, setup: StreamSetup) -> None:
+        """Check that the paths of the space can be merged.
 
         Raises:
             ConfigError: naming the kind that cannot.
@@ -83,30 +96,34 @@ class Gated(Searching):
         fixed = sorted(kind for kind, path in offered.items() if path.merge_into is AdapterPath.merge_into)
         if fixed:
             raise ConfigError(
-                "these paths cannot become part of the weights",
+                "these paths cannot be merged into the weights",
                 expected="lora or scale",
                 got=", ".join(fixed),
                 where="strategy gated: space",
                 fix="choose another space, or the strategy per_task",
             )
 
-    def tune(self, run: Run, index: int) -> Tuned:
+    def tune(self, stage: Stage) -> TunedStage:
         """Search, train what stays open, merge."""
-        structure_file = run.running / "structure.json"
-        if structure_file.exists():  # the search was finished before this run was stopped
-            data = json.loads(structure_file.read_text(encoding="utf-8"))
-            structure, probed = Structure.from_json(data["structure"]), float(data["seconds"])
-        else:
-            snapshot = run.snapshot("searched")
-            probed = self.searched(run, index, phase="search", steps=self.search_steps)
-            adapters = run.adapters()
-            structure = adapters.structure or adapters.discretize(self.budget)
-            detach(run.model)
-            snapshot.restore(run.model)  # the head, which the search trained along
-            run.write(structure_file, json.dumps({"structure": structure.to_json(), "seconds": probed}))
-        adapters = run.attach(structure, seed=run.phase_seed(index))
-        run.require_heads(index)
-        seconds = run.fit(index)
+        structure, search_seconds = self._structure(stage)
+        adapters = stage.attach(structure, seed=stage.seed_for("draw"))
+        stage.train_heads()
+        seconds = stage.fit()
         elements = sum(p.numel() for p in adapters.weight_parameters())
         adapters.merge_and_detach()
-        return Tuned(elements, seconds, probed, structure=structure, merged=True)
+        return TunedStage(elements, seconds, search_seconds, structure=structure, merged=True)
+
+    def _structure(self, stage: Stage) -> tuple[Structure, float]:
+        """What the search finds, and the seconds that it took; read where the search was finished before a kill."""
+        file = stage.running / "structure.json"
+        if file.exists():
+            data = json.loads(file.read_text(encoding="utf-8"))
+            return Structure.from_json(data["structure"]), float(data["seconds"])
+        snapshot = stage.snapshot("searched")
+        seconds = self.search(stage, phase="search", steps=self.search_steps)
+        adapters = get_adapters(stage.model)
+        structure = adapters.structure or adapters.discretize(self.budget)
+        detach(stage.model)
+        snapshot.restore(stage.model)  # the search also trained the task's head
+        write_text(file, json.dumps({"structure": structure.to_json(), "seconds": seconds}))
+        return structure, seconds

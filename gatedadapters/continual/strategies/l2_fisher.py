@@ -1,4 +1,4 @@
-"""Cores by importance: how far the warm start moved a tensor, and how steep the loss is there."""
+"""Cores by importance: how far a probe moved a tensor, and how steep the loss is there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from gatedadapters.continual.strategies.probed import Probed
 
 
 class L2Fisher(Probed):
-    """`S = ½ d̂ + ½ F̂`, the released selection of TRACE at tensor granularity; see `select_core`.
+    """The core is what scores highest by `S = ½ d̂ + ½ F̂`: at tensor granularity the released selection of TRACE; see
+    `select_core`.
 
-    Tuning starts from the model that earlier tasks left, which the source does not say (ours), and the probe from the
-    pretrained base, as released.
+    As released, probes start from the pretrained base. Tuning starts from the model that earlier tasks left, of which
+    the source says nothing (our choice).
 
     References:
         arXiv 2605.31025, released code.

@@ -1,4 +1,4 @@
-"""Lottery ticket adaptation: the elements that full fine-tuning moves most, retrained alone."""
+"""Lottery ticket adaptation: the elements that full fine-tuning moves most, trained again alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gatedadapters.continual.strategies.probed import Probed
 
 
 class LoTA(Probed):
-    """The largest |Δ| over all elements; values are trained again from where the model was before the task.
+    """The core is the elements with the largest |Δ|, Δ the update of a probe. They are trained again from the values
+    that they had before the task.
 
     References:
         Panda et al. 2024, "Lottery Ticket Adaptation: Mitigating Destructive Interference in LLMs", arXiv 2406.16797.
@@ -24,6 +25,6 @@ class LoTA(Probed):
 
     @field_validator("core", mode="before")
     @classmethod
-    def _of_elements(cls, core: Any) -> Any:
-        """By element also where other options of the core are given."""
+    def _by_element(cls, core: Any) -> Any:
+        """Keep the granularity `element` where other options of the core are given."""
         return {"granularity": "element", **core} if isinstance(core, Mapping) else core

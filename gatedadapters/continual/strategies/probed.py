@@ -1,58 +1,52 @@
-"""What selections by probe share: a warm start of each task, from the base or when it comes."""
+"""The base of strategies that select cores by probes: short warm starts of each task, which are undone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
-from pydantic import PrivateAttr
+from typing import ClassVar
 
 from gatedadapters.config import CoreConfig, ProbeConfig
-from gatedadapters.continual.core import Core, Kind, select_core
+from gatedadapters.continual.core import Core, CoreKind, select_core
 from gatedadapters.continual.probing import Probe
+from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.selected import Selected
-
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
 
 
 class Probed(Selected):
-    """The core is what a probe of the task says by the quantity `quantity`; see `select_core`."""
+    """The core is selected from probes of the tasks by the quantity `quantity`; see `select_core`.
 
-    quantity: ClassVar[Kind]
+    Attributes:
+        probe: how long and how fast each task is probed, and from which model.
+        core: how much of the model is a task's core.
+    """
+
+    quantity: ClassVar[CoreKind]
     probe: ProbeConfig = ProbeConfig()
     core: CoreConfig = CoreConfig()
-    _probes: list[Probe] = PrivateAttr(default_factory=list)
 
-    def begin(self, run: Run) -> None:
-        """Probe every task from the base, where the probes start there."""
-        super().begin(run)
-        self._probes = []
+    def begin(self, stage: Stage) -> None:
+        """Probe every task from the untrained model, where probes start there."""
         if self.probe.start == "base":
-            self._probes = [run.probe(i, self.probe, elements=self._by_element) for i in range(len(run.stream))]
+            for index in range(len(stage.tasks)):
+                self._probe(stage.at(index))
 
-    def prepare(self, run: Run, index: int) -> float:
-        """Probe the task from the current model, where the probes start there."""
-        if self.probe.start == "current":
-            self._probes = [run.probe(index, self.probe, elements=self._by_element)]
-        return self._probes[self._place(index)].record.seconds
+    def measure(self, stage: Stage) -> float:
+        """Probe the task from the current model, where probes start there."""
+        found = self._probe(stage) if self.probe.start == "current" else Probe.load(stage.probe_folder)
+        return found.record.seconds
 
-    def select(self, run: Run, index: int) -> Core:
-        """By the task's probe, and for `cosine` by the others'."""
+    def select(self, stage: Stage) -> Core:
+        """By the probe of the task, and for `cosine` by those of the other tasks too."""
+        indices = range(len(stage.tasks)) if self.probe.start == "base" else (stage.index,)
         return select_core(
-            run.infos,
-            self._probes,
-            self._place(index),
+            stage.tensors,
+            [Probe.load(stage.at(index).probe_folder) for index in indices],
+            indices.index(stage.index),
             kind=self.quantity,
             share=self.core.share,
             granularity=self.core.granularity,
-            previous=self.previous,
-            candidates=self.candidates(run),
+            previous=self.taken(stage),
+            candidates=self.candidates(stage.tensors),
         )
 
-    def _place(self, index: int) -> int:
-        """Of a task's probe among those that are there."""
-        return 0 if self.probe.start == "current" else index
-
-    @property
-    def _by_element(self) -> bool:
-        return self.core.granularity == "element" and self.quantity == "l2_fisher"
+    def _probe(self, stage: Stage) -> Probe:
+        return stage.probe(self.probe, elements=self.core.granularity == "element" and self.quantity == "l2_fisher")

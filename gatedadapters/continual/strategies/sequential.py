@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from gatedadapters.continual.strategies.base import Strategy, Tuned
-
-if TYPE_CHECKING:
-    from gatedadapters.continual.runner import Run
+from gatedadapters.continual.stage import Stage
+from gatedadapters.continual.strategies.base import Strategy, TunedStage
 
 
 class Sequential(Strategy):
@@ -15,7 +11,7 @@ class Sequential(Strategy):
 
     kind = "sequential"
 
-    def tune(self, run: Run, index: int) -> Tuned:
+    def tune(self, stage: Stage) -> TunedStage:
         """Train everything."""
-        elements = run.require(run.infos, index)
-        return Tuned(elements, run.fit(index))
+        elements = stage.train_only(stage.tensors)
+        return TunedStage(elements, stage.fit())

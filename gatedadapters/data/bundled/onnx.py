@@ -1,10 +1,10 @@
 """Reading the weights of an ONNX file with numpy alone.
 
-An ONNX file is a protocol-buffer message: a sequence of (field number, value) pairs. Only the fields that
-lead to the weights are looked at, so no ONNX library is needed.
+An ONNX file is a protocol-buffer message: a sequence of (field number, value) pairs. This file reads only the fields
+that lead to the weights, so no ONNX library is needed.
 
 References:
-    Message definitions and field numbers: ``onnx/onnx.proto`` of the ONNX project (ModelProto, GraphProto,
+    Message definitions and field numbers: `onnx/onnx.proto` of the ONNX project (ModelProto, GraphProto,
     NodeProto, TensorProto). Wire format: https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -26,11 +26,11 @@ _FLOAT32 = 1
 
 
 def read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
-    """The float32 weights of an exported torch module under the names they had in it.
+    """The float32 weights of an exported torch module, by the names that they had in it.
 
-    An exporter stores the weight of a linear layer as an anonymous ``(in, out)`` matrix; its name is
-    recovered from the matrix product that reads it, ``/encoder/layer.0/dense/MatMul`` for
-    ``encoder.layer.0.dense.weight``, and it is transposed back to ``(out, in)``.
+    An exporter stores the weight of a linear layer as a matrix without a name, shape (in, out). Its name is recovered
+    from the matrix product that reads it (`/encoder/layer.0/dense/MatMul` gives `encoder.layer.0.dense.weight`), and it
+    is transposed back to shape (out, in).
 
     Raises:
         DataError: the file holds no graph, or a weight that is not float32.
@@ -76,7 +76,7 @@ def _tensor(message: memoryview, where: str) -> tuple[str, NDArray[np.float32]]:
 
 
 def _node(message: memoryview) -> tuple[str, str, list[str]]:
-    """Name, operator and inputs of a node."""
+    """The name, the operator and the inputs of a node."""
     text: dict[int, list[str]] = {_NODE_INPUT: [], _NODE_NAME: [""], _NODE_OP_TYPE: [""]}
     for field, value in _fields(message):
         if field in text and isinstance(value, memoryview):
@@ -85,7 +85,7 @@ def _node(message: memoryview) -> tuple[str, str, list[str]]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The (field number, value) pairs of a protocol-buffer message; sub-messages and bytes come as views."""
+    """The (field number, value) pairs of a protocol-buffer message. Nested messages and bytes are views into it."""
     position = 0
 
     def varint() -> int:

