@@ -1,6 +1,6 @@
 """The output folder of a run: the names of its files, and how they are checked, written and listed.
 
-Every name is defined here and nowhere else in the package.
+Every name is defined once: here, or with what writes it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from gatedadapters.config.base import FileConfig
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.reporting.versions import versions
+from gatedadapters.transfer.evaluate import ADAPTER as ADAPTER
+from gatedadapters.transfer.evaluate import TRANSFER_TRAINED as TRANSFER_TRAINED
 
 METRICS = "metrics.json"
 TABLE = "table.txt"
 REPORT = "report.txt"
 LOGS = "tensorboard"
 
-ADAPTER = "adapter"
-TRANSFER_TRAINED = "transfer-trained"
 PEFT = "peft"
 DELTA = "delta"
 STREAMS = "streams"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -16,7 +17,7 @@ from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.paths import Path
+from gatedadapters.paths import Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.structure import Structure
@@ -57,6 +58,12 @@ class Adapters(Supernet):
                 yield
             finally:
                 self._exchange_merged()
+
+    @property
+    def misfits(self) -> tuple[SkippedSite, ...]:
+        """Deprecated name of `skipped_sites`."""
+        warnings.warn("Adapters.misfits is now called Adapters.skipped_sites", DeprecationWarning, stacklevel=2)
+        return self.skipped_sites
 
     def _exchange_merged(self) -> None:
         if self.merged is not None:

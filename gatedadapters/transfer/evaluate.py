@@ -28,6 +28,8 @@ from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 Train = Callable[[nn.Module, int], Adapters]
 ScoreFunction = Callable[[nn.Module], float]
 
+ADAPTER, TRANSFER_TRAINED = "adapter", "transfer-trained"  # names of the two arms, and of their folders
+
 
 @dataclass(frozen=True, slots=True)
 class TransferScores:
@@ -82,9 +84,9 @@ class TransferReport:
     def _rows(self) -> list[list[str]]:
         found = self.scores
         return [
-            ["adapter", str(Interval.of([s.old for s in found])), str(Interval.of([s.direct for s in found]))],
+            [ADAPTER, str(Interval.of([s.old for s in found])), str(Interval.of([s.direct for s in found]))],
             [
-                "transfer-trained",
+                TRANSFER_TRAINED,
                 str(Interval.of([s.trained_old for s in found])),
                 str(Interval.of([s.trained_direct for s in found])),
             ],
@@ -131,7 +133,7 @@ def transfer_scores(
         seed: handed to `train`.
         weakening: default: the published recipe.
         total_steps: of a training, where the weakening is scheduled.
-        folder: where both adapters are kept, as `adapter` and `transfer-trained`.
+        folder: where both adapters are kept, in folders named `ADAPTER` and `TRANSFER_TRAINED`.
         train_transferable: in place of `train` where the knowledge is weakened, such as a search that prefers what
             transfers.
 
@@ -142,9 +144,9 @@ def transfer_scores(
     config = weakening or WeakeningConfig()
     with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
         home, found = Path(folder or scratch), list[float]()
-        for name in ("adapter", "transfer-trained"):
+        for name in (ADAPTER, TRANSFER_TRAINED):
             with as_before(old):
-                if name == "adapter":
+                if name == ADAPTER:
                     adapters = train(old, seed)
                 else:
                     with _weakened(old, config, total_steps):

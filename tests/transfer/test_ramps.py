@@ -31,7 +31,7 @@ def test_ramp_follows_the_optimiser() -> None:
     assert seen == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
-def test_several_optimisers_on_one_model_make_one_step() -> None:
+def test_several_optimisers_on_one_model_make_one_step(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = tiny("llama")
     by_layer = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model.layers]
     with ga.weaken_knowledge(model, mask=ga.Ramp(end=0.8), drop=0.0, total_steps=8) as handle:
@@ -52,6 +52,7 @@ def test_several_optimisers_on_one_model_make_one_step() -> None:
             for optimizer in later:
                 optimizer.step()
             assert handle.step == done
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("handed_in", [True, False], ids=["handed in", "not handed in"])

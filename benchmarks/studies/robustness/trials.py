@@ -11,7 +11,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from benchmarks.common.store import SCRATCH, Result, Store, locked
 from gatedadapters.studies import Study
 from gatedadapters.studies.queue import HEARTBEAT, KEY, OWNER
-from gatedadapters.studies.study import CONFIG as OURS
 
 STORE = Store("robustness")
 CONFIG = Path(__file__).with_name("robustness.yaml")
@@ -33,7 +32,7 @@ def study(folder: Path = FOLDER) -> Study:
 def pack(folder: Path = FOLDER) -> str:
     """Move every complete trial of the journal into the packed file."""
     packed, found = STORE.results(), study(folder)
-    versions = found.optuna.user_attrs[OURS]["versions"]
+    versions = found.optuna.user_attrs["gatedadapters"]["versions"]  # noted when the journal was made
     for trial in found.trials:
         if trial.state == TrialState.COMPLETE and trial.user_attrs[KEY] not in packed:
             STORE.write(trial.user_attrs[KEY], {**_result(trial), "versions": versions})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from gatedadapters.config.deprecation import renamed
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.continual.strategies.carried import Carried
 from gatedadapters.continual.strategies.cosine import Cosine
@@ -66,3 +67,5 @@ for _kind in (
     register(_kind)
 
 __all__ = ["Strategy", "TunedStage", "register", "resolve", "strategy_kinds"]
+
+__getattr__ = renamed(__name__, {"Tuned": "TunedStage"})

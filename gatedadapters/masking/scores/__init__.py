@@ -1,5 +1,6 @@
 """Importance scores, one file for each kind. To add a kind, write its file and add its class to the list below."""
 
+from gatedadapters.config.deprecation import renamed
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch, Loss, Score, ScoringRun
 from gatedadapters.masking.scores.fisher import Fisher
@@ -39,3 +40,5 @@ for _kind in (Taylor, Fisher, Synaptic, MemoryAwareSynapses, Magnitude, RandomSc
     register(_kind)
 
 __all__ = ["Batch", "Loss", "Score", "Scores", "ScoringRun", "register", "score_class", "score_kinds"]
+
+__getattr__ = renamed(__name__, {"Run": "ScoringRun"})

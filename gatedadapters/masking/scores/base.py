@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from gatedadapters.errors import MaskError
 
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]  # from a model and a batch to one loss per example, (examples,)
+"""A batch: tensors and other values by name, as `model(**batch)` takes them."""
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""A function from a model and a batch to one loss per example, (examples,)."""
 
 
 @dataclass
