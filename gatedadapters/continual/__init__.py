@@ -1,4 +1,4 @@
-"""Continual tuning: probe what a task needs, tune that alone, task after task."""
+"""Continual tuning: one model learns task after task, and a strategy limits what each task may change."""
 
 from gatedadapters.continual.carry import carry_core
 from gatedadapters.continual.check import check_stream

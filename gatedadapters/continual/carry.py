@@ -1,4 +1,4 @@
-"""Small to large: a core found on a small model, carried to a larger one of the family."""
+"""Small to large: the core found on a small model, carried over to a larger model of the same family."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from gatedadapters.errors import MaskError
 
 
 def carry_core(core: Core, larger: Mapping[str, TensorInfo]) -> Core:
-    """The core of a larger model whose tensors have the role, place and relative depth of those in `core`.
+    """The core of a larger model: its tensors whose counterparts in the small model are core.
 
-    A block at relative depth x (the middle of block b of n is at (b + ½) / n) takes its selection from the small
-    model's block nearest to x, the earlier of two equally near. Tensors outside the blocks go by their names. A tensor
-    is core as a whole where its counterpart is.
+    The counterpart of a tensor has the same role and the same pattern (its name without the block's index), and lies at
+    the nearest relative depth. The middle of block b of n lies at depth (b + ½) / n; of two equally near blocks the
+    earlier counts. Outside of the blocks, tensors correspond by name. Whole tensors are core, or nothing of them.
 
     Args:
-        core: of whole tensors.
-        larger: the other model's tensors, see `tensors_of`.
+        core: a core of whole tensors.
+        larger: the tensors of the larger model, see `tensors_of`.
 
     Raises:
-        MaskError: a core of single elements, or no tensor of the other model has a counterpart.
+        MaskError: the core has tensors of which only a part is selected, or no tensor of the larger model has a
+            counterpart that is core.
 
     References:
         arXiv 2605.31025 carries selections from small to large models without saying how; the mapping is ours.
@@ -31,7 +32,7 @@ def carry_core(core: Core, larger: Mapping[str, TensorInfo]) -> Core:
     partial = [name for name, found in core.indices.items() if len(found) != core.infos[name].numel]
     if partial:
         raise MaskError(
-            "only whole tensors are carried to another model",
+            "only whole tensors can be carried to another model",
             expected="a core of granularity tensor",
             got=f"{len(partial)} tensors selected in part",
             where=partial[0],
@@ -39,23 +40,27 @@ def carry_core(core: Core, larger: Mapping[str, TensorInfo]) -> Core:
         )
     counterparts: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for name, info in core.infos.items():
-        depth = -1.0 if info.depth is None else info.depth
-        counterparts.setdefault((info.place, info.role), []).append((depth, name))
+        counterparts.setdefault((info.pattern, info.role), []).append((_depth(info), name))
     indices, matched = {}, 0
     for name, info in larger.items():
-        offered = counterparts.get((info.place, info.role), [])
+        offered = counterparts.get((info.pattern, info.role), [])
         if offered:
             matched += 1
-            depth = -1.0 if info.depth is None else info.depth
-            nearest = min(offered, key=lambda place: (round(abs(place[0] - depth), 9), place[0]))[1]
+            depth = _depth(info)
+            nearest = min(offered, key=lambda found: (round(abs(found[0] - depth), 9), found[0]))[1]
             if nearest in core.indices:
                 indices[name] = torch.arange(info.numel)
     if not matched or not indices:
         raise MaskError(
-            "the two models have no selected place in common",
+            "the two models have no selected tensor in common",
             expected="two sizes of one family",
             got=f"{matched} of {len(larger)} tensors with a counterpart",
             where="carry_core",
             fix="carry between models of one family",
         )
     return Core(indices, larger, f"{core.kind}, carried")
+
+
+def _depth(info: TensorInfo) -> float:
+    """Relative depth; outside of the blocks a number that is the same in every model."""
+    return -1.0 if info.depth is None else info.depth

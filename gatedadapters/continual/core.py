@@ -1,11 +1,11 @@
-"""Which part of a model is a task's core: importance, specificity, and their controls."""
+"""The core of a task: the elements that may move while the task is tuned. How it is selected, stored and shown."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -23,21 +23,24 @@ from gatedadapters.reporting.tables import format_table
 
 CORE = "core.json"
 CoreKind = Literal["l2_fisher", "cosine", "delta"]
-Chosen = Mapping[str, Tensor]
-"""Flat positions of the selected elements, sorted int64, by tensor."""
+"""The quantity that a core is selected by; see `select_core`."""
+
+Positions = Mapping[str, Tensor]
+"""By tensor, the flat positions of its selected elements: (selected,) int64, sorted."""
 
 
 @dataclass(frozen=True)
 class Core:
-    """The parameters that a task may move. Heads are not counted.
+    """The elements of the backbone that a task may move. Heads are not part of the backbone.
 
     Attributes:
-        indices: flat positions (selected,) by tensor; tensors without any are left out.
-        infos: every tensor of the backbone, also those that could not be chosen: shares are of all of it.
-        scores: of each tensor that could be, where whole tensors were ranked.
+        indices: the selected elements by tensor; tensors without any are left out.
+        infos: every tensor of the backbone, also those that could not be chosen. Shares count all of them.
+        kind: how the core was selected.
+        scores: the score of each tensor that could be chosen, where whole tensors were ranked; else empty.
     """
 
-    indices: Chosen
+    indices: Positions
     infos: Mapping[str, TensorInfo]
     kind: str
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -49,20 +52,27 @@ class Core:
 
     @property
     def element_share(self) -> float:
-        """Of all elements of the backbone."""
+        """Selected elements over all elements of the backbone, in [0, 1]."""
         return self.elements / sum(info.numel for info in self.infos.values())
 
     @property
     def tensor_share(self) -> float:
-        """Share of the tensors of which something is selected."""
+        """Tensors with a selected element over all tensors of the backbone, in [0, 1]."""
         return len(self.indices) / len(self.infos)
 
     def mask(self, model: nn.Module, heads: frozenset[str]) -> Mask:
-        """The selection as a mask of `model` in the state it is in."""
+        """The core as a mask of `model`, made for the weights that the model has now.
+
+        Args:
+            model: the model whose backbone the core was selected from.
+            heads: names of the parameters of all heads.
+        """
         return Mask.build(model, self.indices, heads=heads)
 
     def cells(self) -> dict[tuple[int | None, str], tuple[int, int, int, int]]:
-        """By block (None: outside of all) and role: tensors selected from and of how many, elements and of how many."""
+        """By block (None: outside of all blocks) and role four counts: tensors with a selected element, all tensors,
+        selected elements, all elements.
+        """
         found: dict[tuple[int | None, str], tuple[int, int, int, int]] = {}
         for name, info in self.infos.items():
             chosen = len(self.indices.get(name, ()))
@@ -72,7 +82,7 @@ class Core:
         return found
 
     def table(self) -> str:
-        """Selected tensors and elements by role and by block."""
+        """Selected tensors and elements by role, then by block."""
         title = (
             f"{self.kind}: {len(self.indices)} of {len(self.infos)} tensors ({self.tensor_share:.1%}), "
             f"{self.elements:,} elements ({self.element_share:.3%}), heads not counted"
@@ -80,8 +90,8 @@ class Core:
         parts = [title]
         for column, label in ((1, "role"), (0, "block")):
             sums: dict[str, tuple[int, ...]] = {}
-            for place, counts in self.cells().items():
-                key = "outside" if place[column] is None else str(place[column])
+            for cell, counts in self.cells().items():
+                key = "outside" if cell[column] is None else str(cell[column])
                 sums[key] = tuple(a + b for a, b in zip(sums.get(key, (0,) * 4), counts, strict=True))
             rows = [[key, f"{c[0]}/{c[1]}", f"{c[2]:,}", f"{c[2] / c[3]:.2%}"] for key, c in sums.items()]
             parts.append(format_table([label, "tensors", "elements", "of its elements"], rows))
@@ -91,7 +101,7 @@ class Core:
         return self.table()
 
     def overlap(self, other: Core) -> float:
-        """Elements that both select over those that either does (Jaccard)."""
+        """Elements that both cores select over elements that at least one of them selects (Jaccard index)."""
         both = sum(
             int(torch.isin(self.indices[name], other.indices[name]).sum())
             for name in self.indices.keys() & other.indices.keys()
@@ -110,32 +120,40 @@ def select_core(
     previous: Sequence[Core] = (),
     candidates: Collection[str] | None = None,
 ) -> Core:
-    """The core of one task.
+    """Select the core of one task from probes.
 
-    By tensor, all n parameter tensors that may be chosen ranked, `⌊share n⌋` (at least one) of them:
+    A probe (see `probe`) gives for each tensor p, which has N_p elements, the update Δ[p] of a short training and the
+    mean squared gradient F_p at its end. A hat (d̂, F̂) marks values that are min-max normalised over all tensors.
 
-    - `l2_fisher`: `S = ½ d̂ + ½ F̂`, `d_p = ‖Δ[p]‖₂ / √N_p`, `F_p` the mean squared gradient at the warm model, each
-      min-max normalised over the tensors; the largest S are the core.
-    - `cosine`: `spec(p) = mean over other tasks u of cos(Δ[p], Δ_u[p])`; the smallest are the core. What
-      the task did not move (a layer it does not use) is specific to nothing and comes last.
+    By tensor, the core is `⌊share n⌋` (at least one) of the n tensors that may be chosen:
+
+    - `l2_fisher`: the largest `S = ½ d̂ + ½ F̂`, with `d_p = ‖Δ[p]‖₂ / √N_p`.
+    - `cosine`: the smallest mean over all other tasks u of `cos(Δ[p], Δ_u[p])`. Tensors that the task did not move
+      (layers that it does not use) come last.
     - `delta`: the largest d_p.
 
-    By element, exactly `round(share N)` (at least one) of the N that may be chosen, by the same quantities of single
-    elements: `½ |Δ|^ + ½ F^`; `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`, whose mean over a tensor is its cosine (ours); |Δ|
-    (LoTA). Ties go to what comes first in the model.
+    By element, the core is exactly `round(share N)` (at least one) of the N elements that may be chosen, by the same
+    quantities of single elements:
+
+    - `l2_fisher`: the largest `½ |Δ_i| + ½ F_i`, both min-max normalised over all elements.
+    - `cosine`: the smallest mean over u of `N_p Δ_i Δ_u,i / (‖Δ[p]‖ ‖Δ_u[p]‖)`. Its mean over a tensor is the tensor's
+      cosine. This form is ours.
+    - `delta`: the largest |Δ_i|, as in LoTA.
+
+    Of equal values those that come first in the model are chosen.
 
     Args:
         infos: every tensor of the backbone, see `tensors_of`.
-        probes: of all tasks, for `cosine`; only `probes[index]` otherwise.
+        probes: of all tasks, for `cosine`; of the other kinds only `probes[index]` is read.
         index: which of the probes is the task's.
         kind: the quantity.
-        share: how much is core.
-        granularity: whole tensors, or elements.
-        previous: cores of earlier tasks, of which nothing may be chosen again.
+        share: of the tensors or elements that may be chosen, in (0, 1).
+        granularity: choose whole tensors, or single elements.
+        previous: cores of earlier tasks; nothing of them is chosen again.
         candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
-        MaskError: cosine with one task; nothing is left to choose.
+        MaskError: cosine with one task, or nothing is left to choose.
 
     References:
         arXiv 2605.31025, released code; Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797 (|Δ|).
@@ -179,7 +197,7 @@ def select_core(
 
 
 def share_of_tensors(share: float, count: int) -> int:
-    """How many of `count` tensors a share is, at least one; rounded down, as released."""
+    """How many of `count` tensors a share stands for: rounded down, as in the released code, and at least one."""
     return max(1, math.floor(share * count + 1e-9))
 
 
@@ -192,17 +210,18 @@ def random_core(
     previous: Sequence[Core] = (),
     candidates: Collection[str] | None = None,
 ) -> Core:
-    """Exactly `elements` elements by chance: the control that every selection needs.
+    """Draw a core of exactly `elements` elements at random: the control that every selection needs.
 
-    By tensor: whole tensors in random order, those that no longer fit passed over; what is then missing comes as
-    neighbouring elements out of one more tensor. What earlier tasks left of a tensor counts as a tensor.
+    By tensor, whole tensors are taken in random order, and tensors that are too large for what is missing are passed
+    over. What is missing in the end is taken from one more tensor, as a run of neighbouring elements. Where earlier
+    tasks chose a part of a tensor, its other elements count as a whole tensor.
 
     Args:
         infos: every tensor of the backbone, see `tensors_of`.
-        elements: how many.
-        granularity: whole tensors, or elements.
+        elements: how many elements.
+        granularity: choose whole tensors, or single elements.
         seed: of the draw.
-        previous: cores of earlier tasks, of which nothing may be chosen again.
+        previous: cores of earlier tasks; nothing of them is chosen again.
         candidates: names of the tensors that may be chosen; default: all.
 
     Raises:
@@ -215,7 +234,7 @@ def random_core(
     available = sum(free.values())
     if not 0 < elements <= available:
         raise MaskError(
-            "so many elements are not there to choose",
+            "there are not so many elements to choose from",
             expected=f"1..{available:,}",
             got=f"{elements:,}",
             where="random_core",
@@ -240,25 +259,44 @@ def random_core(
 
 
 def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
-    """Write a core into an existing folder: a mask, and beside it the scores and what it was chosen from."""
+    """Write a core into an existing folder: a mask, and beside it the scores and all tensors of the backbone.
+
+    Args:
+        core: the core.
+        folder: an existing folder.
+        identity: fingerprint of the backbone before the stream.
+    """
     shapes = {name: info.shape for name, info in core.infos.items()}
     roles = {name: info.role for name, info in core.infos.items()}
     origin = {"kind": core.kind}
     Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin).write(folder)
-    data = {"scores": dict(core.scores), "tensors": {name: asdict(info) for name, info in core.infos.items()}}
+    tensors = {
+        name: {
+            "shape": info.shape,
+            "role": info.role,
+            "block": info.block,
+            "place": info.pattern,  # as files of version 0.1 call it
+            "blocks": info.blocks,
+        }
+        for name, info in core.infos.items()
+    }
+    data = {"scores": dict(core.scores), "tensors": tensors}
     (folder / CORE).write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
 def load_core(folder: Path) -> Core:
-    """What `save_core` wrote.
+    """Read what `save_core` wrote.
 
     Raises:
-        ArtifactError: missing or foreign files.
+        ArtifactError: files are missing or of another kind.
     """
     mask = Mask.load(folder)
     try:
         data = json.loads((folder / CORE).read_text(encoding="utf-8"))
-        infos = {name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in data["tensors"].items()}
+        infos = {
+            name: TensorInfo(tuple(info["shape"]), info["role"], info["block"], info["place"], info["blocks"])
+            for name, info in data["tensors"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             "this is no stored core",
@@ -272,13 +310,16 @@ def load_core(folder: Path) -> Core:
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:
-    """Scaled to [0, 1]; all 0 where they are equal."""
+    """Min-max normalisation: values scaled to [0, 1]; all 0 if they are equal."""
     low, high = min(values.values()), max(values.values())
     return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}
 
 
 def cosines(probes: Sequence[Probe], index: int, name: str) -> list[float]:
-    """Of one tensor's update under a task with those under each other task; 0 where one of them is 0."""
+    """The cosines between one tensor's update under a task and its updates under all other tasks.
+
+    A cosine is 0 where one of the two updates is 0.
+    """
     own = probes[index].delta(name).double().flatten()
     found = []
     for other, probe in enumerate(probes):
@@ -290,20 +331,20 @@ def cosines(probes: Sequence[Probe], index: int, name: str) -> list[float]:
 
 
 def _used(name: str, earlier: Sequence[Core]) -> Tensor:
-    """Positions of a tensor that some earlier core holds, (used,)."""
+    """Positions of a tensor that are part of an earlier core, (used,) int64."""
     found = [core.indices[name] for core in earlier if name in core.indices]
     return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64)
 
 
 def _free(info: TensorInfo, used: Tensor) -> Tensor:
-    """The other positions of a tensor, sorted."""
+    """All positions of a tensor except the used ones, (free,) int64, sorted."""
     left = torch.ones(info.numel, dtype=torch.bool)
     left[used] = False
     return left.nonzero().flatten()
 
 
 def _restricted(infos: Mapping[str, TensorInfo], names: Collection[str] | None) -> Mapping[str, TensorInfo]:
-    """What may be chosen, in the order of the model."""
+    """The tensors that may be chosen, in the order of the model."""
     allowed = set(infos if names is None else names)
     return {name: info for name, info in infos.items() if name in allowed}
 
@@ -311,7 +352,7 @@ def _restricted(infos: Mapping[str, TensorInfo], names: Collection[str] | None) 
 def _tensor_scores(
     infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: CoreKind
 ) -> dict[str, float]:
-    """Larger is more core."""
+    """A score of each tensor; the largest are chosen."""
     record = probes[index].record
     density = {name: record.norms[name] / math.sqrt(info.numel) for name, info in infos.items()}
     if kind == "delta":
@@ -325,7 +366,7 @@ def _tensor_scores(
 def _element_keys(
     infos: Mapping[str, TensorInfo], probes: Sequence[Probe], index: int, kind: CoreKind
 ) -> dict[str, Tensor]:
-    """Smaller is more core; flat fp32 by tensor."""
+    """A key of each element, by tensor (elements,) fp32; the smallest are chosen."""
     own = probes[index]
     if kind == "delta":
         return {name: -own.delta(name).abs().flatten() for name in infos}
@@ -341,6 +382,7 @@ def _element_keys(
 
 
 def _contributions(probes: Sequence[Probe], index: int, name: str) -> Tensor:
+    """What each element of a tensor contributes to its mean cosine with the other tasks, (elements,) fp32."""
     own = probes[index].delta(name).double().flatten()
     total = torch.zeros_like(own)
     for other, probe in enumerate(probes):
@@ -348,12 +390,12 @@ def _contributions(probes: Sequence[Probe], index: int, name: str) -> Tensor:
             update = probe.delta(name).double().flatten()
             norms = float(own.norm() * update.norm())
             total += own * update * (len(own) / norms) if norms else 0.0
-    last = torch.finfo(torch.float32).max  # after all that moved; before what is not to be chosen, which has inf
+    last = torch.finfo(torch.float32).max  # chosen after all elements that moved; used ones have inf
     return torch.where(own != 0, total / (len(probes) - 1), last).float()
 
 
 def _min_max_over(values: Callable[[str], Tensor], infos: Mapping[str, TensorInfo]) -> Callable[[Tensor], Tensor]:
-    """Min-max normalisation over all elements of all tensors."""
+    """A function that normalises a tensor by the minimum and maximum over all elements of all tensors."""
     low = min(float(values(name).min()) for name in infos)
     high = max(float(values(name).max()) for name in infos)
     return lambda t: (t - low) / (high - low) if high > low else torch.zeros_like(t)

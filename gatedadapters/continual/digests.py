@@ -1,4 +1,4 @@
-"""What tells two runs apart: digests of data sets by every value of every example, and where two records differ."""
+"""Telling two runs apart: digests of data sets, and the first difference between two records."""
 
 from __future__ import annotations
 
@@ -12,23 +12,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ADDRESS: Any = object.__repr__  # a text that is another in every process
+_DEFAULT_REPR: Any = object.__repr__  # holds an address, which differs from process to process
 _ABSENT = object()
-_PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
+_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 def data_digest(*parts: Any) -> str:
-    """Of every item of some data sets with `len` and integer indices."""
+    """A digest of data sets that depends on every value of every example.
+
+    Args:
+        *parts: data sets with `len` and integer indices.
+    """
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         found.update(f"{len(part)} items;".encode())
         for index in range(len(part)):
-            _add(found, part[index])
+            _update(found, part[index])
     return found.hexdigest()
 
 
 def difference(earlier: Any, mine: Any) -> tuple[str, str, str]:
-    """Where two records first differ, as `.key[0]`, and what each holds there."""
+    """Where two records (plain data, as read from JSON) first differ, and what each holds there.
+
+    Args:
+        earlier: one record.
+        mine: another record, which is not equal to it.
+
+    Returns:
+        The path of the first difference, such as `.key[0]`; then as text what `earlier` and `mine` hold there.
+    """
     if isinstance(earlier, dict) and isinstance(mine, dict):
         key = next(k for k in (*mine, *earlier) if earlier.get(k, _ABSENT) != mine.get(k, _ABSENT))
         if None is earlier.get(key) is mine.get(key):  # one of them lacks it
@@ -49,13 +61,13 @@ def difference(earlier: Any, mine: Any) -> tuple[str, str, str]:
 
 
 def _shown(entry: Any) -> str:
-    """The name of a task, or whatever else is in a list."""
+    """An entry of a list as text: a task's name or file, else the entry itself."""
     keys = [key for key in ("name", "train", "bundled") if entry.get(key)] if isinstance(entry, dict) else []
     return str(entry[keys[0]]) if keys else json.dumps(entry)
 
 
-def _add(found: Any, value: Any) -> None:
-    """Tensors, arrays and images by their bytes, for their text leaves most of them out."""
+def _update(found: Any, value: Any) -> None:
+    """Add a value to a digest. Tensors, arrays and images go in by their bytes: their text leaves most values out."""
     if isinstance(value, Tensor):
         found.update(f"{value.dtype}{tuple(value.shape)}".encode())
         raw: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -68,19 +80,19 @@ def _add(found: Any, value: Any) -> None:
         found.update(f"{len(value)} keys;".encode())
         for key, entry in value.items():
             found.update(f"{key!r}:".encode())
-            _add(found, entry)
+            _update(found, entry)
     elif isinstance(value, (list, tuple)):
-        if _PLAIN.issuperset(map(type, value)):
-            found.update(repr(value).encode())  # most of what tokens are: one call for all of them
+        if _SCALARS.issuperset(map(type, value)):
+            found.update(repr(value).encode())  # lists of tokens are such: one call for all entries is quick
         else:
             found.update(f"{len(value)} entries;".encode())
             for entry in value:
-                _add(found, entry)
+                _update(found, entry)
     elif isinstance(value, (set, frozenset)):
-        found.update(repr(sorted(map(repr, value))).encode())  # their order is another in every process
+        found.update(repr(sorted(map(repr, value))).encode())  # their order differs from process to process
     elif is_dataclass(value) and not isinstance(value, type):
-        _add(found, {field.name: getattr(value, field.name) for field in fields(value)})
-    elif getattr(type(value), "__repr__", None) is _ADDRESS and hasattr(value, "__dict__"):
-        _add(found, {"": type(value).__qualname__, **vars(value)})
+        _update(found, {field.name: getattr(value, field.name) for field in fields(value)})
+    elif getattr(type(value), "__repr__", None) is _DEFAULT_REPR and hasattr(value, "__dict__"):
+        _update(found, {"": type(value).__qualname__, **vars(value)})
     else:
         found.update(f"{value!r};".encode())

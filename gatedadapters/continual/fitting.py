@@ -1,4 +1,4 @@
-"""transformers' Trainer for one stage of a stream: what is trainable is trained, killed runs go on to the same bits."""
+"""Training of one stage or probe with transformers' Trainer; a killed training goes on and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -23,19 +23,30 @@ from gatedadapters.training.checked import check_finite_loss, check_launch
 from gatedadapters.training.trainer import split_groups
 
 COMPLETE = "complete"
-CHECKPOINT_STEPS = 200  # unless said otherwise
+"""Name of the file that marks a checkpoint as written to its end."""
+
+CHECKPOINT_STEPS = 200
+"""Steps between two checkpoints, where nothing else is configured."""
+
 PenaltyTerm = Callable[[], Tensor]
+"""Returns a differentiable scalar, which is added to the loss."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast; everything a stage's training depends on beside its data.
+    """How long and how fast a stage is trained; everything that its training depends on, except data and seed.
 
     Attributes:
         steps: optimiser steps.
         batch_size: examples per step.
-        learning_rate: decays linearly or as a cosine after `warmup` (a share of the steps).
-        head_learning_rate: of the parameters named as heads.
+        learning_rate: peak learning rate of AdamW.
+        head_learning_rate: peak learning rate of the parameters that are named as heads; None: that of the others.
+        schedule: how the rate decays after the warm-up: `linear` or `cosine`.
+        warmup: share of the steps in which the rate rises from 0.
+        weight_decay: of AdamW.
+        bf16: train in bfloat16 autocast.
+        use_cpu: train on the CPU also where there is a GPU.
+        checkpoint_steps: steps between two checkpoints; None: no checkpoints.
     """
 
     steps: int
@@ -50,15 +61,21 @@ class Recipe:
     checkpoint_steps: int | None = None
 
 
-class _Staged(Trainer):
-    """A rate of their own for heads, a penalty beside the loss, checkpoints of what is trained alone."""
+class _StageTraining(Trainer):
+    """Gives heads a learning rate of their own, and adds a penalty to the loss.
+
+    Attributes:
+        penalty: added to the loss of every training step.
+        heads: parameters with the heads' learning rate.
+        head_rate: that rate; None: heads have the rate of all other parameters.
+    """
 
     penalty: PenaltyTerm | None = None
     heads: tuple[nn.Parameter, ...] = ()
     head_rate: float | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, with the heads in groups of their own."""
+        """The Trainer's optimiser, with the heads in parameter groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.head_rate is not None:
             for index in split_groups(optimizer, self.heads):
@@ -68,7 +85,7 @@ class _Staged(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The task's loss, and the penalty while training.
+        """The task's loss; while training, plus the penalty.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -81,15 +98,15 @@ class _Staged(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class StageTrainer(_Staged):
-    """Trains whatever requires gradients."""
+class StageTrainer(_StageTraining):
+    """Trains whatever requires gradients. Its checkpoints hold those parameters alone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(FollowOptimizer())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what is trained; everything else is known from the stages before."""
+        """Write the trained parameters only; all others are known from the stages before."""
         folder = str(output_dir if output_dir is not None else self.args.output_dir)
         os.makedirs(folder, exist_ok=True)
         model = cast(nn.Module, self.accelerator.unwrap_model(self.model))
@@ -97,18 +114,18 @@ class StageTrainer(_Staged):
         save_file(trained, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """What is not trained is absent by design."""
+        """Say nothing of missing keys: parameters that are not trained are not in a checkpoint."""
 
 
-class GatedStageTrainer(_Staged, GatedTrainer):
-    """The same for a gated search."""
+class GatedStageTrainer(_StageTraining, GatedTrainer):
+    """Trains a gated search in a stage."""
 
 
 class _MarkComplete(TrainerCallback):
-    """A checkpoint counts once every file of it is there."""
+    """Marks each checkpoint once all its files are written; checkpoints without the mark are not resumed from."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the mark."""
+        """Write the mark."""
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
@@ -124,22 +141,26 @@ def fit(
     penalty: PenaltyTerm | None = None,
     gated: dict[str, Any] | None = None,
 ) -> float:
-    """Train what requires gradients; goes on from the last whole checkpoint in `folder`, to the same bits. Returns the
-    seconds that it took.
+    """Train what requires gradients. If `folder` holds a complete checkpoint, go on from the last one.
+
+    A training that was killed and goes on ends with the same bits as one that was not killed.
 
     Args:
-        model: in the state that the stage begins in.
+        model: in the state that the training begins in.
         data: a data set.
-        collate: a list of its items to a batch.
+        collate: from a list of its items to a batch.
         recipe: how long and how fast.
         folder: for checkpoints.
         seed: of the order of the data and of dropout.
-        heads: names of parameters that have the heads' learning rate.
-        penalty: added to the loss of every step.
+        heads: names of the parameters that have the heads' learning rate.
+        penalty: a term that is added to the loss of every step.
         gated: options of `GatedTrainer`, where gates are searched.
 
+    Returns:
+        The seconds that it took.
+
     Raises:
-        TrainingError: several devices in one process, FSDP or DeepSpeed; the loss is not finite.
+        TrainingError: the launcher uses several devices in one process, FSDP or DeepSpeed; or the loss is not finite.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -155,7 +176,7 @@ def fit(
         logging_steps=max(1, recipe.steps // 10),
         save_strategy="no" if recipe.checkpoint_steps is None else "steps",
         save_steps=recipe.checkpoint_steps or 1,
-        save_total_limit=2,  # while the newest is not marked yet, the one before it is whole
+        save_total_limit=2,  # the newest may not be complete yet; the one before it is
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -168,7 +189,7 @@ def fit(
     }
     check_launch(args)
     model.train()
-    trainer: _Staged = (
+    trainer: _StageTraining = (
         StageTrainer(model, args, **options) if gated is None else GatedStageTrainer(model, args, **options, **gated)
     )
     trainer.penalty = penalty
@@ -177,30 +198,35 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     last = _last_checkpoint(folder)
-    if last is not None and _steps_of(last) >= recipe.steps:  # the Trainer would take a step more
+    if last is not None and _steps_of(last) >= recipe.steps:  # the Trainer would take one step more
         trainer._load_from_checkpoint(str(last))
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = time.perf_counter() - start
     if trainer.optimizer is not None:
-        trainer.optimizer.state.clear()  # a Trainer sits in reference cycles and would hold twice the model for a while
+        trainer.optimizer.state.clear()  # a Trainer is freed late: its reference cycles await the garbage collector
     return seconds
 
 
 def phase_seed(seed: int, phase: str) -> int:
-    """The seed of one phase of a stream: equal for equal names, whatever the strategy and the order."""
+    """The seed of one phase of a stream.
+
+    Args:
+        seed: of the stream.
+        phase: what the seed is for, with the name of the task. The strategy and the order of tasks play no part.
+    """
     return zlib.crc32(f"{seed} {phase}".encode()) & 0x7FFFFFFF
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what was killed while it was written is removed."""
-    whole = {}
+    """The newest complete checkpoint, or None; checkpoints that were not written to their end are removed."""
+    complete = {}
     for path in folder.glob("checkpoint-*"):
         if (path / COMPLETE).exists():
-            whole[_steps_of(path)] = path
+            complete[_steps_of(path)] = path
         else:
             shutil.rmtree(path)
-    return whole[max(whole)] if whole else None
+    return complete[max(complete)] if complete else None
 
 
 def _steps_of(checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""How a task is scored on held-out data; every score is a share in [0, 1]."""
+"""Measures: how a model is scored on a task's held-out data. Every score is a share in [0, 1]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gatedadapters.training import MultiTaskClassifier
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 """From a list of examples to a batch."""
 
-BATCH = 64
+BATCH_SIZE = 64
+"""Examples that are evaluated at once."""
 
 
 class MeasuredTask(Protocol):
@@ -43,9 +44,9 @@ class MeasuredTask(Protocol):
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: MeasuredTask) -> float:
-    """Share of examples whose class is found, of the task's own classes where it names them."""
+    """Share of examples whose class has the largest logit, among the task's own classes where it names them."""
     right, total = 0, 0
-    for batch in _batches(model, task.held_out, task):
+    for batch in _evaluation_batches(model, task.held_out, task):
         labels = batch.pop("labels")
         logits: Tensor = model(**batch).logits
         logits = logits[:, : len(task.classes)] if task.classes else logits
@@ -56,28 +57,35 @@ def accuracy(model: nn.Module, task: MeasuredTask) -> float:
 
 @torch.no_grad()
 def exact_match(model: nn.Module, task: MeasuredTask) -> float:
-    """Share of examples whose labelled tokens greedy decoding would all give: each is the likeliest after the true
-    ones before it.
+    """Share of examples whose labelled tokens greedy decoding would reproduce without an error.
+
+    A token counts as reproduced if it is the likeliest one after the true tokens before it. An example without labelled
+    tokens counts as wrong.
     """
     right, total = 0, 0
-    for batch in _batches(model, task.held_out, task):
+    for batch in _evaluation_batches(model, task.held_out, task):
         labels = batch.pop("labels")[:, 1:]
         found = model(**batch).logits[:, :-1].argmax(-1)
         labelled = labels != IGNORED
-        right += int((((found == labels) | ~labelled).all(1) & labelled.any(1)).sum())  # nothing asked: nothing right
+        right += int((((found == labels) | ~labelled).all(1) & labelled.any(1)).sum())
         total += len(labels)
     return right / total
 
 
 class ChoiceAccuracy:
-    """Share of multiple-choice questions whose right choice has the highest mean log-probability per token."""
+    """Share of multiple-choice questions whose right choice has the highest mean log-probability per token.
+
+    Args:
+        tokenizer: of the model.
+        max_length: tokens after which question and choice are cut.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, task: MeasuredTask) -> float:
-        """Score `task.held_out`, a sequence of `ChoiceExample`."""
+        """Score a model on `task.held_out`, a sequence of `ChoiceExample`."""
         collate, right, device = LanguageCollator(self.tokenizer), 0, _device(model)
         for example in task.held_out:
             passages = [Passage(prompt(example), choice) for choice in example.choices]
@@ -88,17 +96,24 @@ class ChoiceAccuracy:
 
 
 def question_once(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What is left of a batch when the tokens that all its rows begin with, up to the last one before a label, have run
-    once and lie in a cache. The same batch where they are too few, or the model's cache is no plain one.
+    """Run the tokens that all rows of a batch begin with only once, and put them into a cache.
+
+    The choices of a question share the question's tokens. The returned batch holds the cache and the remaining tokens;
+    its losses are those of the whole batch. The batch is returned as it is if fewer than two tokens are shared, or if
+    the model's cache is not a plain one.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids`, `attention_mask` and `labels` (rows, length).
     """
     ids, labels = batch["input_ids"], batch["labels"]
-    alike = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
-    length = int(alike.long().cumprod(0).sum()) - 1  # the last of them predicts the first label
+    shared = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
+    length = int(shared.long().cumprod(0).sum()) - 1  # the last shared token is not cached: it predicts the first label
     if length < 1 or not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return batch
     cache = getattr(model.base_model(input_ids=ids[:1, :length], use_cache=True), "past_key_values", None)
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return batch  # windows and recurrent states cannot be given to several rows
+        return batch  # windows and recurrent states cannot be repeated for several rows
     cache.batch_repeat_interleave(len(ids))
     return {
         "input_ids": ids[:, length:],
@@ -110,8 +125,10 @@ def question_once(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def nearest_class(model: nn.Module, task: MeasuredTask) -> float:
-    """Share of held-out examples that lie nearest to the mean of their class in the training data, by the angle between
-    pooled hidden states: what a classifier's backbone tells apart, read out without any trained head.
+    """Share of held-out examples that are nearest to the training mean of their own class.
+
+    Nearness is the cosine of pooled hidden states (float32). No trained head takes part: the score says which classes
+    the backbone of a classifier tells apart.
     """
     features, labels = _pooled(model, task.train, task)
     held_out, wanted = _pooled(model, task.held_out, task)
@@ -122,26 +139,27 @@ def nearest_class(model: nn.Module, task: MeasuredTask) -> float:
 
 
 def prompt(example: ChoiceExample) -> str:
-    """A multiple-choice question as text."""
+    """A multiple-choice question as the text that a model continues."""
     return f"{example.passage}\nQuestion: {example.question}\nAnswer:".strip()
 
 
 def _pooled(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> tuple[Tensor, Tensor]:
+    """Pooled hidden states (examples, width) and labels (examples,)."""
     assert isinstance(model, MultiTaskClassifier), "nearest_class reads the hidden states of a MultiTaskClassifier"
     features, labels = [], []
-    for batch in _batches(model, data, task):
+    for batch in _evaluation_batches(model, data, task):
         labels.append(batch.pop("labels"))
         batch.pop("task_ids", None)
         features.append(model.pooled(**batch).float())
     return torch.cat(features), torch.cat(labels)
 
 
-def _batches(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> Iterator[dict[str, Tensor]]:
-    """All examples on the model's device, those of like length together, which saves padding."""
+def _evaluation_batches(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> Iterator[dict[str, Tensor]]:
+    """Batches of all examples on the model's device. Examples of similar length share a batch, which saves padding."""
     device = _device(model)
     order = sorted(range(len(data)), key=lambda index: len(data[index]["input_ids"]))
-    for start in range(0, len(order), BATCH):
-        batch = task.collate([data[index] for index in order[start : start + BATCH]])
+    for start in range(0, len(order), BATCH_SIZE):
+        batch = task.collate([data[index] for index in order[start : start + BATCH_SIZE]])
         yield {key: value.to(device) for key, value in batch.items()}
 
 

@@ -1,7 +1,7 @@
-"""What a stream of tasks taught and cost, from the matrix of scores.
+"""Metrics of continual learning, computed from the matrix of scores.
 
-`R[t][i]` is the score on task i after training on task t (both counted from 0, T tasks), `b[i]` that of the untrained
-model, `g[t]` a score of general ability after t tasks (`g[0]` of the untrained model).
+With T tasks counted from 0, `R[t][i]` is the score on task i after training on task t. `b[i]` is the score of the
+untrained model on task i. `g[t]` is a score of general ability after t tasks; `g[0]` is that of the untrained model.
 
 References:
     Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2: OP
@@ -20,21 +20,28 @@ from gatedadapters.reporting.intervals import Interval
 from gatedadapters.reporting.tables import format_table
 
 Matrix = Sequence[Sequence[float]]
-"""One row for every stage; `(T, T)`, or `(1, T)` where all tasks were learned at once."""
+"""R, one row for each stage: `(T, T)`, or `(1, T)` where all tasks were learned at once."""
 
 
 def overall_performance(R: Matrix) -> float:
-    """`OP = mean_i R[T-1][i]`: the mean score over all tasks at the end."""
-    _checked(R)
+    """`OP = mean_i R[T-1][i]`: the mean score over all tasks at the end.
+
+    Raises:
+        DataError: R is no matrix of scores.
+    """
+    _check_matrix(R)
     return mean(R[-1])
 
 
 def backward_transfer(R: Matrix) -> float | None:
-    """`BWT = mean_{i<T-1} (R[T-1][i] - R[i][i])`: how later tasks changed earlier ones; below 0 says forgotten.
+    """`BWT = mean_{i<T-1} (R[T-1][i] - R[i][i])`: by how much later tasks changed the scores of earlier ones.
 
-    None where there is one task, or all were learned at once.
+    A value below 0 means forgetting. None where there is one task, or all were learned at once.
+
+    Raises:
+        DataError: R is no matrix of scores.
     """
-    _checked(R)
+    _check_matrix(R)
     tasks = len(R[0])
     if len(R) < 2:
         return None
@@ -42,25 +49,30 @@ def backward_transfer(R: Matrix) -> float | None:
 
 
 def forward_transfer(R: Matrix, b: Sequence[float]) -> float | None:
-    """`FWT = mean_{i>0} (R[i-1][i] - b[i])`: what earlier tasks did for one that is not trained yet.
+    """`FWT = mean_{i>0} (R[i-1][i] - b[i])`: by how much earlier tasks improved a task before it is trained.
 
-    Where each task has a head of its own, it is read out through an untrained head and says little. None where there
+    Where each task has a head of its own, the score comes from an untrained head, and FWT says little. None where there
     is one task, or all were learned at once.
+
+    Raises:
+        DataError: R is no matrix of scores, or b has another length.
     """
-    _checked(R, b)
+    _check_matrix(R, b)
     if len(R) < 2:
         return None
     return mean(R[i - 1][i] - b[i] for i in range(1, len(R[0])))
 
 
 def forgetting(R: Matrix) -> float | None:
-    """`F = mean_{i<T-1} (max_{t<T-1} R[t][i] - R[T-1][i])`: how far each task fell from its best; above 0 says
-    forgotten.
+    """`F = mean_{i<T-1} (max_{t<T-1} R[t][i] - R[T-1][i])`: by how much each task fell below its best score.
 
-    The best is that of all earlier stages, as in the source, also of those before the task's own training. None where
-    there is one task, or all were learned at once.
+    A value above 0 means forgetting. As in the source, the best is taken over all earlier stages, also over stages
+    before the task's own. None where there is one task, or all were learned at once.
+
+    Raises:
+        DataError: R is no matrix of scores.
     """
-    _checked(R)
+    _check_matrix(R)
     last = len(R) - 1
     if last < 1:
         return None
@@ -68,13 +80,24 @@ def forgetting(R: Matrix) -> float | None:
 
 
 def general_delta(g: Sequence[float]) -> float | None:
-    """`G = g[-1] - g[0]`: what the stream did to a score that was never trained; None where none was measured."""
+    """`G = g[-1] - g[0]`: by how much the stream changed the score of general ability, which is never trained.
+
+    None where it was not measured.
+    """
     return g[-1] - g[0] if len(g) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """All of them for one stream; None where one is not defined."""
+    """All metrics of one stream; None where a metric is not defined.
+
+    Attributes:
+        op: overall performance, see `overall_performance`.
+        bwt: backward transfer, see `backward_transfer`.
+        fwt: forward transfer, see `forward_transfer`.
+        forgetting: see `forgetting`.
+        general_delta: change of the general score, see `general_delta`.
+    """
 
     op: float
     bwt: float | None
@@ -84,39 +107,47 @@ class Metrics:
 
     @classmethod
     def of(cls, R: Matrix, b: Sequence[float], g: Sequence[float] = ()) -> Metrics:
-        """From the matrix, the untrained scores and the general scores.
+        """Compute all metrics.
+
+        Args:
+            R: scores after each stage (rows) on each task (columns).
+            b: scores of the untrained model on each task.
+            g: general scores, the untrained model's first; empty where none was measured.
 
         Raises:
-            DataError: shapes that do not fit.
+            DataError: R is no matrix of scores, or b has another length.
         """
         return cls(
             overall_performance(R), backward_transfer(R), forward_transfer(R, b), forgetting(R), general_delta(g)
         )
 
 
-NAMES = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "general_delta": "general delta"}
+LABELS = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "general_delta": "general delta"}
 
 
 def intervals(streams: Sequence[Metrics]) -> dict[str, Interval | None]:
-    """Each metric over several streams (orders, seeds) of one strategy; None where it is not defined."""
+    """The mean and 95 % interval of each metric over several streams (orders, seeds) of one strategy.
+
+    None where no stream defines the metric.
+    """
     found: dict[str, Interval | None] = {}
     rows = [asdict(stream) for stream in streams]
-    for name in NAMES:
+    for name in LABELS:
         values = [row[name] for row in rows if row[name] is not None]
         found[name] = Interval.of(values) if values else None
     return found
 
 
 def metrics_table(strategies: dict[str, Sequence[Metrics]]) -> str:
-    """One line a strategy."""
+    """A table of `intervals`, one row for each strategy."""
     rows = []
     for name, streams in strategies.items():
         cells = ["-" if part is None else str(part) for part in intervals(streams).values()]
         rows.append([name, str(len(streams)), *cells])
-    return format_table(["strategy", "streams", *NAMES.values()], rows)
+    return format_table(["strategy", "streams", *LABELS.values()], rows)
 
 
-def _checked(R: Matrix, b: Sequence[float] | None = None) -> None:
+def _check_matrix(R: Matrix, b: Sequence[float] | None = None) -> None:
     width = len(R[0]) if R else 0
     square = len(R) in (1, width) and all(len(row) == width for row in R)
     if not width or not square or (b is not None and len(b) != width):

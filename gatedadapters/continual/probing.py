@@ -1,4 +1,4 @@
-"""The warm start: a short run of full fine-tuning that shows where a task wants to move the model, and is undone."""
+"""The probe: a short run of full fine-tuning that shows which tensors a task moves, and is then undone."""
 
 from __future__ import annotations
 
@@ -38,13 +38,19 @@ PROBE_FILES = frozenset({RECORD, DELTAS, FISHER})
 
 
 class ProbeRecord(Config):
-    """A probe as data.
+    """A probe as data. θ_start are the weights before it, θ_warm the weights at the end of its training.
 
     Attributes:
+        version: of the format.
+        task: name of the task.
         start: digest of the model that was probed.
-        norms: ‖θ_warm - θ_start‖₂ of every tensor, in double precision.
-        fisher: mean squared gradient of every tensor at the warm model.
-        seconds: of all of it, the squared gradients included; of the last part where it was stopped between.
+        seed: of the order of the data.
+        config: how long and how fast.
+        steps: optimiser steps that were taken.
+        examples: how many training examples were used.
+        seconds: that the probe took, squared gradients included. If it was stopped, those of its last part.
+        norms: ‖θ_warm - θ_start‖₂ of every tensor, computed in double precision.
+        fisher: mean squared gradient of every tensor at θ_warm.
         request: everything that the result depends on; see `probe`.
     """
 
@@ -62,10 +68,10 @@ class ProbeRecord(Config):
 
 
 class BatchFisher(BatchScore):
-    """`mean_b g_b²`, g_b the gradient of a batch's loss, the mean over all its labelled tokens.
+    """`mean_b g_b²`, where g_b is the gradient of the loss of batch b, which is the mean over its labelled tokens.
 
-    Quantity: the squared gradient as the authors of TRACE take it, over batches of 2; it shrinks with the batch size
-    (see `Fisher` for that over examples). Reduction: mean over the batches that ran. Sign: at least 0.
+    Quantity: the squared gradient as in the released code of TRACE, over batches of 2 examples. It shrinks with the
+    batch size; `Fisher` squares the gradients of single examples. Reduction: mean over batches. Sign: at least 0.
 
     References:
         arXiv 2605.31025, released code.
@@ -74,37 +80,42 @@ class BatchFisher(BatchScore):
     kind = "batch_fisher"
 
     def default_loss(self) -> Loss:
-        """Long answers count more, as in training."""
+        """The loss of each example, weighted by its labelled tokens: long answers count more, as in training."""
         return token_losses
 
     def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
-        """g²."""
+        """The squared gradient."""
         return grad.to(torch.promote_types(grad.dtype, torch.float32)).square_()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a warm start moved, on disk; numbers per tensor are in memory, elements are read one tensor at a time."""
+    """A finished probe. Numbers per tensor are in memory; elements stay on disk and are read one tensor at a time.
+
+    Attributes:
+        record: the probe as data.
+        folder: where it is stored.
+    """
 
     record: ProbeRecord
     folder: Path
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Tensors of the backbone."""
+        """Names of the tensors of the backbone."""
         return tuple(self.record.norms)
 
     def delta(self, name: str) -> Tensor:
-        """θ_warm - θ_start of one tensor, fp32 as it was stored."""
+        """θ_warm - θ_start of one tensor, in its shape, read as float32."""
         with safe_open(self.folder / DELTAS, framework="pt") as stored:
             found: Tensor = stored.get_tensor(name)
         return found.float()
 
     def squared_gradients(self) -> Scores:
-        """The mean squared gradient of every element at the warm model; they stay on disk.
+        """The mean squared gradient of every element at θ_warm. The scores stay on disk.
 
         Raises:
-            ArtifactError: the probe was taken without them.
+            ArtifactError: the probe was taken with `elements=False`.
         """
         if not (self.folder / FISHER).is_dir():
             raise ArtifactError(
@@ -118,10 +129,10 @@ class Probe:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """What `probe` wrote.
+        """Read what `probe` wrote.
 
         Raises:
-            ArtifactError: missing or foreign files.
+            ArtifactError: files are missing or of another kind.
         """
         path = Path(folder)
         try:
@@ -159,33 +170,33 @@ def probe(
     seed: int = 0,
     recipe: Recipe | None = None,
 ) -> Probe:
-    """Fine-tune all of `model` on a task for a short while, keep what moved and the squared gradients there, and put
-    every bit of the model back.
+    """Fine-tune all of `model` on a task for a short while, store the update and the squared gradients at its end, and
+    put every bit of the model back.
 
-    A probe that was stopped, also by SIGKILL, goes on when it is called again on the same model with the same folder;
-    one that is finished is read. Memory: that of full fine-tuning. The model as it was waits on disk meanwhile.
+    A probe that was stopped, also by SIGKILL, goes on when it is called again with the same arguments. A finished probe
+    is read. It takes the memory of full fine-tuning; a copy of the model lies on disk meanwhile.
 
     Args:
         model: without adapters or a delta in it.
-        task: what to probe.
-        folder: for the result; `folder.running` beside it holds checkpoints meanwhile.
+        task: the task to probe.
+        folder: for the result; while the probe runs, `FOLDER.running` beside it holds checkpoints.
         config: how long and how fast.
-        heads: parameters of all tasks' heads, which are not counted.
-        own_head: of this task's head, trained along.
-        elements: keep the squared gradient of every element, as selection by element needs.
+        heads: names of the parameters of all tasks' heads, which are not part of the backbone.
+        own_head: names of the parameters of this task's head, which is trained along.
+        elements: store the squared gradient of every element, which selection by element needs.
         seed: of the order of the data.
-        recipe: number format, device and checkpoints, where they are not the defaults (fp32, a GPU where there is one,
-            a checkpoint every 200 steps).
+        recipe: for its number format, device, rate of heads and checkpoints; default: float32, a GPU where there is
+            one, one rate for all, a checkpoint every 200 steps.
 
     Raises:
-        ArtifactError: the folder holds a probe of another model, task (also one of that name with other data), heads
-            or configuration, or one with or without elements where the other is asked for, finished or not.
+        ArtifactError: the folder holds a probe, finished or not, of another model, task, data, heads or configuration,
+            or one with another `elements`.
 
     References:
         arXiv 2605.31025 (TRACE), released code: one epoch of full fine-tuning at 2e-5, the warm model is only a probe.
     """
     config, path = config or ProbeConfig(), Path(folder)
-    began, start, running = time.perf_counter(), digest(model), path.with_name(f"{path.name}.running")
+    begin, start, running = time.perf_counter(), digest(model), path.with_name(f"{path.name}.running")
     base = recipe or Recipe(1, config.batch_size, config.learning_rate, checkpoint_steps=CHECKPOINT_STEPS)
     request = {
         "task": task.identity(),
@@ -197,16 +208,16 @@ def probe(
         "elements": elements,
         "training": {"head_learning_rate": base.head_learning_rate, "bf16": base.bf16},
     }
-    for left in (*leftovers(path), *leftovers(running)):  # of a process that was killed as it wrote the result
+    for left in (*leftovers(path), *leftovers(running)):  # a process was killed while it wrote the result
         shutil.rmtree(left, ignore_errors=True)
     if path.is_dir() and any(path.iterdir()):
         earlier = Probe.load(path)
-        _check_same(earlier.record.request, request, path)
+        _check_request(earlier.record.request, request, path)
         shutil.rmtree(running, ignore_errors=True)
         return earlier
     infos = tensors_of(model, heads, first_example(model, task))
     _claim(running, request)
-    data = _part(task.train, config.fraction, seed)
+    data = _random_part(task.train, config.fraction, seed)
     steps = config.steps or math.ceil(config.epochs * math.ceil(len(data) / config.batch_size))
     own = Recipe(
         steps,
@@ -236,11 +247,11 @@ def probe(
             heads=sorted(own_head),
         )
         for parameter in model.parameters():
-            parameter.grad = None  # before the squared gradients take as much
+            parameter.grad = None  # frees the memory that the squared gradients take next
         with whole_folder(path, files=PROBE_FILES) as new:
             norms = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
             found = score(
-                model, _batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
+                model, _fisher_batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
             )
             fisher = {name: float(widened(found[name]).mean()) for name in infos}
             if not elements:
@@ -253,7 +264,7 @@ def probe(
                 config=config,
                 steps=steps,
                 examples=len(data),
-                seconds=round(time.perf_counter() - began, 2),
+                seconds=round(time.perf_counter() - begin, 2),
                 norms=norms,
                 fisher=fisher,
                 request=request,
@@ -271,21 +282,26 @@ def probe(
 
 
 def _claim(running: Path, wanted: dict[str, Any]) -> None:
-    """Let the folder of a probe under way be that of this one."""
+    """Make the folder of the running probe, or check that it belongs to a probe with this request.
+
+    Raises:
+        ArtifactError: it belongs to another one.
+    """
     file = running / REQUEST
     if file.exists():
-        _check_same(json.loads(file.read_text(encoding="utf-8")), wanted, running)
+        _check_request(json.loads(file.read_text(encoding="utf-8")), wanted, running)
         return
     shutil.rmtree(running, ignore_errors=True)
     with whole_folder(running, files=()) as new:
         (new / REQUEST).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
 
 
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def _check_request(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Raise an `ArtifactError` where the request of a stored probe differs from the one that is wanted."""
     if found != wanted:
-        place, there, own = difference(found, wanted)
+        key, there, own = difference(found, wanted)
         raise ArtifactError(
-            f"the folder holds another probe: its {place.removeprefix('.')} differs",
+            f"the folder holds another probe: its {key.removeprefix('.')} differs",
             expected=own,
             got=there,
             where=where,
@@ -293,16 +309,16 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> N
         )
 
 
-def _part(data: Any, fraction: float, seed: int) -> Any:
-    """This share of a data set, drawn by seed."""
+def _random_part(data: Any, fraction: float, seed: int) -> Any:
+    """A share of a data set, drawn at random."""
     if fraction == 1.0:
         return data
     count = max(1, round(fraction * len(data)))
     return Subset(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
-def _batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batch]:
-    """At most `fisher_batches` batches of the training data."""
+def _fisher_batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batch]:
+    """At most `fisher_batches` batches of the training data, to measure squared gradients on."""
     loader: DataLoader[Any] = DataLoader(
         task.train,
         config.fisher_batch_size,
@@ -318,7 +334,7 @@ def _batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batch]:
 def _write_deltas(
     file: Path, start: Snapshot, model: nn.Module, names: set[str], config: ProbeConfig
 ) -> dict[str, float]:
-    """Store the update of every tensor; their norms."""
+    """Write the update of every tensor into a file, and return the norms of the updates by name."""
     current, dtype = dict(state_of(model)), getattr(torch, config.dtype)
     norms, deltas = {}, {}
     for name, before in start.tensors():

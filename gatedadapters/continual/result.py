@@ -1,4 +1,4 @@
-"""What a stream came to, as data."""
+"""The result of a stream as data, the names of its files, and the restoring of its states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from gatedadapters.artifacts import Shelf
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import CORE, Core, load_core
-from gatedadapters.continual.metrics import Metrics
-from gatedadapters.continual.states import Change, digest, lead, read_record
+from gatedadapters.continual.metrics import LABELS, Metrics
+from gatedadapters.continual.states import Change, apply_changes, digest, read_change_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import Structure
@@ -23,12 +23,27 @@ from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
-STREAM, BASELINE, STAGE, CHANGE, MEMORY = "stream.json", "baseline.json", "stage.json", "change", "memory"
-ATTACHED, ADAPTER = "attached.json", "adapter"
+STREAM, BASELINE = "stream.json", "baseline.json"  # in the folder of a stream: its record, the untrained scores
+STAGE, CHANGE, MEMORY = "stage.json", "change", "memory"  # of a stage: its record, what changed, the strategy's files
+ATTACHED, ADAPTER = "attached.json", "adapter"  # among the strategy's files
 
 
 class StreamRecord(Config):
-    """What a stream is: everything its result depends on, and the untrained scores."""
+    """Everything that the result of a stream depends on.
+
+    Attributes:
+        version: of the format.
+        tasks: what identifies each task, see `Task.identity`.
+        general: the same for the general task; None where there is none.
+        strategy: see `Strategy.identity`.
+        training: the training configuration.
+        seed: of the stream.
+        keep: whether every state is stored, or the last one alone.
+        base: digest of the untrained model.
+        elements: of the backbone.
+        stages: how many stages the stream has.
+        versions: of the packages that it was begun with.
+    """
 
     version: Literal[1] = 1
     tasks: list[dict[str, Any]]
@@ -44,16 +59,21 @@ class StreamRecord(Config):
 
 
 class StageRecord(Config):
-    """What one stage came to.
+    """The result of one stage.
 
     Attributes:
-        scores: on every task, in the order of the stream: a row of R.
-        elements: how many were trained, heads not counted.
-        tensors: how many were trained, or changed by paths that were merged; None where no part of the backbone was.
+        task: name of the task that was tuned, or `all tasks`.
+        scores: of every task after the stage, in the order of the stream: a row of R.
+        general: score of the general task; None where there is none.
+        elements: how many values were trained, heads not counted.
+        tensors: how many tensors of the backbone are in the core, or were changed by paths that were merged; None where
+            there is neither.
         seconds: of training.
         probe_seconds: of finding out what to train.
-        bytes: to store this task: what it changed (heads included), or its adapter.
-        state: digest of the model afterwards.
+        evaluation_seconds: of scoring all tasks and storing the stage.
+        bytes: that store this task: what it changed (heads included), or its adapter.
+        state: digest of the model after the stage.
+        report: the structure and the core as text.
     """
 
     task: str
@@ -70,18 +90,23 @@ class StageRecord(Config):
 
 
 class BaselineRecord(Config):
-    """Scores of the untrained model."""
+    """Scores of the untrained model.
+
+    Attributes:
+        scores: of every task, in the order of the stream.
+        general: score of the general task; None where there is none.
+    """
 
     scores: list[float]
     general: float | None
 
 
 class AttachedAdapters(Config):
-    """Adapters that a strategy leaves on the model, as they were attached.
+    """How adapters were attached that a strategy leaves on the model, so that they can be attached again.
 
     Attributes:
-        structure: as JSON.
-        heads: see `attach`.
+        structure: their structure as JSON.
+        heads: names of the parameters of all heads; see `attach`.
         seed: of their first weights.
     """
 
@@ -90,22 +115,22 @@ class AttachedAdapters(Config):
     seed: int
 
     def write(self, folder: Path) -> None:
-        """Into what a strategy remembers of a stage."""
+        """Write a file into the folder of what a strategy stores of a stage."""
         (folder / ATTACHED).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     def attach(self, model: nn.Module) -> None:
-        """Attach them anew."""
+        """Attach the adapters to a model, with their first weights."""
         attach(model, Structure.from_json(self.structure), heads=self.heads, seed=self.seed).follows_ids = False
 
 
 class StreamResult:
-    """A finished stream.
+    """The result of a stream: scores, metrics and costs; with a folder also its states and cores.
 
     Attributes:
-        record: what the stream was.
+        record: everything that the result depends on.
         baseline: scores of the untrained model.
-        stages: one after the other.
-        folder: where its states are, None where they were not kept.
+        stages: the results of all stages, in order.
+        folder: of the stream; None if it was run without one.
     """
 
     record: StreamRecord
@@ -120,14 +145,14 @@ class StreamResult:
 
     @classmethod
     def load(cls, folder: str | Path, *, stages: int | None = None) -> Self:
-        """From the folder of a stream.
+        """Read the result of a stream from its folder.
 
         Args:
-            folder: of `run_stream`.
-            stages: how many of them, of a stream that may not be finished; default: all there are to be.
+            folder: the folder that was given to `run_stream`.
+            stages: how many stages to read, of a stream that may not be finished; default: all.
 
         Raises:
-            ArtifactError: there is none, or not so much of it is finished.
+            ArtifactError: the folder holds no stream, or not so many stages of it are finished.
         """
         path = Path(folder)
         try:
@@ -149,7 +174,7 @@ class StreamResult:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_data`, but for reports and the folder."""
+        """Build a result from what `to_data` returned. Reports and the folder are not part of it."""
         stages = [StageRecord.model_validate(stage) for stage in data["stages"]]
         record, baseline = (
             StreamRecord.model_validate(data["record"]),
@@ -159,7 +184,7 @@ class StreamResult:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names, in order."""
+        """Names of the tasks, in order."""
         return tuple(str(task["name"]) for task in self.record.tasks)
 
     @property
@@ -174,34 +199,36 @@ class StreamResult:
 
     @property
     def general(self) -> list[float]:
-        """General scores, the untrained model's first; empty where none was measured."""
+        """Scores of the general task, the untrained model's first; empty where there is none."""
         found = [self.baseline.general, *(stage.general for stage in self.stages)]
         return [score for score in found if score is not None]
 
     @property
     def metrics(self) -> Metrics:
-        """OP, BWT, FWT, forgetting, general delta."""
+        """OP, BWT, FWT, forgetting and general delta."""
         return Metrics.of(self.matrix, self.baseline.scores, self.general)
 
     @property
     def elements(self) -> float:
-        """Values trained per stage, on average; heads not counted."""
+        """How many values were trained per stage, on average; heads are not counted."""
         return sum(stage.elements for stage in self.stages) / len(self.stages)
 
     def restore(self, model: nn.Module, to: int) -> None:
-        """Lead a model from whichever state of the stream it is in to another, bit for bit; state 0 is the base, k
-        follows k tasks. Which one it is in is told by a digest of its bits, and the end is checked by another.
+        """Take a model from the state of the stream that it is in to another one, bit for bit.
 
-        Under `lora` a plain base is given the stream's adapters first, which add nothing in state 0. Under `per_task`
-        states differ in heads alone, and the tasks are served by `shelf`.
+        State 0 is the untrained model, state k follows k tasks. A digest of its bits tells which state the model is in,
+        and the digest of the new state is checked.
+
+        Under `lora`, a model without adapters is first given those of the stream; in state 0 they add nothing. Under
+        `per_task` the states differ in heads alone; see `shelf` for the adapters.
 
         Args:
-            model: in any state of the stream, the base as it was before among them.
-            to: which state.
+            model: in any state of the stream, the untrained one included.
+            to: number of the state.
 
         Raises:
-            ArtifactError: the changes were not kept, the model is in no state of the stream, or a stored change was
-                altered; the model is then left as it was.
+            ArtifactError: the states were not stored, the model is in no state of the stream, or a stored change is
+                damaged. The model is then left as it was.
         """
         last = len(self.stages)
         if self.folder is None or not self.record.keep or not 0 <= to <= last:
@@ -212,9 +239,10 @@ class StreamResult:
                 where=self.folder or "a stream without a folder",
                 fix="run it with folder=",
             )
-        places = [stage_folder(self.folder, i) / CHANGE for i in range(last)]
-        states = [read_record(places[0]).before, *(read_record(place).after for place in places)]
-        attached = places[0].parent / MEMORY / ATTACHED
+        folders = [stage_folder(self.folder, i) / CHANGE for i in range(last)]
+        records = [read_change_record(folder) for folder in folders]
+        states = [records[0].before, *(record.after for record in records)]
+        attached = folders[0].parent / MEMORY / ATTACHED
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
             AttachedAdapters.model_validate_json(attached.read_bytes()).attach(model)
@@ -229,8 +257,8 @@ class StreamResult:
                     fix="give the base as it was before the stream, or the model that the stream left",
                 )
             start = min((i for i, state in enumerate(states) if state == found), key=lambda i: abs(i - to))
-            path = range(start, to) if to > start else range(start - 1, to - 1, -1)
-            lead(model, [Change.load(places[i]) for i in path], states[to])
+            between = range(start, to) if to > start else range(start - 1, to - 1, -1)
+            apply_changes(model, [Change.load(folders[i]) for i in between], states[to])
         except BaseException:
             if added:
                 detach(model)
@@ -238,22 +266,22 @@ class StreamResult:
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """Under `per_task` the folder of each task's adapter; see `shelf`."""
-        places = (
+        """Under `per_task` the folder of each task's adapter, by the task's name; see `shelf`."""
+        folders = (
             {}
             if self.folder is None
             else {stage.task: stage_folder(self.folder, i) / MEMORY / ADAPTER for i, stage in enumerate(self.stages)}
         )
-        return {task: place for task, place in places.items() if place.is_dir()}
+        return {task: folder for task, folder in folders.items() if folder.is_dir()}
 
     def shelf(self, model: nn.Module) -> Shelf:
-        """Put the adapters of all tasks on the model that `per_task` left, each to be chosen by its task's name:
+        """Attach the adapters of all tasks to the model that `per_task` left. Each is chosen by its task's name:
 
             with result.shelf(model).using("mood"):
                 model(**batch)
 
         Raises:
-            ArtifactError: the strategy left none, or the model is another.
+            ArtifactError: the strategy left no adapters, or the model is another.
         """
         if not self.adapters:
             raise ArtifactError(
@@ -265,18 +293,21 @@ class StreamResult:
             )
         shelf = Shelf.load(model, self.adapters)
         for adapters in shelf.members.values():
-            cast(Adapters, adapters).follows_ids = False  # each serves its task, whatever id that has
+            cast(Adapters, adapters).follows_ids = False  # each serves its own task, whatever the task ids of the heads
         return shelf
 
     def cores(self) -> list[tuple[str, Core]]:
-        """What each task was allowed to move, or of merged paths did move; none where nothing was selected or kept."""
+        """Names of the tasks and their cores: what each task was allowed to move, or what merged paths changed.
+
+        Empty where the strategy selects no cores, or the stream was run without a folder.
+        """
         if self.folder is None:
             return []
-        places = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
-        return [(task, load_core(place)) for task, place in places if (place / CORE).exists()]
+        folders = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
+        return [(task, load_core(folder)) for task, folder in folders if (folder / CORE).exists()]
 
     def table(self) -> str:
-        """R with the untrained scores, what each stage took, and the metrics."""
+        """R with the untrained scores, the costs of each stage, and the metrics."""
         header = [
             "after",
             *self.tasks,
@@ -301,16 +332,15 @@ class StreamResult:
                     f"{stage.bytes:,}",
                 ]
             )
-        m = self.metrics
-        shown = {"OP": m.op, "BWT": m.bwt, "FWT": m.fwt, "forgetting": m.forgetting, "general delta": m.general_delta}
-        line = ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+        values = {LABELS[name]: value for name, value in asdict(self.metrics).items()}
+        line = ", ".join(f"{label} {value:.3f}" for label, value in values.items() if value is not None)
         return f"{self.strategy}\n{format_table(header, rows)}\n{line}"
 
     def __str__(self) -> str:
         return self.table()
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data."""
+        """The result as plain data, without reports."""
         return {
             "record": self.record.model_dump(mode="json"),
             "baseline": self.baseline.model_dump(mode="json"),
@@ -319,10 +349,10 @@ class StreamResult:
         }
 
     def to_json(self) -> str:
-        """As text."""
+        """The result as JSON."""
         return json.dumps(self.to_data(), indent=1) + "\n"
 
 
 def stage_folder(folder: Path, index: int) -> Path:
-    """Where a stage of a stream is."""
+    """The folder of one stage of a stream."""
     return folder / "stages" / f"{index:03d}"

@@ -68,7 +68,8 @@ class Stage(StreamSetup):
     @property
     def task(self) -> Task:
         """The task of this stage."""
-        return self.tasks.tasks[self.index]
+        found: Task = self.tasks[self.index]
+        return found
 
     @property
     def earlier(self) -> tuple[Self, ...]:

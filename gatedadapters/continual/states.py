@@ -1,4 +1,4 @@
-"""States of a model as bits on disk: snapshots, and what changed between two of them."""
+"""States of a model as bits on disk: snapshots, and changes between two states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (tied ones once) and persistent buffers, by name."""
+    """The state of a model: its parameters (tied ones once) and persistent buffers, by name."""
     stored = model.state_dict(keep_vars=True)
     yield from model.named_parameters()
     for name, buffer in model.named_buffers():
@@ -30,7 +30,7 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def digest(model: nn.Module) -> str:
-    """Of every bit of the model's state."""
+    """A digest of every bit of the model's state, as text."""
     found = hashlib.blake2b(digest_size=16)
     for name, value in state_of(model):
         found.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
@@ -40,7 +40,12 @@ def digest(model: nn.Module) -> str:
 
 
 class Snapshot:
-    """A copy of a model's state in a file, read tensor by tensor."""
+    """A copy of a model's state in a file, which is read tensor by tensor.
+
+    Args:
+        file: is written; its folder is made.
+        model: whose state is copied.
+    """
 
     def __init__(self, file: Path, model: nn.Module) -> None:
         self.file = file
@@ -48,21 +53,27 @@ class Snapshot:
         write_tensors(file, dict(state_of(model)), metadata={"format": "gatedadapters snapshot 1"})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name by name; one tensor is in memory at a time."""
+        """Names and tensors; one tensor is in memory at a time."""
         with safe_open(self.file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118
                 yield name, stored.get_tensor(name)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Put every bit back."""
+        """Put every bit of the snapshot back into the model."""
         current = dict(state_of(model))
         for name, value in self.tensors():
             current[name].copy_(value)
 
 
 class TensorChange(Config):
-    """Which elements of one tensor changed; their bits lie in the file beside."""
+    """How many elements of one tensor changed, and how their positions are coded. The bits are in the file beside it.
+
+    Attributes:
+        shape: shape of the tensor.
+        count: how many elements changed.
+        coding: of their positions.
+    """
 
     shape: tuple[int, ...]
     count: int
@@ -70,7 +81,13 @@ class TensorChange(Config):
 
 
 class ChangeRecord(Config):
-    """A change as data."""
+    """A change as data.
+
+    Attributes:
+        before: digest of the state before.
+        after: digest of the state after.
+        tensors: those that changed, by name.
+    """
 
     version: Literal[1] = 1
     before: str
@@ -79,8 +96,14 @@ class ChangeRecord(Config):
 
 
 class Change:
-    """What turns one state of a model into another and back: the exclusive or of their bits, of the elements that
-    differ. One stored number an element, and about a byte for where it is, lead both ways.
+    """The change between two states of a model, which can be applied forwards and backwards.
+
+    It holds the exclusive or (XOR) of the bits of every element that differs, and the positions of these elements: one
+    number and about one byte for each.
+
+    Args:
+        record: the change as data.
+        values: by tensor name, `where.NAME` (coded positions) and `bits.NAME` (changed,).
     """
 
     def __init__(self, record: ChangeRecord, values: dict[str, Tensor]) -> None:
@@ -88,7 +111,13 @@ class Change:
 
     @classmethod
     def between(cls, before: Snapshot, digest_before: str, model: nn.Module) -> Self:
-        """From a snapshot to what the model is now."""
+        """The change from a snapshot to the state that the model is in.
+
+        Args:
+            before: the snapshot.
+            digest_before: its digest.
+            model: in the state after.
+        """
         current, records, values = dict(state_of(model)), {}, {}
         for name, old in before.tensors():
             new = current[name].detach().cpu()
@@ -102,27 +131,27 @@ class Change:
 
     @property
     def count(self) -> int:
-        """How many elements differ."""
+        """How many elements changed."""
         return sum(entry.count for entry in self.record.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of positions and values."""
+        """Bytes of positions and bits."""
         return sum(value.numel() * value.element_size() for value in self._values.values())
 
     def positions(self, name: str) -> Tensor:
-        """Flat positions of what changed in one tensor, (changed,) int64."""
+        """Flat positions of the elements of one tensor that changed, (changed,) int64."""
         entry = self.record.tensors.get(name)
         if entry is None:
             return torch.empty(0, dtype=torch.int64)
         return decode(entry.coding, self._values[f"where.{name}"], torch.Size(entry.shape).numel(), where=name)
 
     def apply(self, model: nn.Module, *, back: bool = False) -> None:
-        """Lead a model from the state before to the one after, or back; see `lead`.
+        """Take a model from the state before to the state after; with `back` the other way round.
 
         Raises:
-            ArtifactError: the model is in another state, or the bits do not lead where the record says; nothing is
-                done.
+            ArtifactError: the model is in another state, or the stored bits do not give the recorded state. The model
+                is then left as it was.
         """
         ends = self.record.before, self.record.after
         start, end = reversed(ends) if back else ends
@@ -135,11 +164,11 @@ class Change:
                 where="Change.apply",
                 fix="load the base as it was, and apply the changes in their order",
             )
-        lead(model, [self], end)
+        apply_changes(model, [self], end)
 
     @torch.no_grad()
-    def flip(self, model: nn.Module) -> None:
-        """Exchange the bits that differ, whatever state the model is in: twice is nothing."""
+    def xor_into(self, model: nn.Module) -> None:
+        """XOR the stored bits into the weights, whatever state the model is in. Applying it twice is a no-op."""
         current = dict(state_of(model))
         for name in self.record.tensors:
             value = current[name]
@@ -148,19 +177,19 @@ class Change:
             value.copy_(bits.view(value.dtype).view(value.shape))
 
     def write(self, folder: Path) -> None:
-        """Write the two files into a folder, which is made."""
+        """Write the two files of the change into a folder, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_tensors(folder / BITS, self._values, metadata={"format": "gatedadapters change 1"})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Inverse of `write`.
+        """Read what `write` wrote.
 
         Raises:
-            ArtifactError: missing, truncated or foreign files.
+            ArtifactError: files are missing, damaged or of another kind.
         """
-        record = read_record(folder)
+        record = read_change_record(folder)
         values, _ = read_all(folder / BITS)
         wanted = {f"{part}.{name}" for name in record.tensors for part in ("where", "bits")}
         short = [n for n, e in record.tensors.items() if len(values.get(f"bits.{n}", ())) != e.count]
@@ -175,11 +204,11 @@ class Change:
         return cls(record, values)
 
 
-def read_record(folder: Path) -> ChangeRecord:
-    """What a stored change leads from and to, without its bits.
+def read_change_record(folder: Path) -> ChangeRecord:
+    """Read the record of a stored change without its bits.
 
     Raises:
-        ArtifactError: a missing or foreign file.
+        ArtifactError: the file is missing or of another kind.
     """
     try:
         return ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
@@ -193,20 +222,25 @@ def read_record(folder: Path) -> ChangeRecord:
         ) from error
 
 
-def lead(model: nn.Module, changes: Sequence[Change], end: str) -> None:
-    """Flip changes in their order and see that the model then has the digest `end`.
+def apply_changes(model: nn.Module, changes: Sequence[Change], end: str) -> None:
+    """XOR changes into the weights in their order, and check the digest of the state that this gives.
+
+    Args:
+        model: in the state that the first change starts from.
+        changes: one after the other.
+        end: digest of the state after the last change.
 
     Raises:
-        ArtifactError: it has not; every bit is put back.
+        ArtifactError: the state has another digest; every bit is then put back.
     """
     for change in changes:
-        change.flip(model)
+        change.xor_into(model)
     found = digest(model)
     if found != end:
         for change in reversed(changes):
-            change.flip(model)
+            change.xor_into(model)
         raise ArtifactError(
-            "stored changes do not lead to the state that was recorded",
+            "stored changes do not give the state that was recorded",
             expected=end[:8],
             got=found[:8],
             where="StreamResult.restore",
@@ -215,5 +249,5 @@ def lead(model: nn.Module, changes: Sequence[Change], end: str) -> None:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """The same memory as integers, flat; a copy where it is not contiguous."""
+    """The bits of a tensor as flat integers: a view of the same memory, or a copy if it is not contiguous."""
     return value.detach().contiguous().reshape(-1).view(_INTEGERS[value.element_size()])

@@ -1,4 +1,4 @@
-"""Tasks that come one after the other, checked before anything is computed."""
+"""Tasks, and streams of them. Both are checked when they are built, before anything is computed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Task:
     """One task of a stream.
 
     Attributes:
-        name: its name, which no other task of the stream has.
-        train: a data set of examples to learn from, with `len` and integer indices.
-        held_out: one of examples to score on; whatever `measure` reads.
-        collate: a list of training examples to a batch.
-        measure: `(model, task)` to a score; higher is better.
-        classes: names of the classes of a classification task; none where the model's own output head is used, as by
+        name: name of the task, which no other task of the stream has.
+        train: examples to learn from: a data set with `len` and integer indices.
+        held_out: examples to score on, as `measure` reads them.
+        collate: from a list of examples to a batch.
+        measure: from a model and this task to a score; higher is better.
+        classes: names of the classes of a classification task; empty where the model's own output head is used, as in
             generation and multiple choice.
-        heads: parameters (names or prefixes) that belong to this task. They are trained whenever the task is, under
-            every strategy, and are counted neither as its core nor as trained elements. Default: everything outside
-            the backbone of a classifier, which tasks then share; nothing of other models.
+        heads: parameters (names or prefixes) that belong to this task. They are trained with the task under every
+            strategy, and count neither as core nor as trained elements. Default: for a classification task everything
+            outside the backbone, which tasks then share; for other tasks nothing.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task:
     heads: tuple[str, ...] = ()
 
     def score(self, model: nn.Module) -> float:
-        """On held-out data, in evaluation mode."""
+        """The score of a model on the held-out data, in evaluation mode. The model's mode is then as before."""
         was_training = model.training
         model.eval()
         try:
@@ -53,15 +53,15 @@ class Task:
             model.train(was_training)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this task from another: names, sizes, and a digest of every example."""
+        """What tells this task from another one: names, sizes, and a digest of every example."""
         return {
             "name": self.name,
             "train": len(self.train),
             "held_out": len(self.held_out),
             "classes": list(self.classes),
             "heads": list(self.heads),
-            "measure": _name(self.measure),
-            "collate": _name(self.collate),
+            "measure": _callable_name(self.measure),
+            "collate": _callable_name(self.collate),
             "data": data_digest(self.train, self.held_out),
         }
 
@@ -70,8 +70,8 @@ class TaskStream(Sequence[Task]):
     """Tasks in the order they come.
 
     Args:
-        tasks: at least one.
-        general: a task that is never trained, to measure what the model can do in general.
+        tasks: one or more.
+        general: a task that is never trained; its score measures what the model can do in general.
 
     Raises:
         TaskError: no task, duplicate names, a task with one class, or a head that tasks with different classes share.
@@ -109,11 +109,18 @@ class TaskStream(Sequence[Task]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tasks, in order."""
+        """Names of the tasks, in order."""
         return tuple(task.name for task in self.tasks)
 
     def ordered(self, order: Sequence[int]) -> TaskStream:
-        """The same tasks in another order."""
+        """The same tasks in another order.
+
+        Args:
+            order: positions of the tasks, each once.
+
+        Raises:
+            TaskError: a position is missing, or there twice.
+        """
         if sorted(order) != list(range(len(self))):
             raise TaskError(
                 expected=f"each of 0..{len(self) - 1} once",
@@ -124,11 +131,15 @@ class TaskStream(Sequence[Task]):
         return TaskStream([self.tasks[i] for i in order], self.general)
 
     def check(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
-        """See that the tasks fit a model; names of the parameters of each task's head.
+        """Check that the tasks fit a model.
+
+        Returns:
+            For each task the names of its head's parameters.
 
         Raises:
-            AttachError: a head that the model lacks.
-            TaskError: a head with another number of classes, or one that tasks with different classes share.
+            AttachError: the model lacks a head.
+            TaskError: a head has another number of outputs than its task has classes, or tasks with different classes
+                share a head.
         """
         heads = tuple(find_heads(model, task.heads or (None if task.classes else ())) for task in self.tasks)
         for index, task in enumerate(self.tasks):
@@ -162,7 +173,14 @@ def classification_tasks(
     max_length: int = 128,
     split: str = "test",
 ) -> list[Task]:
-    """Labelled texts as tasks of a classifier with a head for each of them, scored by accuracy.
+    """Labelled texts as tasks of a classifier that has a head for each of them. They are scored by accuracy.
+
+    Args:
+        model: built for these tasks, in this order.
+        tasks: tables of labelled texts.
+        tokenizer: of the model.
+        max_length: tokens after which a text is cut.
+        split: that is held out: `validation` or `test`.
 
     Raises:
         TaskError: the model was built for other tasks.
@@ -192,8 +210,16 @@ def classification_tasks(
 def choice_tasks(
     tasks: Sequence[ChoiceTask], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 128, split: str = "test"
 ) -> list[Task]:
-    """Multiple-choice questions as tasks of a causal language model, which learns the right answers and is scored by
-    how often it finds them the likeliest. The tasks share the model's output head.
+    """Multiple-choice questions as tasks of a causal language model.
+
+    The model learns the right answers, and is scored by how often it gives them the highest mean log-probability per
+    token. The tasks share the model's output head.
+
+    Args:
+        tasks: the questions.
+        tokenizer: of the model.
+        max_length: tokens after which question and answer are cut.
+        split: that is held out: `validation` or `test`.
     """
     collate = LanguageCollator(tokenizer)
     found = []
@@ -213,11 +239,19 @@ def answer_task(
     *,
     max_length: int = 128,
 ) -> Task:
-    """Questions with answers as a task of a causal language model, scored by how often greedy decoding would give
-    exactly the answer.
+    """Questions with answers as a task of a causal language model.
+
+    It is scored by how often greedy decoding would give exactly the answer.
+
+    Args:
+        name: of the task.
+        train: questions and answers to learn from.
+        held_out: questions and answers to score on.
+        tokenizer: of the model.
+        max_length: tokens after which question and answer are cut.
 
     Raises:
-        DataError: a passage without an answer.
+        DataError: a question has no answer.
     """
     if any(passage.answer is None for passage in (*train, *held_out)):
         raise DataError("a question has no answer", expected="an answer for each", got="none", where=f"task {name!r}")
@@ -235,32 +269,36 @@ def first_example(model: nn.Module, task: Task) -> dict[str, Tensor]:
 
 
 def check_mixing(tasks: Sequence[Task], kind: str) -> None:
-    """See that examples of several tasks can be in one batch.
+    """Check that examples of several tasks can be in one batch.
+
+    Args:
+        tasks: one or more.
+        kind: of the strategy that mixes them, for the error.
 
     Raises:
-        TaskError: their `collate` differ, so that one would take the other's examples for its own.
+        TaskError: the tasks have different `collate` functions, so that one would misread the other's examples.
     """
     first = tasks[0].collate
     for task in tasks[1:]:
-        if task.collate is not first and (_name(task.collate), _state(task.collate)) != (_name(first), _state(first)):
+        names = _callable_name(first), _callable_name(task.collate)
+        states = _callable_state(first), _callable_state(task.collate)
+        if task.collate is not first and (names[0] != names[1] or states[0] != states[1]):
             raise TaskError(
                 "tasks that are trained together make batches of different kinds",
                 expected="one collate for all",
-                got=f"{_name(first)} and {_name(task.collate)}",
+                got=" and ".join(names),
                 where=f"strategy {kind}: tasks {tasks[0].name!r} and {task.name!r}",
                 fix="put what differs, such as task_ids, into the examples",
             )
 
 
-def _state(function: Any) -> Any:
-    """What an object that is called holds; a function is none but itself."""
+def _callable_state(function: Any) -> Any:
+    """Attributes of a callable object; a plain function equals only itself."""
     return getattr(function, "__dict__", None) or id(function)
 
 
-def _name(function: Any) -> str:
-    """Of a function, or of the class of an object that is called; without its module, which a script run as main
-    lacks.
-    """
+def _callable_name(function: Any) -> str:
+    """Name of a function, or of the class of a callable object. Without the module: in a script it is `__main__`."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
@@ -286,7 +324,7 @@ def _check_data(task: Task) -> None:
             where=f"task {task.name!r}",
             fix="leave it out, or give it examples of another class",
         )
-    if task.measure is accuracy:  # others read what they like
+    if task.measure is accuracy:  # other measures may not read labels
         labels += _labels(task, task.held_out, "evaluation")
     outside = [label for label in labels if not 0 <= label < len(task.classes)]
     if outside:
@@ -300,7 +338,7 @@ def _check_data(task: Task) -> None:
 
 
 def _check_general(task: Task) -> None:
-    """Its training data is read by a measure that needs it alone, and may be empty otherwise."""
+    """Check a general task. Only `nearest_class` reads its training data, which may otherwise be empty."""
     _check_part(task, task.held_out, "evaluation")
     _check_part(task, task.train, "training", may_be_empty=task.measure is not nearest_class)
     if task.measure is nearest_class:
@@ -329,10 +367,10 @@ def _check_part(task: Task, data: Any, part: str, *, may_be_empty: bool = False)
 
 
 def _labels(task: Task, data: Any, part: str) -> list[int]:
-    """Of every example.
+    """The label of every example.
 
     Raises:
-        DataError: one has none, or one that is no number.
+        DataError: an example has no label, or one that is no number.
     """
     found = []
     for index in range(len(data)):

@@ -1,7 +1,8 @@
-"""What each parameter tensor of a backbone is for and how deep it lies."""
+"""What each parameter tensor of a backbone is for, and how deep it lies."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,42 +16,45 @@ from gatedadapters.masking.roles import roles_in
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One parameter tensor.
+    """One parameter tensor of a backbone.
 
     Attributes:
-        shape: of it.
-        role: see `masking.roles`.
-        block: index of the repeated block it is in, None outside of all.
-        place: its name with the block's index left out, which is equal for equal tensors of all blocks.
-        blocks: how many blocks there are.
+        shape: shape of the tensor.
+        role: what it is for, such as `q`, `up`, `bias` or `norm`; see `gatedadapters.masking.roles`.
+        block: index of the repeated block that it is part of; None outside of all blocks.
+        pattern: its name with `*` in place of the block's index. Corresponding tensors of all blocks have one pattern.
+        blocks: how many blocks the model has.
     """
 
     shape: tuple[int, ...]
     role: str
     block: int | None
-    place: str
+    pattern: str
     blocks: int
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def depth(self) -> float | None:
-        """Relative depth of its block's middle, in (0, 1)."""
+        """Relative depth of the middle of its block, in (0, 1); None outside of all blocks."""
         return None if self.block is None else (self.block + 0.5) / self.blocks
 
 
 def tensors_of(
     model: nn.Module, heads: frozenset[str] = frozenset(), sample: Mapping[str, Tensor] | None = None
 ) -> dict[str, TensorInfo]:
-    """Every floating-point parameter of the backbone by name: heads and adapters do not count, tied ones count once.
+    """Every floating-point parameter tensor of the backbone by name, in the order of the model.
 
-    A model without a stack of blocks has tensors outside of blocks only.
+    Heads and adapters are not part of the backbone. Tied tensors are listed once. A model without a stack of blocks has
+    tensors outside of blocks only.
+
+    Args:
+        model: any module.
+        heads: names of the parameters of all heads.
+        sample: a batch to discover the layout with; default: one is made for token models.
     """
     try:
         layout = discover(model, sample)
@@ -62,10 +66,10 @@ def tensors_of(
     for name, parameter in model.named_parameters():
         if name in heads or is_own(name) or not parameter.is_floating_point():
             continue
-        block, place = None, name
+        block, pattern = None, name
         for prefix, index in blocks:
             if name.startswith(f"{prefix}."):
-                stem = prefix.rpartition(".")[0]
-                block, place = index, f"{stem}.*{name[len(prefix) :]}"
-        found[name] = TensorInfo(tuple(parameter.shape), roles[name], block, place, len(blocks))
+                stack = prefix.rpartition(".")[0]
+                block, pattern = index, f"{stack}.*{name[len(prefix) :]}"
+        found[name] = TensorInfo(tuple(parameter.shape), roles[name], block, pattern, len(blocks))
     return found

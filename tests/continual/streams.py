@@ -90,7 +90,7 @@ class interrupted:  # noqa: N801
         self.at, self.count = at, 0
 
     def __enter__(self) -> None:
-        self.original = fitting._Staged.training_step
+        self.original = fitting._StageTraining.training_step
 
         def step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             self.count += 1
@@ -98,10 +98,10 @@ class interrupted:  # noqa: N801
                 raise KeyboardInterrupt
             return self.original(trainer, *args, **kwargs)
 
-        fitting._Staged.training_step = step  # type: ignore[method-assign]
+        fitting._StageTraining.training_step = step  # type: ignore[method-assign]
 
     def __exit__(self, *args: object) -> None:
-        del fitting._Staged.training_step
+        del fitting._StageTraining.training_step
 
 
 __all__ = [

@@ -262,5 +262,5 @@ def test_a_core_is_carried_by_role_and_relative_depth() -> None:
     assert set(middle.indices) == {"emb", "l.0.w", "l.1.w", "l.2.n"}
     with pytest.raises(MaskError, match="only whole tensors"):
         carry_core(Core({"emb": torch.arange(3)}, infos(), "made"), infos(4))
-    with pytest.raises(MaskError, match="no selected place in common"):
+    with pytest.raises(MaskError, match="no selected tensor in common"):
         carry_core(small, {"other": TensorInfo((3,), "bias", None, "other", 0)})

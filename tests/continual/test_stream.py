@@ -395,7 +395,7 @@ def test_cores_of_a_small_model_are_carried_to_a_larger_one(finished: Any, tmp_p
     for (_, mine), (_, theirs) in zip(result.cores(), small.cores(), strict=True):
         blocks = {theirs.infos[name].block for name in theirs.indices} - {None}
         assert {mine.infos[name].block for name in mine.indices} - {None} == {2 * b + i for b in blocks for i in (0, 1)}
-        assert {mine.infos[n].place for n in mine.indices} == {theirs.infos[n].place for n in theirs.indices}
+        assert {mine.infos[n].pattern for n in mine.indices} == {theirs.infos[n].pattern for n in theirs.indices}
 
 
 def test_a_new_strategy_is_one_class() -> None:

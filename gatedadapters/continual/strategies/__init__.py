@@ -24,7 +24,7 @@ _KINDS: dict[str, type[Strategy]] = {}
 
 
 def register(strategy: type[Strategy]) -> type[Strategy]:
-    """Make a strategy known by its kind; usable as a decorator on an outsider's class."""
+    """Make a strategy known by its kind. Usable as a decorator on a class of your own."""
     _KINDS[strategy.kind] = strategy
     return strategy
 

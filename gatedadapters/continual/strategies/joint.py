@@ -24,7 +24,7 @@ class Joint(Strategy):
         Raises:
             TaskError: their `collate` functions differ.
         """
-        check_mixing(setup.tasks.tasks, self.kind)
+        check_mixing(setup.tasks, self.kind)
 
     def stages(self, setup: StreamSetup) -> int:
         """One."""

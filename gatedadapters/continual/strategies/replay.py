@@ -28,7 +28,7 @@ class Replay(Strategy):
         Raises:
             TaskError: their `collate` functions differ.
         """
-        check_mixing(setup.tasks.tasks, self.kind)
+        check_mixing(setup.tasks, self.kind)
 
     def tune(self, stage: Stage) -> TunedStage:
         """Train everything on the new and the kept examples."""
