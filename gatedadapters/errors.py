@@ -1,7 +1,7 @@
-"""Every error the library raises on purpose.
+"""Every error that the library raises on purpose.
 
-One base class to catch them all, one class per concern, each also a ``ValueError`` or a ``RuntimeError`` so
-that callers who do not know the library still catch what they expect. All messages read alike::
+There is one base class to catch them all, and one class per concern. Each is also a ``ValueError`` or a
+``RuntimeError``, so that callers who do not know the library catch it too. All messages have the same parts::
 
     raise DataError(
         "a label column is missing",
@@ -37,14 +37,14 @@ __all__ = [
 
 
 class GatedAdaptersError(Exception):
-    """Base class of every error raised on purpose; formats the message in one place.
+    """Base class of every error raised on purpose; it formats the message.
 
     Args:
         message: What went wrong, in one sentence.
-        expected: What would have been right.
-        got: What was found instead.
-        where: The module, file, line, field or gate concerned, e.g. ``"block 3, ffn.down"``.
-        fix: What to do about it.
+        expected: The value or state that would have been right.
+        got: The value or state that was found.
+        where: The module, file, line, field or gate concerned, such as ``"block 3, ffn.down"``.
+        fix: What the user can do about it.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class ConfigError(GatedAdaptersError, ValueError):
 
 
 class LayoutError(GatedAdaptersError, ValueError):
-    """The backbone's structure could not be discovered."""
+    """The layout of the backbone cannot be discovered, or lacks what was asked for."""
 
 
 class PathError(GatedAdaptersError, ValueError):
-    """A path kind is unknown or does not fit the point it was asked for."""
+    """A path kind is unknown, does not fit its point, or cannot do what was asked of it."""
 
 
 class AttachError(GatedAdaptersError, RuntimeError):
-    """Adapters cannot be attached, detached or compacted in the model's present state."""
+    """Adapters or a sparse delta cannot be attached, detached or changed in the model's present state."""
 
 
 class TaskError(GatedAdaptersError, ValueError):
@@ -106,7 +106,7 @@ class MaskError(GatedAdaptersError, ValueError):
 
 
 class StudyError(GatedAdaptersError, RuntimeError):
-    """A study's storage cannot be reached or used, or holds another study, or nothing to report yet."""
+    """A study's storage cannot be used, holds another study, or holds nothing to report yet."""
 
 
 class TrainingError(GatedAdaptersError, RuntimeError):

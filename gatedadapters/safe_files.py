@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and tensors read without running anything from the file."""
+"""Writes folders whole or not at all, and reads tensors without running code from a file."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 @contextmanager
 def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which becomes `folder` when the block ends, or is thrown away if it fails.
+    """Yield a new folder to write into. It becomes `folder` when the block ends, and is deleted if the block fails.
 
-    It is a hidden sibling until everything in it has reached the disk; then one rename gives it its name.
-    With `overwrite` the old folder and the new one change places in one step (in renames where the system
-    knows no exchange; an interruption between them leaves the old one whole under a hidden name, see
-    `leftovers`).
+    The new folder is a hidden sibling of `folder`. Once all its files have reached the disk, one rename gives it its
+    name. With `overwrite` the old and the new folder exchange their names in one step. A system without such an
+    exchange takes several renames; an interruption between them leaves the old folder whole under a hidden name, see
+    `leftovers`.
 
     Args:
-        folder: where it shall be; parents are made. A link stays one: what it points to is written.
-        files: names that an earlier one of its kind may hold. Anything else is the user's and never replaced.
-        overwrite: replace an earlier one.
+        folder: the folder to write. Its parents are made. If it is a link, the target of the link is written.
+        files: names of the files that an artefact of this kind holds. Other files are the user's and never replaced.
+        overwrite: replace an earlier artefact.
 
     Raises:
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
     """
-    target = Path(folder).resolve()  # a rename would put a folder in the place of a link
+    target = Path(folder).resolve()  # a rename would replace a link by a folder
     check_free(target, files, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -47,18 +47,18 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
-        check_free(target, files, overwrite)  # somebody else may have been faster
+        check_free(target, files, overwrite)  # another process may have written it meanwhile
         if target.exists() and any(target.iterdir()):
             _exchange(scratch, target)
         else:
             os.rename(scratch, target)
         _flush(target.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # what failed, or what was replaced
+        shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """Whole or half-written folders beside `folder` that interrupted calls of `whole_folder` left."""
+    """Whole or unfinished folders beside `folder`, left by interrupted calls of `whole_folder`."""
     target = Path(folder).resolve()
     return sorted(target.parent.glob(f".{target.name}.????????")) if target.parent.is_dir() else []
 
@@ -76,23 +76,23 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file."""
+    """Write tensors and metadata to a safetensors file."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(plain, path, metadata=dict(metadata))
 
 
 def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read exactly the tensors `expected` (shapes by name), all fp32 or all bf16; checked before read.
+    """Read the tensors `expected` (shapes by name), all fp32 or all bf16. The file is checked before it is read.
 
     Raises:
-        ArtifactError: the file is missing, truncated or foreign; keys, shapes or dtypes differ.
+        ArtifactError: the file is missing, truncated or foreign; or names, shapes or dtypes differ.
     """
     with opened(path) as file:
         names = set(file.keys())
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing or extra:
             raise ArtifactError(
-                "these weights are not those of the structure beside them",
+                "this file is not the one that belongs to the record beside it",
                 expected=f"{len(expected)} tensors" + (f", {_some(missing)} among them" if missing else ""),
                 got=f"{len(names)} tensors" + (f", {_some(extra)} among them" if extra else ""),
                 where=path,
@@ -117,24 +117,26 @@ def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> d
                     where=f"{name} in {path}",
                     fix="keep an artefact's files together; build the model with the same tasks and classes",
                 )
-        return {name: file.get_tensor(name).clone() for name in expected}  # else they live in the file
+        return {
+            name: file.get_tensor(name).clone() for name in expected
+        }  # without a copy they would stay mapped to the file
 
 
 def read_all(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file that others wrote, as it is stored, and the file's metadata.
+    """Every tensor of a safetensors file that another program wrote, in its stored dtype, and the file's metadata.
 
     Raises:
-        ArtifactError: the file is missing, truncated or no safetensors file.
+        ArtifactError: the file is missing, truncated or not a safetensors file.
     """
     with opened(path) as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_bytes(path: str | Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
-    """Read exactly the uint8 vectors `expected` (lengths by name); checked before read.
+    """Read the uint8 vectors `expected` (lengths by name). The file is checked before it is read.
 
     Raises:
-        ArtifactError: the file is missing, truncated or foreign; keys, lengths or types differ.
+        ArtifactError: the file is missing, truncated or foreign; or names, lengths or dtypes differ.
     """
     with opened(path) as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -154,10 +156,10 @@ def read_bytes(path: str | Path, expected: Mapping[str, int]) -> dict[str, Tenso
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, open for reading.
+    """Open a safetensors file for reading.
 
     Raises:
-        ArtifactError: it is missing, truncated or foreign.
+        ArtifactError: the file is missing, truncated or foreign.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -173,7 +175,7 @@ def opened(path: str | Path) -> Iterator[Any]:
 
 
 def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
-    """Raise where `whole_folder` would: see there."""
+    """Check that `whole_folder` may write a folder; for its arguments and errors see there."""
     if target.is_dir():
         held = sorted(path.name for path in target.iterdir())
         foreign = [name for name in held if name not in files]
@@ -200,7 +202,7 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change names."""
+    """Exchange the names of two folders."""
     names = os.fsencode(one), os.fsencode(other)
     if os.name == "posix":
         library = ctypes.CDLL(None)
@@ -215,7 +217,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or the list of names in a folder, has reached the disk."""
     if path.is_dir() and os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -226,7 +228,7 @@ def _flush(path: Path) -> None:
 
 
 def _nature(path: Path, error: Exception) -> str:
-    """What a file that is no safetensors file is instead, without opening it as anything."""
+    """Describe a file that cannot be read as safetensors, from its first bytes."""
     if not path.is_file():
         return "no such file"
     with path.open("rb") as file:
@@ -238,5 +240,5 @@ def _nature(path: Path, error: Exception) -> str:
 
 
 def _some(names: Collection[str], limit: int = 3) -> str:
-    """The first few of some names."""
+    """The first few names, for an error."""
     return ", ".join([*list(names)[:limit], *(["..."] if len(names) > limit else [])])

@@ -30,7 +30,7 @@ from benchmarks.common.command import carry_out, parser
 from benchmarks.common.models import BACKBONES, random_batch
 from benchmarks.common.store import Result, Store
 from benchmarks.common.timing import PRECISIONS, in_turns, medians, ratio
-from gatedadapters.gates import GateBank, Group
+from gatedadapters.gates import GateBank, GateGroup
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.reporting.versions import versions
 
@@ -140,9 +140,8 @@ def measure(name: str, precision: str, rounds: int) -> Result:
 
 def gate_bank_cost(gates: int = 10_000) -> Result:
     """CPU seconds of a step of the bank alone with that many rank gates, and to attach that many candidates."""
-    bank = GateBank(
-        [Group(f"p{i}", "b", f"p{i}", RANK, 768, 1536) for i in range(gates // RANK)], ga.GateConfig(), tasks=1, seed=0
-    )
+    groups = [GateGroup(f"p{i}", "b", f"p{i}", RANK, 768, 1536) for i in range(gates // RANK)]
+    bank = GateBank(groups, ga.GateConfig(), tasks=1, seed=0)
     times = []
     for _ in range(15):
         began = time.process_time()

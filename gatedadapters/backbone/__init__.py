@@ -1,4 +1,4 @@
-"""Discovering how a backbone is built."""
+"""Discovers how a backbone is built, and keeps account of what is attached to it."""
 
 from gatedadapters.backbone.layout import Block, Layout, LinearMap, Sublayer, Unknown, discover
 

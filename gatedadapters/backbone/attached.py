@@ -1,4 +1,7 @@
-"""What of a model may be trained while adapters, a shelf or a sparse delta are in it, and how that comes back."""
+"""Which parameters of a model require gradients while something is attached to it, and how they are restored.
+
+Attached are adapters, a shelf or a sparse delta. Each saves the flags that it found, and lists its task heads.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from gatedadapters.errors import AttachError
 
 
 def trained_originally(model: nn.Module) -> frozenset[str]:
-    """Names of the backbone's parameters that required gradients before anything of ours came into the model.
+    """Names of the backbone's parameters that required gradients before the library attached anything to the model.
 
-    Whoever comes second takes over the record of who is there already: what it finds itself is a frozen model.
+    If something is already attached, its saved flags are copied: the live ones describe a frozen model.
     """
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_own(name)}
     for prefix, owner in _owners(model):
@@ -24,38 +27,44 @@ def trained_originally(model: nn.Module) -> frozenset[str]:
 
 
 def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
-    """Let the backbone's parameters require gradients as whoever is in the model asks: their task heads do, the rest
-    does not. Where nobody is left, it is as `originally` again.
+    """Set `requires_grad` of the backbone's parameters, after something was attached or detached.
+
+    Under an attachment only its task heads require gradients. All other parameters get back the flags they had before
+    anything was attached.
+
+    Args:
+        model: the model.
+        originally: names of the parameters that required gradients at first, see `trained_originally`.
     """
     owners = list(_owners(model))
     for name, parameter in model.named_parameters():
         if is_own(name):
             continue
-        over = [(prefix, owner) for prefix, owner in owners if name.startswith(prefix)]
-        wanted = any(name.removeprefix(prefix) in owner.head_names for prefix, owner in over)
-        parameter.requires_grad_(wanted if over else name in originally)
+        above = [(prefix, owner) for prefix, owner in owners if name.startswith(prefix)]
+        wanted = any(name.removeprefix(prefix) in owner.head_names for prefix, owner in above)
+        parameter.requires_grad_(wanted if above else name in originally)
 
 
-def check_heads(model: nn.Module, head_names: Sequence[str]) -> None:
-    """See that no sparse delta tunes elements of task heads that are to be trained in full.
+def check_heads_untuned(model: nn.Module, head_names: Sequence[str]) -> None:
+    """Check that no sparse delta tunes single elements of the task heads `head_names`, which will be trained in full.
 
     Raises:
-        AttachError: naming the head.
+        AttachError: a delta does; names the head.
     """
     for name in head_names:
         path, _, leaf = name.rpartition(".")
-        if leaf in model.get_submodule(path).__dict__:  # what stands in for a weight hides the parameter there
+        if leaf in model.get_submodule(path).__dict__:  # a delta sets the tuned weight here
             raise AttachError(
-                "a sparse delta tunes elements of a task head",
-                expected="heads that are trained in full or not at all",
-                got=f"elements of {name} in the delta's mask",
+                "the mask selects elements of a head that is trained in full",
+                expected="elements of the backbone",
+                got=name,
                 where=type(model).__name__,
                 fix="exclude it from the mask, or pass heads= without it",
             )
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Whoever is registered in the model or in a part of it, and the prefix of the parameters it is over."""
+    """Everything that is attached to the model or to a part of it, with the name prefix of the part's parameters."""
     for path, module in model.named_modules():
         for name in () if is_own(path) else OWN_MODULES:
             owner = module._modules.get(name)

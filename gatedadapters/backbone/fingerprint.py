@@ -1,4 +1,4 @@
-"""Telling backbones apart without reading all of them."""
+"""Fingerprints, which tell backbones apart without reading all their values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from gatedadapters.config.base import Config
 _SAMPLES = 64
 DELTA = "sparse_delta"
 OWN_MODULES = ("gated_adapters", DELTA)
-"""What the library registers in a model."""
+"""Names of the submodules that the library registers in a model."""
 
 
 class Fingerprint(Config):
-    """What a backbone is: digests of its parameters' names and shapes, and of a sample of their values.
+    """The identity of a backbone.
 
-    `heads` names the parameters left out of them: task heads, which are trained and saved with the adapters.
+    Attributes:
+        model_class: name of the model's class.
+        shapes: digest of the names and shapes of its parameters.
+        values: digest of a sample of their values.
+        heads: parameters left out of both digests: task heads, which are trained and saved with the adapters.
     """
 
     model_class: str
@@ -31,16 +35,16 @@ class Fingerprint(Config):
 
 
 def is_own(name: str) -> bool:
-    """Whether a parameter belongs to something that the library registered in the model."""
+    """Whether a parameter, by its name, belongs to the library and not to the backbone."""
     return any(part in OWN_MODULES for part in name.split("."))
 
 
 def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
-    """Digest names, shapes and 64 evenly spaced values of every parameter except `skip` and our own.
+    """Digest names, shapes and 64 evenly spaced values of every parameter, except `skip` and the library's own.
 
-    Values are rounded to bfloat16 first, so that loading a float32 checkpoint in bfloat16 changes nothing. In float16
-    it may: rounding twice can give another value, and what is small is lost. Costs milliseconds and reads a negligible
-    share of a large model.
+    Values are rounded to bfloat16 first, so a float32 checkpoint loaded in bfloat16 keeps its fingerprint. Loaded in
+    float16 it may get another: small values become 0, and rounding twice can give another value. It takes milliseconds,
+    because it reads a tiny share of a large model.
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -62,7 +66,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
 
 
 def backbone_fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
-    """`fingerprint` without what a sparse delta in the model has learned."""
+    """The `fingerprint` of the model with the original values of all elements that a sparse delta tunes."""
     with ExitStack() as stack:
         for module in model.modules():
             delta = module._modules.get(DELTA)

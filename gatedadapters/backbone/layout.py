@@ -1,4 +1,7 @@
-"""The layout of a backbone: blocks, sub-layers and linear maps, discovered by running one batch."""
+"""The layout of a backbone: its blocks, sub-layers and linear maps, discovered by running one batch.
+
+No model family has a table here. Data flow decides, and common names (query, key, gate) only break ties.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from gatedadapters.errors import LayoutError
 
 @dataclass(frozen=True, slots=True)
 class LinearMap:
-    """One weight matrix, or one stack of expert matrices, and what it does.
+    """One weight matrix, or one stack of expert matrices, and its function.
 
     Attributes:
         name: Qualified name of the owning module, e.g. ``"encoder.layer.0.attention.self.query"``.
@@ -47,9 +50,9 @@ class LinearMap:
         parameter: Name of the parameter inside the module.
         experts: Number of experts for kind ``"experts"``, else 0.
         transposed: Whether the last two dimensions are stored as (in, out).
-        host: ``""`` where the owning module takes what the map reads and returns what it writes. Else the module that
-            does the multiplication among other things: a stack of experts, a router that also chooses among them, a
-            state-space mixer that uses the weight of a child without calling it.
+        host: ``""`` if the owning module takes the map's input and returns its output. Else the module that does the
+            multiplication among other things: a stack of experts, a router that also chooses among them, a state-space
+            mixer that uses the weight of a child without calling it.
     """
 
     name: str
@@ -69,16 +72,15 @@ class Sublayer:
     """Maps that together read the hidden state once and add one contribution to it.
 
     Attributes:
-        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution). A map outside
-            the blocks counts as a sub-layer ``"outside"`` where it is asked for.
+        kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution). `maps_outside`
+            gives each map outside the blocks a sub-layer of kind ``"outside"``.
         name: Qualified name of the smallest module that owns all its maps.
         width: Hidden width read and written.
         reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
-            sub-layer: the first map that reads it, or the module around all maps where that one is also the
-            writer (mixtures of experts).
+            sub-layer: the first map that reads it, or the module around all maps if it is also the writer
+            (mixtures of experts). ``None`` if no module takes that tensor.
         writer: Module whose output (a tensor, or the first of a tuple) is the contribution, before a norm
-            on it (Gemma 2) and before the residual addition. ``None``, as ``reader``, where no module
-            boundary carries that tensor.
+            on it (Gemma 2) and before the residual addition. ``None`` if no module returns that tensor.
         maps: Its maps in call order.
     """
 
@@ -111,7 +113,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A weight that has no place in the layout, under its full parameter name, and why."""
+    """A weight that is not part of the layout: its full parameter name, and the reason."""
 
     name: str
     reason: str
@@ -119,16 +121,15 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything found: each matrix is in exactly one of ``blocks``, ``outside`` and ``unknown``.
+    """The blocks, maps and remaining weights; each matrix is in exactly one of ``blocks``, ``outside``, ``unknown``.
 
     Attributes:
         model_class: Name of the model's class.
-        hidden_size: Width of the hidden state, of the last stack where they differ.
+        hidden_size: Width of the hidden state, in the last stack if they differ.
         blocks: In call order.
         outside: Maps outside the blocks (heads, poolers, embedding projections), role ``other``.
-        unknown: Weights with two or more dimensions that are no linear map, or that the sample did not reach.
-        examples_first: Whether the hidden state holds one example after the other; not where its first dimension counts
-            positions, as in XLNet.
+        unknown: Weights with two or more dimensions that are not linear maps, or that the sample did not reach.
+        examples_first: Whether the first dimension of the hidden state counts examples; in XLNet it counts positions.
     """
 
     model_class: str
@@ -172,10 +173,10 @@ class Layout:
 
 
 def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Layout:
-    """Find out how ``model`` is built by running ``sample`` through it once.
+    """Discover how ``model`` is built by running ``sample`` through it.
 
-    That happens without gradients and in evaluation mode, and the model is left exactly as it was, also when
-    discovery fails. A model on the meta device can be laid out too.
+    The model runs without gradients and in evaluation mode. It is left exactly as it was, also if discovery fails. It
+    may be on the meta device.
 
     Args:
         model: Any module that runs as ``model(**sample)`` and contains a stack of residual blocks.
@@ -209,7 +210,7 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
     with undisturbed(model):
         while True:
             trace = _watch(model, batch, weights, containers)
-            # A container whose members change the shape is no stack, but one inside it may be (Swin).
+            # A container whose members change the shape is not a stack, but one inside it may be (Swin).
             failed = {call.stack for call in trace.blocks if not call.residual}
             containers = {name: stack for name, stack in containers.items() if stack not in failed}
             if not any(stack.startswith(f"{bad}.") for stack in containers.values() for bad in failed):
@@ -219,17 +220,17 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
         raise _no_blocks(model, "no container whose members take and return the same hidden state, plus something")
     first = next((value for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
     examples = 1 if first is None else len(first)
-    turned = any(len(c.shape) == 3 and c.shape[1] == examples != c.shape[0] for c in calls)
-    return replace(_Assembly(model, weights, trace, calls).layout(), examples_first=not turned)
+    positions_first = any(len(c.shape) == 3 and c.shape[1] == examples != c.shape[0] for c in calls)
+    return replace(_Assembly(model, weights, trace, calls).layout(), examples_first=not positions_first)
 
 
 class _Assembly:
-    """Turns what was seen (``trace``) into what is said about it (``Layout``)."""
+    """Builds the ``Layout`` from a ``Trace``."""
 
     def __init__(self, model: nn.Module, weights: dict[Map, Tensor], trace: Trace, calls: list[BlockCall]) -> None:
         self.model, self.weights, self.trace = model, weights, trace
         self.calls: dict[str, list[BlockCall]] = {}
-        self.tokens: dict[str, int] = {}  # entering each stack
+        self.tokens: dict[str, int] = {}  # number of tokens that enter each stack
         for call in calls:
             self.calls.setdefault(call.name, []).append(call)
             self.tokens.setdefault(call.stack, torch.Size(call.shape[:-1]).numel())
@@ -281,7 +282,7 @@ class _Assembly:
         block, written = calls[0], frozenset[Map]().union(*(maps_of(call.writes) for call in calls))
         # A map shared between blocks belongs to the first that calls it.
         uses = [use for use in self.uses_in.get(block.name, ()) if self._home(use.map) == block.name]
-        # A map whose values only scale what another map of the same module reads: Llama 4's router.
+        # In Llama 4 the router's output scales the input of the experts, so it feeds maps of the same module.
         scaling = [
             frozenset({key, use.map})
             for use in uses
@@ -291,7 +292,8 @@ class _Assembly:
         sublayers = []
         links = [link for use in uses for link in self.links.get(use.map, ())]
         found = roles.map_groups(uses, [*links, *scaling], written)
-        # What is added to the hidden state only for a later sub-layer to read: Zamba 2's shared transformer.
+        # In Zamba 2 the shared transformer's output is added to the hidden state that a later sub-layer reads, but not
+        # to that of the block. Such maps count as writers too.
         read = frozenset[Map]().union(*(maps_of(use.reads) for use in uses if has_stream(use.reads)))
         lent = {key for group in found if not group.writers for key in read & group.uses.keys()}
         written |= lent
@@ -313,7 +315,7 @@ class _Assembly:
         return tuple(sublayers)
 
     def _idle_experts(self, name: str, maps: tuple[LinearMap, ...]) -> Iterator[LinearMap]:
-        """Experts that got no token: twins, but for a number in the name, of maps that were called."""
+        """Experts that got no token. Their names differ only in a number from those of maps that were called."""
         twins = {(_numberless(m.name), m.parameter): m for m in maps}
         for key in self.idle:
             if key.name.startswith(f"{name}."):
@@ -327,7 +329,7 @@ class _Assembly:
     def _ends(
         self, block: BlockCall, group: roles.MapGroup, written: frozenset[Map], name: str
     ) -> tuple[str | None, str | None]:
-        """Reader and writer: the smallest modules that get the hidden state and return the contribution."""
+        """Reader and writer: the smallest modules that take the hidden state and return the contribution."""
         stream, width = Stream(block.stack), block.shape[-1]
 
         def contributes(call: ModuleCall) -> bool:
@@ -342,7 +344,7 @@ class _Assembly:
         def reads(call: ModuleCall) -> bool:
             return stream in call.reads and call.read_shape[-1] == width
 
-        # The first to finish is the innermost. Flattened tokens only where nothing keeps the shape.
+        # Inner modules come first. One that returns flattened tokens is taken only if none keeps the shape.
         writers = [call for call in block.calls if contributes(call)]
         writer = next((call for call in writers if call.write_shape == block.shape), writers[0] if writers else None)
         if writer is not None and reads(writer):
@@ -408,7 +410,7 @@ def _watch(model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, after which training flags and random states are what they were."""
+    """Evaluation mode without gradients; training flags and random states are restored afterwards."""
     training = {module: module.training for module in model.modules()}
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -421,7 +423,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[Map, Tensor]]:
-    """Every matrix or stack of matrices, except embeddings and the biases of experts."""
+    """Every matrix or stack of matrices; embeddings and the biases of experts are neither."""
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             for parameter, value in module.named_parameters(recurse=False):

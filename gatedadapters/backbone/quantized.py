@@ -1,4 +1,4 @@
-"""Quantised backbones: weights that are not one tensor of floating-point numbers, and may let no gradient pass."""
+"""Quantised backbones: weights that are not one floating-point tensor, and modules that may pass no gradient."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gatedadapters.errors import AttachError
 
 
 def is_quantized(weight: object) -> bool:
-    """Whether `weight` is something else than a tensor of floating-point numbers: integers, packed, or scaled parts.
+    """Whether `weight` is not a floating-point tensor: integers, packed values, or parts with scales.
 
-    torch's own wrappers (DTensor) stand for one tensor and do not count.
+    A wrapper of torch's own (DTensor) counts as the tensor it wraps.
     """
     if not isinstance(weight, Tensor):
         return weight is not None
@@ -24,7 +24,7 @@ def is_quantized(weight: object) -> bool:
 
 
 def parts(weight: Tensor) -> list[Tensor]:
-    """The plain tensors that a weight consists of: integers and scales of a quantised one, else itself."""
+    """The plain tensors of a weight: integers and scales if it is quantised, else the weight itself."""
     if not (is_quantized(weight) and is_traceable_wrapper_subclass(weight)):
         return [weight]
     names, _ = weight.__tensor_flatten__()
@@ -32,10 +32,12 @@ def parts(weight: Tensor) -> list[Tensor]:
 
 
 def check_gradients_pass(model: nn.Module) -> None:
-    """Try each quantised linear module on two rows of ones: adapters below it learn only through it.
+    """Run each quantised linear module on two rows of ones, forward and backward.
+
+    Adapters in earlier blocks get their gradients through these modules.
 
     Raises:
-        AttachError: a module that does not run on its own, or that gives its input no gradient; which, and why.
+        AttachError: a module does not run on its own, or gives its input no gradient; names the module and the cause.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in _quantized_modules(model):
@@ -57,11 +59,11 @@ def check_gradients_pass(model: nn.Module) -> None:
                 continue
             problem = "no gradient for its input" if gradient is None else "a gradient that is not finite"
         raise AttachError(
-            "this quantisation cannot lie under adapters",
+            "adapters cannot be trained over this quantisation",
             expected="linear modules that run, and give their input a gradient",
             got=problem,
             where=f"{name}, a {type(module).__name__} with a weight of type {type(weight).__name__}",
-            fix="quantise weights only (torchao: Int8WeightOnlyConfig), or attach to the model as it was before",
+            fix="quantise weights only (torchao: Int8WeightOnlyConfig), or attach to the model without quantisation",
         )
 
 

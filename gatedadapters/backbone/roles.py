@@ -1,4 +1,4 @@
-"""From a trace to the sub-layers of a block and the roles in them. Data flow decides, names break ties."""
+"""Finds the sub-layers of a block in a trace, and the roles of their maps. Data flow decides; names break ties."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ Kind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside
 
 @dataclass(frozen=True, slots=True)
 class MapGroup:
-    """Maps of one block that feed each other: a sub-layer in the making."""
+    """Maps of one block that feed each other. They become one sub-layer if one of them writes the hidden state."""
 
-    uses: dict[Map, MapUse]  # first use of each, in call order
-    feeds: dict[Map, frozenset[Map]]  # which of the group's maps each one reads
-    writers: frozenset[Map]  # whose outputs arrive in the block's output
+    uses: dict[Map, MapUse]  # the first use of each map, in call order
+    feeds: dict[Map, frozenset[Map]]  # for each map, the others whose outputs it reads
+    writers: frozenset[Map]  # the maps whose outputs reach the block's output
 
 
 def map_groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written: frozenset[Map]) -> list[MapGroup]:
-    """Split the ``uses`` of one block into connected groups, in call order."""
+    """Split the ``uses`` of one block into groups of connected maps, in call order.
+
+    Args:
+        uses: the multiplications of the block.
+        links: sets of maps that share a sub-layer.
+        written: maps whose outputs reach the block's output.
+    """
     parent = {use.map: use.map for use in uses}
 
     def root(key: Map) -> Map:
@@ -46,12 +52,12 @@ def map_groups(uses: Sequence[MapUse], links: Iterable[frozenset[Map]], written:
 
 
 def attention_of(group: MapGroup, trace: Trace, block: str) -> Attention | None:
-    """The first attention the group computes: later ones are corrections (DeBERTa's relative positions)."""
+    """The first attention that the group computes; DeBERTa's later ones are corrections by relative position."""
     return next((a for a in trace.attention if a.block == block and a.value & group.uses.keys()), None)
 
 
 def kind_of(group: MapGroup, attention: Attention | None, trace: Trace, stack: str, name: str) -> Kind:
-    """Attention, cross-attention, other token mixing, or a function of each token alone."""
+    """The kind of the sub-layer: attention, cross-attention, another mixing of tokens, or a feed-forward."""
     if attention is None and group.uses.keys() & trace.mixed:
         return "mixer"
     if attention is None and not _says_attention(name, group):
@@ -64,7 +70,7 @@ def kind_of(group: MapGroup, attention: Attention | None, trace: Trace, stack: s
 
 
 def roles_of(group: MapGroup, kind: Kind, attention: Attention | None, width: int, trace: Trace) -> dict[Map, str]:
-    """The role of every map of the group."""
+    """The role of every map of the group; ``width`` is that of the hidden state."""
     routers = [
         key
         for key, use in group.uses.items()
@@ -84,9 +90,9 @@ def roles_of(group: MapGroup, kind: Kind, attention: Attention | None, width: in
 def _attention_roles(group: MapGroup, attention: Attention | None) -> dict[Map, str]:
     parts = ((attention.query, "q"), (attention.key, "k"), (attention.value, "v")) if attention else ()
     letters = {key: "".join(letter for maps, letter in parts if key in maps) for key in group.uses}
-    if attention is None or "qv" in letters.values():  # hidden, or landmarks instead of tokens (Nystromformer)
+    if attention is None or "qv" in letters.values():  # not seen, or over landmarks instead of tokens (Nystromformer)
         return {key: _attention_role_by_name(key) for key in group.uses}
-    # A map that feeds a projection (the low-rank half of latent attention) is not one itself.
+    # A map that feeds a projection, as the first half of latent attention does, is not a projection itself.
     fed = (group.uses[key].reads for key in letters if letters[key])
     inner = frozenset[Map]().union(*map(maps_of, fed))
     return {key: "other" if key in inner else letters[key] or "other" for key in group.uses}
@@ -110,7 +116,7 @@ def _feed_forward_roles(group: MapGroup, writers: frozenset[Map], trace: Trace) 
 
 
 def _says_attention(name: str, group: MapGroup) -> bool:
-    """For attention kernels that hide their operations: fed by maps that are called q, k and v."""
+    """Whether names tell of attention: needed if a kernel hides its operations from the trace."""
     letters = {_attention_role_by_name(key) for key in group.uses}
     projections = "qkv" in letters or letters >= {"q", "k", "v"}
     return projections and re.search("att", name, re.IGNORECASE) is not None

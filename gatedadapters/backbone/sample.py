@@ -1,4 +1,4 @@
-"""A batch to look at a model with, when the user gives none."""
+"""The default sample batch, for users who give none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ TOKENS = 8
 
 
 def default_sample(model: nn.Module) -> dict[str, Tensor]:
-    """One row of ``TOKENS`` ordinary tokens (or one blank image), on the model's device.
+    """One row of ``TOKENS`` ordinary tokens, or one blank image, on the model's device.
+
+    Returns:
+        ``input_ids`` (1, TOKENS), for encoder-decoders also ``decoder_input_ids``, for models of several tasks also
+        ``task_ids`` (1,); or ``pixel_values`` (1, channels, height, width).
 
     Raises:
-        LookupError: the model has neither token embeddings nor an image size to go by.
+        LookupError: the model takes no images and has no token embeddings.
     """
     backbone = next((m for m in model.modules() if hasattr(m, "get_input_embeddings")), model)
     config: Any = getattr(backbone, "config", None)
@@ -49,7 +53,7 @@ def default_sample(model: nn.Module) -> dict[str, Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model expects its inputs: the device of its first parameter."""
+    """The device of the model's first parameter, where it expects its inputs."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 

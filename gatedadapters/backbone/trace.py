@@ -1,15 +1,15 @@
-"""Watch one forward pass: which weights multiply what, and who feeds whom.
+"""Watches one forward pass: which weights multiply which tensors, and which maps feed each other.
 
-Every tensor carries *labels* saying where its values come from: the residual stream of a stack, or the output
-of linear maps. A linear map reads labels and starts a fresh one; every other operation passes on the union of
-what it was given. Three facts then need no name table:
+Every tensor carries *labels* that say where its values come from: the residual stream of a stack, or the outputs of
+linear maps. The output of a linear map gets one new label. The output of any other operation gets the union of the
+labels of its inputs. Three facts follow without a table of names:
 
-* a map that reads a tensor carrying the stream reads the hidden state,
-* a map whose label arrives in the block's output beside the stream writes the hidden state,
-* maps that feed each other without the stream in between belong to one sub-layer.
+* A map that reads a tensor labelled with the stream reads the hidden state.
+* A map whose label arrives in the block's output, beside the stream, writes the hidden state.
+* Maps that feed each other without the stream in between belong to one sub-layer.
 
-Labels are kept per storage, so views and in-place operations need no special case. Operations are seen below
-autograd (a dispatch mode), hence also on the meta device and inside expert modules without ``nn.Linear``.
+Labels are kept per storage, so views and in-place operations need no special case. Operations are seen below autograd,
+by a dispatch mode; so the trace also works on the meta device and inside expert modules without ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -69,25 +69,25 @@ NONE: Labels = frozenset()
 
 @dataclass(slots=True)
 class MapUse:
-    """One multiplication by a weight: ``rows`` vectors of width ``in_features`` whose origin is ``reads``."""
+    """One multiplication of ``rows`` vectors, of width ``in_features`` and with the labels ``reads``, by a weight."""
 
     map: Map
     in_features: int
     out_features: int
-    transposed: bool  # stored (in, out) instead of (out, in)
+    transposed: bool  # the weight is stored (in, out), not (out, in)
     rows: int
     reads: Labels
     block: str | None
     stack: str | None  # the stack running, or the last one that ran
-    host: str  # the module running, not always the one that owns the weight
+    host: str  # the module that ran; it need not own the weight
 
 
 @dataclass(slots=True)
 class ModuleCall:
-    """One call of a module inside a block. Shapes are those of the first tensor that enters and leaves."""
+    """One call of a module inside a block. Shapes are those of its first input and its first output."""
 
     name: str
-    started: int  # how many uses of a map came before
+    started: int  # number of earlier uses of maps
     reads: Labels
     read_shape: tuple[int, ...]
     writes: Labels = NONE
@@ -96,7 +96,7 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class BlockCall:
-    """One call of a block: the residual stream enters with ``shape`` and leaves carrying ``writes``."""
+    """One call of a block: the residual stream enters with ``shape`` and leaves with the labels ``writes``."""
 
     name: str
     stack: str
@@ -108,7 +108,7 @@ class BlockCall:
 
 @dataclass(slots=True)
 class Attention:
-    """One weighting of values by normalised query-key products."""
+    """One weighting of values by normalised query-key products; the maps whose outputs each of the three comes from."""
 
     block: str | None
     query: Maps
@@ -118,7 +118,7 @@ class Attention:
 
 @dataclass(slots=True)
 class Trace:
-    """What one forward pass showed."""
+    """The record of one forward pass."""
 
     uses: list[MapUse] = field(default_factory=list)
     blocks: list[BlockCall] = field(default_factory=list)
@@ -141,25 +141,25 @@ _NONLINEAR = {
 _ADDITIVE = {"add", "add_", "sub", "cat", "stack"}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor among nested sequences and mappings, in order."""
+def nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested sequences and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors_in(part)
+            yield from nested_tensors(part)
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors_in(part)
+            yield from nested_tensors(part)
 
 
 def first_float_tensor(*values: Any) -> Tensor | None:
-    """The first floating-point tensor with at least two dimensions among nested ``values``."""
-    return next((tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
+    """The first floating-point tensor with at least two dimensions in nested ``values``."""
+    return next((tensor for tensor in nested_tensors(values) if tensor.is_floating_point() and tensor.dim() >= 2), None)
 
 
 def _is_real(tensor: Tensor) -> bool:
-    """Whether the tensor carries values, not indices: rotary embeddings may be complex."""
+    """Whether the tensor holds values, not indices; rotary embeddings may be complex."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -169,17 +169,17 @@ def maps_of(labels: Iterable[Label]) -> Maps:
 
 
 def has_stream(labels: Labels) -> bool:
-    """Whether the values come (also) from a residual stream."""
+    """Whether some of the values come from a residual stream."""
     return any(isinstance(label, Stream) for label in labels)
 
 
 class Tracer(TorchDispatchMode):
-    """Dispatch mode plus module hooks that fill a ``Trace``.
+    """A dispatch mode and module hooks, which fill a ``Trace``.
 
     Args:
-        model: What will run.
-        weights: The matrices to look out for.
-        containers: The stack of each module that may turn out to be a block.
+        model: The model that will run.
+        weights: The matrices to watch.
+        containers: Modules that may be blocks, each with the name of its container, the stack.
     """
 
     supports_higher_order_operators = True  # flex attention is one
@@ -188,7 +188,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._containers = containers
-        # By object, not by address: a freed address goes to the next tensor, which may be allocated unseen.
+        # Keyed by object, not by address: a freed address may be reused by a tensor that the mode does not see.
         self._labels: WeakKeyDictionary[UntypedStorage, Labels] = WeakKeyDictionary()
         self._owners: WeakKeyDictionary[UntypedStorage, list[Map]] = WeakKeyDictionary()
         self._shapes = {key: weight.shape for key, weight in weights.items()}
@@ -198,7 +198,7 @@ class Tracer(TorchDispatchMode):
         self._order = 0
         for key, weight in weights.items():  # tied weights have several owners
             self._owners.setdefault(weight.untyped_storage(), []).append(key)
-        for module in model.modules():  # whatever the model holds already comes from nowhere
+        for module in model.modules():  # tensors that the model holds have no labels
             for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
                 if isinstance(held, Tensor):
                     self._labels[held.untyped_storage()] = NONE
@@ -212,13 +212,13 @@ class Tracer(TorchDispatchMode):
         ]
 
     def remove(self) -> None:
-        """Take the hooks off and forget every tensor."""
+        """Remove the hooks and forget every tensor."""
         for handle in self._handles:
             handle.remove()
         self._labels.clear()
 
     def label_input(self, tensor: Tensor) -> None:
-        """Mark a floating-point tensor of the sample batch."""
+        """Label a floating-point tensor of the sample batch."""
         self._labels[tensor.untyped_storage()] = frozenset({Input()})
 
     # ---------------------------------------------------------------- modules
@@ -239,7 +239,7 @@ class Tracer(TorchDispatchMode):
     def _leaving(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             while self._stack[-1].name != name:
-                self._stack.pop()  # a module that raised, and was caught
+                self._stack.pop()  # a module that raised an error, which was caught
             call, out = self._stack[-1], first_float_tensor(output)
             if not isinstance(output, Tensor):
                 self.trace.composite.add(name)
@@ -256,14 +256,17 @@ class Tracer(TorchDispatchMode):
             block.writes = call.writes
             block.residual = call.write_shape == block.shape and Stream(block.stack) in call.writes
             self.trace.blocks.append(block)
-            if out is not None:  # for the next stack, all this is one hidden state
+            if out is not None:  # the next stack reads it as one hidden state
                 self._labels[out.untyped_storage()] = frozenset({Stream(block.stack)})
             self._last_stack, self._block = block.stack, None
 
         return hook
 
     def _opaque_linear(self, name: str, module: nn.Module, call: ModuleCall, out: Tensor) -> None:
-        """A quantized or offloaded linear module uses another tensor than its weight: ask its attributes."""
+        """Record a quantised or offloaded linear module, which multiplies with another tensor than its weight.
+
+        Its attributes `in_features` and `out_features` tell that it is linear.
+        """
         width_in, width_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if not isinstance(width_in, int) or not isinstance(width_out, int) or out.shape[-1] != width_out:
             return
@@ -277,23 +280,20 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "overloadpacket", func).__name__
-        tensors = list(tensors_in((args, kwargs)))
-        # A view of a tensor nobody has filled yet, or the writing into one, does not read it.
-        view, writes = (
-            getattr(func, "is_view", False),
-            getattr(getattr(func, "_schema", None), "is_mutable", False),
-        )
-        # Read before running: an in-place operation changes the labels of what it writes to.
+        tensors = list(nested_tensors((args, kwargs)))
+        # A view of a tensor that is still empty does not read it, and neither does an operation that writes into it.
+        view, writes = getattr(func, "is_view", False), getattr(getattr(func, "_schema", None), "is_mutable", False)
+        # The labels are looked up before the operation runs: an in-place one changes those of its own input.
         known = [(tensor, self._of(tensor, guess=not (view or writes))) for tensor in tensors if _is_real(tensor)]
         out = _answer_on_meta(name, args) if tensors and tensors[0].is_meta else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
         labels = self._flow(name, args, known)
         inputs = {tensor.untyped_storage() for tensor in tensors}
-        for made in tensors_in(out):
+        for made in nested_tensors(out):
             key = made.untyped_storage()
             if key in self._owners or "empty" in name or (view and key not in self._labels):
-                continue  # weights keep their own label; what fills an empty tensor gives it one
+                continue  # a weight keeps its label; an empty tensor gets one when it is filled
             fresh = labels if _is_real(made) else NONE
             self._labels[key] = self._labels.get(key, NONE) | fresh if key in inputs else fresh
         return out
@@ -303,19 +303,19 @@ class Tracer(TorchDispatchMode):
             return NONE
         key = tensor.untyped_storage()
         if key in self._owners:
-            # Of tied weights, the owner whose forward is running is meant.
+            # Of the owners of a tied weight, take the one whose forward is running.
             running = {call.name for call in self._stack}
             owners = self._owners[key]
             return frozenset({Weight(next((o for o in owners if o.name in running), owners[0]))})
         if guess and key not in self._labels and self._block and tensor.dim() > 1 and _is_real(tensor):
-            # Made by a kernel that the dispatcher does not show: assume it used all that its module had made.
+            # A kernel that the dispatcher does not show made it: assume that it read everything its module computed.
             call = self._stack[-1]
             made = frozenset(use.map for use in self.trace.uses[call.started :])
             self._labels[key] = made or call.reads
         return self._labels.get(key, NONE)
 
     def _flow(self, name: str, args: Any, known: list[tuple[Tensor, Labels]]) -> Labels:
-        """The labels of an operation's output, noting what the operation reveals on the way."""
+        """Return the labels of an operation's output, and record in the trace what the operation tells."""
         for _, labels in known:
             self.trace.seen.update(label.map for label in labels if isinstance(label, Weight))
         if "mm" in name or name in ("mv", "addmv", "linear", "dot"):
@@ -325,7 +325,7 @@ class Tracer(TorchDispatchMode):
             query, key, value = (maps_of(self._of(arg)) for arg in args[:3])
             return self._attend(query, key, value)
         if name.endswith("_like") or name.startswith("new_"):
-            return NONE  # only shape and type of the argument count
+            return NONE  # these read only the shape and dtype of their argument
         if len(known) == 1 and name != "embedding":
             union = known[0][1]  # a weight stays itself when cast, sliced, gathered or transposed
         else:
@@ -350,15 +350,15 @@ class Tracer(TorchDispatchMode):
                 if happens:
                     noted.update(maps_of(union))
         contributions = [maps for _, labels in known if not has_stream(labels) and (maps := maps_of(labels))]
-        # A block adds up the contributions of *different* sub-layers (parallel attention); everything else
-        # that combines maps happens within one sub-layer.
+        # A block itself may add the contributions of *different* sub-layers (parallel attention). All other operations
+        # that combine maps happen within one sub-layer.
         inside = self._block is not None and self._stack[-1].name != self._block.name
         if len(contributions) > 1 and (inside or name not in _ADDITIVE):
             self.trace.links.append(frozenset().union(*contributions))
         return union
 
     def _is_one_token(self, tensor: Tensor, dim: int) -> bool:
-        """Whether selecting along ``dim`` picks one position, as recurrences written as loops do."""
+        """Whether selecting along ``dim`` picks one position; a recurrence written as a loop does."""
         shape = self._block.shape if self._block else ()
         return len(shape) == 3 and tensor.dim() == 3 and dim % 3 == 1 and tensor.shape[:2] == shape[:2]
 
@@ -371,7 +371,7 @@ class Tracer(TorchDispatchMode):
             key = next((label.map for label in labels if isinstance(label, Weight)), None)
             if key is None or weight.dim() < 2:
                 continue
-            # As a right operand the matrix is (in, out); as a left operand, or in `linear`, it is (out, in).
+            # As the right operand a matrix is (in, out); as the left one, or in `linear`, it is (out, in).
             rows_last = weight is left or name == "linear"
             width_in, width_out = (weight.shape[-1], weight.shape[-2]) if rows_last else weight.shape[-2:]
             stored = tuple(self._shapes[key][-2:])
@@ -406,7 +406,7 @@ class Tracer(TorchDispatchMode):
         reads = frozenset(label for label in reads if not isinstance(label, Weight))
         block = self._block
         if block is not None and not reads:
-            rows = 0  # relative positions, not tokens
+            rows = 0  # these rows are relative positions, not tokens
         name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
         host = self._stack[-1].name if self._stack else ""
         use = MapUse(key, width_in, width_out, transposed, rows, reads, name, stack, host)
@@ -417,19 +417,21 @@ class Tracer(TorchDispatchMode):
 
 
 def _answer_on_meta(name: str, args: Any) -> Any:
-    """Plausible answers to questions about values, which meta tensors do not have."""
+    """A plausible result of operations that need values, which meta tensors do not have; else NotImplemented."""
     if name == "_local_scalar_dense":
         return torch.zeros((), dtype=args[0].dtype).item()
     if name == "equal":
         return True
-    if name == "nonzero":  # "which experts were hit?": one; "which tokens does it get?": all
+    if name == "nonzero":  # one expert is used, and it gets all tokens
         rows = 1 if args[0].dim() == 1 else args[0].numel()
         return torch.empty((rows, args[0].dim()), dtype=torch.int64, device="meta")
-    if name == "unique_consecutive":  # "do all rows have as many end-of-sequence tokens?": yes
+    if name == "unique_consecutive":  # all rows have equally many end-of-sequence tokens
         return args[0][:1], args[0][:0], args[0][:0]
-    if name == "index" and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:  # one in each row
+    if (
+        name == "index" and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool
+    ):  # one element of each row
         mask = args[1][0]
         return args[0].new_empty((mask.shape[0], *args[0].shape[mask.dim() :]))
-    if name == "_grouped_mm":  # on meta it insists on bfloat16
+    if name == "_grouped_mm":  # on the meta device it accepts only bfloat16
         return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
     return NotImplemented

@@ -18,7 +18,7 @@ from gatedadapters.experiments.models import is_causal, locate_model, reading_mo
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import column
-from gatedadapters.supernet.attach import candidates, groups
+from gatedadapters.supernet.attach import candidates, gate_groups
 
 _BYTES = {"fp32": 4, "bf16": 2}  # of one weight of the backbone
 _TRAINED, _GRADIENT, _ADAM = 4, 4, 8  # bytes of a trained fp32 value, its gradient, and AdamW's two moments
@@ -207,7 +207,7 @@ def plan(
     model = model if isinstance(model, nn.Module) else build_on_meta(str(model))
     layout = discover(model)
     offered, skipped_sites = candidates(space, layout)
-    bank = GateBank(groups(offered, tasks), space.gates, tasks=tasks, seed=0)
+    bank = GateBank(gate_groups(offered, tasks), space.gates, tasks=tasks, seed=0)
     places: dict[str, PlacePlan] = {}
     for group in bank.groups:
         options, site = offered[group.key]

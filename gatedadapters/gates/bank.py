@@ -1,4 +1,7 @@
-"""All gates of a model in one flat bank: one draw a step, one expected cost, one host read."""
+"""All gates of a model in one bank: a vector of log alphas, one noise draw a step, one expected cost.
+
+The values are read from the device once a step, to learn which paths are closed.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,21 @@ from gatedadapters.gates import hard_concrete
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 
 LEVELS = ("block", "point", "path", "rank")
+RENAMED = {"evidence": "saliency", "pulse": "gate_gradient"}
+"""Buffers that had other names in release 0.1: the old name, the new one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The units of one candidate path, as the bank sees them.
+class GateGroup:
+    """The units of one candidate path, and the coarser gates they share with other paths.
 
     Attributes:
         key: name of the path.
-        block, point: what its coarser gates are shared by.
-        units: how many units (ranks, widths) it has.
-        params, flops: cost of one unit.
+        block: paths of one block share the block's gate.
+        point: paths of one insertion point share the point's gate.
+        units: number of units (ranks, hidden widths).
+        params: parameters of one unit.
+        flops: flops per token of one unit.
     """
 
     key: str
@@ -38,7 +45,7 @@ class Group:
 
 
 def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `Module._apply` is to do in place of `fn` where tensors keep their type: only the device follows."""
+    """Wrap `fn`, the argument of `Module._apply`, so that tensors change their device and keep their dtype."""
 
     def move(t: Tensor) -> Tensor:
         moved = fn(t)
@@ -50,38 +57,41 @@ def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class GateBank(nn.Module, StepListener):
     """Every log alpha of a model as one fp32 parameter `log_alpha` of shape (tasks, gates).
 
-    A *unit* is the smallest thing that can be kept or dropped: one rank of a path where ranks are gated, else the whole
-    path. Its gate is the product over the gated levels, `z = z_block z_point z_path z_rank` (coarse times fine, after
-    CoFi, ACL 2022). `slices[key]` is where a path's units lie in vectors of length `units`.
+    A *unit* is the smallest thing that can be kept or dropped: one rank of a path if ranks are gated, else the whole
+    path. The gate of a unit is the product over the gated levels, `z = z_block z_point z_path z_rank` (coarse times
+    fine, as in CoFi). `slices[key]` selects a path's units in vectors of length `units`.
 
-    Only noise is ever cached, never a gate with a graph: a gate cached across checkpointed blocks raises "backward a
-    second time", one sampled inside them gets wrong gradients. `take` therefore hands each path a value computed once
-    per step outside the graph, with the exact derivative attached.
+    The bank caches noise and plain values, never a gate with a graph: a gate cached across checkpointed blocks raises
+    "backward a second time", and a gate sampled inside them gets wrong gradients. So the values are computed once per
+    step outside the graph, and `gate_for` attaches the exact derivative.
+
+    References:
+        Xia, Zhong, Chen 2022, "Structured Pruning Learns Compact and Accurate Models" (CoFi), arXiv 2204.00408.
     """
 
     turn: ClassVar[Turn] = Turn.GATES
-    # constants, per unit: ancestors among the gates, owner among the groups, its first unit and number of units, cost
-    ancestry: Tensor
-    owner: Tensor
-    first: Tensor
-    siblings: Tensor
-    params: Tensor
-    flops: Tensor
-    weights: Tensor
-    # the state of training
+    # Constants of each unit.
+    ancestry: Tensor  # (units, levels): indices of the gates it is a product of
+    owner: Tensor  # (units,): index of its group
+    first: Tensor  # (units,): the first unit of its group
+    siblings: Tensor  # (units,): number of units in its group
+    params: Tensor  # (units,)
+    flops: Tensor  # (units,)
+    weights: Tensor  # (units,): see `weigh`
+    # State of training.
     step: Tensor
-    noise: Tensor
-    pulse: Tensor
-    evidence: Tensor
-    kept: Tensor
+    noise: Tensor  # (tasks, gates), of this step
+    gate_gradient: Tensor  # (tasks, units): gradient times gate, summed over the backward passes of this step
+    saliency: Tensor  # (tasks, units): the absolute value of `gate_gradient`, smoothed over steps
+    kept: Tensor  # (tasks, units): the constant gates of a fixed structure
     fixed: Tensor
-    # what `refresh` computes
-    values: Tensor
-    padded: Tensor
-    slopes: Tensor
+    # Computed by `refresh`.
+    values: Tensor  # (tasks, units): gates of the units
+    padded: Tensor  # (tasks, gates + 1): gates, and a last one that is always 1
+    slopes: Tensor  # (tasks, gates + 1): derivative of each gate by its log alpha
     open_paths: dict[str, bool]
 
-    def __init__(self, groups: Sequence[Group], config: GateConfig, *, tasks: int, seed: int) -> None:
+    def __init__(self, groups: Sequence[GateGroup], config: GateConfig, *, tasks: int, seed: int) -> None:
         super().__init__()
         self.config, self.seed, self.groups = config, seed, tuple(groups)
         self.slices: dict[str, slice] = {}
@@ -118,9 +128,9 @@ class GateBank(nn.Module, StepListener):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
         self.register_buffer("kept", torch.ones(tasks, self.n_units))
-        self.register_buffer("evidence", torch.zeros(tasks, self.n_units))
+        self.register_buffer("saliency", torch.zeros(tasks, self.n_units))
         self._constant("noise", torch.zeros(tasks, self.n_gates))
-        self.register_buffer("pulse", torch.zeros(tasks, self.n_units))
+        self.register_buffer("gate_gradient", torch.zeros(tasks, self.n_units))
         self._moved = True
         self._values_of: tuple[Any, ...] | None = None
         self._is_fixed = False
@@ -157,9 +167,10 @@ class GateBank(nn.Module, StepListener):
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Begin a step: keep log alpha in range, draw this step's noise.
+        """Begin a step: clamp log alpha to its range and draw this step's noise.
 
-        Noise is a function of (seed, step) alone: all ranks draw the same, and a resumed run draws what it would have.
+        The noise depends on (seed, step) alone, so all processes draw the same, and a resumed run draws the noise of
+        the run that was interrupted.
         """
         self.keep_in_range()
         self.step += 1
@@ -171,17 +182,17 @@ class GateBank(nn.Module, StepListener):
 
     @torch.no_grad()
     def keep_in_range(self) -> None:
-        """Clamp log alpha to its bounds: an optimiser may have stepped beyond them."""
+        """Clamp log alpha to its bounds, which an optimiser's step may have left."""
         self.log_alpha.clamp_(*self.config.bounds)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
-        """Compute this step's gate values, slopes and the set of open paths, unless they are current."""
+        """Compute the gates, their slopes and the set of open paths, unless nothing changed since the last time."""
         stochastic = self.training and self.config.stochastic and not self.frozen
         current = (stochastic, self.log_alpha._version, self.kept._version, self.log_alpha.device)
         if self._values_of == current:
             return
-        with torch.inference_mode(False), torch.no_grad():  # cached values outlive an inference-mode evaluation
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode would fail in later training
             noise = self.noise if stochastic else None
             one = self.log_alpha.new_ones(self.tasks, 1)
             if self.frozen:
@@ -197,8 +208,8 @@ class GateBank(nn.Module, StepListener):
             self.open_paths = dict(zip(self.slices, (alive > 0).tolist(), strict=True))  # the one host read
         self._values_of = current
 
-    def take(self, key: str) -> Tensor | None:
-        """Gate of path `key`'s units, shape (tasks, units or 1), differentiable in log alpha; None where all are 0."""
+    def gate_for(self, key: str) -> Tensor | None:
+        """Gates of the units of path `key`, (tasks, units or 1), differentiable in log alpha; None if all are 0."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.refresh()
@@ -208,8 +219,8 @@ class GateBank(nn.Module, StepListener):
         values = self.values[:, where]
         if self.frozen or not torch.is_grad_enabled():
             return values
-        pulse = self.pulse[:, where]
-        return _take(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], pulse)
+        gate_gradient = self.gate_gradient[:, where]
+        return _with_derivative(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], gate_gradient)
 
     # -- the end of the step -------------------------------------------------------------------------------------------
 
@@ -218,30 +229,33 @@ class GateBank(nn.Module, StepListener):
         return [self.log_alpha]
 
     def after_step(self, optimizer: Optimizer | None) -> None:
-        """End the step. Version counters could not tell that it ended: fused optimisers do not advance them."""
+        """End the step: update the saliency and ask for a new draw.
+
+        The bank is told because it cannot see the step itself: fused optimisers do not advance version counters.
+        """
         if not self.frozen:
-            self._collect_evidence()
+            self._collect_saliency()
         self._moved = True
         self._values_of = None
 
     @torch.no_grad()
-    def _collect_evidence(self, decay: float = 0.95) -> None:
-        # At the end of a step, not at the beginning of the next: DDP overwrites buffers before a forward pass, and a
-        # checkpoint holds one rank's only.
+    def _collect_saliency(self, decay: float = 0.95) -> None:
+        # This happens at the end of a step, not at the beginning of the next: before each forward pass DDP overwrites
+        # the buffers of all processes with those of the first, and a checkpoint holds those of the first alone.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.pulse)
-            self.pulse /= dist.get_world_size()  # as DDP averages gradients
-        self.evidence.mul_(decay).add_(self.pulse.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
-        self.pulse.zero_()
+            dist.all_reduce(self.gate_gradient)
+            self.gate_gradient /= dist.get_world_size()  # DDP averages gradients too
+        self.saliency.mul_(decay).add_(self.gate_gradient.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
+        self.gate_gradient.zero_()
 
     def next_step(self) -> None:
-        """Say that an optimiser has stepped. Needed only for optimisers that are no `torch.optim.Optimizer`."""
+        """Report a step of an optimiser that is not a `torch.optim.Optimizer`; the clock sees all others itself."""
         CLOCK.stepped([self.log_alpha])
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 
     def open_probability(self, log_alpha: Tensor | None = None) -> Tensor:
-        """P(every ancestor open) of each unit, (tasks, units), differentiable: a product, levels being independent."""
+        """P(open) of each unit, (tasks, units), differentiable: the product over its levels, which are independent."""
         probability = hard_concrete.open_probability(self.log_alpha if log_alpha is None else log_alpha, self.config)
         padded = torch.cat([probability, probability.new_ones(self.tasks, 1)], 1)
         return padded[:, self.ancestry].prod(-1)
@@ -255,9 +269,10 @@ class GateBank(nn.Module, StepListener):
         return float(self.cost(unit).sum())
 
     def weigh(self, weights: Tensor) -> None:
-        """Let the penalty press on some units harder than their cost says: positive, shape (units,).
+        """Multiply the cost of each unit in the penalty by `weights`, positive, shape (units,).
 
-        Scaled so that the dense candidates cost in parameters what they did. No budget and no reported cost changes.
+        The weights are scaled so that the dense candidates cost as many parameters as before. Budgets and reported
+        costs do not change.
         """
         weights = weights.to(self.params)
         self.weights = weights * self.params.sum() / (weights * self.params).sum()
@@ -265,38 +280,52 @@ class GateBank(nn.Module, StepListener):
     def expected_cost(
         self, unit: str = "params", log_alpha: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
-        """E[cost of what any task keeps open], a differentiable scalar: sum_u cost_u (1 - prod_t (1 - P_t(u open))).
+        """Expected cost of the units that any task keeps open: sum_u cost_u (1 - prod_t (1 - P_t(u open))).
 
-        Of the gates as they are, or were they at `log_alpha`, shape (tasks, gates); every unit's cost times `weights`,
-        shape (units,), where given.
+        Args:
+            unit: `params` or `flops`.
+            log_alpha: (tasks, gates); default: the bank's own.
+            weights: factor on each unit's cost, (units,); default: none.
+
+        Returns:
+            A differentiable scalar.
         """
-        # a product and a sum, since autocast would round a matrix product
+        # A product and a sum: autocast would round the result of a matrix product.
         return (self.union(self._share_open(log_alpha)) * self._weighed(unit, weights)).sum()
 
     def expected_task_cost(
         self, unit: str = "params", log_alpha: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
-        """E[cost of what each task keeps open], shape (tasks,); arguments as of `expected_cost`, or weights by task."""
+        """Expected cost of the units that each task keeps open, (tasks,), differentiable.
+
+        The arguments are those of `expected_cost`; `weights` may also differ by task, (tasks, units).
+        """
         return (self._share_open(log_alpha) * self._weighed(unit, weights)).sum(-1)
 
-    def place(self, values: Tensor) -> Tensor:
-        """Place of each unit among those of its path by `values` (..., units): 1 for the largest, then 2, ..."""
+    def rank_within_path(self, values: Tensor) -> Tensor:
+        """Rank of each unit within its path by `values`, both (..., units): 1 for the largest value, then 2, ..."""
         order = values.argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, self.owner[order].argsort(dim=-1, stable=True))  # path by path, each by value
-        places = torch.arange(values.shape[-1], device=values.device) - self.first + 1
-        return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
+        numbers = torch.arange(values.shape[-1], device=values.device) - self.first + 1
+        return torch.empty_like(order).scatter_(-1, order, numbers.expand_as(order))
 
     @torch.no_grad()
-    def crowding(self, *, per_task: bool = False) -> Tensor:
-        """Place of each unit in its path by P(open), over the mean place: (units,) of the union, or (tasks, units).
+    def rank_price(self, *, per_task: bool = False) -> Tensor:
+        """Factor on the cost of each unit that grows with its rank within its path; 1 on average over a path.
 
-        As a weight of costs it makes a path's second unit twice as dear as its first, its third three times: where
-        prices meet gains, units go to paths in proportion to their gains. At equal prices the steepest path takes all,
-        since to first order its units all look equally useful: what one adds to another is not in a gradient.
+        It prices a path's k-th unit k times its first, so units go to paths in proportion to their gains. At equal
+        prices the path with the steepest gradient would take the whole budget, because first-order gradients ignore
+        redundancy: all units of a path look equally useful.
+
+        Args:
+            per_task: rank the units by each task's P(open); default: by that of the union over tasks.
+
+        Returns:
+            (tasks, units) with `per_task`, else (units,).
         """
         probability = self.open_probability()
-        places = self.place(probability if per_task else self.union(probability))
-        return 2 * places.to(probability) / (self.siblings + 1)
+        ranks = self.rank_within_path(probability if per_task else self.union(probability))
+        return 2 * ranks.to(probability) / (self.siblings + 1)
 
     def _weighed(self, unit: str, weights: Tensor | None) -> Tensor:
         cost = self.cost(unit).to(self.log_alpha)
@@ -307,7 +336,7 @@ class GateBank(nn.Module, StepListener):
 
     @staticmethod
     def union(probability: Tensor) -> Tensor:
-        """(tasks, units) to (units,): that any task has the unit open."""
+        """P(any task has the unit open), (units,), from that of each task, (tasks, units)."""
         return probability[0] if len(probability) == 1 else 1 - (1 - probability).prod(0)
 
     @torch.no_grad()
@@ -320,44 +349,59 @@ class GateBank(nn.Module, StepListener):
 
     @torch.no_grad()
     def fix(self, values: Tensor) -> None:
-        """From now on the gates are the constants `values` (tasks, units); log alpha no longer learns."""
+        """Replace the gates by the constants `values`, (tasks, units); log alpha no longer learns."""
         self.kept.copy_(values)
         self.fixed.fill_(True)
-        self._settle()
+        self._apply_fixed()
 
-    def _settle(self) -> None:
+    def _apply_fixed(self) -> None:
         self._is_fixed = bool(self.fixed)
         self.log_alpha.requires_grad_(not self._is_fixed)
         if self._is_fixed:
             self.log_alpha.grad = None
         self._values_of = None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._settle()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in RENAMED.items():
+            if f"{prefix}{old}" in state_dict:
+                state_dict[f"{prefix}{new}"] = state_dict.pop(f"{prefix}{old}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._apply_fixed()
         self._moved = True
 
 
-class _Take(torch.autograd.Function):
-    """Values computed outside the graph, with d(prod of ancestors)/d log alpha attached.
+def current_key(key: str) -> str:
+    """The present name of a bank's entry in a state dict, from the name that any release gave it."""
+    owner, dot, name = key.rpartition(".")
+    return f"{owner}{dot}{RENAMED.get(name, name)}"
 
-    Its backward also leaves each unit's first-order effect g z in `pulse` (a slice of the bank's buffer): what removing
-    the unit would cost to first order, the gradient evidence that the bank smooths over steps.
+
+class _WithDerivative(torch.autograd.Function):
+    """Attaches d(product of gates)/d log alpha to values that were computed outside the graph.
+
+    The backward pass also adds gradient times gate of each unit to `gate_gradient`, a slice of the bank's buffer: the
+    first-order change of the loss if the unit were removed. The bank smooths it into the saliency.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, log_alpha: Tensor, values: Tensor, padded: Tensor, slopes: Tensor, ancestry: Tensor, pulse: Tensor
+        ctx: Any,
+        log_alpha: Tensor,
+        values: Tensor,
+        padded: Tensor,
+        slopes: Tensor,
+        ancestry: Tensor,
+        gate_gradient: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(values, padded, slopes, ancestry)
-        ctx.pulse = pulse
+        ctx.gate_gradient = gate_gradient
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         values, padded, slopes, ancestry = ctx.saved_tensors
-        ctx.pulse += grad * values
+        ctx.gate_gradient += grad * values
         factors, local = padded[:, ancestry], slopes[:, ancestry]  # (tasks, units, levels)
         total = torch.zeros_like(padded)
         for level in range(ancestry.shape[1]):
@@ -366,4 +410,4 @@ class _Take(torch.autograd.Function):
         return total[:, :-1], None, None, None, None, None
 
 
-_take: Callable[..., Tensor] = _Take.apply
+_with_derivative: Callable[..., Tensor] = _WithDerivative.apply

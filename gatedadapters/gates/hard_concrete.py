@@ -16,9 +16,10 @@ from gatedadapters.config import GateConfig
 
 
 def logistic_noise(shape: tuple[int, ...], config: GateConfig, generator: torch.Generator) -> Tensor:
-    """Logistic noise log u - log(1 - u), u uniform in (epsilon, 1 - epsilon); drawn on the CPU: every device agrees.
+    """Logistic noise log u - log(1 - u), u uniform in (epsilon, 1 - epsilon).
 
-    Drawn in float64 and returned in float32: in low precision 1 - 1e-6 rounds to 1 and log(1 - u) is -inf.
+    It is drawn on the CPU, so that every device gets the same values. It is computed in float64 and returned in
+    float32: in low precision 1 - 1e-6 rounds to 1, and log(1 - u) is -inf.
     """
     u = torch.rand(shape, generator=generator, dtype=torch.float64)
     u = config.epsilon + (1 - 2 * config.epsilon) * u
@@ -26,7 +27,7 @@ def logistic_noise(shape: tuple[int, ...], config: GateConfig, generator: torch.
 
 
 def sample(log_alpha: Tensor, noise: Tensor | None, config: GateConfig) -> Tensor:
-    """Gates in [0, 1], same shape as `log_alpha`; `noise` from `logistic_noise`, or None for the test-time gate.
+    """Gates in [0, 1] of the shape of `log_alpha`: random with `noise` from `logistic_noise`, test-time without.
 
     With noise: s = sigmoid((noise + log alpha) / beta), z = clamp(s (zeta - gamma) + gamma, 0, 1) (equation 10).
     Without: s = sigmoid(log alpha) (equation 13).
@@ -36,7 +37,7 @@ def sample(log_alpha: Tensor, noise: Tensor | None, config: GateConfig) -> Tenso
 
 
 def slope(log_alpha: Tensor, noise: Tensor | None, config: GateConfig) -> Tensor:
-    """Derivative of `sample` by log alpha, in closed form: exactly 0 where the clamp is saturated."""
+    """Derivative of `sample` by log alpha, in closed form; exactly 0 where the clamp is saturated."""
     s = torch.sigmoid(log_alpha if noise is None else (noise + log_alpha) / config.temperature)
     stretched = s * (config.high - config.low) + config.low
     inside = (stretched > 0) & (stretched < 1)

@@ -1,4 +1,4 @@
-"""The penalty as a differentiable number, and the Lagrangian ascent behind a budget."""
+"""The penalty as a loss term, and the controller that holds a budget."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ from gatedadapters.gates.bank import GateBank, moving_only
 
 
 class Pressure(nn.Module):
-    """Turns `L0` or `Budget` into the loss term, given how far training has come.
+    """Turns `L0` or `Budget` into the loss term, given the progress of training.
 
-    A budget is held in two ways. Once a step one number is added to every log alpha, such that the expected cost is
-    what it should be now: it can neither lag behind the ramp nor run past it to a dead adapter, whatever the learning
-    rate and the length of training. *Which* gates pay is left to the Lagrangian term m E[cost]. Its multiplier ascends
-    by the correction that was needed, m <- m exp(-shift): where costs had to be pushed down, m was too small. It counts
-    in units of the gates' own gradient evidence, so the scale of the loss does not matter. Once m has faded, the
-    constraint is slack, and nothing lifts what the loss itself closes. A path's later units cost more than its first
-    (`GateBank.crowding`), so that the budget is shared out, not taken whole by the path with the steepest gradient.
+    Two mechanisms hold a budget:
 
-    `multipliers` holds one m for the union over tasks and one per task for the cap.
+    - *How much* stays open is set by a shift. Once a step the same number is added to every log alpha, so that the
+      expected cost meets the target of the ramp. So the cost can neither lag behind the ramp nor fall to 0, whatever
+      the learning rate and the length of training.
+    - *Which* gates close is decided by the loss and the Lagrangian term m E[cost]. The multiplier follows the shift,
+      m <- m exp(-shift): if the shift had to push costs down, m was too small. The term is scaled by the sum of the
+      gates' saliency, so the scale of the loss does not matter. If m falls to its minimum, the constraint is slack,
+      and no shift reopens what the loss closes.
+
+    A path's later units cost more than its first (`GateBank.rank_price`); otherwise the path with the steepest gradient
+    would take the whole budget.
+
+    Attributes:
+        multipliers: (1 + tasks,): m of the union over tasks, then m of each task, used if the budget caps tasks.
+        start: number of steps that the gates had made before this penalty was set.
 
     References:
-        CoFi (ACL 2022): Lagrangian ascent on a ramped sparsity target. S3Delta (NeurIPS 2022): one shift of all log
-        alpha that meets a budget.
+        Xia, Zhong, Chen 2022 (CoFi), arXiv 2204.00408: Lagrangian ascent on a sparsity target that follows a ramp. Hu
+        et al. 2022 (S3Delta), arXiv 2206.07382: one shift of all log alphas that meets a budget.
     """
 
     multipliers: Tensor
-    start: Tensor  # steps that the gates had made before
+    start: Tensor
     _ramps: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
     SMALLEST, LARGEST = 1e-2, 1e3
 
@@ -55,24 +62,22 @@ class Pressure(nn.Module):
         self.register_buffer("start", bank.step.detach().clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # bf16 holds no step of the ascent below 0.4 %: only the device follows, as for gates
+        # Multipliers stay fp32, as gates do: bf16 would round away changes below 0.4 %.
         nn.Module._apply(self, moving_only(fn), recurse)
         return self
 
     def progress(self, bank: GateBank) -> float:
-        """Share of training, in [0, 1], that was done when the last step began; 1 where the length of training is
-        unknown.
-        """
+        """Share of training done when the last step began, in [0, 1]; 1 if the length of training is unknown."""
         if not self.total_steps:
             return 1.0
         return min(1.0, max(0, int(bank.step - self.start) - 1) / self.total_steps)
 
     def target(self, bank: GateBank) -> float:
-        """Where the expected cost should be now, in units of cost.
+        """The expected cost that the gates should have now, in units of cost.
 
-        Anything up to dense during the warm-up; then it falls geometrically to the expected cost of a Structure that
-        spends the budget, with gates at the ends of their range: what is dropped keeps the probability that log alpha's
-        lower bound leaves it. The budget itself once a Structure is fixed.
+        During the warm-up it is the dense cost. Then it falls geometrically to the expected cost of a Structure that
+        spends the budget. A dropped gate sits at log alpha's lower bound, where P(open) is still above 0; the final
+        target allows for that. Once a Structure is fixed, it is the budget itself.
         """
         assert isinstance(self.penalty, Budget)
         dense = bank.dense_cost(self.penalty.unit)
@@ -81,26 +86,26 @@ class Pressure(nn.Module):
         return self._targets(bank)[0] if self._presses(bank) else dense
 
     def _targets(self, bank: GateBank) -> tuple[float, float | None]:
-        """For the union over tasks and for each task alone (None without a cap)."""
+        """Target of the union over tasks, and of each task (None without a cap)."""
         pressure = self.schedule.pressure(self.progress(bank))
         union, cap = (None if ends is None else ends[0] * (ends[1] / ends[0]) ** pressure for ends in self._ramps)
         assert union is not None
         return union, cap
 
     def kept_share(self, progress: float) -> float:
-        """How much of what is open at `progress` the budget will keep, in (0, 1]; 1 for L0 and from the prune on."""
+        """Final cost over the cost at `progress`, in (0, 1]; 1 for L0, and from the prune on."""
         at, ends = self.schedule.prune, self._ramps[0]
         if ends is None or (at is not None and progress >= at):
             return 1.0
         return float((ends[1] / ends[0]) ** (1.0 - self.schedule.pressure(progress)))
 
     def term(self, bank: GateBank) -> Tensor:
-        """The loss term, a differentiable scalar; 0 once a Structure is fixed or before the warm-up ends."""
+        """The loss term, a differentiable scalar; 0 during the warm-up and once a Structure is fixed."""
         terms = list(self.terms(bank).values())
         return sum(terms[1:], terms[0])
 
     def terms(self, bank: GateBank) -> dict[str, Tensor]:
-        """What `term` is the sum of: `L0`, or `budget` and, where tasks are capped, `cap`; differentiable scalars."""
+        """The summands of `term`, differentiable scalars: `L0`, or `budget` and, if tasks are capped, `cap`."""
         budget = self.penalty if isinstance(self.penalty, Budget) else None
         if not self._presses(bank):
             names = ["L0"] if budget is None else ["budget", *(["cap"] if budget.per_task is not None else [])]
@@ -109,26 +114,26 @@ class Pressure(nn.Module):
         dense, pressure = bank.dense_cost(unit), self.schedule.pressure(self.progress(bank))
         if isinstance(self.penalty, L0):
             return {"L0": self.penalty.weight * pressure * bank.expected_cost(unit, weights=bank.weights) / dense}
-        m = self.multipliers  # they rise by true costs, so that budgets stay exact; what they press on is weighted
-        crowded = bank.crowding()
-        crowded *= bank.weights.to(crowded)
-        found = {"budget": m[0] * bank.evidence.sum() * bank.expected_cost(unit, weights=crowded) / dense}
+        # The multipliers follow true costs, so that budgets stay exact. The term itself weights the costs.
+        m, weights = self.multipliers, bank.rank_price()
+        weights *= bank.weights.to(weights)
+        found = {"budget": m[0] * bank.saliency.sum() * bank.expected_cost(unit, weights=weights) / dense}
         if self.penalty.per_task is not None:
-            crowded = bank.crowding(per_task=True)
-            crowded *= bank.weights.to(crowded)
-            found["cap"] = (m[1:] * bank.evidence.sum(1)) @ bank.expected_task_cost(unit, weights=crowded) / dense
+            weights = bank.rank_price(per_task=True)
+            weights *= bank.weights.to(weights)
+            found["cap"] = (m[1:] * bank.saliency.sum(1)) @ bank.expected_task_cost(unit, weights=weights) / dense
         return found
 
     @torch.no_grad()
     def ascend(self, bank: GateBank) -> None:
-        """Once at the beginning of each optimiser step: meet the target, and take the correction as the ascent."""
+        """Shift log alpha to meet the target, and update the multipliers; once at the beginning of each step."""
         if not isinstance(self.penalty, Budget) or not self._presses(bank):
             return
         unit, (union, cap) = self.penalty.unit, self._targets(bank)
         bounds, m = bank.config.bounds, self.multipliers
 
         def shift(cost: Callable[[Tensor], Tensor], target: float, multiplier: Tensor) -> float:
-            """What to add: never so much up that the multiplier fades below the smallest."""
+            """The number to add; limited upwards, where the multiplier reaches its minimum."""
             found = solve_shift(lambda b: cost((bank.log_alpha + b).clamp(*bounds)), target)
             found = min(found, math.log(float(multiplier) / self.SMALLEST))
             multiplier.mul_(math.exp(-found)).clamp_(self.SMALLEST, self.LARGEST)
@@ -145,22 +150,26 @@ class Pressure(nn.Module):
 
     @property
     def prune_step(self) -> int | None:
-        """The step, counted from 1, at whose end the Structure is fixed; None where it never is."""
+        """The step, counted from 1, at whose end the Structure is fixed; None if it never is."""
         if self.schedule.prune is None or not self.total_steps:
             return None
-        return max(1, math.ceil(self.schedule.prune * self.total_steps - 1e-9))  # the product may lie just above
+        return max(
+            1, math.ceil(self.schedule.prune * self.total_steps - 1e-9)
+        )  # rounding may push the product just above
 
     def prune_is_due(self, bank: GateBank) -> bool:
-        """Between two steps: whether the schedule says to fix the Structure now."""
+        """Whether the schedule says to fix the Structure now; asked between two steps."""
         at = self.prune_step
         if at is None or bank.frozen:
             return False
-        done = int(bank.step - self.start) - (not bank.step_is_new())  # the last draw may be of a step under way
+        done = int(bank.step - self.start) - (
+            not bank.step_is_new()
+        )  # a step under way has been drawn, but is not done
         return done >= at
 
 
 def _ramps(bank: GateBank, budget: Budget) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """Expected cost at the beginning and the end of the ramp: of the union over tasks, and of each task (its cap)."""
+    """Expected cost at both ends of the ramp: for the union over tasks, and for each task (None without a cap)."""
     dense = bank.dense_cost(budget.unit)
     low, start = (torch.full_like(bank.log_alpha, value) for value in (bank.config.bounds[0], bank.config.init))
 
@@ -177,10 +186,10 @@ def _ramps(bank: GateBank, budget: Budget) -> tuple[tuple[float, float], tuple[f
 
 
 def solve_shift(cost: Callable[[Tensor], Tensor], target: float, *, tolerance: float = 5e-3) -> float:
-    """The b with cost(b) = target to a relative `tolerance`, for an increasing cost; the nearer of +-10 if none has.
+    """Find b in [-10, 10] with cost(b) = target to a relative `tolerance`, for an increasing `cost`.
 
-    Newton steps on log cost, bisection where they leave the bracket: mostly one or two evaluations, since the gates
-    move little in a step.
+    If no such b exists, the nearer end is the result. The search takes Newton steps on log cost, and bisects if a step
+    leaves the bracket. Gates move little in one step, so one or two evaluations are enough as a rule.
     """
     low, high, b = -10.0, 10.0, 0.0
     for _ in range(40):
@@ -199,10 +208,10 @@ def solve_shift(cost: Callable[[Tensor], Tensor], target: float, *, tolerance: f
 
 
 def check_budget(bank: GateBank, budget: Budget) -> float:
-    """The budget in units of cost.
+    """Return the budget in units of cost.
 
     Raises:
-        BudgetError: if it, or its cap per task, does not pay for the smallest unit.
+        BudgetError: the budget, or its cap per task, is below the cost of the cheapest unit.
     """
     dense, smallest = bank.dense_cost(budget.unit), float(bank.cost(budget.unit).min())
     resolved = budget.resolve(dense)

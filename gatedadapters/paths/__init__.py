@@ -1,4 +1,4 @@
-"""Candidate paths, one file per kind. To add one: write its file, and name its class here."""
+"""Candidate paths, one file per kind. To add one, write its file and register its class here: see `base.py`."""
 
 from gatedadapters.config import PathOptions
 from gatedadapters.config.deprecation import renamed
@@ -13,13 +13,13 @@ _KINDS: dict[str, type[Path]] = {}
 
 
 def register(path: type[Path]) -> type[Path]:
-    """Make a path kind known to search spaces and artefacts; usable as a decorator on an outsider's class."""
+    """Register a path kind, so that search spaces and artefacts find it; also a decorator for classes of your own."""
     _KINDS[path.kind] = path
     return path
 
 
 def path_class(options: PathOptions) -> type[Path]:
-    """The class behind an options object."""
+    """Return the path class of an options object."""
     return _KINDS[options.kind]
 
 

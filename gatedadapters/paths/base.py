@@ -1,4 +1,13 @@
-"""The contract every candidate path meets, and what its implementations share."""
+"""The contract of a path, and what the path kinds share.
+
+To add a path kind:
+
+1. Write one file in this folder with a subclass of `PathOptions` that fixes `kind`.
+2. Beside it, write a subclass of `Path` with that `kind`, its parameters and the abstract methods below.
+3. Register the class in `paths/__init__.py`, or outside this package with `@gatedadapters.paths.register`.
+4. Test it with a subclass of `gatedadapters.testing.PathContract`.
+5. Name its kind in a search space.
+"""
 
 from __future__ import annotations
 
@@ -12,67 +21,84 @@ from torch import Tensor, nn
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-from gatedadapters.paths.site import Site, SkippedSite
+from gatedadapters.paths.site import Point, Site, SkippedSite
 
 
 class Path(nn.Module, ABC):
     """One candidate adapter at one site.
 
-    Its parameters belong to `units` (ranks, hidden widths; 1 for a path that is kept whole), each costing
-    `unit_params` parameters and `unit_flops` flops per token (forward, multiply-add = 2). Every parameter belongs to
-    exactly one unit, so a structure's parameter count is a sum over its units.
+    Its parameters are divided into `units` (ranks, hidden widths; 1 for a path that is kept whole). Every parameter
+    belongs to exactly one unit, and all units cost the same number of parameters and of flops, so the cost of a path is
+    a sum over its units.
 
-    Contract (checked by `gatedadapters.testing.PathContract`): output unchanged at start; a gate of 0 gives the
-    backbone's output exactly; a gate of 1 the ungated path; gates get gradient once the path is non-zero;
-    `scale_units` and `select_units` do what gates of those values did; `cost` counts the parameters; `merge_into`
-    gives the map that computes the same, or says that none does.
+    The contract, which `gatedadapters.testing.PathContract` checks:
+
+    - At start the model's output is unchanged.
+    - A gate of 0 gives the backbone's output exactly; a gate of 1 gives the output of the ungated path.
+    - Gates get gradient once the path is non-zero.
+    - `scale_units` and `select_units` compute what gates of those values computed.
+    - `cost` counts the parameters exactly.
+    - `merge_into` returns a linear map that computes the same, or raises.
+
+    Attributes:
+        kind: name in search spaces and artefacts.
+        stage: order of the paths that write at one point; lower stages run first.
+        routing: which units each task uses, (tasks, units) of 0 and 1, after compaction for several tasks; else None.
     """
 
     kind: ClassVar[str]
-    stage: ClassVar[int] = 0  # order among paths writing at one point: lower first
+    stage: ClassVar[int] = 0
 
     routing: Tensor | None
 
     def __init__(self, site: Site, options: PathOptions, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.site, self.options = site, options
-        self.register_buffer("routing", None)  # compact, several tasks: (tasks, units), what each task uses
+        self.register_buffer("routing", None)
 
     @classmethod
     @abstractmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
-        """Every place of `layout` that `options.at` selects, in order of the blocks."""
+        """The sites that `options.at` selects in `layout`, in order of the blocks, and those that had to be skipped."""
 
     @classmethod
     @abstractmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
-        """(units, parameters of one unit, flops per token of one unit), without building anything."""
+        """Count the cost without building the path.
+
+        Returns:
+            Number of units, parameters of one unit, and flops of one unit per token (forward; multiply-add = 2).
+        """
 
     @property
     @abstractmethod
     def units(self) -> int:
-        """Number of units it has now."""
+        """Present number of units."""
 
     @abstractmethod
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """New value at the write side.
+        """Compute the new value at the write side.
 
         Args:
-            tapped: what the tap carries, (..., width_in).
-            target: what the write side carries, (..., width_out); the result has its shape and dtype.
-            gate: None for fully open, else (g,) for the whole batch or (n, g) for its n examples, where target's
-                leading dimensions hold n equal runs; g is `units` or 1.
+            tapped: value at the tap, (..., width_in).
+            target: value at the write side, (..., width_out).
+            gate: None if fully open; (g,) for the whole batch; or (n, g) for its n examples, whose rows follow each
+                other in equal runs in target's leading dimensions. g is `units` or 1.
+
+        Returns:
+            A tensor of target's shape and dtype.
         """
 
     @abstractmethod
     def scale_units(self, scale: Tensor) -> None:
-        """Multiply what each unit contributes by `scale` (units,), in place: the function of a gate of that value."""
+        """Multiply the contribution of each unit by `scale`, (units,), in place, as gates of these values do."""
 
     def condense(self, keep: Tensor, scale: Tensor) -> None:
-        """Leave only the units `keep` (indices) contributing, in place, as the gates `scale` (units,) are fixed.
+        """Fix the gates at `scale`, (units,), and let only the units `keep` (indices) contribute, in place.
 
-        Paths whose units can stand in for each other override this, so that those kept take over what they can of the
-        rest; where the rest contributes nothing the function must not change.
+        By default the contribution of the other units is lost. Kinds whose units are interchangeable override this to
+        move as much of it as possible into the units kept. If the other units contribute nothing, the function
+        computed must not change.
         """
         kept = torch.zeros_like(scale)
         kept[keep] = scale[keep]
@@ -80,27 +106,27 @@ class Path(nn.Module, ABC):
 
     @abstractmethod
     def select_units(self, keep: Tensor) -> None:
-        """Keep only the units `keep` (indices), as new, smaller parameters."""
+        """Replace the parameters by new, smaller ones that hold only the units `keep` (indices)."""
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The linear map that alone computes what the map written at computes together with this path.
+        """Return one linear map that computes the same as the map at `site.write` together with this path.
 
-        Linear kinds override this; what is no linear map is refused, by this very method.
+        Kinds that are linear override this; the default raises.
 
         Args:
-            weight: (out, in) of the map at `site.write`, in a type wide enough to add in; not changed.
+            weight: (out, in), the weight at `site.write`, in a dtype precise enough for the sum; not changed.
             bias: (out,), or None; not changed.
-            gate: None for fully open, else (units,) or (1,).
+            gate: None if fully open, else (units,) or (1,).
 
         Returns:
-            The new weight and bias, in the type of `weight`.
+            The new weight and bias, in the dtype of `weight`.
 
         Raises:
-            PathError: no weight can stand in for this kind.
+            PathError: this kind is not linear.
         """
         raise PathError(
-            f"a {self.kind} path cannot be merged: what it computes is no linear map",
-            expected="paths that a weight can take over, such as lora and scale",
+            f"a {self.kind} path cannot be merged: it is not a linear map",
+            expected="kinds that are linear maps, such as lora and scale",
             got=f"{self.kind} at {self.site.write}",
             where="merge",
             fix="keep the adapters attached, or search a space without this kind and merge what it finds",
@@ -110,7 +136,14 @@ class Path(nn.Module, ABC):
     def forward_together(
         cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
     ) -> Tensor:
-        """Several paths of this kind that share a tap; overridden where they can run fused."""
+        """Run several paths of this kind that share a tap and a write side; overridden by kinds that can fuse them.
+
+        Args:
+            paths: the paths, all of this class.
+            tapped: as for `forward`.
+            target: as for `forward`.
+            gates: the gate of each path, as for `forward`.
+        """
         for path, gate in zip(paths, gates, strict=True):
             target = path(tapped, target, gate)
         return target
@@ -121,33 +154,42 @@ class Path(nn.Module, ABC):
 
 
 def check_widths(path: Path, tapped: Tensor, target: Tensor) -> None:
-    """Check that the tensors that a path reads and writes are as wide as the layout says.
-
-    Args:
-        path: with its site.
-        tapped: see `Path.forward`.
-        target: see `Path.forward`.
+    """Check the last dimensions of the tensors at the tap and at the write side.
 
     Raises:
-        PathError: naming the point.
+        PathError: one differs from the width that the layout found; names the point.
     """
     site = path.site
-    for tensor, point, width in ((tapped, site.tap, site.width_in), (target, site.write, site.width_out)):
+    for point, tensor, width in ((site.tap, tapped, site.width_in), (site.write, target, site.width_out)):
         if tensor.shape[-1] != width:
-            raise PathError(
-                "a path does not fit its point",
-                expected=f"last dimension {width} at {point}",
-                got=f"shape {tuple(tensor.shape)}",
-                where=f"{path.kind} at {site.tap} (block {site.block_index}, {site.sublayer})",
-                fix="attach with a sample batch of the kind you train on",
-            )
+            fix = "attach with a sample batch of the kind you train on"
+            raise does_not_fit(path, point, f"last dimension {width}", f"shape {tuple(tensor.shape)}", fix)
+
+
+def does_not_fit(path: Path, point: Point, expected: str, got: str, fix: str) -> PathError:
+    """The error for a tensor that a path cannot work on at one of its points."""
+    return PathError(
+        "a path does not fit its point",
+        expected=expected,
+        got=got,
+        where=f"{path.kind} at {point} (block {path.site.block_index}, {path.site.sublayer})",
+        fix=fix,
+    )
 
 
 def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
-    """Gates (n, g) of n examples spread over the rows of a tensor (..., width), an equal run for each: (rows, g).
+    """Repeat the gates of n examples for their rows.
+
+    Args:
+        gate: (n, g).
+        rows: (..., width); its leading dimensions hold an equal run of rows for each example, see `holds_examples`.
+        where: the point, for errors.
+
+    Returns:
+        (rows, g): the gate of each row of `rows`, flattened to two dimensions.
 
     Raises:
-        PathError: the rows are not those of n examples.
+        PathError: the rows cannot be those of n examples.
     """
     n = gate.shape[0]
     if not holds_examples(rows, n):
@@ -163,15 +205,21 @@ def per_token(gate: Tensor, rows: Tensor, where: str) -> Tensor:
 
 
 def join_parameters(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Concatenate the parameters of paths that run together. A single one is returned without a copy."""
+    """Concatenate parameters of paths that run together; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def join_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
-    """Concatenate the gates of paths that run together: (g,), or (rows of target, g) if a gate differs by example.
+    """Concatenate the gates of paths that run together.
 
-    The gate of a single path keeps its width, 1 or `units`. With several paths, each gate gets as many columns as its
-    path has units.
+    Args:
+        paths: the paths.
+        gates: the gate of each path, as for `Path.forward`.
+        target: (..., width), the value at the write side.
+
+    Returns:
+        (g,), or (rows of target, g) if a gate differs by example; None if all paths are fully open. g is the sum of the
+        paths' units. The gate of a single path keeps its own width, `units` or 1.
 
     Raises:
         PathError: see `per_token`.
@@ -192,20 +240,25 @@ def join_gates(paths: Sequence[Path], gates: Sequence[Tensor | None], target: Te
 
 
 def holds_examples(rows: Tensor, n: int) -> bool:
-    """Whether a tensor (..., width) can hold an equal run of rows for each of n examples: they come first, or as tokens
-    in a row.
+    """Whether a tensor can hold n examples, each with an equal run of rows.
+
+    In a tensor (examples, ..., width) the first dimension counts the examples; in one of shape (tokens, width) the
+    tokens of an example follow each other.
     """
     leading = rows.shape[:-1] if rows.dim() < 3 else rows.shape[:1]
     return leading.numel() % n == 0
 
 
 def resized(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """`value` as a parameter of its own that learns if `parameter` did."""
+    """A new parameter with a copy of `value`; it requires a gradient if `parameter` does."""
     return nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def new_parameter(*shape: int, bound: float = 0.0, generator: torch.Generator | None = None) -> nn.Parameter:
-    """fp32 parameter, uniform in (-bound, bound), or zeros; drawn on the CPU so that every machine starts alike."""
+    """An fp32 parameter, uniform in (-bound, bound), or zeros by default.
+
+    It is drawn on the CPU, so that every device starts from the same values.
+    """
     value = torch.zeros(shape)
     if bound:
         value.uniform_(-bound, bound, generator=generator)

@@ -1,10 +1,11 @@
-"""Bottleneck adapters, serial and parallel: up f(down h), added to what a sub-layer returns.
+"""Bottleneck adapters, serial and parallel: up f(down h + bias) is added to the output of a sub-layer.
+
+There is no bias after `up`: so every parameter belongs to one unit, and a closed unit adds exactly 0. Choose the
+sub-layers with `at: {sublayers: ...}`.
 
 References:
-    Houlsby et al. 2019, arXiv 1902.00751 (serial, after attention and feed-forward); Pfeiffer et al. 2021, arXiv
-    2005.00247 (serial, after the feed-forward only): choose with `at: {sublayers: ...}`. He et al. 2022, arXiv
-    2110.04366 (parallel). There is no bias after `up`: every parameter then belongs to one unit, and a closed unit adds
-    exactly 0.
+    Houlsby et al. 2019, arXiv 1902.00751: serial, after attention and after the feed-forward. Pfeiffer et al. 2021,
+    arXiv 2005.00247: serial, after the feed-forward only. He et al. 2022, arXiv 2110.04366: parallel.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckOptions(PathOptions):
-    """`width` hidden units of 2 d + 1 parameters each."""
+    """A bottleneck of `width` hidden units; each is a unit of in + out + 1 parameters."""
 
     width: int = Field(16, gt=0)
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
@@ -50,13 +51,13 @@ class BottleneckOptions(PathOptions):
 
 
 class SerialOptions(BottleneckOptions):
-    """Reads what the sub-layer returns."""
+    """Options of `Serial`, which reads the output of the sub-layer."""
 
     kind: Literal["serial"] = "serial"
 
 
 class ParallelOptions(BottleneckOptions):
-    """Reads what the sub-layer reads."""
+    """Options of `Parallel`, which reads the input of the sub-layer."""
 
     kind: Literal["parallel"] = "parallel"
 
@@ -84,14 +85,14 @@ class Bottleneck(Path):
         return self.down.shape[0]
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """Adds up (gate * f(down tapped + bias)) to the target."""
+        """Add up (gate * f(down tapped + bias)) to the target."""
         return self.forward_together([self], tapped, target, [gate])
 
     @classmethod
     def forward_together(
         cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
     ) -> Tensor:
-        """One down- and one up-projection for all, each with its activation; the gates scale what it gives."""
+        """Run one down- and one up-projection for all paths; the gates scale the activations between them."""
         several = cast(Sequence[Bottleneck], paths)
         first, dtype = several[0], target.dtype
         check_widths(first, tapped, target)
@@ -113,17 +114,17 @@ class Bottleneck(Path):
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
-        """Baked into `up`."""
+        """Multiply the columns of `up`."""
         self.up.mul_(scale.to(self.up))
 
     def select_units(self, keep: Tensor) -> None:
-        """Rows of what reads, columns of `up`."""
+        """Keep these rows of `down` and `bias` and columns of `up`."""
         self.down, self.bias = resized(self.down, self.down[keep]), resized(self.bias, self.bias[keep])
         self.up = resized(self.up, self.up[:, keep])
 
 
 class Serial(Bottleneck):
-    """h + up f(down h) on a sub-layer's output h, before the residual addition."""
+    """h + up f(down h + bias), h the output of a sub-layer before the residual addition."""
 
     kind = "serial"
     stage = 2
@@ -135,12 +136,12 @@ class Serial(Bottleneck):
 
 
 class Parallel(Bottleneck):
-    """sublayer(x) + up f(down x), x being what the sub-layer reads."""
+    """sublayer(x) + up f(down x + bias), x the input of the sub-layer."""
 
     kind = "parallel"
     stage = 3
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
-        """Every selected sub-layer: taps its input, adds to its output."""
+        """Every selected sub-layer; the path reads its input and adds to its output."""
         return sublayer_sites(options, layout, tap="input", kind=cls.kind)

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank map beside a linear map.
+"""LoRA: a low-rank map added to a linear map.
 
 References:
     Hu et al. 2021, arXiv 2106.09685: h = W x + B A x, A random, B zero. The paper's scale alpha / r is 1 throughout.
@@ -24,7 +24,7 @@ from gatedadapters.paths.site import Site, SkippedSite
 
 
 class LoRAOptions(PathOptions):
-    """`rank` candidates at every selected linear map; each rank is a unit of in + out parameters."""
+    """LoRA of rank `rank` at every selected linear map; each rank is a unit of in + out parameters."""
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(8, gt=0)
@@ -47,13 +47,13 @@ class LoRA(Path):
 
     def __init__(self, site: Site, options: LoRAOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
-        # kaiming_uniform with a = sqrt(5), as in the authors' code: uniform in 1 / sqrt(fan_in)
+        # As in the authors' code: kaiming_uniform with a = sqrt(5), which is uniform in (-1, 1) / sqrt(fan_in).
         self.down = new_parameter(options.rank, site.width_in, bound=1 / math.sqrt(site.width_in), generator=generator)
         self.up = new_parameter(site.width_out, options.rank)
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
-        """Every selected linear map: reads its input, adds to its output."""
+        """Every selected linear map; the path reads its input and adds to its output."""
         return map_sites(options, layout, tap="input", write="output", kind=cls.kind, instead="weight_lora")
 
     @classmethod
@@ -68,14 +68,14 @@ class LoRA(Path):
         return self.down.shape[0]
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """Adds up (gate * (down tapped)) to the target."""
+        """Add up (gate * (down tapped)) to the target."""
         return self.forward_together([self], tapped, target, [gate])
 
     @classmethod
     def forward_together(
         cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
     ) -> Tensor:
-        """One down- and one up-projection for all of them, the gates scaling the bottleneck."""
+        """Run one down- and one up-projection for all paths; the gates scale the bottleneck between them."""
         several = cast(Sequence[LoRA], paths)
         first = several[0]
         check_widths(first, tapped, target)
@@ -84,7 +84,7 @@ class LoRA(Path):
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
-        """Baked into `up`."""
+        """Multiply the columns of `up`."""
         self.up.mul_(scale.to(self.up))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -94,14 +94,19 @@ class LoRA(Path):
 
     @torch.no_grad()
     def condense(self, keep: Tensor, scale: Tensor) -> None:
-        """The best approximation of the gated map by as many ranks as are kept (Eckart-Young): its leading singular
-        directions. Rows of `down` keep their mean length, so that a rank that held nothing can still learn.
+        """Approximate the gated map as well as the kept ranks can: by its leading singular directions.
+
+        Rows of `down` keep their mean length; so a rank whose singular value is 0 can still learn.
+
+        References:
+            Eckart, Young 1936: the truncated singular value decomposition is the best approximation of a given rank.
         """
         q_up, r_up = torch.linalg.qr(widened(self.up) * widened(scale))
         q_down, r_down = torch.linalg.qr(widened(self.down).t())
         u, s, v = torch.linalg.svd(r_up @ r_down.t())
-        keep = keep[: len(s)]  # more ranks than the map has (a router of few experts) hold nothing
-        count, length = len(keep), widened(self.down).norm(dim=1).mean().clamp(min=1e-30)  # imported ones may hold 0
+        keep = keep[: len(s)]  # a small map (a router of few experts) has fewer singular values
+        length = widened(self.down).norm(dim=1).mean().clamp(min=1e-30)  # imported adapters may hold only zeros
+        count = len(keep)
         up, down = torch.zeros_like(self.up), self.down.clone()
         up[:, keep] = ((q_up @ u)[:, :count] * (s[:count] / length)).to(up)
         down[keep] = ((q_down @ v.t())[:, :count].t() * length).to(down)
@@ -109,5 +114,5 @@ class LoRA(Path):
         self.down.copy_(down)
 
     def select_units(self, keep: Tensor) -> None:
-        """Rows of what reads, columns of `up`."""
+        """Keep these rows of `down` and columns of `up`."""
         self.down, self.up = resized(self.down, self.down[keep]), resized(self.up, self.up[:, keep])

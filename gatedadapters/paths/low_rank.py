@@ -1,4 +1,4 @@
-"""y + B diag(z) A x as one autograd function: few saved activations, no full-width temporaries."""
+"""y + B diag(z) A x as one autograd function, which saves few activations and makes no full-width temporaries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class LowRank(torch.autograd.Function):
     """target + ((x down^T) * gate) up^T.
 
     Shapes: x (tokens, in), target (tokens, out), down (r, in), up (out, r), gate None, (g,) or (tokens, g) with g in
-    {1, r}. Computes in target's dtype; gradients come back in each parameter's own. Saved for backward: x and the
-    bottleneck (r, tokens), nothing of width `out`. Skinny products are laid out (r, tokens): with r rows leading they
-    run several times faster than with r columns trailing.
+    {1, r}. It computes in target's dtype; each gradient has the dtype of its parameter. It saves x and the bottleneck
+    for backward, nothing of width `out`. The bottleneck is laid out as (r, tokens): matrix products with few rows run
+    several times faster than those with few columns.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, target, down, up and gate, those that are needed."""
+        """Gradients of x, target, down, up and gate; None if not needed."""
         x, down, up, bottleneck, gate = ctx.saved_tensors
         need_x, _, need_down, need_up, need_gate = ctx.needs_input_grad
         grad_x = grad_down = grad_up = grad_gate = None
@@ -69,7 +69,7 @@ def _gate_gradient(inner: Tensor, bottleneck: Tensor, gate: Tensor) -> Tensor:
 
 
 def low_rank(x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
-    """`LowRank` over any leading dimensions; see there for shapes."""
+    """Apply `LowRank` to tensors with any leading dimensions; see there for shapes."""
     rows = target.reshape(-1, target.shape[-1])
     with in_its_own_type(target):
         result = _apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
@@ -77,6 +77,6 @@ def low_rank(x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor |
 
 
 def in_its_own_type(target: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off, so that what is added to `target` has its type: a float32 target must not be rounded."""
+    """A context without autocast: what is added to a float32 target must not be rounded to a lower precision."""
     device = target.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,8 +1,9 @@
-"""A weight plus a low-rank product, multiplied without ever being added up.
+"""A weight plus a low-rank product that is never added up.
 
-Experts multiply their stacked weights inside one module, in ways that differ by family and implementation, and only
-they know which token goes to which expert. Standing in for the weight, a `LowRankSum` sees each of these products and
-adds its own part to the result: cost and memory grow with the tokens, not with the weights.
+Experts multiply with their stacked weights inside one module, in ways that differ by family and implementation. Only
+that module knows which token goes to which expert. It gets a `LowRankSum` in place of the weight. The sum intercepts
+each product with the weight and adds the low-rank part to the result. So cost and memory grow with the number of
+tokens, not with the size of the weights.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ _MATMULS = frozenset({"matmul", "__matmul__", "mm", "bmm"})
 
 
 class LowRankSum:
-    """base + left @ right in everything that torch does with it; whatever is not a product gets the sum itself.
+    """base + left @ right, for torch's functions. Matrix products stay low-rank; other functions get the dense sum.
 
-    Shapes: base (*batch, p, q), left (*batch, p, r), right (*batch, r, q). Products come in base's precision, as the
-    backbone's do; `base` may itself be a `LowRankSum`.
+    Args:
+        base: (*batch, p, q), or another `LowRankSum` of that shape. Products have its dtype.
+        left: (*batch, p, r).
+        right: (*batch, r, q).
     """
 
     def __init__(self, base: Tensor | LowRankSum, left: Tensor, right: Tensor) -> None:
@@ -36,22 +39,22 @@ class LowRankSum:
         self._each: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
     def dense(self) -> Tensor:
-        """The sum, in base's type: a tensor of base's size."""
+        """The sum as a tensor, in base's dtype."""
         base = self.base.dense() if isinstance(self.base, LowRankSum) else self.base
         with in_its_own_type(base):
             return (base + self.left @ self.right).to(base.dtype)
 
     def transpose(self, first: int, second: int) -> LowRankSum | Tensor:
-        """Stays a sum of products if the last two dimensions change places."""
+        """The transpose: a `LowRankSum` if the last two dimensions are swapped, else dense."""
         if {first % self.left.ndim, second % self.left.ndim} != {self.left.ndim - 2, self.left.ndim - 1}:
             return self.dense().transpose(first, second)
         base = cast(Any, self.base.transpose(-2, -1))
         return type(self)(base, self.right.transpose(-2, -1), self.left.transpose(-2, -1))
 
     def __getitem__(self, index: Any) -> LowRankSum | Tensor:
-        """One expert, or several: `index` addresses the first dimension."""
+        """One expert or several; `index` addresses the first dimension."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and self.left.ndim == 3):
-            if self._each is None:  # one backward for all experts: that of a single one fills a whole stack with zeros
+            if self._each is None:  # an index would fill a whole stack with zeros in each backward
                 self._each = self.left.unbind(0), self.right.unbind(0)
             left, right = self._each
             return type(self)(cast(Any, self.base[index]), left[int(index)], right[int(index)])
@@ -71,7 +74,7 @@ class LowRankSum:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Every torch function that gets such a weight ends here."""
+        """Called for every torch function with such a weight among its arguments."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if len(args) >= 2 and not isinstance(args[0], LowRankSum) and isinstance(args[1], LowRankSum):
@@ -98,22 +101,22 @@ class LowRankSum:
         return y + self._through(x, y, torch.matmul, self.right.mT, self.left.mT)
 
     def _after(self, x: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
-        """X @ self."""
+        """The product x @ self."""
         y = multiply(x, cast(Any, self.base))
         if self.left.ndim == 2:
             return low_rank(x, y, self.left.t(), self.right.t(), None)
         return y + self._through(x, y, multiply, self.left, self.right)
 
     def _before(self, x: Tensor) -> Tensor:
-        """Self @ x."""
+        """The product self @ x."""
         y = torch.matmul(cast(Any, self.base), x)
         with in_its_own_type(y):
             return y + self.left.to(y.dtype) @ (self.right.to(y.dtype) @ x.to(y.dtype))
 
     def _grouped(self, x: Tensor, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Rows of x sorted by expert, `offs` telling where each expert's end."""
+        """The product of rows sorted by expert; `offs` holds the end of each expert's rows."""
         y = func(x, self.base, *args, **kwargs)
-        spare = -self.left.shape[-1] % 8  # grouped kernels want rows of a multiple of 16 bytes
+        spare = -self.left.shape[-1] % 8  # grouped kernels need rows of a multiple of 16 bytes
         left, right = F.pad(self.left, (0, spare)), F.pad(self.right, (0, 0, 0, spare))
         return y + self._through(x, y, lambda a, b: func(a, b, *args, **kwargs), left, right)
 

@@ -12,12 +12,19 @@ from gatedadapters.paths.site import Point, Side, Site, SkippedSite
 def map_sites(
     options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = ""
 ) -> Iterator[Site | SkippedSite]:
-    """Sites around every selected linear map; those inside a module that does more are reported, with the kind that
-    takes such places `instead`.
+    """Sites at every selected linear map.
+
+    Args:
+        options: which maps.
+        layout: of the backbone.
+        tap: the side of the map that the path reads.
+        write: the side of the map that the path changes.
+        kind: path kind, for skipped sites.
+        instead: a path kind that can go to maps without a module of their own; such maps are skipped.
     """
     for block, sublayer, linear in selected_maps(options, layout):
         if linear.host:
-            reason = f"{linear.host} multiplies with it and does more: no module takes its input and returns its output"
+            reason = f"{linear.host} multiplies with it and does more: no module has just its input and output"
             reason += f"; {instead} can go there" if instead else ""
             yield SkippedSite(kind, f"{linear.name}.{linear.parameter}", reason, instead)
         else:
@@ -25,7 +32,7 @@ def map_sites(
 
 
 def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
-    """Every map of the blocks that `options.at` selects, then those outside them where it names `outside`."""
+    """The maps that `options.at` selects: those of the blocks, then, if it names `outside`, those outside them."""
     outside = layout.maps_outside() if "outside" in (options.at.sublayers or ()) else ()
     for block, sublayer, linear in (*layout.maps(), *outside):
         name = linear.name if linear.kind != "experts" else f"{linear.name}.{linear.parameter}"
@@ -34,16 +41,22 @@ def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block,
 
 
 def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str) -> Iterator[Site | SkippedSite]:
-    """Sites that write where a selected sub-layer returns, before the residual addition; roles do not apply."""
+    """Sites that write to the output of every selected sub-layer, before the residual addition.
+
+    Args:
+        options: which sub-layers; its roles are ignored, because a sub-layer has none.
+        layout: of the backbone.
+        tap: the side of the sub-layer that the path reads.
+        kind: path kind, for skipped sites.
+    """
     for block in layout.blocks:
         for sublayer in block.sublayers:
             if not selected(options, layout, block, sublayer, sublayer.name, None):
                 continue
             reader = sublayer.reader if tap == "input" else sublayer.writer
             if reader is None or sublayer.writer is None:
-                yield SkippedSite(
-                    kind, sublayer.name, "where this sub-layer reads or writes the hidden state is unknown"
-                )
+                reason = "no module boundary carries the hidden state that this sub-layer reads or writes"
+                yield SkippedSite(kind, sublayer.name, reason)
                 continue
             traffic = max((m.traffic for m in sublayer.maps if m.name == sublayer.writer), default=float(block.calls))
             yield Site(
@@ -62,7 +75,7 @@ def sublayer_sites(options: PathOptions, layout: Layout, *, tap: Side, kind: str
 def selected(
     options: PathOptions, layout: Layout, block: Block, sublayer: Sublayer, module: str, role: str | None
 ) -> bool:
-    """Whether `options.at` selects this module."""
+    """Whether `options.at` selects this module; `role` is None for a whole sub-layer."""
     return options.at.accepts(
         module=module,
         block=block.index,

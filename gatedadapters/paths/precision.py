@@ -1,4 +1,4 @@
-"""Numbers wider than those a model computes in."""
+"""Double precision for linear algebra on parameters."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where the tensor's device has no such numbers (Apple's)."""
+    """The tensor in float64, on the CPU if it is on an Apple GPU, which has no float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

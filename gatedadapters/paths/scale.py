@@ -1,7 +1,7 @@
 """Scale: one learned factor per feature.
 
 References:
-    Liu et al. 2022 (IA3), arXiv 2205.05638: rescale keys, values and the feed-forward's inner activation.
+    Liu et al. 2022 (IA3), arXiv 2205.05638: factors on keys, values and the inner activation of the feed-forward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gatedadapters.paths.site import Side, Site, SkippedSite
 
 
 class ScaleOptions(PathOptions):
-    """Rescales the `side` of every selected linear map; kept or dropped whole.
+    """Factors on the `side` of every selected linear map; a path is one unit, kept or dropped whole.
 
-    IA3 is `side: output` at keys and values with `side: input` at the feed-forward's down map.
+    IA3 is two candidates: `side: output` at keys and values, and `side: input` at the feed-forward's down map.
     """
 
     kind: Literal["scale"] = "scale"
@@ -31,7 +31,7 @@ class ScaleOptions(PathOptions):
 
 
 class Scale(Path):
-    """h (1 + z s); s (features,), zero at the start. The factor stored by other libraries is 1 + s."""
+    """h (1 + z s); s (features,) is zero at start. Other libraries store the factor 1 + s."""
 
     kind = "scale"
     stage = 1
@@ -57,14 +57,14 @@ class Scale(Path):
         return 1
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """Multiplies the target by 1 + gate * shift."""
+        """Multiply the target by 1 + gate * shift."""
         return self.forward_together([self], tapped, target, [gate])
 
     @classmethod
     def forward_together(
         cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
     ) -> Tensor:
-        """One multiplication by the product of their factors."""
+        """Multiply once, by the product of all factors."""
         several = cast(Sequence[Scale], paths)
         check_widths(several[0], tapped, target)
         factors = [
@@ -78,11 +78,11 @@ class Scale(Path):
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
-        """Baked into the shift."""
+        """Multiply the shift."""
         self.shift.mul_(scale.to(self.shift))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the weight, and the bias, times 1 + gate * shift; columns where the input is scaled."""
+        """Multiply rows of the weight and the bias by 1 + gate * shift, or columns if the input is scaled."""
         shift = self.shift.to(weight)
         factor = 1 + (shift if gate is None else gate.to(weight) * shift)
         if self.site.write.side == "input":
@@ -90,4 +90,4 @@ class Scale(Path):
         return factor[:, None] * weight, None if bias is None else factor * bias
 
     def select_units(self, keep: Tensor) -> None:
-        """Nothing to choose from."""
+        """Do nothing: there is one unit, and it is kept."""

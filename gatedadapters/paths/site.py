@@ -1,4 +1,4 @@
-"""Where a candidate goes: a point of the layout, the site of one path, and a site that was skipped."""
+"""Where candidates go: points of the layout, the sites of paths, and sites that were skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One module of the layout and the side tapped; for side `weight`, its `parameter` itself."""
+    """One side of one module of the layout; for the side `weight`, the module's `parameter` itself."""
 
     module: str
     side: Literal[Side, "weight"]
@@ -25,11 +25,23 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where one candidate goes: it reads at `tap` (width `width_in`) and changes the hidden values at `write`.
+    """Where one candidate reads and writes.
 
-    `traffic` is how many tokens pass here for each token entering the stack (a block shared by 4 layers: 4.0). Where a
-    map has no module boundary of its own, tap and write are its weight: (out, in), or (in, out) if `transposed`, for
-    a stack of `experts` with those in front; `host` is the module that uses it.
+    If no module takes the input of a map and returns its output, tap and write are both its weight.
+
+    Attributes:
+        tap: the point where the path reads.
+        write: the point whose value it changes.
+        width_in: size of the last dimension at the tap.
+        width_out: size of the last dimension at the write side.
+        block: qualified name of the block.
+        block_index: index of the block in call order.
+        sublayer: kind of the sub-layer.
+        role: role of the linear map; empty for a sub-layer as a whole.
+        traffic: tokens that pass here for each token that enters the stack; 4.0 for a block called four times.
+        experts: at a weight: number of experts, the first dimension of the weight; 0 for a plain matrix.
+        transposed: at a weight: whether it is stored as (in, out), not (out, in).
+        host: at a weight: the module that multiplies with it.
     """
 
     tap: Point
@@ -48,7 +60,7 @@ class Site:
     def __post_init__(self) -> None:
         if self.tap.side == "output" and self.tap != self.write:
             raise PathError(
-                "what taps an output must write there",
+                "a path that reads the output of a module must write there",
                 expected=f"tap and write at {self.tap}",
                 got=f"write at {self.write}",
                 where=f"block {self.block_index}, {self.sublayer}",
@@ -73,23 +85,23 @@ class Site:
 
     @property
     def at_weight(self) -> bool:
-        """Whether paths change a weight here, not what a module takes or returns."""
+        """Whether paths here change a weight, not the input or output of a module."""
         return self.write.side == "weight"
 
     @property
     def weight_name(self) -> str:
-        """At a weight: its name inside the host."""
+        """Name of the weight inside the host; only for sites at a weight."""
         return str(self.write).removeprefix(f"{self.host}.")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """At a weight: its shape as it is stored."""
+        """Shape of the weight as it is stored; only for sites at a weight."""
         matrix = (self.width_in, self.width_out) if self.transposed else (self.width_out, self.width_in)
         return (self.experts, *matrix) if self.experts else matrix
 
     @property
     def is_sublayer(self) -> bool:
-        """Whether this is a sub-layer as a whole, not one linear map in it."""
+        """Whether the site is a whole sub-layer, not one linear map in it."""
         return not self.role
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,9 +116,13 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class SkippedSite:
-    """A selected place where a path cannot go, and why; reported, never dropped silently.
+    """A selected site where a path of this kind cannot go. Users are told about it.
 
-    `instead` names the kind made for such places: where a space offers that one too, nothing is amiss.
+    Attributes:
+        kind: path kind.
+        module: name of the module or parameter.
+        reason: why it cannot go there.
+        instead: a kind that can go there, or "". If a space offers that kind too, nothing is reported.
     """
 
     kind: str

@@ -1,14 +1,17 @@
-"""LoRA at a weight itself: fused experts, each with ranks of its own, routers, and weights used from outside.
+"""LoRA at a weight: for fused experts, routers, and weights that another module multiplies with.
 
-Since transformers 5 the experts of a block are one parameter (experts, out, in) and no modules, so that nothing carries
-the input or the output of a single expert; routers multiply and choose in one module; Mamba's mixer uses a weight of a
-child that it never calls. These paths therefore stand at the *weight*: while the module that uses it runs, a
-`LowRankSum` takes its place. `parallel` bottlenecks at the same sub-layer are
-the alternative that all experts share.
+Some maps have no module of their own whose input and output could be hooked:
+
+- Since transformers 5 the experts of a block are one parameter (experts, out, in), not modules.
+- A router multiplies and chooses experts in one module.
+- Mamba's mixer multiplies with the weight of a child that it never calls.
+
+These paths change the *weight* instead. While the module that uses the weight runs, it gets a `LowRankSum` in place of
+the weight. Every expert has ranks of its own; a `parallel` bottleneck at the same sub-layer is shared by all experts.
 
 References:
-    Hu et al. 2021, arXiv 2106.09685: W + B A, here for each expert. That experts are worth choosing among: Wang et al.
-    2024 (ESFT), arXiv 2407.01906.
+    Hu et al. 2021, arXiv 2106.09685: W + B A, here for each expert. Wang et al. 2024 (ESFT), arXiv 2407.01906: tuning
+    a few chosen experts is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-from gatedadapters.paths.base import Path, new_parameter
+from gatedadapters.paths.base import Path, does_not_fit, new_parameter
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.low_rank_sum import LowRankSum
@@ -36,10 +39,13 @@ from gatedadapters.paths.site import Point, Site, SkippedSite
 
 
 class WeightLoRAOptions(PathOptions):
-    """`rank` candidates at every selected map without a module boundary of its own, and at every expert of a stack of
-    them; each is a unit of in + out parameters.
+    """LoRA of rank `rank` at every selected map without a module of its own, and at every expert of a stack.
 
-    `experts` names the expert of each unit once a Structure has chosen among them; experts may then differ in rank.
+    Each rank of each expert is a unit of in + out parameters.
+
+    Attributes:
+        rank: of every expert, in a search.
+        experts: the expert of each unit, in a Structure, where experts may differ in rank; None in a search.
     """
 
     kind: Literal["weight_lora"] = "weight_lora"
@@ -48,15 +54,15 @@ class WeightLoRAOptions(PathOptions):
 
     @property
     def size(self) -> int:
-        """Number of units chosen; before, the rank of each expert."""
+        """The rank of every expert in a search; the number of units in a Structure."""
         return self.rank if self.experts is None else len(self.experts)
 
     def resized(self, size: int) -> Self:
-        """The same with another rank at every expert."""
+        """The same options with another rank at every expert."""
         return self.model_copy(update={"rank": size, "experts": None})
 
     def select(self, units: Sequence[int]) -> Self:
-        """Units are counted expert by expert."""
+        """The options of the kept units; units are counted expert by expert."""
         chosen = (unit // self.rank if self.experts is None else self.experts[unit] for unit in units)
         return self.model_copy(update={"experts": tuple(chosen)})
 
@@ -79,6 +85,7 @@ class WeightLoRA(LoRA):
             experts = tuple(e for e in range(self.n_experts) for _ in range(options.rank))
         if not experts or min(experts) < 0 or max(experts) >= self.n_experts:
             raise PathError(
+                "units of experts that the model does not have",
                 expected=f"units of experts 0..{self.n_experts - 1}",
                 got=f"experts {experts}",
                 where=f"{self.kind} at {site.write}",
@@ -90,18 +97,18 @@ class WeightLoRA(LoRA):
         self._assign(experts)
 
     def _assign(self, experts: Sequence[int]) -> None:
-        """Which expert each unit belongs to, and which of its ranks it is."""
+        """Record the expert of each unit, and the number of each unit among those of its expert."""
         ranks = Counter(experts)
         self.experts, self.rank = tuple(experts), max(ranks.values())
         self.is_even = len(ranks) == self.n_experts and min(ranks.values()) == self.rank
         self.is_even &= self.experts == tuple(sorted(experts))
         for name, values in (("expert", experts), ("slot", _occurrences(experts))):
             index = torch.tensor(values, device=self.down.device)
-            self.register_buffer(name, index, persistent=False)  # the options say it too
+            self.register_buffer(name, index, persistent=False)  # the options hold it too
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
-        """Every selected map that `lora` finds no tap for."""
+        """Every selected map without a module of its own, where `lora` cannot go."""
         for block, sublayer, linear in selected_maps(options, layout):
             if not linear.host:
                 continue
@@ -127,19 +134,19 @@ class WeightLoRA(LoRA):
 
     @classmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
-        """Units are ranks of single experts; flops are those of an expert that gets its equal share of the tokens."""
+        """Units are ranks of single experts; flops assume that all experts get equally many tokens."""
         assert isinstance(options, WeightLoRAOptions)
         n_experts, params = site.experts or 1, site.width_in + site.width_out
         units = len(options.experts) if options.experts is not None else options.rank * n_experts
         return units, params, 2.0 * params * site.traffic / n_experts
 
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """The weights with what this path adds to them; shape and layout of the stored parameter.
+        """Return the weight plus the low-rank part, in the shape of the stored parameter.
 
         Args:
-            tapped: not used, the same as target.
+            tapped: not used; the same as target.
             target: the weight, of the site's `weight_shape`.
-            gate: None, (units,) or (1,): weights have no examples.
+            gate: None, (units,) or (1,); it cannot differ by example, since weights have no examples.
         """
         return self.lazy(target, gate).dense()
 
@@ -147,29 +154,35 @@ class WeightLoRA(LoRA):
     def forward_together(
         cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
     ) -> Tensor:
-        """One after the other: they share nothing."""
+        """Run the paths one after the other: weights leave nothing to fuse."""
         for path, gate in zip(paths, gates, strict=True):
             target = path(tapped, target, gate)
         return target
 
     def lazy(self, weight: Tensor | LowRankSum, gate: Tensor | None) -> LowRankSum:
-        """What `forward` returns, without adding it up; see there for arguments.
+        """Return the result of `forward` as a sum that is not added up; see there for arguments.
 
         Raises:
-            PathError: the weight has another shape, or there is a gate per example.
+            PathError: the weight has another shape, or the gate differs by example.
         """
-        site, fix = self.site, "attach to the backbone as it is now"
+        site = self.site
         if tuple(weight.shape) != site.weight_shape:
-            self._refuse(f"a weight of shape {site.weight_shape}", f"shape {tuple(weight.shape)}", fix)
+            expected, got = f"a weight of shape {site.weight_shape}", f"shape {tuple(weight.shape)}"
+            raise does_not_fit(self, site.write, expected, got, "attach to the backbone as it is now")
         if gate is not None and gate.dim() != 1:
-            self._refuse("the gates of one task", f"gates of shape {tuple(gate.shape)}", "run one task at a time")
+            got = f"gates of shape {tuple(gate.shape)}"
+            raise does_not_fit(self, site.write, "the gates of one task", got, "run one task at a time")
         up, down = self.factors(gate)
         if not site.experts:
             up, down = up[0], down[0]
         return LowRankSum(weight, down.mT, up.mT) if site.transposed else LowRankSum(weight, up, down)
 
     def factors(self, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Up with the gate in it (experts, out, r) and down (experts, r, in); r is the largest rank, the rest zeros."""
+        """The factors of all experts, padded with zeros to the largest rank r.
+
+        Returns:
+            up, multiplied by the gate, (experts, out, r); down, (experts, r, in).
+        """
         down, up = self.down, self.up.t()
         with in_its_own_type(up):
             if gate is not None:
@@ -177,25 +190,25 @@ class WeightLoRA(LoRA):
             return self._stack(up).mT, self._stack(down)
 
     def delta(self, gate: Tensor | None = None) -> Tensor:
-        """What the path adds to the weight, in the layout of the stored parameter, float32: to merge."""
+        """The low-rank part itself, in the shape of the stored parameter, float32."""
         up, down = self.factors(gate)
         with in_its_own_type(up):
             product = up @ down if self.site.experts else (up @ down)[0]
         return product.mT if self.site.transposed else product
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stored weight with what the path adds to it; `weight` is of the site's `weight_shape`."""
+        """Return weight + `delta`; `weight` has the site's `weight_shape`."""
         return weight + self.delta(gate).to(weight), bias
 
     def _stack(self, rows: Tensor) -> Tensor:
-        """(units, width) -> (experts, r, width)."""
+        """Rows of the units, (units, width), by expert, (experts, r, width), padded with zeros."""
         if self.is_even:
             return rearrange(rows, "(expert r) width -> expert r width", expert=self.n_experts)
         return rows.new_zeros(self.n_experts, self.rank, rows.shape[1]).index_put((self.expert, self.slot), rows)
 
     @torch.no_grad()
     def condense(self, keep: Tensor, scale: Tensor) -> None:
-        """Each expert's gated map at its best approximation by the ranks it keeps; see `LoRA.condense`."""
+        """Approximate the gated map of each expert as well as its kept ranks can; see `LoRA.condense`."""
         up, down = self.factors(scale)
         q_up, r_up = torch.linalg.qr(widened(up))
         q_down, r_down = torch.linalg.qr(widened(down).mT)
@@ -204,33 +217,23 @@ class WeightLoRA(LoRA):
         left, right = (q_up @ u) * (s / length)[:, None], (q_down @ v.mT) * length  # (experts, out or in, r)
         new_up, new_down = torch.zeros_like(self.up), self.down.clone()
         experts = [self.experts[unit] for unit in keep.tolist()]
-        places = [(e, d) for e, d in zip(experts, _occurrences(experts), strict=True)]
-        held = torch.tensor([direction < s.shape[1] for _, direction in places], device=s.device)
-        expert, direction = torch.tensor(places, device=s.device).view(-1, 2)[held].t()
-        keep = keep[held.to(keep.device)]  # more ranks than the map has hold nothing
+        pairs = list(zip(experts, _occurrences(experts), strict=True))
+        held = torch.tensor([direction < s.shape[1] for _, direction in pairs], device=s.device)
+        expert, direction = torch.tensor(pairs, device=s.device).view(-1, 2)[held].t()
+        keep = keep[held.to(keep.device)]  # a small map has fewer singular values than ranks
         new_up[:, keep] = left[expert, :, direction].t().to(new_up)
         new_down[keep] = right[expert, :, direction].to(new_down)
         self.up.copy_(new_up)
         self.down.copy_(new_down)
 
     def select_units(self, keep: Tensor) -> None:
-        """Rows of what reads, columns of `up`, and their experts."""
+        """Keep these rows of `down`, columns of `up`, and their experts."""
         super().select_units(keep)
         self._assign([self.experts[unit] for unit in keep.tolist()])
 
-    def _refuse(self, expected: str, got: str, fix: str) -> None:
-        site = self.site
-        raise PathError(
-            "a path does not fit its point",
-            expected=expected,
-            got=got,
-            where=f"{self.kind} at {site.write} (block {site.block_index}, {site.sublayer})",
-            fix=fix,
-        )
-
 
 def _occurrences(values: Sequence[int]) -> list[int]:
-    """How often each value came before: (3, 3, 5, 3) -> [0, 1, 0, 2]."""
+    """For each value the number of equal values before it: (3, 3, 5, 3) -> [0, 1, 0, 2]."""
     seen = Counter[int]()
     result = []
     for value in values:

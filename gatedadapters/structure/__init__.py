@@ -1,4 +1,4 @@
-"""The discrete result of a search: what it is, the rule that makes one from gates, the folder it is saved in."""
+"""The discrete result of a search: the Structure as data, how gates become one, and the folder it is saved in."""
 
 from gatedadapters.structure.structure import KeptPath, Offer, SiteRecord, Structure, column
 

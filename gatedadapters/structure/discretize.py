@@ -1,4 +1,4 @@
-"""From gates to a Structure: the one hard rule."""
+"""Turns gates into a Structure by one deterministic rule."""
 
 from __future__ import annotations
 
@@ -18,17 +18,32 @@ from gatedadapters.structure.structure import KeptPath, Offer, SiteRecord, Struc
 
 @torch.no_grad()
 def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = None) -> Tensor:
-    """Which units each task keeps: (tasks, units) of 0 and 1.
+    """Choose the units that each task keeps.
 
-    Without a budget, test-time gate > 0. With one, greedily by `scores`, skipping what no longer fits: never above the
-    budget. Default scores: P(open), that of a path's k-th likeliest unit over k, since it adds the less the more are
-    there (as in `GateBank.crowding`; a short search leaves many gates undecided); each task's best unit before any
-    task's second; after a Structure is fixed only what it kept. A unit that another task has already paid for costs
-    nothing more. A task whose own gate is closed takes no unit that another's is open for: what the unit does is the
-    other's, and the task's share in it would be 0 for good.
+    Without a budget, a task keeps the units whose test-time gate is above 0, or whose score is.
+
+    With a budget, units are taken greedily in the order of their scores. A unit that no longer fits is skipped, so the
+    result never exceeds the budget. A unit that another task has already taken costs nothing more. A task whose own
+    gate is closed does not take a unit that is open for, or taken by, another task: the unit has learned for the other
+    task, and a gate that is closed now would stay at 0.
+
+    By default the score is P(open), divided by k for a path's k-th likeliest unit, because a path's later units add
+    less (see `GateBank.rank_price`). Tasks take turns: each task's best unit comes before any task's second. Once a
+    Structure is fixed, only the units it kept are taken.
+
+    Args:
+        bank: the gates.
+        budget: limit on the cost of the units kept by any task, and of those kept by each task.
+        scores: (tasks, units); default: see above.
+
+    Returns:
+        (tasks, units) of 0 and 1.
+
+    Raises:
+        BudgetError: the budget does not pay for the cheapest unit, or the scores have another shape.
 
     References:
-        The greedy choice by probability under a budget is that of S3Delta (NeurIPS 2022).
+        Hu et al. 2022 (S3Delta), arXiv 2206.07382: the greedy choice by probability under a budget.
     """
     gates = bank.deterministic()
     if budget is None and scores is None:
@@ -51,10 +66,10 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     kept = torch.zeros_like(gates)
     paid = [False] * bank.n_units
     is_open, of_others = (gates > 0).tolist(), (gates > 0).any(0).tolist()
-    if scores is None:  # tasks take turns: a task that sees steeper gradients would otherwise take the whole budget
-        values = values / bank.place(values)
+    if scores is None:  # without turns a task with steeper gradients would take the whole budget
+        values = values / bank.rank_within_path(values)
         best = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-        values = values - best.to(values)  # P in [0, 1] decides among equal ranks
+        values = values - best.to(values)  # P is in [0, 1], so it decides only among equal ranks
     for flat in torch.argsort(values.flatten(), descending=True, stable=True).tolist():
         task, unit = divmod(flat, bank.n_units)
         if not is_open[task][unit] and (bank.frozen or of_others[unit] or paid[unit]):
@@ -69,7 +84,7 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
 
 
 def kept_mask(structure: Structure, bank: GateBank, paths: Iterable[tuple[str, Path]], tasks: Sequence[str]) -> Tensor:
-    """The inverse of `build_structure`: (tasks, units), 1 where the structure keeps a unit.
+    """The inverse of `build_structure`: (tasks, units), 1 for each unit that the structure keeps.
 
     Raises:
         AttachError: the structure names other candidates than `paths`, or other tasks.
@@ -111,7 +126,7 @@ def build_structure(
     identity: Fingerprint,
     seed: int,
 ) -> Structure:
-    """The units in `kept` (tasks, units) as plain data."""
+    """Describe the units in `kept`, (tasks, units), as a Structure."""
     with torch.no_grad():
         probability = bank.open_probability()
     records = []
@@ -150,7 +165,7 @@ def build_structure(
 
 
 def offers(bank: GateBank, paths: Mapping[str, Path]) -> tuple[Offer, ...]:
-    """What there was to choose from, grouped by what blocks have in common."""
+    """The candidates of the search, those of equal kind, role and size in different blocks together."""
     blocks: dict[tuple[str, str, str, int], list[int]] = {}
     for group in bank.groups:
         site = paths[group.key].site

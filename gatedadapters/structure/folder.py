@@ -1,4 +1,4 @@
-"""The folder that compact adapters are saved in: one file reads and writes it.
+"""Reads and writes the folder that compact adapters are saved in.
 
 `structure.json` is the Structure; `adapters.safetensors` holds `paths.<key>.<parameter>` (routing included) and
 `heads.<parameter of the model>`, all in float32 or all in bfloat16.
@@ -24,15 +24,15 @@ STRUCTURE, WEIGHTS = "structure.json", "adapters.safetensors"
 FILES = frozenset({STRUCTURE, WEIGHTS})
 
 Base = Literal["same", "updated"]
-"""Whether saved adapters insist on the backbone they were made on, or accept a newer release of it."""
+"""The backbone that saved adapters may be loaded on: the one they were trained on, or also an update of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a folder held.
+    """The content of a folder.
 
     Attributes:
-        structure: of the adapters, carried over to the present backbone where that is an update.
+        structure: of the adapters; on an updated backbone, as carried over to it.
         paths: by key, with the weights that were saved.
         heads: values of the model's task heads, by parameter.
         identity: fingerprint of the backbone that they were read for.
@@ -68,6 +68,7 @@ def write(
     """
     if dtype not in DTYPES.values():
         raise ArtifactError(
+            "adapters are not saved in this dtype",
             expected="torch.float32 or torch.bfloat16",
             got=str(dtype),
             where="Adapters.save(dtype=)",
@@ -82,17 +83,16 @@ def write(
 
 
 def read(model: nn.Module, folder: str | FilePath, *, base: Base = "same") -> Saved:
-    """Read what `write` wrote, for a model that it is checked against; the model is not changed.
+    """Read a folder that `write` wrote, and check it against a model, which is not changed.
 
     Args:
         model: with the backbone and the heads that the adapters were made for.
-        folder: what `write` wrote.
+        folder: the folder.
         base: `"updated"` accepts a backbone of the same layout with other weights.
 
     Raises:
-        ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another one; it
-        says
-            whether its class, its shapes or its values differ.
+        ArtifactError: the folder is not an artefact, a file is truncated or foreign, or the backbone is another one;
+            the message says whether its class, its shapes or its values differ.
     """
     path = FilePath(folder)
     structure = Structure.load(_existing(path) / STRUCTURE)
@@ -113,7 +113,7 @@ def read(model: nn.Module, folder: str | FilePath, *, base: Base = "same") -> Sa
 
 
 def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
-    """The paths without values: a file may claim any size, so nothing is allocated before the weights match."""
+    """The paths without values. A file may claim any size, so nothing is allocated before the weights are checked."""
     paths: dict[str, Path] = {}
     for record in structure.paths:
         try:
@@ -132,12 +132,12 @@ def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
 
 
 def _filled(paths: dict[str, Path], structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
-    """The paths with their saved values, in float32 as new paths have them."""
+    """The paths with their saved values, in float32, as new paths are."""
     for key, path in paths.items():
         own = {name: tensors[f"paths.{key}.{name}"].float() for name in path.state_dict()}
         path.load_state_dict(own, assign=True)
     if any(t.is_meta for path in paths.values() for t in (*path.parameters(), *path.buffers())):
-        # What a path keeps beside its state dict has to be computed: build it once more, with values.
+        # Buffers that are not part of the state dict are computed when a path is built, so build it again off meta.
         generator = torch.Generator().manual_seed(structure.seed)
         for record in structure.paths:
             whole = record.build(generator)
@@ -201,7 +201,7 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: FilePath, *,
 
 
 def _misplaced(model: nn.Module, structure: Structure) -> str:
-    """The first path whose place this model lacks, or has in another width."""
+    """The first site that this model lacks or has with another width, or ""."""
     modules = dict(model.named_modules())
     for record in structure.paths:
         for point, width in ((record.site.tap, record.site.width_in), (record.site.write, record.site.width_out)):

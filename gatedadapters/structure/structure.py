@@ -1,4 +1,4 @@
-"""The discrete result of a search: plain data, diffable, printable."""
+"""The Structure, the discrete result of a search: plain data that can be printed and compared."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ class KeptPath(Config):
     """One path that stays.
 
     Attributes:
-        key: its name among the candidates.
-        options: the candidate's options with the size it keeps.
-        of: the candidate's size.
-        units: which of the candidate's units each task uses.
-        params: parameters stored for it (routing values included where there are several tasks).
-        flops: forward flops per token of what is kept.
+        key: name of the candidate.
+        options: the candidate's options, with the number of units that stay as size.
+        site: where the path reads and writes.
+        of: number of units of the candidate.
+        units: the candidate's units that each task uses.
+        params: parameters stored for the path, including the routing values if there are several tasks.
+        flops: flops per token of the units that stay, forward.
         open_probability: per task, the mean over kept units of P(open) when the Structure was made.
     """
 
@@ -76,7 +77,7 @@ class KeptPath(Config):
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Units any task uses, sorted: what is stored."""
+        """Units that any task uses, sorted; these are stored."""
         return tuple(sorted({unit for units in self.units.values() for unit in units}))
 
     @property
@@ -85,16 +86,24 @@ class KeptPath(Config):
         return self.options.kind
 
     def build(self, generator: torch.Generator | None = None) -> Path:
-        """The path, as it is before training.
+        """Build the path as it is before training.
 
         Raises:
-            PathError: its options do not fit its site.
+            PathError: the options do not fit the site.
         """
         return path_class(self.options)(Site.from_dict(self.site.model_dump()), self.options, generator)
 
 
 class Offer(Config):
-    """Candidates of one kind and place in the blocks, whether anything of them stayed or not."""
+    """Candidates of one kind and size at one role of several blocks, whether any of their units stayed or not.
+
+    Attributes:
+        sublayer: kind of the sub-layer.
+        role: role of the linear map; empty for a whole sub-layer.
+        kind: path kind.
+        of: number of units of each candidate.
+        blocks: indices of the blocks.
+    """
 
     sublayer: str
     role: str
@@ -104,10 +113,21 @@ class Offer(Config):
 
 
 class Structure(Config):
-    """What stays, where, with which sizes, and where it came from. JSON in and out; equal data compare equal.
+    """The paths that stay, their sites and sizes, and their origin. It is stored as JSON; equal data compare equal.
 
-    `lineage` names the bases that the weights were carried over from, oldest first (`load_adapters(base="updated")`);
-    only a structure that has one is of version 2.
+    Attributes:
+        version: of the format; 2 if there is a lineage.
+        fingerprint: the backbone.
+        lineage: earlier backbones that the weights were carried over from by `load_adapters(base="updated")`, oldest
+            first.
+        space: the search space.
+        tasks: names of the tasks, in the order of the task ids.
+        paths: the paths that stay.
+        offered: the candidates of the search.
+        dense_params: parameters of all candidates.
+        seed: of the search.
+        budget: the limit it was made for, if any.
+        created_with: versions of the libraries.
     """
 
     version: Literal[1, 2] = 1
@@ -129,7 +149,7 @@ class Structure(Config):
         return self
 
     def carried_to(self, base: Fingerprint) -> Self:
-        """The same structure and weights on an updated base, the present one recorded."""
+        """The same structure on an updated base; the present base joins the lineage."""
         lineage = (*self.lineage, self.fingerprint)
         return self.model_copy(update={"version": 2, "fingerprint": base, "lineage": lineage})
 
@@ -140,27 +160,28 @@ class Structure(Config):
 
     @property
     def flops(self) -> float:
-        """Adapter flops per token, forward, for a batch that uses everything kept."""
+        """Adapter flops per token, forward, for a batch that uses all paths."""
         return sum(path.flops for path in self.paths)
 
     def routing(self, path: KeptPath) -> Tensor | None:
-        """(tasks, units) of 0 and 1, which of a path's units each task uses; None of a single task, which uses all."""
+        """Which of a path's units each task uses, (tasks, units) of 0 and 1; None for one task, which uses them all."""
         if len(self.tasks) == 1:
             return None
         return torch.tensor([[float(unit in path.units.get(task, ())) for unit in path.kept] for task in self.tasks])
 
     def task_params(self, task: str) -> int:
-        """Parameters that one task uses."""
+        """Number of parameters that one task uses."""
         return sum(round(p.params * len(p.units.get(task, ())) / len(p.kept)) for p in self.paths)
 
     def for_task(self, task: str) -> Self:
-        """The part of the structure that one task uses, as a structure of that task alone.
+        """The part of the structure that one task uses, as a structure for that task alone.
 
         Raises:
-            TaskError: unknown task.
+            TaskError: the task is unknown.
         """
         if task not in self.tasks:
             raise TaskError(
+                "this task is unknown",
                 expected=f"one of {', '.join(self.tasks)}",
                 got=repr(task),
                 where="Structure.for_task",
@@ -185,7 +206,12 @@ class Structure(Config):
         return self.model_copy(update={"tasks": (task,), "paths": tuple(paths)})
 
     def sharing(self) -> dict[str, Any]:
-        """How the tasks share the pool: parameters per task, and by how many tasks each stored parameter is used."""
+        """How the tasks share the units.
+
+        Returns:
+            `params_per_task`, by task; `params_used_by_n_tasks`, the number of parameters that exactly n tasks use;
+            `overlap` of each pair of tasks, the units both use over those either uses.
+        """
         by_count: Counter[int] = Counter()
         for path in self.paths:
             for unit in path.kept:
@@ -202,7 +228,7 @@ class Structure(Config):
         }
 
     def diff(self, other: Structure) -> list[str]:
-        """What changed from this structure to `other`, one line per path."""
+        """The changes from this structure to `other`, one line for each path that differs."""
         mine, theirs = ({p.key: p for p in s.paths} for s in (self, other))
         lines = []
         for key in sorted(mine.keys() | theirs.keys()):
@@ -216,10 +242,14 @@ class Structure(Config):
         return lines
 
     def grid(self, task: str | None = None) -> tuple[list[int], list[str], dict[tuple[int, str], tuple[int, int]]]:
-        """Blocks, columns (sub-layer, role, kind) in order of the forward pass, and (kept, offered) units of each cell.
+        """The structure as a grid of blocks and columns, for tables and pictures.
 
         Args:
-            task: count what this task uses; default: what any task uses.
+            task: count the units that this task uses; default: those that any task uses.
+
+        Returns:
+            The blocks; the columns (see `column`), in order of the forward pass; and for each cell the units kept and
+            the units offered.
         """
         cells: dict[tuple[int, str], tuple[int, int]] = {}
         for offer in self.offered:
@@ -227,15 +257,15 @@ class Structure(Config):
                 _add(cells, (block, column(offer.sublayer, offer.role, offer.kind)), 0, offer.of)
         for path in self.paths:
             kept = path.kept if task is None else path.units.get(task, ())
-            place = path.site.block_index, column(path.site.sublayer, path.site.role, path.kind)
-            _add(cells, place, len(kept), 0 if self.offered else path.of)
+            cell = path.site.block_index, column(path.site.sublayer, path.site.role, path.kind)
+            _add(cells, cell, len(kept), 0 if self.offered else path.of)
         columns = list(dict.fromkeys(column for _, column in cells))
         return sorted({block for block, _ in cells}), columns, cells
 
     def table(self) -> str:
-        """One row per block, one column per (sub-layer, role, kind): units kept of units offered."""
+        """The structure as text: a row per block, a column per (sub-layer, role, kind), units kept of units offered."""
         rows, columns, cells = self.grid()
-        texts = {place: f"{kept}/{of}" if kept else "-" for place, (kept, of) in cells.items()}
+        texts = {cell: f"{kept}/{of}" if kept else "-" for cell, (kept, of) in cells.items()}
         body = [[str(row), *(texts.get((row, column), "") for column in columns)] for row in rows]
         return self._title() + "\n" + format_table(["block", *columns], body)
 
@@ -247,7 +277,7 @@ class Structure(Config):
         return self.table()
 
     def _repr_html_(self) -> str:
-        parts = [self._html(None, f"{self._title()}; colours: the share of the offered units that stays")]
+        parts = [self._html(None, f"{self._title()}; colours: the share of the offered units that stay")]
         if len(self.tasks) > 1:
             parts += [html.folded(f"{t}: uses {self.task_params(t):,}", self._html(t, "")) for t in self.tasks]
         return "".join(parts)
@@ -258,12 +288,12 @@ class Structure(Config):
         for path in self.paths:
             used = len(path.kept) if task is None else len(path.units.get(task, ()))
             params[path.site.block_index] += round(path.params * used / len(path.kept))
-        texts = {place: f"{kept}/{of}" for place, (kept, of) in cells.items() if kept}
-        shares = {place: kept / of for place, (kept, of) in cells.items()}
+        texts = {cell: f"{kept}/{of}" for cell, (kept, of) in cells.items() if kept}
+        shares = {cell: kept / of for cell, (kept, of) in cells.items()}
         return html.grid(blocks, columns, texts, shares, title=title, ends=params, end="parameters")
 
     def to_json(self) -> str:
-        """JSON text, one line per path, so that two structures compare line by line."""
+        """JSON text with one line per path, so that two structures can be compared line by line."""
         data = self.model_dump(mode="json", exclude_none=True, exclude=None if self.lineage else {"lineage"})
         lines = []
         for key, value in data.items():
@@ -278,18 +308,27 @@ class Structure(Config):
     def from_json(cls, text: str | bytes, *, where: str = "structure") -> Self:
         """Inverse of `to_json`.
 
+        Args:
+            text: JSON.
+            where: its origin, for errors.
+
         Raises:
-            ArtifactError: not JSON, another version, unknown or missing keys.
+            ArtifactError: the text is not JSON, is of another version, or has unknown or missing keys.
         """
         try:
             data = json.loads(text)
             version = data.get("version") if isinstance(data, dict) else None
         except (ValueError, UnicodeDecodeError) as error:
             raise ArtifactError(
-                expected="a Structure as JSON", got=str(error), where=where, fix="is the file truncated or foreign?"
+                "this is not JSON",
+                expected="a Structure as JSON",
+                got=str(error),
+                where=where,
+                fix="the file is truncated or foreign: copy or save it again",
             ) from error
         if version not in (1, 2):
             raise ArtifactError(
+                "this version of a Structure is unknown",
                 expected="a Structure of version 1 or 2",
                 got=f"version {version!r}",
                 where=where,
@@ -302,10 +341,10 @@ class Structure(Config):
 
     @classmethod
     def load(cls, file: str | FilePath) -> Self:
-        """Read a JSON file, or the folder of a saved artefact.
+        """Read a JSON file, or the one in the folder of a saved artefact.
 
         Raises:
-            ArtifactError: missing, truncated or foreign file.
+            ArtifactError: the file is missing, truncated or foreign.
         """
         path = FilePath(file)
         path = path / "structure.json" if path.is_dir() else path
@@ -313,16 +352,20 @@ class Structure(Config):
             return cls.from_json(path.read_bytes(), where=str(path))
         except OSError as error:
             raise ArtifactError(
-                expected="a structure.json", got=str(error), where=str(path), fix="give the folder of a saved adapter"
+                "the structure cannot be read",
+                expected="a structure.json",
+                got=str(error),
+                where=str(path),
+                fix="give the folder of a saved adapter",
             ) from error
 
 
 def column(sublayer: str, role: str, kind: str) -> str:
-    """How a place in a block is called in tables and pictures."""
+    """The name of a column in tables and pictures, such as `ffn.down lora`."""
     short = {"attention": "attn", "feed_forward": "ffn", "cross_attention": "cross", "mixer": "mixer"}
     return f"{short.get(sublayer, sublayer)}{'.' + role if role else ''} {kind}"
 
 
-def _add(cells: dict[tuple[int, str], tuple[int, int]], place: tuple[int, str], kept: int, offered: int) -> None:
-    before = cells.get(place, (0, 0))
-    cells[place] = before[0] + kept, before[1] + offered
+def _add(cells: dict[tuple[int, str], tuple[int, int]], cell: tuple[int, str], kept: int, offered: int) -> None:
+    before = cells.get(cell, (0, 0))
+    cells[cell] = before[0] + kept, before[1] + offered

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.backbone.attached import apply_requires_grad, check_heads, trained_originally
+from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally
 from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
 from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
-from gatedadapters.gates import GateBank, Group
+from gatedadapters.gates import GateBank, GateGroup
 from gatedadapters.paths import Path, Site, SkippedSite, path_class
 from gatedadapters.runtime.forward import OwnForward
 from gatedadapters.structure import Structure
@@ -132,7 +132,7 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
     Raises:
         AttachError: a sparse delta tunes a head, or a weight that a path sits at.
     """
-    check_heads(model, head_names)
+    check_heads_untuned(model, head_names)
     for key, path in built.typed_paths():
         if not path.site.at_weight:
             continue
@@ -208,7 +208,7 @@ def candidates(
     return found, tuple(skipped_sites)
 
 
-def groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[Group]:
+def gate_groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[GateGroup]:
     """The candidates as the gate bank counts them. With several tasks, each unit also stores one routing value per
     task.
     """
@@ -216,7 +216,7 @@ def groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> list[
     result = []
     for key, (options, site) in found.items():
         units, params, flops = path_class(options).cost(site, options)
-        result.append(Group(key, site.block, str(site.tap), units, params + routing, flops))
+        result.append(GateGroup(key, site.block, str(site.tap), units, params + routing, flops))
     return result
 
 
@@ -270,7 +270,7 @@ def gated_candidates(
     generator = torch.Generator().manual_seed(seed)
     paths = {key: path_class(options)(site, options, generator) for key, (options, site) in found.items()}
     adapters = Adapters(paths, tasks=tasks, space=space, identity=identity, seed=seed)
-    adapters.bank = GateBank(groups(found, len(tasks)), space.gates, tasks=len(tasks), seed=seed)
+    adapters.bank = GateBank(gate_groups(found, len(tasks)), space.gates, tasks=len(tasks), seed=seed)
     adapters.layout = layout
     return adapters
 

@@ -108,9 +108,9 @@ class InputHook:
         call = self.supernet.call()
         if not call.runs:
             return None
-        hidden = first_tensor(args, kwargs)
+        hidden = hidden_argument(args, kwargs)
         changed = self.change(hidden, call)
-        return None if changed is hidden else replace_first(args, kwargs, changed)
+        return None if changed is hidden else replace_hidden(args, kwargs, changed)
 
     def change(self, hidden: Tensor, call: Call) -> Tensor:
         """What the module reads instead of `hidden`; the same object for no change."""
@@ -139,7 +139,7 @@ class OutputHook:
             return None
         is_tensor = isinstance(output, Tensor)
         target = output if is_tensor else output[0]
-        changed = self.change(first_tensor(args, kwargs), target, call)
+        changed = self.change(hidden_argument(args, kwargs), target, call)
         if changed is target:
             return None
         return changed if is_tensor else (changed, *output[1:])
@@ -221,7 +221,7 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     return next((len(value) for value in (*named, *args[:1]) if isinstance(value, Tensor) and value.dim() > 1), None)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a module's arguments: first positional tensor, else `hidden_states`, else any float."""
     if args and isinstance(args[0], Tensor):
         return args[0]
@@ -232,9 +232,9 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def replace_first(
+def replace_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the tensor that `first_tensor` finds replaced."""
-    old = first_tensor(args, kwargs)
+    """The arguments with the tensor that `hidden_argument` finds replaced."""
+    old = hidden_argument(args, kwargs)
     return tuple(value if a is old else a for a in args), {k: value if v is old else v for k, v in kwargs.items()}

@@ -130,7 +130,7 @@ class Supernet(nn.Module, StepListener):
         Raises:
             TaskError: there are several tasks, and the call does not say which is meant.
         """
-        per_task = self.bank.take(key) if self.bank is not None else cast(Path, self.paths[key]).routing
+        per_task = self.bank.gate_for(key) if self.bank is not None else cast(Path, self.paths[key]).routing
         if per_task is None:
             return self.bank is None, None
         if len(self.tasks) == 1:

@@ -21,7 +21,7 @@ from gatedadapters.paths import WeightLoRA
 from gatedadapters.paths.low_rank_sum import LowRankSum
 from gatedadapters.runtime.call import Call, replaced
 from gatedadapters.runtime.forward import OwnForward, parameter_of
-from gatedadapters.supernet.hooks import Arguments, first_tensor
+from gatedadapters.supernet.hooks import Arguments, hidden_argument
 from gatedadapters.supernet.supernet import Supernet
 
 # Implementations of transformers' experts that multiply through torch's own functions; others get whole weights.
@@ -93,7 +93,7 @@ class WeightForward(OwnForward):
             TaskError: the module's arguments do not tell.
         """
         ids = cast(Tensor, call.task)
-        first = first_tensor(args, kwargs)
+        first = hidden_argument(args, kwargs)
         values = (*args, *kwargs.values())
         rows, tensors = len(first), [value for value in values if isinstance(value, Tensor)]
         path = cast(WeightLoRA, self.supernet.paths[next(iter(self.keys.values()))[0]])

@@ -1,5 +1,5 @@
-"""For tests, here and of outsiders: tiny backbones of many families, and a contract for each kind of extension: paths,
-importance scores, noises and perturbations, strategies of continual tuning.
+"""For tests of this package and of yours: tiny backbones of many families, and a contract for each kind of extension:
+paths, importance scores, noises and perturbations, strategies of continual tuning.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Tiny random backbones of many families, for tests here and for who writes a path, score or perturbation.
+"""Tiny random backbones of many families, for tests of this package and of new paths, scores and perturbations.
 
-Widths differ wherever the family lets them (hidden 32, feed-forward 48 or 64, keys and values 16, experts
-24), so that a confusion of roles shows up as a wrong shape.
+Widths differ wherever the family allows it (hidden 32, feed-forward 48 or 64, keys and values 16, experts 24). So code
+that confuses two roles fails with a wrong shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Values = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How to build one family: class prefix, configuration values, class suffix of each head."""
+    """How to build a model of one family: class prefix, configuration values, class suffix of each head."""
 
     prefix: str
     config: _Values
@@ -332,8 +332,8 @@ def tiny(family: str, *, head: str = "base", seed: int = 0, **config: Any) -> tu
     Args:
         family: One of ``FAMILIES``.
         head: ``"base"``, ``"classification"`` (``LABELS`` classes) or ``"lm"``, where the family has it.
-        seed: Of the weights and the batch; the global random state is left alone.
-        **config: Values of the configuration other than the family's usual ones.
+        seed: Of the weights and the batch; the global random state does not change.
+        **config: Values of the configuration that replace the family's.
 
     Returns:
         The model, and ``input_ids`` and ``attention_mask`` (2, 8), plus ``decoder_input_ids`` for
@@ -354,12 +354,12 @@ def tiny(family: str, *, head: str = "base", seed: int = 0, **config: Any) -> tu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cast(PreTrainedModel, model_class(made).eval())
-        # BART's classification head reads the state at the end-of-sequence token.
+        # BART's classification head reads the hidden state at the end-of-sequence token.
         ids = torch.randint(3, VOCABULARY, (2, 8))
         ids[:, -1] = made.eos_token_id
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if record.encoder_decoder:
-            # BART looks for that token where the encoder's input has it, so lengths must agree there.
+            # It takes the position of that token from the encoder's input, so both lengths must be equal.
             decoder_ids = torch.randint(3, VOCABULARY, (2, 8 if head == "classification" else 6))
             decoder_ids[:, -1] = made.eos_token_id
             batch["decoder_input_ids"] = decoder_ids

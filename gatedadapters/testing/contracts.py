@@ -1,4 +1,4 @@
-"""The contract of a path, as tests that a subclass inherits.
+"""The contract of a path, as a test class to inherit from.
 
 In a test file of your own, with pytest::
 
@@ -42,7 +42,7 @@ from gatedadapters.testing.helpers import (
 
 
 class PathContract:
-    """Everything a path kind owes its users, on real (tiny) backbones and on the path alone.
+    """Tests of the contract in `Path`, on tiny backbones and on the path alone.
 
     Attributes:
         options: the candidate to test, or several of the same or of different kinds.
@@ -54,7 +54,7 @@ class PathContract:
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
-        """Run every test for every option, and where it asks for a `family`, for every family."""
+        """Run every test for every option and, if it has an argument `family`, for every family."""
         if "option" in metafunc.fixturenames:
             offered = [cls.options] if isinstance(cls.options, PathOptions) else list(cls.options)
             metafunc.parametrize("option", offered, ids=[options.kind for options in offered])
@@ -64,7 +64,7 @@ class PathContract:
     # -- attached to a backbone ----------------------------------------------------------------------
 
     def test_output_is_unchanged_at_the_start(self, option: PathOptions, family: str) -> None:
-        """Bit for bit, in evaluation and (same random state) in training."""
+        """Bit for bit, in evaluation and, for the same random state, in training."""
         model, batch = tiny(family)
         for mode in (False, True):
             before = output_of(model.train(mode), batch)
@@ -73,11 +73,11 @@ class PathContract:
             detach(model)
 
     def test_closed_gate_equals_the_detached_backbone(self, option: PathOptions, family: str) -> None:
-        """Bit for bit, with the path's own parameters anything but zero."""
+        """Bit for bit, with parameters of the path that are not zero."""
         model, batch = tiny(family)
         before = output_of(model, batch)
         adapters = _attached(model, option, batch)
-        assert not torch.equal(output_of(model, batch), before), "the path has no effect to switch off"
+        assert not torch.equal(output_of(model, batch), before), "the path has no effect even with open gates"
         _set_gates(adapters, -4.0)
         assert_equal(output_of(model, batch), before)
         detach(model)
@@ -96,7 +96,7 @@ class PathContract:
     def test_gates_get_no_gradient_while_the_path_is_zero_and_some_once_it_is_not(
         self, option: PathOptions, family: str
     ) -> None:
-        """At first weights learn and gates see exactly nothing; then those of every path see something."""
+        """At start weights get gradient and gates get exactly 0; later the gates of every path get some."""
         model, batch = tiny(family)
         adapters = attach(model, _space(option), batch)
         _set_gates(adapters, 0.0)
@@ -112,7 +112,7 @@ class PathContract:
         random_loss(model, batch).backward()
         for key, where in bank.slices.items():
             own = bank.ancestry[where, -1]
-            assert bank.log_alpha.grad[:, own].any(), f"the gates of {key} see nothing"
+            assert bank.log_alpha.grad[:, own].any(), f"the gates of {key} get no gradient"
 
     def test_each_example_sees_the_gates_of_its_own_task(self, option: PathOptions, family: str) -> None:
         """A mixed batch equals one batch per task."""
@@ -130,7 +130,7 @@ class PathContract:
         assert not torch.allclose(mixed, output_of(model, batch)), "the tasks' gates make no difference"
 
     def test_a_trained_deep_copy_leaves_the_original_alone(self, option: PathOptions, family: str) -> None:
-        """And the original can be detached without the copy noticing."""
+        """Detaching the original does not change the copy either."""
         model, batch = tiny(family)
         adapters = _attached(model, option, batch)
         before, state = output_of(model, batch), copy.deepcopy(model.state_dict())
@@ -156,7 +156,7 @@ class PathContract:
         assert_equal(output_of(other, batch), output_of(model, batch))
 
     def test_saving_the_whole_model_round_trips(self, option: PathOptions, family: str) -> None:
-        """`torch.save` of the attached model: outputs and gradients are the original's."""
+        """After `torch.save` of the attached model, outputs and gradients equal those of the original."""
         model, batch = tiny(family)
         _attached(model, option, batch)
         buffer = io.BytesIO()
@@ -169,12 +169,12 @@ class PathContract:
         assert_same_state(gradients_of(loaded), gradients_of(model))
 
     def test_gradient_checkpointing_changes_no_gradient(self, option: PathOptions, family: str) -> None:
-        """In either mode; the gates' gradient up to the order of a sum."""
+        """In either mode of checkpointing; gradients of gates up to rounding, since the order of a sum differs."""
         gradients = []
         for mode in (None, True, False):
             model, batch = tiny(family)
             _attached(model, option, batch)
-            model.train().config.use_cache = False  # checkpointing does so too, and GPT-2 then rounds differently
+            model.train().config.use_cache = False  # as checkpointing does; GPT-2 rounds differently without a cache
             if mode is not None:
                 checkpoint_activations(model, use_reentrant=mode)
             random_loss(model, batch).backward()
@@ -188,7 +188,7 @@ class PathContract:
                     assert torch.equal(checkpointed[name], value), name
 
     def test_bfloat16_autocast_keeps_the_type_of_the_output(self, option: PathOptions, family: str) -> None:
-        """The type is the backbone's, the values are close, gradients stay in float32."""
+        """The dtype is that of the backbone alone, the values are close, and gradients are float32."""
         model, batch = tiny(family)
         with torch.autocast("cpu", torch.bfloat16):
             expected = output_of(model, batch).dtype
@@ -200,13 +200,15 @@ class PathContract:
         loss.backward()
         assert rough.dtype == expected
         close = torch.isclose(rough.float(), exact.float(), rtol=0.1, atol=0.1)
-        assert close.float().mean() > 0.9, "beyond rounding, which may send a token to another expert"
+        assert close.float().mean() > 0.9, (
+            "more differs than rounding explains, which may send a token to another expert"
+        )
         for name, value in gradients_of(model).items():
             assert value.dtype == torch.float32, name
             assert value.isfinite().all(), name
 
     def test_compact_equals_gated_evaluation(self, option: PathOptions, family: str) -> None:
-        """Gates strictly between 0 and 1 fold into the weights, closed ones disappear."""
+        """Gates between 0 and 1 are multiplied into the weights, and closed units are removed."""
         model, batch = tiny(family)
         adapters = _attached(model, option, batch)
         with torch.no_grad():
@@ -217,7 +219,7 @@ class PathContract:
         assert sum(p.numel() for p in adapters.paths.parameters()) == structure.params
 
     def test_a_structure_survives_json(self, option: PathOptions, family: str) -> None:
-        """The options are plain data: a structure with the path reads back equal and can be attached."""
+        """A structure with the path is read back equal from JSON and can be attached."""
         model, batch = tiny(family)
         structure = attach(model, _space(option), batch).discretize()
         again = Structure.from_json(structure.to_json())
@@ -225,21 +227,21 @@ class PathContract:
         detach(model)
         assert set(attach(model, again).paths) == {path.key for path in structure.paths}
 
-    def test_every_place_is_a_site_or_a_misfit_that_says_why(self, option: PathOptions, family: str) -> None:
-        """Sites name modules of the model and the widths found there."""
+    def test_every_selected_site_is_found_or_skipped_with_a_reason(self, option: PathOptions, family: str) -> None:
+        """The modules of a site are modules of the model."""
         model, batch = tiny(family)
         modules = dict(model.named_modules())
-        for place in path_class(option).sites(option, discover(model, batch)):
-            if isinstance(place, SkippedSite):
-                assert place.reason
+        for site in path_class(option).sites(option, discover(model, batch)):
+            if isinstance(site, SkippedSite):
+                assert site.reason
             else:
-                assert place.tap.module in modules
-                assert place.write.module in modules
+                assert site.tap.module in modules
+                assert site.write.module in modules
 
     # -- the path alone ------------------------------------------------------------------------------
 
     def test_zero_gates_return_the_target_itself_in_value(self, option: PathOptions) -> None:
-        """Also where other units or examples keep the path from being skipped."""
+        """Also if gates of other units or examples are open, so that the path is not skipped."""
         path = self.path(option)
         tapped, target = _tensors(path)
         closed = torch.zeros(path.units)
@@ -251,7 +253,7 @@ class PathContract:
         assert_equal(path(tapped, target, some)[[0, 2]], target[[0, 2]])
 
     def test_unit_gates_equal_no_gate(self, option: PathOptions) -> None:
-        """(1,), (units,) and (examples, units) of ones."""
+        """For gates of ones of every shape: (1,), (units,), (examples, units), (examples, 1)."""
         path = self.path(option)
         tapped, target = _tensors(path)
         plain = path(tapped, target, None)
@@ -260,7 +262,7 @@ class PathContract:
             torch.testing.assert_close(path(tapped, target, gate), plain)
 
     def test_gates_per_example_equal_each_example_alone(self, option: PathOptions) -> None:
-        """Values and gradients, for one gate a unit and one for the whole path; a weight has no examples."""
+        """Values and gradients, for a gate per unit and one for the path; paths at weights refuse gates per example."""
         path = self.path(option)
         tapped, target = _tensors(path)
         if path.site.at_weight:
@@ -278,7 +280,7 @@ class PathContract:
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
     def test_paths_together_equal_one_after_the_other(self, option: PathOptions) -> None:
-        """Whatever mixture of gates they carry."""
+        """For any mixture of gates: none, per unit, per path and per example."""
         paths = [self.path(option, seed=seed) for seed in range(3)]
         tapped, target = _tensors(paths[0])
         units = paths[0].units
@@ -296,7 +298,7 @@ class PathContract:
             torch.testing.assert_close(together, expected)
 
     def test_gradients_equal_finite_differences(self, option: PathOptions) -> None:
-        """In float64: with respect to what is tapped, the target, the gates and every parameter."""
+        """In float64, with respect to the tapped value, the target, the gates and every parameter."""
         path = self.path(option.resized(min(3, option.size))).double()
         names, values = zip(*path.named_parameters(), strict=True)
         tapped, target = (
@@ -315,7 +317,7 @@ class PathContract:
             assert torch.autograd.gradcheck(run, (target, *taps, *gate, *values), fast_mode=True)
 
     def test_cost_counts_the_parameters(self, option: PathOptions) -> None:
-        """Units times parameters of a unit is what is stored, before and after units are dropped."""
+        """The parameters of a path are its units times those of a unit, before and after units are dropped."""
         path = self.path(option)
         units, params, flops = type(path).cost(path.site, option)
         assert units == path.units == option.size * (path.site.experts or 1)
@@ -332,7 +334,7 @@ class PathContract:
             path.load_state_dict(type(path)(path.site, smaller).state_dict())  # equal names and shapes
 
     def test_scaled_and_selected_units_do_what_gates_of_those_values_did(self, option: PathOptions) -> None:
-        """`scale_units` folds a gate into the weights; `select_units` drops what a gate of 0 had closed."""
+        """`scale_units` multiplies gates into the weights; `select_units` removes units with a gate of 0."""
         path = self.path(option)
         tapped, target = _tensors(path)
         gate = torch.rand(path.units)
@@ -345,7 +347,7 @@ class PathContract:
         assert all(p.requires_grad for p in path.parameters())
 
     def test_condensing_drops_what_is_closed_at_no_change(self, option: PathOptions) -> None:
-        """`condense` equals the gates where all that is dropped had a gate of 0; dropped units then do nothing."""
+        """`condense` computes what the gates did if only closed units are dropped; dropped units contribute nothing."""
         path = self.path(option)
         tapped, target = _tensors(path)
         gate = torch.rand(path.units) + 0.1
@@ -358,13 +360,13 @@ class PathContract:
         gated = path(tapped, target, gate)
         path.condense(keep, gate)
         torch.testing.assert_close(path(tapped, target, None), gated)
-        path.condense(keep[:1], torch.ones(path.units))  # now what is dropped contributes, and may be lost in part
+        path.condense(keep[:1], torch.ones(path.units))  # this drops open units, so the function may change
         condensed = path(tapped, target, None)
         path.select_units(keep[:1])
         torch.testing.assert_close(path(tapped, target, None), condensed)
 
     def test_the_result_has_the_shape_and_type_of_the_target(self, option: PathOptions) -> None:
-        """For any leading dimensions and mixture of types, under autocast and not; backward runs."""
+        """For any leading dimensions and dtypes, with and without autocast; backward runs too."""
         path = self.path(option)
         site = path.site
         *leading, width = _tensors(path)[1].shape
@@ -403,7 +405,7 @@ class PathContract:
             torch.testing.assert_close(linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
 
     def test_a_wrong_shape_names_the_point(self, option: PathOptions) -> None:
-        """A width that is not the layout's, and rows that are not a multiple of the examples."""
+        """For widths that differ from the layout's, and for rows that are not a multiple of the examples."""
         path = self.path(option)
         tapped, target = _tensors(path)
         wide_tap, wide = (torch.cat([t, t[..., :1]], -1) for t in (tapped, target))
@@ -417,10 +419,10 @@ class PathContract:
     # -- helpers -------------------------------------------------------------------------------------
 
     def path(self, option: PathOptions, *, seed: int = 0) -> Path:
-        """The path on its own, at its first site in the first family, with parameters that are not zero."""
+        """The path alone, at its first site in the first family, with parameters that are not zero."""
         model, batch = tiny(self.families[0])
         kind = path_class(option)
-        site = next(place for place in kind.sites(option, discover(model, batch)) if isinstance(place, Site))
+        site = next(site for site in kind.sites(option, discover(model, batch)) if isinstance(site, Site))
         path = kind(site, option, torch.Generator().manual_seed(seed))
         awaken(path, seed=seed)
         return path
@@ -431,7 +433,7 @@ def _space(option: PathOptions) -> SearchSpace:
 
 
 def _attached(model: nn.Module, option: PathOptions, batch: Batch, *, tasks: Sequence[str] = ("default",)) -> Adapters:
-    """Attached, with gates near the middle of their range and paths that do something."""
+    """Attach with gates near the middle of their range and paths whose parameters are not zero."""
     adapters = attach(model, _space(option), batch, tasks=tasks)
     awaken(adapters)
     with torch.no_grad():
@@ -449,7 +451,7 @@ def _one(tensor: Tensor, i: int) -> Tensor:
 
 
 def _tensors(path: Path) -> tuple[Tensor, Tensor]:
-    """What a site carries for 3 examples of 5 tokens, or the weight it stands at."""
+    """The tapped value and the target of a path, for 3 examples of 5 tokens; at a weight, the weight as both."""
     generator = torch.Generator().manual_seed(3)
     if path.site.at_weight:
         weight = torch.randn(path.site.weight_shape, generator=generator)

@@ -1,4 +1,4 @@
-"""What the contracts, and tests like them, do with a model."""
+"""Functions on models that the contracts share with other tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gatedadapters.supernet.adapters import Adapters
 
 
 def awaken(module: nn.Module, *, seed: int = 0) -> None:
-    """Give every parameter except gates a random value, as training would."""
+    """Give every parameter except gates a random value, so that paths contribute as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -22,7 +22,7 @@ def awaken(module: nn.Module, *, seed: int = 0) -> None:
 
 
 def stir(adapters: Adapters, *, by: float, seed: int = 0) -> None:
-    """Move the weights of gated adapters, and the heads they come with, by chance, and spread the gates."""
+    """Add noise of standard deviation `by` to the weights and heads of gated adapters, and draw random gates."""
     assert adapters.bank is not None
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,38 +33,38 @@ def stir(adapters: Adapters, *, by: float, seed: int = 0) -> None:
 
 
 def checkpoint_activations(model: nn.Module, *, use_reentrant: bool) -> None:
-    """Turn on gradient checkpointing of a transformers model, whatever its release calls it."""
+    """Turn on gradient checkpointing of a transformers model; the name of the method differs by release."""
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
 
 def assert_equal(a: Tensor, b: Tensor) -> None:
-    """Bitwise equality, with the largest difference in the message."""
+    """Assert bitwise equality; the message holds the largest difference."""
     assert a.shape == b.shape, f"{tuple(a.shape)} != {tuple(b.shape)}"
     assert torch.equal(a, b), f"differ by up to {(a - b).abs().max():.3g}"
 
 
 def run_model(model: nn.Module, batch: Batch, **more: Any) -> Tensor:
-    """What a model returns first, for the same random numbers."""
-    torch.manual_seed(0)  # dropout in training mode
+    """The first output of a model, with a fixed random state for dropout."""
+    torch.manual_seed(0)
     return cast(Tensor, model(**batch, **more)[0])
 
 
 def output_of(model: nn.Module, batch: Batch, **more: Any) -> Tensor:
-    """The same without gradients."""
+    """The first output of a model, without gradients."""
     with torch.no_grad():
         return run_model(model, batch, **more)
 
 
 def random_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """A scalar that every output value moves."""
+    """A scalar that depends on every output value."""
     values = run_model(model, batch).float()
     weight = torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
     return (values * weight).sum()
 
 
 def train_briefly(model: nn.Module, batch: Batch, *, steps: int = 2) -> None:
-    """A few steps of everything that is trained."""
+    """Take a few steps of SGD on all parameters that require gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
     for _ in range(steps):
@@ -79,7 +79,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """The same keys and, bit for bit, values."""
+    """Assert that two state dicts have the same keys and, bit for bit, the same values."""
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name

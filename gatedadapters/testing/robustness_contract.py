@@ -1,4 +1,4 @@
-"""The contract of noise and perturbations, as tests that a subclass inherits.
+"""The contract of noise and perturbations, as a test class to inherit from.
 
 In a test file of your own, with pytest::
 
@@ -40,7 +40,7 @@ TEXT = "Once upon\ta Time there was  one Miller who had three Sons and 1 Mill, 7
 
 
 class CorruptionContract:
-    """Everything a noise or a perturbation owes its users.
+    """Tests of what every noise and every perturbation guarantees.
 
     Attributes:
         corruptions: the class to test, or several; each is built as `cls(ratio, seed=seed)`.
@@ -56,7 +56,7 @@ class CorruptionContract:
             metafunc.parametrize("subject", offered, ids=[found.kind for found in offered])
 
     def test_the_ratio_is_exact_in_expectation(self, subject: type[Corruption]) -> None:
-        """What is touched, counted from outside: never off by a whole unit, and right on the average of seeds."""
+        """The share of changed units is never off by a whole unit, and exact on the average over seeds."""
         for ratio in RATIOS:
             shares, units = [], 1
             for seed in range(SEEDS):
@@ -64,26 +64,26 @@ class CorruptionContract:
                 shares.append(share)
                 if units:
                     assert abs(share - ratio) < 1 / units, f"{share} of {units} for ratio {ratio}, seed {seed}"
-            # rounding one of `units` up or down by chance has a deviation of at most half of one; tensors: chi-square
+            # A random rounding up or down deviates by at most half a unit; amplitudes have a chi-square distribution.
             deviation = (0.5 / units if units else 0.05 * ratio) / math.sqrt(SEEDS)
             assert abs(float(np.mean(shares)) - ratio) <= 5 * deviation + 1e-6, (ratio, float(np.mean(shares)))
 
     def test_the_same_seed_gives_the_same_and_another_one_another(self, subject: type[Corruption]) -> None:
-        """Whatever was drawn elsewhere in between."""
+        """Also if other code draws random numbers in between."""
         once = outcome(subject(0.5, seed=1))
         torch.rand(3)
         np.random.random()  # noqa: NPY002
         assert outcome(subject(0.5, seed=1)) == once
         others = [outcome(subject(0.5, seed=seed)) for seed in range(2, 8)]
-        if subject.kind != "truncation":  # which is the end whatever the seed
+        if subject.kind != "truncation":  # truncation cuts the end for any seed
             assert any(other != once for other in others)
 
     def test_ratio_0_is_the_identity(self, subject: type[Corruption]) -> None:
         """Bit for bit."""
         assert outcome(subject(0.0)) == outcome(None, like=subject)
 
-    def test_nobody_else_notices(self, subject: type[Corruption]) -> None:
-        """Global random numbers go on as if nothing had been drawn."""
+    def test_global_random_states_do_not_change(self, subject: type[Corruption]) -> None:
+        """Neither torch's, nor NumPy's, nor Python's."""
         before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
         outcome(subject(0.5))
         after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
@@ -91,7 +91,7 @@ class CorruptionContract:
         assert before[1:] == after[1:]
 
     def test_special_tokens_and_labels_are_untouched(self, subject: type[Corruption]) -> None:
-        """Special tokens stay, in their order, and none appears; labels stay but under label noise."""
+        """Special tokens stay in their order, and none is added; only label noise changes labels."""
         for ratio in RATIOS:
             found = subject(ratio, seed=3)
             if isinstance(found, TokenPerturbation):
@@ -118,7 +118,7 @@ class CorruptionContract:
                 assert torch.equal(found.embedded(ids, output, SPECIAL)[special], output[special])
 
     def test_columns_keep_their_lengths_and_padding_stays_padding(self, subject: type[Corruption]) -> None:
-        """In single examples and in batches that are padded on either side."""
+        """In single examples, and in batches that are padded on the left or on the right."""
         if not issubclass(subject, TokenPerturbation):
             return
         for ratio in RATIOS:
@@ -139,8 +139,8 @@ class CorruptionContract:
                 if ratio == 0:
                     assert all(torch.equal(new[name], value) for name, value in batch.items())
 
-    def test_what_is_given_is_not_changed(self, subject: type[Corruption]) -> None:
-        """A corruption returns something new; but for gradients, which are changed where they are."""
+    def test_inputs_are_not_changed(self, subject: type[Corruption]) -> None:
+        """A corruption returns new objects; only gradients are changed in place."""
         found = subject(1.0)
         if isinstance(found, TokenPerturbation):
             feature, before = example(), example()
@@ -157,7 +157,7 @@ class CorruptionContract:
             assert torch.equal(copy, output)
 
     def test_a_ratio_outside_0_to_1_is_refused(self, subject: type[Corruption]) -> None:
-        """With an error that names the kind."""
+        """The error names the kind."""
         for ratio in (-0.1, 1.5, math.nan):
             said = ""
             try:
@@ -168,7 +168,11 @@ class CorruptionContract:
 
 
 def touched(found: Corruption) -> tuple[float, int]:
-    """(share touched, units it is a share of; 0 where it is an amplitude), as somebody else would count it."""
+    """Measure a corruption from its input and output.
+
+    Returns:
+        The share of changed units and the number of units; for noise on tensors, its relative amplitude and 0.
+    """
     if isinstance(found, TextPerturbation):
         words = TEXT.split()
         return edits(words, found.text(TEXT).split()) / len(found.eligible(words)), len(found.eligible(words))
@@ -196,7 +200,7 @@ def touched(found: Corruption) -> tuple[float, int]:
 
 
 def outcome(found: Corruption | None, like: type[Corruption] | None = None) -> Any:
-    """What comes out, comparable with ==; of None, what went in."""
+    """The output of a corruption as data that == compares; for None, the input that `like` would get."""
     kind = like or type(found)
     if issubclass(kind, TextPerturbation):
         return TEXT if found is None else call(found, "text", TEXT)
@@ -208,15 +212,15 @@ def outcome(found: Corruption | None, like: type[Corruption] | None = None) -> A
 
 
 def call(found: Corruption, method: str, *args: Any) -> Any:
-    """A method of a subclass."""
+    """Call a method that only a subclass of `Corruption` has."""
     function: Callable[..., Any] = getattr(found, method)
     return function(*args)
 
 
 def trained_weights(noise: NoiseCallback | None) -> list[float]:
-    """Weights after two steps of a tiny model, with the noise called as a Trainer would."""
+    """Sums of a tiny model's weights after two steps, with the noise called as a Trainer calls it."""
     model, batch = tiny("bert", head="classification")
-    model.eval()  # no dropout; the hook looks at the embedding's own mode
+    model.eval()  # no dropout; the hook reads the mode of the embedding alone
     embedding: Any = model
     embedding.get_input_embeddings().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -255,7 +259,7 @@ def edits(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def example() -> dict[str, Any]:
-    """A pair of texts, tokenised: special tokens at both ends and between."""
+    """A tokenised pair of texts, with special tokens at both ends and between."""
     ids = [1, *range(10, 23), 2, *range(40, 51), 2]
     return {
         "input_ids": ids,
@@ -267,7 +271,7 @@ def example() -> dict[str, Any]:
 
 
 def padded(*, left: bool) -> dict[str, Tensor]:
-    """Two examples of unequal length, padded."""
+    """A padded batch of two examples of unequal length."""
     long, short = example(), [1, 30, 31, 32, 33, 34, 2]
     room = len(long["input_ids"]) - len(short)
 
@@ -283,14 +287,14 @@ def padded(*, left: bool) -> dict[str, Tensor]:
 
 
 def vocabulary() -> Vocabulary:
-    """Of a made-up tokenizer."""
+    """The vocabulary of a made-up tokenizer."""
     embedding = torch.randn(SIZE, 8, generator=torch.Generator().manual_seed(1))
-    embedding[SIZE // 2 :] = 2 * embedding[: SIZE // 2]  # nearest neighbours that no example holds
+    embedding[SIZE // 2 :] = 2 * embedding[: SIZE // 2]  # each token's nearest neighbour is one that no example holds
     return Vocabulary(SIZE, frozenset(SPECIAL), mask=3, embedding=embedding)
 
 
 def labels() -> list[int]:
-    """Of a split."""
+    """The labels of a split."""
     return [index % CLASSES for index in range(37)]
 
 
@@ -301,7 +305,7 @@ def embedded() -> tuple[Tensor, Tensor]:
 
 
 def root_mean_square(value: Tensor) -> float:
-    """Of a tensor."""
+    """The root mean square of a tensor."""
     return float(value.detach().square().mean().sqrt())
 
 

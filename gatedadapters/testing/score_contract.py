@@ -1,4 +1,4 @@
-"""The contract of an importance score, as tests that a subclass inherits.
+"""The contract of an importance score, as a test class to inherit from.
 
 In a test file of your own, with pytest::
 
@@ -22,7 +22,7 @@ from gatedadapters.testing.backbones import VOCABULARY, heads, tiny
 
 
 class ScoreContract:
-    """Everything a score owes its users, on real (tiny) backbones.
+    """Tests of what every score guarantees, on tiny backbones.
 
     Attributes:
         scores: the score to test, or several.
@@ -34,7 +34,7 @@ class ScoreContract:
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
-        """Run every test for every score, and where it asks for a `family`, for every family."""
+        """Run every test for every score and, if it has an argument `family`, for every family."""
         if "method" in metafunc.fixturenames:
             offered = [cls.scores] if isinstance(cls.scores, Score) else list(cls.scores)
             metafunc.parametrize("method", offered, ids=[method.kind for method in offered])
@@ -42,7 +42,7 @@ class ScoreContract:
             metafunc.parametrize("family", cls.families)
 
     def test_every_element_has_a_finite_score_of_at_least_zero(self, method: Score, family: str) -> None:
-        """Of every parameter of the backbone, in its shape, and not all of them alike."""
+        """For every parameter of the backbone, in its shape; the scores are not all equal."""
         model, batches = scored(family)
         found = score(model, batches, kind=method, heads=())
         assert found.kind == method.kind
@@ -54,7 +54,7 @@ class ScoreContract:
         assert len({float(found[name].max()) for name in found.names}) > 1
 
     def test_the_model_is_left_as_it_was(self, method: Score, family: str) -> None:
-        """Bits, mode, gradients and what requires them, also where scoring fails half-way."""
+        """Values, training mode, gradients and `requires_grad` flags, also if scoring fails half-way."""
         model, batches = scored(family)
         model.train()
         first = next(model.parameters())
@@ -73,14 +73,14 @@ class ScoreContract:
                 raise AssertionError("tokens outside the vocabulary were accepted")
 
     def test_equal_calls_give_equal_scores(self, method: Score) -> None:
-        """Also from a generator, which can be read once only."""
+        """Also for batches from a generator, which can be read only once."""
         model, batches = scored("bert")
         once, again = score(model, batches, kind=method), score(model, iter(batches), kind=method)
         for name in once.names:
             assert torch.equal(once[name], again[name]), name
 
     def test_scores_on_disk_are_those_in_memory(self, method: Score) -> None:
-        """While they are computed (`spill`), and after they were saved and loaded."""
+        """Both scores written while they are computed (`spill`), and scores saved and loaded later."""
         model, batches = scored("bert")
         held = score(model, batches, kind=method)
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ class ScoreContract:
                     assert torch.equal(other[name], held[name]), name
 
     def test_bad_data_is_refused(self, method: Score) -> None:
-        """None, infinite gradients, and a loss that depends on nothing."""
+        """No data, an infinite loss, a loss of 0, and one loss for the whole batch."""
         if not method.needs_data:
             return
         model, batches = scored("bert")

@@ -23,7 +23,7 @@ TRAINING = StreamTrainingConfig(
     head_learning_rate=2e-2,
     weight_decay=0.1,
     device="cpu",
-    checkpoint_steps=2,
+    checkpoint_steps=None,
 )
 
 
@@ -80,7 +80,7 @@ def tiny_tasks(collate: Collate | None = None) -> list[Task]:
 def tiny_classifier(*, dropout: float = 0.1, seed: int = 0) -> MultiTaskClassifier:
     """A tiny BERT with a head for each of `tiny_tasks`."""
     backbone, _ = tiny("bert", seed=seed)
-    backbone.pooler = None  # no task reads it
+    backbone.add_module("pooler", None)  # no task reads it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MultiTaskClassifier(backbone, CLASSES, dropout=dropout)

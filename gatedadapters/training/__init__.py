@@ -1,4 +1,4 @@
-"""Training gated models with transformers' Trainer, for one task or many."""
+"""Trainers for gated and masked models, built on transformers' Trainer, for one task or many."""
 
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.multitask import MultiTaskClassifier

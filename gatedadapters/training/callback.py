@@ -1,4 +1,4 @@
-"""What tells the clock of optimiser steps about a Trainer's optimiser."""
+"""A callback that tells the clock of optimiser steps about a Trainer's optimiser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gatedadapters.runtime.steps import CLOCK
 
 
 class FollowOptimizer(TrainerCallback):
-    """Hands a Trainer's optimiser in as training begins, so that what a checkpoint says of past steps is taken up.
+    """Hands a Trainer's optimiser to the clock when training begins, with the number of steps in a checkpoint.
 
-    The Trainers of this package have it already. Any other transformers Trainer needs it where a `ga.Ramp` of
-    `weaken_knowledge` has to go on in a resumed run::
+    The Trainers of this package have this callback already. Any other transformers Trainer needs it to resume a run in
+    which `weaken_knowledge` follows a `ga.Ramp`::
 
         with ga.weaken_knowledge(model, drop=ga.Ramp(end=0.2), total_steps=1000):
             Trainer(model, args, train_dataset=..., callbacks=[ga.FollowOptimizer()]).train(resume_from_checkpoint=True)
@@ -28,6 +28,6 @@ class FollowOptimizer(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """The Trainer has made its optimiser, and loaded its state where it resumes."""
+        """Called once the Trainer has made its optimiser and, in a resumed run, loaded its state."""
         if optimizer is not None:
             CLOCK.training_begins(optimizer)

@@ -1,4 +1,4 @@
-"""What every Trainer here refuses: a loss that is no number, labels that no head has, and a foreign checkpoint."""
+"""The checks of every Trainer here: finite losses, labels inside the head, and checkpoints of what is trained."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
+from gatedadapters.gates.bank import current_key
 from gatedadapters.training.callback import FollowOptimizer
 
-MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata: whose elements and whose weights
+MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
 
 class CheckedTrainer(Trainer):
-    """transformers' Trainer, which looks at each training loss, and at a checkpoint before anything of it is loaded."""
+    """transformers' Trainer, with checks of each training loss, and of a checkpoint before anything of it is loaded.
+
+    A checkpoint holds what is trained, not the backbone.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,8 +41,8 @@ class CheckedTrainer(Trainer):
         """The task loss.
 
         Raises:
-            TrainingError: it is not finite, while training.
-            TaskError: a label lies outside the head.
+            TrainingError: the loss of a training step is not finite.
+            TaskError: a label is not below the head's number of classes.
         """
         try:
             loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
@@ -65,7 +70,7 @@ class CheckedTrainer(Trainer):
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what is trained; the backbone is the user's."""
+        """Save what is trained, without the backbone."""
         folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
@@ -80,11 +85,16 @@ class CheckedTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _check_checkpoint(self, folder: str) -> None:
-        """Refuse, before anything is changed, a checkpoint of something else than what is trained."""
+        """Compare a checkpoint's keys, shapes and digests with what is trained, before anything is changed.
+
+        Raises:
+            TrainingError: they differ, or the file cannot be read.
+        """
         file = os.path.join(folder, SAFE_WEIGHTS_NAME)
         if not os.path.isfile(file):
-            return  # the Trainer says what it looked for
-        found, metadata = _read_header(file)
+            return  # the Trainer raises an error of its own
+        stored, metadata = _read_header(file)
+        found = {current_key(key) if is_own(key) else key: shape for key, shape in stored.items()}
         state = self.accelerator.unwrap_model(self.model).state_dict()
         wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
         wrong = [
@@ -92,7 +102,7 @@ class CheckedTrainer(Trainer):
             for key in sorted(wanted.keys() | found.keys())
             if found.get(key) != wanted.get(key)
         ]
-        # masks of one scope per tensor have equal counts everywhere, so that shapes alone do not tell them apart
+        # Different masks may choose equally many elements of every tensor; only their digests tell them apart.
         wrong = wrong or [f"values of another {k}" for k, own in self._origin().items() if metadata.get(k) != own]
         if wrong:
             raise TrainingError(
@@ -104,15 +114,15 @@ class CheckedTrainer(Trainer):
             )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The backbone's keys are absent by design; the others were checked before loading."""
+        """Issue none: the backbone's keys are absent by design, and the others were checked before loading."""
 
     @abstractmethod
     def _is_trained(self, key: str) -> bool:
-        """Whether a key of the model's state dict is trained, and so part of a checkpoint."""
+        """Whether a key of the model's state dict is trained, and therefore part of a checkpoint."""
 
     @abstractmethod
     def _origin(self) -> dict[str, str]:
-        """What the values of a checkpoint belong to beyond their names and shapes, by what it is."""
+        """Backbone and mask digests stored in checkpoint metadata, by name."""
 
 
 def check_finite_loss(loss: Tensor, step: int) -> None:
@@ -136,7 +146,11 @@ def check_finite_loss(loss: Tensor, step: int) -> None:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Raise where hooks and gates would not survive how the model is wrapped, by arguments or by the launcher."""
+    """Check how the arguments or the launcher will wrap the model.
+
+    Raises:
+        TrainingError: the wrapper copies or shards modules, which breaks hooks and gates.
+    """
     wrapped = {
         "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
         "FSDP": bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP"),
@@ -158,7 +172,7 @@ def _is_set(variable: str) -> bool:
 
 
 def _read_header(file: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by name, and the metadata, of a checkpoint's weights.
+    """Shapes by name, and the metadata, of a checkpoint's weights, without reading the values.
 
     Raises:
         TrainingError: the file cannot be read.

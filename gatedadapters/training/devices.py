@@ -1,4 +1,4 @@
-"""Which device a configuration asks for."""
+"""The device that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from gatedadapters.errors import ConfigError
 
 
 def on_cpu(device: str) -> bool:
-    """Whether a run takes the CPU: it was asked for, or `device` is "auto" and there is nothing faster.
+    """Whether a run uses the CPU: `device` is "cpu", or it is "auto" and there is no GPU.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: `device` is "cuda" and there is no CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu")
+        raise ConfigError(
+            "there is no GPU", expected="a CUDA device", got="none", where="device: cuda", fix="use auto or cpu"
+        )
     return device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())

@@ -1,4 +1,4 @@
-"""transformers' Trainer for importance-masked tuning: score, select, tune, report."""
+"""A Trainer for importance-masked tuning: it scores, selects, tunes and reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "a
 
 @dataclass(frozen=True)
 class Report:
-    """Losses on held-out domain and general data, before and after; `None` where there is no such data."""
+    """Losses on held-out data before and after training.
+
+    Attributes:
+        before: mean loss per held-out set, `domain` and `general`; sets that were not given are left out.
+        after: the same after training.
+        free: number of elements that were tuned.
+        params: number of parameters of the model.
+    """
 
     before: dict[str, float]
     after: dict[str, float]
@@ -54,27 +61,28 @@ class Report:
 
 
 class SelectiveTrainer(CheckedTrainer):
-    """Tunes only what matters little in general: everything of transformers' Trainer applies.
+    """A transformers Trainer that tunes only elements which matter little on general data.
 
     `train()` scores the model on general and on domain data, selects a mask, applies it, evaluates, trains on the
-    domain data, and evaluates again; `report()` shows both. A model that has a delta already is trained as it is.
-    Checkpoints hold only what is trained; a run resumes where selection gives the same mask, which it does for equal
-    data and seed.
+    domain data, and evaluates again; `report()` shows both evaluations. If the model has a delta already, that one is
+    trained. Checkpoints hold only what is trained. A run resumes only with the mask of its checkpoint; selection gives
+    the same mask again for equal data and seed.
 
     Args:
-        model: a causal language model, a classifier, or whatever computes a loss from a batch with labels.
+        model: a causal language model, a classifier, or another model that computes a loss from a batch with labels.
         args: transformers' TrainingArguments.
-        train_dataset: the domain's data.
-        general_dataset: data that says what the model must not lose; needed unless `mask` is given.
+        train_dataset: data of the domain.
+        general_dataset: data that represents what the model must keep; needed unless `mask` is given.
         eval_dataset: held-out data of the domain.
         general_eval_dataset: held-out general data.
         selection: how to score and select.
-        mask: a mask to use as it is.
+        mask: a mask to apply instead of selecting one.
         heads: see `apply_mask`.
-        **kwargs: transformers' Trainer's.
+        **kwargs: arguments of transformers' Trainer.
 
     Raises:
-        TrainingError: neither general data nor a mask, or arguments that cannot give a correct result.
+        TrainingError: there is neither general data nor a mask, the model has adapters, or the arguments cannot give a
+            correct result.
     """
 
     def __init__(
@@ -97,7 +105,7 @@ class SelectiveTrainer(CheckedTrainer):
         self.measured: list[dict[str, float]] = []
         if mask is None and general_dataset is None and find_delta(model) is None and self._needs_data:
             raise TrainingError(
-                "nothing says what the model must not lose",
+                "there is no general data, so importance in general is unknown",
                 expected="general_dataset=, or mask=",
                 got="neither",
                 where="SelectiveTrainer",
@@ -122,9 +130,7 @@ class SelectiveTrainer(CheckedTrainer):
                 fix="leave it out; bf16=True is as fast",
             )
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = (
-                True  # a tensor may take no part in a step, as experts that are not chosen
-            )
+            args.ddp_find_unused_parameters = True  # experts that are not chosen take no part in a step
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=self.held_out or None, **kwargs
         )
@@ -140,15 +146,15 @@ class SelectiveTrainer(CheckedTrainer):
 
     @property
     def delta(self) -> SparseDelta:
-        """What is being trained.
+        """The sparse delta that is trained.
 
         Raises:
-            AttachError: nothing was selected yet.
+            AttachError: no mask was applied yet.
         """
         return get_delta(self.module)
 
     def select(self) -> Mask:
-        """Score general and domain data, and select. All processes score the same; the first one's mask holds."""
+        """Score general and domain data and select a mask. All processes score; the mask of the first is used."""
         chosen, scores = self.selection, []
         for data in (self.general_dataset, self.train_dataset):
             batches = islice(self._batches(data), chosen.batches) if self._needs_data else None
@@ -164,7 +170,7 @@ class SelectiveTrainer(CheckedTrainer):
         return _of_the_first(found)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Score, select and apply where that is not done yet, evaluate, train, evaluate."""
+        """Select and apply a mask unless the model has a delta; then evaluate, train and evaluate again."""
         if find_delta(self.module) is None:
             if self.mask is None:
                 self.mask = self.select()
@@ -175,7 +181,7 @@ class SelectiveTrainer(CheckedTrainer):
         return result
 
     def report(self) -> Report:
-        """Domain and general losses side by side.
+        """Domain and general losses before and after training.
 
         Raises:
             TrainingError: `train` has not run.
@@ -216,7 +222,7 @@ class SelectiveTrainer(CheckedTrainer):
 
 
 def _of_the_first(mask: Mask) -> Mask:
-    """The mask of the first process: on GPUs gradients differ in their last bits, and near-ties fall differently."""
+    """The mask of the first process. On GPUs gradients may differ in their last bits, and with them the mask."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return mask
     held = [mask]

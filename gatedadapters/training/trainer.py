@@ -1,4 +1,4 @@
-"""transformers' Trainer for gated models."""
+"""A Trainer for gated models."""
 
 from __future__ import annotations
 
@@ -24,36 +24,44 @@ from gatedadapters.training.multitask import MultiTaskClassifier
 
 
 class ConstantFactor:
-    """A learning-rate factor that stays 1: gates keep their rate until the Structure is fixed."""
+    """The learning-rate factor of gates, which is 1 throughout."""
 
     def __call__(self, step: int) -> float:
-        """1 at every step."""
+        """Return 1 at every step."""
         return 1.0
 
 
 class GatedTrainer(CheckedTrainer):
-    """Trains a model that `attach` prepared; everything of transformers' Trainer applies.
+    """A transformers Trainer for a model with gated adapters.
 
-    Added: the penalty in the loss (once per optimiser step, however many micro-batches), a learning rate for gates and
-    no decay on them, one for paths that grows as a budget closes the others (`shared_out`), the schedule (warm-up,
-    ramp, prune) from the number of steps the Trainer works out, checkpoints that hold only what is trained, and
-    temperature sampling across tasks. Where a prune is to come, only models after it compete for the best checkpoint.
+    It adds to the Trainer:
+
+    - The penalty in the loss, once per optimiser step, for any number of micro-batches.
+    - A learning rate for the gates, without weight decay, and one for the paths that grows as a budget closes
+      candidates (`shared_out`).
+    - The schedule (warm-up, ramp, prune), over the number of steps that the Trainer computes.
+    - Checkpoints that hold only what is trained.
+    - Temperature sampling across tasks.
+
+    If the schedule has a prune, only models after it can become the best checkpoint.
 
     Args:
         model: with adapters attached.
-        args: transformers' TrainingArguments. Several devices: one process each (torchrun, accelerate launch).
-        budget: what the Structure may cost; give this or `penalty`, or neither where `attach` was given a penalty or a
-            Structure. With a sparse delta in the model, a budget in `params` is for both together; one in `flops` or
-            as a fraction of the candidates is for the adapters, as a delta costs neither.
-        penalty: what holds the adapters small, whatever is trained beside them.
+        args: transformers' TrainingArguments. For several devices start one process each (torchrun, accelerate launch).
+        budget: limit on the cost of the Structure. Give `budget` or `penalty`, or neither if `attach` was given a
+            penalty or a Structure. With a sparse delta in the model, a budget in `params` limits both together. One in
+            `flops`, or as a fraction of the candidates, limits the adapters, because a delta costs no flops.
+        penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
-        task_temperature: sample across tasks with probability n ** (1 / temperature); needs a data set with `sizes`.
-        **kwargs: transformers' Trainer's.
+        task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
+            examples; needs a data set with `sizes`.
+        **kwargs: arguments of transformers' Trainer.
 
     Raises:
         AttachError: the model has no adapters.
+        BudgetError: the budget does not pay for the cheapest unit, or the delta alone uses it up.
         TrainingError: both a budget and a penalty are given, or the arguments cannot give a correct result.
     """
 
@@ -77,8 +85,8 @@ class GatedTrainer(CheckedTrainer):
             earlier = None if self.adapters.pressure is None else self.adapters.pressure.penalty
             if budget is None and penalty is None and isinstance(earlier, Budget) and earlier.params is not None:
                 raise TrainingError(
-                    "whether this budget is for the adapters alone or for the sparse delta too is not said",
-                    expected="a joint budget where both are trained",
+                    "this budget may be for the adapters alone, or for the sparse delta too",
+                    expected="a budget or penalty given to the trainer when both are trained",
                     got=f"attach(penalty={earlier!r})",
                     where="GatedTrainer",
                     fix="pass budget= here for both together, or penalty= for the adapters alone",
@@ -86,7 +94,13 @@ class GatedTrainer(CheckedTrainer):
             if budget is not None and budget.params is not None:
                 budget = _what_is_left(budget, self.delta)
         if budget is not None and penalty is not None:
-            raise TrainingError(expected="budget= or penalty=", got="both", where="GatedTrainer", fix="drop one")
+            raise TrainingError(
+                "a budget is a penalty",
+                expected="budget= or penalty=",
+                got="both",
+                where="GatedTrainer",
+                fix="drop one",
+            )
         chosen = budget if budget is not None else penalty
         if chosen is None and schedule is not None and self.adapters.pressure is not None:
             chosen = self.adapters.pressure.penalty
@@ -111,10 +125,10 @@ class GatedTrainer(CheckedTrainer):
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the gates in a group of their own.
+        """The Trainer's optimiser, with parameter groups of their own for gates and for paths.
 
         Raises:
-            TrainingError: an optimiser was given that leaves the gates out.
+            TrainingError: the user's optimiser does not hold the gates.
         """
         gates = self.adapters.gate_parameters()
         learning = [gate for gate in gates if gate.requires_grad]
@@ -141,13 +155,13 @@ class GatedTrainer(CheckedTrainer):
         if apart:
             rates = {"lr": self.delta_learning_rate, "weight_decay": self.args.weight_decay}
             optimizer.add_param_group({"params": apart, **rates})
-        if gates:  # fixed ones too: a run resumed after the prune finds the groups it saved
+        if gates:  # also fixed gates: a run that resumes after the prune needs the groups of its checkpoint
             self._gate_group = len(optimizer.param_groups)
             optimizer.add_param_group({"params": gates, "lr": self.gate_learning_rate or 0.0, "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """The Trainer's schedule for weights, a constant rate for gates; the pressure learns how long training is."""
+        """The Trainer's schedule, with a constant rate for gates. It also tells the pressure the number of steps."""
         pressure = self.adapters.pressure
         if pressure is not None:
             pressure.total_steps = num_training_steps
@@ -170,14 +184,16 @@ class GatedTrainer(CheckedTrainer):
         return scheduler
 
     def _follow_pressure(self, scheduler: LambdaLR, pressure: Pressure, total: int) -> None:
-        """Let the weights' rates follow how many candidates are open, and run through their descent after the prune."""
+        """Apply `rewound` to all rates if the structure will be pruned, and `shared_out` to the rates of paths."""
         prune = pressure.prune_step if pressure.schedule.rewind else None
         if prune is not None:
             peak = self.args.get_warmup_steps(total)
             scheduler.lr_lambdas = [rewound(factor, prune, peak, total) for factor in scheduler.lr_lambdas]
         for index in self._path_groups:
             factor = scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, total)
-            scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index] * factor(0)  # set before this
+            scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index] * factor(
+                0
+            )  # the scheduler has set the first rate already
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -188,11 +204,11 @@ class GatedTrainer(CheckedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Task loss plus penalty while training; the task loss alone in evaluation.
+        """The task loss; in training it also carries the gradient of the penalty.
 
         Raises:
-            TrainingError: the loss is not finite, or nothing is left to train.
-            TaskError: a label lies outside the head.
+            TrainingError: the loss is not finite, or the prune closed every path.
+            TaskError: a label is not below the head's number of classes.
         """
         loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         if model.training:
@@ -206,24 +222,24 @@ class GatedTrainer(CheckedTrainer):
                 )
             if self.adapters.pressure is not None and self.adapters.bank is not None:
                 penalty = self.adapters.penalty() / self._micro_batches_to_come(num_items_in_batch)
-                # the penalty's gradient without its value: the loss logged stays the task's, comparable to evaluation's
+                # Only the gradient of the penalty is added, so the logged loss is that of the task, as in evaluation.
                 loss = loss + (penalty - penalty.detach())
         return (loss, outputs) if return_outputs else loss
 
     def _micro_batches_to_come(self, num_items_in_batch: Tensor | int | None) -> int:
-        """By how much the penalty must be divided here, so that its sum over micro-batches is one penalty.
+        """The divisor of the penalty in a micro-batch: the sum over all micro-batches of a step is one penalty.
 
-        A loss normalised over the whole accumulated batch is added up as it is; otherwise the Trainer divides by the
-        number of micro-batches itself, after this.
+        If the loss is normalised over the whole accumulated batch, the Trainer only adds up the micro-batches. Else it
+        divides each loss by their number afterwards, and the divisor here is 1.
         """
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer releases let a subclass say so
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # an attribute of newer releases of transformers
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
         return int(self.current_gradient_accumulation_steps) if scaled else 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the state of the gates to every training log."""
+        """Add the state of the gates to every training log."""
         if "loss" in logs:
             logs.update(gate_scalars(self.adapters))
         super().log(logs, start_time)
@@ -234,8 +250,8 @@ class GatedTrainer(CheckedTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first and self._signature_columns is not None:
-            self._signature_columns.append("task_ids")  # consumed by the hook before the model's own forward
-            if isinstance(self.model, MultiTaskClassifier):  # hands on what it does not know itself
+            self._signature_columns.append("task_ids")  # the library's forward pre-hook takes them out
+            if isinstance(self.model, MultiTaskClassifier):  # it passes other arguments on to its backbone
                 self._signature_columns += inspect.signature(self.model.backbone.forward).parameters
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -245,6 +261,7 @@ class GatedTrainer(CheckedTrainer):
         sizes = getattr(dataset, "sizes", None)
         if sizes is None:
             raise TrainingError(
+                "tasks cannot be sampled from this data set",
                 expected="a data set with `sizes` (examples per task)",
                 got=type(dataset).__name__,
                 where="task_temperature",
@@ -269,7 +286,7 @@ class GatedTrainer(CheckedTrainer):
         return key.startswith((f"{NAME}.", f"{DELTA_NAME}.")) or key in heads
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Before the prune no model is the best: none of them is within the budget."""
+        """No model before the prune is the best one: none is within the budget."""
         bank, pressure = self.adapters.bank, self.adapters.pressure
         if bank is not None and not bank.frozen and pressure is not None and pressure.schedule.prune is not None:
             return False
@@ -281,7 +298,7 @@ def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
     assert budget.params is not None
     if budget.params <= delta.params:
         raise BudgetError(
-            "the mask alone takes the whole budget",
+            "the sparse delta alone uses up the whole budget",
             expected=f"more than the {delta.params:,} elements that are tuned",
             got=f"{budget.params:,}",
             where="GatedTrainer(budget=)",
@@ -291,7 +308,12 @@ def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
 
 
 def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> None:
-    """Raise where checkpoints would lose the adapters, or gates could not compare the penalty with the loss."""
+    """Check that adapters of this model can be trained with these arguments.
+
+    Raises:
+        TrainingError: the adapters are attached to a part of the model, so checkpoints would lose them; or fp16 scales
+            the loss, which the penalty is compared with.
+    """
     if adapters.model not in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
         raise TrainingError(
             "the adapters are attached to a part of this model, and its checkpoints would lose them",
@@ -300,7 +322,7 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> No
             where="GatedTrainer(model=)",
             fix="attach to the whole model, or train the part",
         )
-    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the second as the launcher asks for it
+    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # set by the arguments, or by the launcher
         raise TrainingError(
             "gates cannot learn under loss scaling: the penalty follows the size of the loss's gradients",
             expected="bf16 or fp32",
@@ -311,9 +333,15 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> No
 
 
 def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:
-    """A learning-rate factor that runs through its descent once more from step `prune` on, compressed to what is left.
+    """A learning-rate factor that repeats its descent after the prune, compressed into the remaining steps.
 
-    Survivors of a prune need a rate to recover with; the tail of one descent leaves them too little.
+    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low.
+
+    Args:
+        factor: learning-rate factor by step.
+        prune: step of the prune.
+        peak: step at which the descent of `factor` begins.
+        total: number of steps.
 
     References:
         Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389:
@@ -325,20 +353,29 @@ def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> 
             return factor(step)
         return factor(peak + (step - prune) / max(1, total - prune) * (total - peak))
 
-    return at  # a plain function: a scheduler's state then holds nothing that a safe reader of checkpoints refuses
+    return (
+        at  # schedulers save the state of callable objects, but not of functions; safe readers accept only the latter
+    )
 
 
 def shared_out(factor: Callable[..., float], pressure: Pressure, total: int) -> Callable[[int], float]:
-    """A learning-rate factor for paths, smaller by the share of what is open that the budget will keep.
+    """A learning-rate factor for paths, multiplied by `Pressure.kept_share`.
 
-    Under Adam every open unit moves by the rate, and what the units of a point contribute adds up: while all candidates
-    are open the model's function would move many times as fast as once the few are left that the rate is meant for.
+    Under Adam every open unit moves by about the learning rate, and the contributions of all units at a point add up.
+    So with all candidates open the model's output would move many times as fast as with the few that will stay, which
+    the rate is meant for.
     """
     return lambda step: factor(step) * pressure.kept_share(step / total)
 
 
 def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
-    """Move `parameters` into groups of their own, each with the options of the group it comes from; their indices."""
+    """Move `parameters` into parameter groups of their own.
+
+    Each new group has the options of the group that its parameters come from.
+
+    Returns:
+        The indices of the groups that hold `parameters`.
+    """
     wanted = {id(p) for p in parameters}
     found = []
     for index, group in enumerate(list(optimizer.param_groups)):
@@ -355,14 +392,14 @@ def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 
 
 def default_gate_rate(schedule: Schedule, total_steps: int) -> float:
-    """A rate at which Adam's steps cross the useful range of log alpha (about 8) within the ramp, in [0.01, 0.3]."""
+    """The rate at which Adam crosses the useful range of log alpha, about 8, within the ramp; in [0.01, 0.3]."""
     ramp = max(1.0, (schedule.ramp - schedule.warmup) * total_steps)
     return min(0.3, max(0.01, 8.0 / ramp))
 
 
 @torch.no_grad()
 def gate_scalars(adapters: Any) -> Mapping[str, float]:
-    """What to watch of the gates: cheap, one host read each."""
+    """Scalars of the gates for a log; each costs one read from the device."""
     bank, pressure = adapters.bank, adapters.pressure
     if bank is None:
         return {}

@@ -20,7 +20,7 @@ from gatedadapters.masking.scores import Batch
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import column
-from gatedadapters.supernet.hooks import first_tensor
+from gatedadapters.supernet.hooks import hidden_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def recording(
         mask = masks.get(name)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = output if isinstance(output, Tensor) else first_tensor(tuple(output), {})
+            value = output if isinstance(output, Tensor) else hidden_argument(tuple(output), {})
             rows = value.detach().float().flatten(0, -2)
             if mask is not None and mask.numel() == len(rows):
                 rows = rows[mask.flatten().bool().to(rows.device)]

@@ -45,7 +45,7 @@ from torch.optim import Optimizer
 from gatedadapters.config import Ramp, WeakeningConfig
 from gatedadapters.errors import AttachError, ConfigError, LayoutError, TrainingError
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn, unwrapped
-from gatedadapters.supernet.hooks import InputHook, OutputHook, first_tensor, replace_first
+from gatedadapters.supernet.hooks import InputHook, OutputHook, hidden_argument, replace_hidden
 from gatedadapters.transfer.feed_forward import FeedForward, feed_forwards
 
 logger = logging.getLogger(__name__)
@@ -314,8 +314,8 @@ class MaskInput(_Hook):
         share = self.weakening.probabilities[0]
         if not module.training or share == 0:
             return None
-        inner = first_tensor(args, kwargs)
-        return replace_first(args, kwargs, masked(inner, share, rescale=self.weakening.config.rescale))
+        inner = hidden_argument(args, kwargs)
+        return replace_hidden(args, kwargs, masked(inner, share, rescale=self.weakening.config.rescale))
 
 
 class MaskOutput(_Hook):
@@ -360,10 +360,10 @@ class NoTokens(_Hook):
         """Forward pre-hook with kwargs."""
         if not self.weakening.skips(self.block):
             return None
-        hidden = first_tensor(args, kwargs)
+        hidden = hidden_argument(args, kwargs)
         if hidden.shape[-2]:  # a map inside the sub-layer gets none already
             self.weakening.lengths[self.writer] = hidden.shape[-2]
-        return replace_first(args, kwargs, hidden[..., :0, :])
+        return replace_hidden(args, kwargs, hidden[..., :0, :])
 
 
 class Contribution(_Hook):
@@ -404,7 +404,7 @@ class PassOver(_Hook):
         if not self.weakening.skips(self.block):
             rescaled = self.divides and self.weakening.config.rescale and module.training
             return output / (1 - self.weakening.probabilities[1]) if rescaled else None
-        given = first_tensor(args, kwargs).to(output.dtype)
+        given = hidden_argument(args, kwargs).to(output.dtype)
         learns = any(parameter.requires_grad for parameter in module.parameters())
         return given + output[..., :0, :].sum() if learns else given
 

@@ -180,10 +180,13 @@ def test_adapters_and_delta_of_one_artefact_compute_what_they_did() -> None:
 # -- what can be gone on with ------------------------------------------------------------------------------------------
 
 
-class Count(TrainerCallback):
-    """Of the steps that are taken."""
+class Watch(TrainerCallback):
+    """Counts the steps that are taken, and keeps what training starts from."""
 
     steps = 0
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps += 1
@@ -195,12 +198,16 @@ class Count(TrainerCallback):
 def test_a_training_goes_on_and_ends_where_the_whole_one_did(place: str, tmp_path: Path) -> None:
     name, at = Path(place).parent.name, int(place.rpartition("-")[2])
     torch.manual_seed(1)  # what a new process starts from
-    trainer, counted = RUNS[name](tmp_path), Count()
-    trainer.add_callback(counted)
+    trainer, watch = RUNS[name](tmp_path), Watch()
+    trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(STORED / "checkpoints" / place))
-    assert counted.steps == 10 - at
+    assert watch.steps == 10 - at
     assert_as_expected(f"checkpoints/{name}", outcome(name, trainer.model), atol=1e-3)
     if name != "selective":
+        stored = load_file(STORED / "checkpoints" / place / "model.safetensors")
+        old, new = "gated_adapters.bank.evidence", "gated_adapters.bank.saliency"
+        assert stored[old].count_nonzero() > 0
+        assert torch.equal(watch.start[new].cpu(), stored[old])
         assert kept(trainer.adapters.compact()) == kept(ga.Structure.load(STORED / "checkpoints" / name))
 
 

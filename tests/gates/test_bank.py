@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gatedadapters.config import GateConfig
-from gatedadapters.gates import GateBank, Group
+from gatedadapters.gates import GateBank, GateGroup
 
 HIERARCHIES = [
     ("rank",),
@@ -26,9 +26,9 @@ LEVELS = pytest.mark.parametrize("levels", HIERARCHIES, ids="-".join)
 
 # two blocks; a point with two paths; a path kept whole (units 1) beside one with three ranks
 GROUPS = (
-    Group("b0/q:lora", "b0", "b0.q", units=3, params=10, flops=7),
-    Group("b0/q:scale", "b0", "b0.q", units=1, params=4, flops=50),
-    Group("b1/o:lora", "b1", "b1.o", units=2, params=6, flops=11),
+    GateGroup("b0/q:lora", "b0", "b0.q", units=3, params=10, flops=7),
+    GateGroup("b0/q:scale", "b0", "b0.q", units=1, params=4, flops=50),
+    GateGroup("b1/o:lora", "b1", "b1.o", units=2, params=6, flops=11),
 )
 
 
@@ -37,7 +37,7 @@ def bank_of(
     *,
     tasks: int = 1,
     seed: int = 0,
-    groups: Sequence[Group] = GROUPS,
+    groups: Sequence[GateGroup] = GROUPS,
     **gates: object,
 ) -> GateBank:
     config = GateConfig.parse({"levels": levels, **gates}, where="test")
@@ -87,7 +87,7 @@ def everything(bank: GateBank) -> Tensor:
     """The gates of all units as the paths take them; a closed path gives zeros."""
     taken = []
     for group in GROUPS:
-        gate = bank.take(group.key)
+        gate = bank.gate_for(group.key)
         width = bank.slices[group.key].stop - bank.slices[group.key].start
         taken.append(torch.zeros(bank.tasks, width) if gate is None else gate)
     return torch.cat(taken, 1)
@@ -134,11 +134,11 @@ def test_a_path_whose_gates_are_all_zero_is_reported_as_closed() -> None:
     where = bank.slices["b0/q:lora"]
     with torch.no_grad():
         bank.log_alpha[:, where] = -4.0
-    assert bank.take("b0/q:lora") is None
-    assert bank.take("b1/o:lora") is not None
+    assert bank.gate_for("b0/q:lora") is None
+    assert bank.gate_for("b1/o:lora") is not None
     with torch.no_grad():
         bank.log_alpha[1, where.start] = 0.0  # one rank of one task is enough
-    gate = bank.take("b0/q:lora")
+    gate = bank.gate_for("b0/q:lora")
     assert gate is not None
     assert gate.count_nonzero() == 1
 
@@ -282,7 +282,7 @@ def test_a_draw_brings_log_alpha_back_into_its_range() -> None:
 
 
 @pytest.mark.parametrize("how", ["state dict", "pickle", "deep copy"])
-def test_a_resumed_bank_continues_with_the_same_noise_gates_and_evidence(how: str) -> None:
+def test_a_resumed_bank_continues_with_the_same_noise_gates_and_saliency(how: str) -> None:
     bank = bank_of(("block", "rank"))
     steps(bank, torch.optim.SGD(bank.parameters(), lr=0.1), 3)
     if how == "state dict":
@@ -345,16 +345,16 @@ def test_gates_first_evaluated_in_inference_mode_can_still_be_trained() -> None:
         assert weight.grad is not None
 
 
-# -- evidence ----------------------------------------------------------------------------------------------
+# -- saliency ----------------------------------------------------------------------------------------------
 
 
-def test_evidence_is_the_smoothed_size_of_gradient_times_gate() -> None:
+def test_saliency_is_the_smoothed_size_of_gradient_times_gate() -> None:
     bank = scatter(bank_of(("block", "rank"), tasks=2))
     optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
     expected = torch.zeros(2, bank.n_units)
     for step in range(3):
         bank.draw()
-        torch.testing.assert_close(bank.evidence, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(bank.saliency, expected, rtol=1e-5, atol=1e-7)
         weights = [torch.randn(2, bank.n_units, generator=torch.Generator().manual_seed(step + m)) for m in (0, 9)]
         for weight in weights:  # two micro-batches
             (everything(bank) * weight).sum().backward()
@@ -378,7 +378,7 @@ def test_fixed_gates_are_constants_that_no_longer_learn_or_draw() -> None:
     for mode in (True, False):
         bank.train(mode)
         assert torch.equal(everything(bank), values)
-    assert bank.take("b1/o:lora") is None
+    assert bank.gate_for("b1/o:lora") is None
     assert not bank.step_is_new()
     assert float(bank.expected_cost()) == 10 + 10 + 4
     loaded = bank_of()
@@ -394,16 +394,16 @@ def test_fixed_gates_are_constants_that_no_longer_learn_or_draw() -> None:
 def test_places_number_the_units_of_each_path_from_the_largest_down(tasks: int) -> None:
     bank = scatter(bank_of(tasks=tasks))
     values = bank.open_probability().detach()
-    places = bank.place(values)
+    places = bank.rank_within_path(values)
     for task in range(tasks):
         for where in bank.slices.values():
             own = values[task, where].tolist()
             assert places[task, where].tolist() == [1 + sum(other > value for other in own) for value in own]
-    torch.testing.assert_close(places[0], bank.place(values[0]))
+    torch.testing.assert_close(places[0], bank.rank_within_path(values[0]))
 
 
-def test_crowding_is_one_on_average_over_each_path() -> None:
+def test_rank_price_is_one_on_average_over_each_path() -> None:
     bank = scatter(bank_of(tasks=2))
-    for weights in (bank.crowding(), *bank.crowding(per_task=True)):
+    for weights in (bank.rank_price(), *bank.rank_price(per_task=True)):
         for where in bank.slices.values():
             assert float(weights[where].mean()) == pytest.approx(1.0)

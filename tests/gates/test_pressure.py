@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatedadapters.config import L0, Budget, GateConfig, Schedule
 from gatedadapters.errors import BudgetError
-from gatedadapters.gates import GateBank, Group, Pressure
+from gatedadapters.gates import GateBank, GateGroup, Pressure
 
 RANKS = ("rank",)
 ALL = ("block", "point", "path", "rank")
@@ -23,7 +23,7 @@ def bank_of(
 ) -> GateBank:
     """Four points a layer, each with 8 units; costs differ between points, and in flops otherwise than in params."""
     groups = [
-        Group(f"{i}/{j}:lora", f"{i}", f"{i}.{j}", units=8, params=40 + 8 * j, flops=50.0 - 7 * j)
+        GateGroup(f"{i}/{j}:lora", f"{i}", f"{i}.{j}", units=8, params=40 + 8 * j, flops=50.0 - 7 * j)
         for i in range(layers)
         for j in range(4)
     ]
@@ -173,7 +173,7 @@ def search(
         seen = wish * (1 + noise * torch.randn(wish.shape, generator=generator))
         loss = pressure.term(bank)
         for key, where in bank.slices.items():
-            gate = bank.take(key)
+            gate = bank.gate_for(key)
             if gate is not None:
                 loss = loss - (gate * seen[:, where]).sum()
         if loss.requires_grad:
@@ -214,14 +214,14 @@ def test_what_a_budget_keeps_is_what_the_loss_values_most_later_units_of_a_path_
     count = bank.n_units // 8
     best, found = (
         torch.bincount(bank.owner[values.argsort(descending=True)[:count]], minlength=len(bank.groups))
-        for values in (wish / bank.cost("params") / bank.place(wish), bank.open_probability()[0])
+        for values in (wish / bank.cost("params") / bank.rank_within_path(wish), bank.open_probability()[0])
     )
     assert int(torch.minimum(best, found).sum()) > 0.7 * count, "units a path"
 
 
 def test_units_go_to_paths_in_proportion_to_what_they_gain_not_all_to_the_steepest() -> None:
     gains = {"steep": 3.0, "flat": 1.0}
-    groups = [Group(key, key, key, units=8, params=10, flops=1.0) for key in gains]
+    groups = [GateGroup(key, key, key, units=8, params=10, flops=1.0) for key in gains]
     bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
     pressure = Pressure(bank, Budget(fraction=0.5), NO_PRUNE, total_steps=300)
     stepper = torch.optim.Adam(bank.parameters(), lr=0.05)
@@ -230,7 +230,7 @@ def test_units_go_to_paths_in_proportion_to_what_they_gain_not_all_to_the_steepe
         pressure.ascend(bank)
         loss = pressure.term(bank)
         for key, gain in gains.items():
-            gate = bank.take(key)
+            gate = bank.gate_for(key)
             loss = loss if gate is None else loss - gain * gate.sum()
         loss.backward()
         stepper.step()
@@ -267,7 +267,7 @@ def test_a_slack_budget_does_not_lift_what_the_loss_closes() -> None:
     for _ in range(200):
         bank.draw()
         pressure.ascend(bank)
-        gate = torch.cat([g for key in bank.slices if (g := bank.take(key)) is not None], 1)
+        gate = torch.cat([g for key in bank.slices if (g := bank.gate_for(key)) is not None], 1)
         (gate.mean() + pressure.term(bank)).backward()
         stepper.step()
         stepper.zero_grad()

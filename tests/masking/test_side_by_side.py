@@ -159,7 +159,7 @@ def test_elements_of_a_head_that_adapters_train_in_full_are_refused() -> None:
         ga.apply_mask(model, mask, heads=())
     ga.detach(model)
     delta = ga.apply_mask(model, mask, heads=())
-    with pytest.raises(AttachError, match="delta tunes elements of a task head"):
+    with pytest.raises(AttachError, match="mask selects elements of a head"):
         ga.attach(model, SPACE, batch)
     delta.remove()
     assert trained(model) == wanted

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 )
 
 import gatedadapters as ga
-from gatedadapters.gates import GateBank, Group
+from gatedadapters.gates import GateBank, GateGroup
 from gatedadapters.runtime.steps import CLOCK, StepClock, StepListener, Turn
 from gatedadapters.testing.backbones import tiny
 
@@ -273,7 +273,7 @@ def test_an_optimiser_that_accelerate_wrapped_is_the_one_inside(clock: StepClock
 
 
 def bank_of() -> GateBank:
-    return GateBank([Group("a:lora", "a", "a", 2, 1.0, 1.0)], ga.GateConfig(), tasks=1, seed=0)
+    return GateBank([GateGroup("a:lora", "a", "a", 2, 1.0, 1.0)], ga.GateConfig(), tasks=1, seed=0)
 
 
 def copied(thing: Any, how: str) -> Any:

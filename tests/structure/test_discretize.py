@@ -11,7 +11,7 @@ from torch import Tensor
 import gatedadapters as ga
 from gatedadapters.config import Budget, GateConfig
 from gatedadapters.errors import BudgetError
-from gatedadapters.gates import GateBank, Group
+from gatedadapters.gates import GateBank, GateGroup
 from gatedadapters.structure.discretize import choose_units
 from gatedadapters.testing import tiny
 
@@ -21,7 +21,7 @@ TRIALS = range(60)
 def random_bank(dice: random.Random, *, tasks: int = 1) -> GateBank:
     """Anything: few or many paths, cheap and dear, any levels, gates anywhere."""
     groups = [
-        Group(
+        GateGroup(
             f"{i}",
             f"b{i // 4}",
             f"p{i // 2}",
@@ -83,7 +83,7 @@ def test_a_cap_holds_for_every_task_and_the_budget_for_their_union(trial: int) -
 
 
 def test_units_are_taken_in_order_of_their_probability() -> None:
-    groups = [Group("a", "b", "p", units=6, params=10, flops=1.0)]
+    groups = [GateGroup("a", "b", "p", units=6, params=10, flops=1.0)]
     bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
     with torch.no_grad():
         bank.log_alpha.copy_(torch.tensor([[-1.0, 3.0, 0.5, -4.0, 2.0, 1.0]]))
@@ -93,7 +93,7 @@ def test_units_are_taken_in_order_of_their_probability() -> None:
 
 
 def test_a_path_gets_its_second_unit_where_it_is_twice_as_likely_as_the_first_of_another() -> None:
-    groups = [Group(key, key, key, units=3, params=10, flops=1.0) for key in "ab"]
+    groups = [GateGroup(key, key, key, units=3, params=10, flops=1.0) for key in "ab"]
     bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
     with torch.no_grad():
         bank.log_alpha.copy_(torch.tensor([[4.0, 3.9, 3.8, 0.0, -2.5, -2.5]]))  # P: .996, .996, .995, .83, .28, .28
@@ -116,7 +116,7 @@ def test_without_a_budget_what_the_test_time_gate_leaves_open_stays() -> None:
 
 
 def test_a_unit_paid_for_by_one_task_is_free_for_another_whose_gate_is_open() -> None:
-    groups = [Group("a", "b", "p", units=3, params=10, flops=1.0)]
+    groups = [GateGroup("a", "b", "p", units=3, params=10, flops=1.0)]
     bank = GateBank(groups, GateConfig(), tasks=2, seed=0)
     with torch.no_grad():
         bank.log_alpha.copy_(torch.tensor([[3.0, 1.0, -4.0], [2.0, -4.0, 0.5]]))
@@ -125,7 +125,7 @@ def test_a_unit_paid_for_by_one_task_is_free_for_another_whose_gate_is_open() ->
 
 
 def test_a_task_whose_gates_are_all_less_likely_is_not_starved() -> None:
-    groups = [Group("a", "b", "p", units=4, params=10, flops=1.0)]
+    groups = [GateGroup("a", "b", "p", units=4, params=10, flops=1.0)]
     bank = GateBank(groups, GateConfig(), tasks=2, seed=0)
     with torch.no_grad():
         bank.log_alpha.copy_(torch.tensor([[4.0, 3.5, -4.0, -4.0], [-4.0, -4.0, 0.0, -0.5]]))
@@ -144,7 +144,7 @@ def test_after_a_structure_is_fixed_only_what_it_kept_is_offered() -> None:
 
 
 def test_a_budget_below_the_smallest_unit_is_refused() -> None:
-    bank = GateBank([Group("a", "b", "p", 4, 100, 7.0)], GateConfig(), tasks=1, seed=0)
+    bank = GateBank([GateGroup("a", "b", "p", 4, 100, 7.0)], GateConfig(), tasks=1, seed=0)
     with pytest.raises(BudgetError, match=r"(?s)at least 100 params.*got:\s+99.*where:.*fix:"):
         choose_units(bank, Budget(params=99))
     with pytest.raises(BudgetError, match="at least 7 flops"):

@@ -128,7 +128,7 @@ def test_bfloat16_trains_and_gates_stay_float32(kind: str, tmp_path: Path) -> No
     else:
         trainer = run(tmp_path, bf16=True, max_steps=30)
     bank = trainer.adapters.bank
-    assert bank.log_alpha.dtype == bank.noise.dtype == bank.evidence.dtype == torch.float32
+    assert bank.log_alpha.dtype == bank.noise.dtype == bank.saliency.dtype == torch.float32
     assert bank.frozen
     assert trainer.adapters.structure.params <= 0.3 * bank.dense_cost()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -183,7 +183,7 @@ def test_every_implementation_begins_a_new_draw(name: str, tmp_path: Path) -> No
             values.append(adapters.bank.values.clone())
         optimizer.step()
         optimizer.zero_grad()
-        assert torch.count_nonzero(adapters.bank.pulse) == 0
+        assert torch.count_nonzero(adapters.bank.gate_gradient) == 0
     assert int(adapters.bank.step) == 3
     for kept in (noises, values):
         assert all(torch.equal(kept[4 * step], kept[4 * step + i]) for step in range(3) for i in range(4))

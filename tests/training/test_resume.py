@@ -55,7 +55,7 @@ def everything(trainer: Any) -> dict[str, torch.Tensor]:
     assert pressure.total_steps == 10
     states = trainer.optimizer.state_dict()["state"].items()
     moments = {f"{i}.{k}": v for i, s in states for k, v in s.items() if isinstance(v, torch.Tensor)}
-    return trained(trainer.model) | moments | {"multipliers": pressure.multipliers, "evidence": bank.evidence}
+    return trained(trainer.model) | moments | {"multipliers": pressure.multipliers, "saliency": bank.saliency}
 
 
 @pytest.mark.parametrize("at", [2, 5, 6, 7, 8], ids=["in the warm-up", "just before", "at", "just after", "after"])
@@ -76,13 +76,13 @@ def test_a_resumed_run_continues_bit_for_bit(name: str, at: int, whole: Any, tmp
     assert rates[0] == rates[1]
 
 
-def test_evidence_is_gathered_and_saved(whole: Any) -> None:
+def test_saliency_is_gathered_and_saved(whole: Any) -> None:
     original, folder = whole("budget")
     stored = load_file(folder / "checkpoint-4" / "model.safetensors")
-    evidence = stored["gated_adapters.bank.evidence"]
-    assert evidence.count_nonzero() > evidence.numel() / 2
-    assert stored["gated_adapters.bank.pulse"].count_nonzero() == 0
-    assert original.adapters.bank.evidence.count_nonzero() > 0
+    saliency = stored["gated_adapters.bank.saliency"]
+    assert saliency.count_nonzero() > saliency.numel() / 2
+    assert stored["gated_adapters.bank.gate_gradient"].count_nonzero() == 0
+    assert original.adapters.bank.saliency.count_nonzero() > 0
 
 
 def test_a_run_resumed_after_the_prune_compacts_to_the_same_artefact(whole: Any, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_weighed_penalty_presses_where_it_is_told_and_costs_stay_true(penalty: A
     bank.step.fill_(90)
     with torch.no_grad():
         bank.log_alpha.fill_(1.0)
-        bank.evidence.fill_(0.5)  # what a budget's pressure is measured by
+        bank.saliency.fill_(0.5)  # what a budget's pressure is measured by
     plain, cost = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0], float(bank.expected_cost().detach())
     found = prefer_transferable(adapters, [batch], strength=0.5)
     weighed = torch.autograd.grad(pressure.term(bank), bank.log_alpha)[0]
