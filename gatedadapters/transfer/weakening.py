@@ -242,8 +242,8 @@ class Weakening(StepListener):
     def follow(self, optimizer: Optimizer) -> None:
         """Resume a ramp: take the number of steps that are done from `optimizer`, whose state was loaded.
 
-        For loops of your own. Call it before the first forward pass, for each optimiser of the model. Where no state was
-        loaded it changes nothing.
+        For loops of your own. Call it before the first forward pass, for each optimiser of the model. It changes
+        nothing where no state was loaded.
 
         Raises:
             TrainingError: the optimiser holds no parameter of this model.
