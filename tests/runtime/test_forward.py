@@ -62,7 +62,7 @@ def test_it_runs_between_the_modules_hooks_and_leaves_the_class_alone(
 
 
 def test_copies_and_pickles_have_a_forward_of_their_own(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
-    module, x, plain, doubled = case
+    module, x, _, doubled = case
     Doubled(module).install()
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         with torch.no_grad():
