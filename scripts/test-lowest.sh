@@ -12,4 +12,4 @@ export VIRTUAL_ENV="$venv"
 uv pip install --quiet --compile-bytecode --resolution lowest-direct -r pyproject.toml --extra dev
 uv pip install --quiet --no-deps -e . -r benchmarks/requirements.txt
 uv pip freeze
-"$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest -W default "$@"  # old releases warn of newer ones

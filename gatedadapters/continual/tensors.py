@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gatedadapters.backbone import discover
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import LayoutError
-from gatedadapters.masking.roles import parameter_roles
+from gatedadapters.masking.roles import roles_in
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ def tensors_of(
 
     A model without a stack of blocks has tensors outside of blocks only.
     """
-    roles = parameter_roles(model, sample)
     try:
-        blocks = [(block.name, block.index) for block in discover(model, sample).blocks]
+        layout = discover(model, sample)
     except LayoutError:
-        blocks = []
+        layout = None
+    roles = roles_in(model, layout)
+    blocks = [] if layout is None else [(block.name, block.index) for block in layout.blocks]
     found = {}
     for name, parameter in model.named_parameters():
         if name in heads or is_own(name) or not parameter.is_floating_point():

@@ -7,11 +7,24 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from gatedadapters.backbone import discover
+from gatedadapters.backbone import Layout, discover
 from gatedadapters.errors import LayoutError, MaskError
 
 
 def parameter_roles(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """The role of every parameter, by the parameter's name; see `roles_in`.
+
+    Args:
+        model: any module.
+        sample: a batch for `discover`, for models whose layout cannot be found without one.
+    """
+    try:
+        return roles_in(model, discover(model, sample))
+    except LayoutError:
+        return roles_in(model, None)
+
+
+def roles_in(model: nn.Module, layout: Layout | None) -> dict[str, str]:
     """The role of every parameter, by the parameter's name.
 
     - Linear maps have the role that the layout finds: `q`, `k`, `v`, `o`, `up`, `gate`, `down`, `router`, ...
@@ -21,15 +34,12 @@ def parameter_roles(model: nn.Module, sample: Mapping[str, Tensor] | None = None
 
     Args:
         model: any module.
-        sample: a batch for `discover`, for models whose layout cannot be found without one.
+        layout: of the model; None where it has none.
     """
     maps: dict[str, str] = {}
-    try:
-        layout = discover(model, sample)
+    if layout is not None:
         maps = {f"{linear.name}.{linear.parameter}": linear.role for _, _, linear in layout.maps()}
         maps |= {f"{linear.name}.{linear.parameter}": "head" for linear in layout.outside}
-    except LayoutError:
-        pass
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for name, parameter in model.named_parameters():

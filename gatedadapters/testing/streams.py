@@ -23,7 +23,7 @@ TRAINING = StreamTrainingConfig(
     head_learning_rate=2e-2,
     weight_decay=0.1,
     device="cpu",
-    checkpoint_steps=2,
+    checkpoint_steps=None,
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from streams import strategy
 
-from gatedadapters.continual import StreamResult
+from gatedadapters.continual import Stage, StreamResult
 from gatedadapters.testing.strategy_contract import finished_stream
 
 
@@ -21,3 +21,10 @@ def finished() -> Callable[[str], tuple[Any, StreamResult]]:
         return found.model, found.result
 
     return get
+
+
+@pytest.fixture
+def untrained(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of streams take no step of training; probes do."""
+    finished("l2_fisher")  # is remembered, so it has to be trained before
+    monkeypatch.setattr(Stage, "fit", lambda *args, **kwargs: 0.0)

@@ -16,12 +16,11 @@ from gatedadapters.continual import Strategy, StreamResult, fitting, strategy_ki
 from gatedadapters.continual.states import state_of
 from gatedadapters.continual.strategies import resolve
 from gatedadapters.testing.strategy_contract import finished_stream
-from gatedadapters.testing.streams import CLASSES, Collate, tiny_tasks
-from gatedadapters.testing.streams import TRAINING as RESUMED
+from gatedadapters.testing.streams import CLASSES, TRAINING, Collate, tiny_tasks
 from gatedadapters.testing.streams import tiny_classifier as classifier
 from gatedadapters.testing.streams import tiny_rows as rows
 
-TRAINING = RESUMED.model_copy(update={"checkpoint_steps": None})
+RESUMED = TRAINING.model_copy(update={"checkpoint_steps": 2})
 PROBE = {"steps": 2, "batch_size": 4, "fisher_batches": 2, "learning_rate": 1e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2_fisher": {"probe": PROBE},

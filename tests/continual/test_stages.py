@@ -21,11 +21,6 @@ from gatedadapters.continual.states import Change
 from gatedadapters.continual.strategies import probed, resolve
 
 
-def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every training take no step."""
-    monkeypatch.setattr(Stage, "fit", lambda *args, **kwargs: 0.0)
-
-
 def moving(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training add one to all that is trained."""
 
@@ -53,14 +48,12 @@ def test_bytes_are_those_of_the_stage_alone_where_only_the_last_state_is_kept(
     assert Change.load(stage_folder(tmp_path / "last", 2) / CHANGE).nbytes > last.stages[2].bytes
 
 
-def test_a_stream_of_one_task_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    untrained(monkeypatch)
+def test_a_stream_of_one_task_names_it(untrained: None) -> None:
     assert [s.task for s in ga.run_stream(classifier(), tasks()[:1], "sequential", training=TRAINING).stages] == ["a"]
     assert [s.task for s in run(classifier(), "joint").stages] == ["all tasks"]
 
 
-def test_under_adapters_that_stay_the_backbone_stays_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    untrained(monkeypatch)
+def test_under_adapters_that_stay_the_backbone_stays_frozen(untrained: None) -> None:
     model = classifier()
     model.heads["b"].bias.requires_grad_(False)
     run(model, "lora")
@@ -70,9 +63,8 @@ def test_under_adapters_that_stay_the_backbone_stays_frozen(monkeypatch: pytest.
     assert all(p.requires_grad for p in ga.get_adapters(model).weight_parameters())
 
 
-def test_exclusive_random_tensors_last_for_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exclusive_random_tensors_last_for_all_tasks(untrained: None) -> None:
     """Each takes a part of one tensor, which the next used to leave out as a whole."""
-    untrained(monkeypatch)
     result = run(classifier(), "random", core={"share": 0.333, "overlap": "exclude_previous"})
     size = result.record.elements
     assert [stage.elements for stage in result.stages] == [round(0.333 * size)] * 3
@@ -82,10 +74,7 @@ def test_exclusive_random_tensors_last_for_all_tasks(monkeypatch: pytest.MonkeyP
         run(classifier(), "random", elements=[size - 20, 10, 11], core={"overlap": "exclude_previous"})
 
 
-def test_the_report_of_a_restricted_core_is_of_the_whole_backbone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    untrained(monkeypatch)
+def test_the_report_of_a_restricted_core_is_of_the_whole_backbone(tmp_path: Path, untrained: None) -> None:
     core = {"granularity": "element", "share": 0.5, "include": ["*.attention.*"]}
     result = run(classifier(), "random", tmp_path / "stream", core=core)
     share = result.stages[0].elements / result.record.elements
@@ -95,8 +84,9 @@ def test_the_report_of_a_restricted_core_is_of_the_whole_backbone(
 
 
 @pytest.mark.parametrize("start", ["base", "current"])
-def test_seconds_of_probing_and_choosing_are_added(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    untrained(monkeypatch)
+def test_seconds_of_probing_and_choosing_are_added(
+    start: str, untrained: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size, names = classifier().get_parameter("backbone.embeddings.word_embeddings.weight").numel(), []
 
     class Stored:
@@ -130,8 +120,7 @@ def test_what_merged_paths_touch_is_reported(finished: Any) -> None:
             assert f"changed by {kind}: {len(touched)} of {len(cores[stage.task].infos)} tensors" in stage.report
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    untrained(monkeypatch)
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, untrained: None) -> None:
     folder = tmp_path / "stream"
     (folder / "running").mkdir(parents=True)
     (folder / ".stream.json.123").write_text("{")  # killed before there was anything else

@@ -36,6 +36,7 @@ from gatedadapters.continual.states import Change, digest
 from gatedadapters.continual.strategies import resolve
 from gatedadapters.continual.strategies.lota import LoTA
 from gatedadapters.errors import ArtifactError, DataError
+from gatedadapters.testing.strategy_contract import finished_stream
 
 # -- what a stream is --------------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ def test_what_moved_lies_within_the_stored_core(kind: str, finished: Any) -> Non
                 assert set(change.positions(name).tolist()) <= set(core.indices[name].tolist())
 
 
-def test_exclusive_cores_do_not_meet() -> None:
+def test_exclusive_cores_do_not_meet(untrained: None) -> None:
     seen = []
 
     class Watched(LoTA):
@@ -101,7 +102,7 @@ def test_exclusive_cores_do_not_meet() -> None:
 
 @pytest.mark.parametrize("kind", ["l2_fisher", "random"])
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
-def test_what_may_not_be_chosen_is_not(kind: str, granularity: str, tmp_path: Path) -> None:
+def test_what_may_not_be_chosen_is_not(kind: str, granularity: str, tmp_path: Path, untrained: None) -> None:
     core = {"granularity": granularity, "share": 0.1, "include": ["backbone.encoder.*"], "exclude": ["bias", "norm"]}
     given = options(kind, core=core)
     result = ga.run_stream(classifier(), tasks()[:1], given, training=TRAINING, folder=tmp_path / "stream")
@@ -113,9 +114,8 @@ def test_what_may_not_be_chosen_is_not(kind: str, granularity: str, tmp_path: Pa
         assert found.elements == round(0.1 * sum(matrices.values()))
 
 
-def test_elements_for_random_cores_are_exact(finished: Any) -> None:
-    _, result = finished("l2_fisher")
-    counts = [stage.elements for stage in result.stages]
+def test_elements_for_random_cores_are_exact(finished: Any, untrained: None) -> None:
+    counts = [stage.elements for stage in finished("l2_fisher")[1].stages]
     control = run(classifier(), "random", elements=counts)
     assert [stage.elements for stage in control.stages] == counts
 
@@ -192,7 +192,7 @@ def test_streams_of_equal_seeds_are_equal_and_others_are_not() -> None:
     for seed in (0, 0, 1):
         torch.manual_seed(seed + 5)
         model = classifier()
-        ga.run_stream(model, tasks()[:2], "sequential", training=TRAINING.model_copy(update={"seed": seed}))
+        ga.run_stream(model, tasks()[:1], "sequential", training=TRAINING.model_copy(update={"seed": seed}))
         digests.append(digest(model))
     assert digests[0] == digests[1] != digests[2]
 
@@ -285,9 +285,9 @@ def test_adapters_of_all_tasks_are_served_from_one_shelf(finished: Any) -> None:
         finished("l2_fisher")[1].shelf(served)
 
 
-def test_a_stream_that_keeps_the_last_state_alone_still_goes_on(tmp_path: Path) -> None:
-    whole, stopped = classifier(), classifier()
-    ga.run_stream(whole, tasks(), "sequential", training=TRAINING)
+def test_a_stream_that_keeps_the_last_state_alone_still_goes_on(finished: Any, tmp_path: Path) -> None:
+    whole, _ = finished("sequential")
+    stopped = classifier()
     with interrupted(at=10), pytest.raises(KeyboardInterrupt):
         ga.run_stream(stopped, tasks(), "sequential", training=TRAINING, folder=tmp_path / "s", keep=False)
     result = ga.run_stream(stopped, tasks(), "sequential", training=TRAINING, folder=tmp_path / "s", keep=False)
@@ -303,8 +303,7 @@ def test_a_task_stopped_after_its_training_is_not_trained_further(
 ) -> None:
     """The Trainer itself takes one more step where an epoch is not over: gates, whose rate does not decay, moved."""
     given = options(kind, **({"schedule": {"prune": None}} if kind == "per_task" else {}))
-    whole, stopped = classifier(), classifier()
-    wanted = ga.run_stream(whole, tasks(), given, training=RESUMED, folder=tmp_path / "whole")
+    stopped, wanted = classifier(), finished_stream(resolve(given)).result
     finish = StreamRunner._finish_stage
 
     def kill(self: StreamRunner, stage: Stage, *args: Any) -> None:
