@@ -21,8 +21,16 @@ from PIL import Image
 
 PAGES = {"custom_scalars": (0, 845), "images": (64, 850)}  # what is kept of each page, top to bottom, in pixels
 COLOURS, WIDTH, HEIGHT = 255, 1500, 870
-QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update")  # fmt: skip
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
 
 
 def main(logs: Path, out: Path) -> None:

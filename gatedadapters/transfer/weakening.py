@@ -240,11 +240,13 @@ class Weakening(StepListener):
         self._taken_up: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # loaded steps, until the next one
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Go on with a ramp where the training stopped whose state was loaded into `optimizer`; where none was loaded,
-        from here. Call it before the first forward pass, for each optimiser of the model, in a loop of your own.
+        """Resume a ramp: take the number of steps that are done from `optimizer`, whose state was loaded.
+
+        For loops of your own. Call it before the first forward pass, for each optimiser of the model. It changes
+        nothing where no state was loaded.
 
         Raises:
-            TrainingError: the optimiser steps on no parameter of this model.
+            TrainingError: the optimiser holds no parameter of this model.
         """
         if not self.config.scheduled:
             return
@@ -264,7 +266,7 @@ class Weakening(StepListener):
         return self._model[0].parameters()
 
     def training_begins(self, optimizer: Optimizer) -> None:
-        """Take the number of steps from the optimiser's state, where one was loaded."""
+        """Take the number of steps that are done from the optimiser's state, if one was loaded."""
         done = self._loaded_steps(optimizer)
         if done is not None:
             self.step = self._taken_up[optimizer] = done
@@ -290,7 +292,7 @@ class Weakening(StepListener):
             group[_STEPS] = self.step
 
     def _loaded_steps(self, optimizer: Optimizer) -> int | None:
-        """Steps that a loaded state tells of; None where it tells of none, was counted here, or was taken up."""
+        """The steps that a loaded state holds and nobody has read yet; None if there is no such state."""
         held: int | None = optimizer.param_groups[0].get(_STEPS) if optimizer.param_groups else None
         return None if held in (_WRITTEN.get(optimizer), self._taken_up.get(optimizer)) else held
 

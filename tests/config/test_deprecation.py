@@ -11,6 +11,7 @@ from gatedadapters.testing.backbones import tiny
 
 RENAMED = (
     ("gatedadapters.paths", "Misfit", "SkippedSite"),
+    ("gatedadapters.gates", "Group", "GateGroup"),
     ("gatedadapters.masking.scores", "Run", "ScoringRun"),
     ("gatedadapters.studies", "Point", "CurvePoint"),
     ("gatedadapters.continual.strategies", "Tuned", "TunedStage"),
