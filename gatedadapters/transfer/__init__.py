@@ -1,4 +1,4 @@
-"""Adapters that survive an update of their base model."""
+"""Adapters that stay valid when their base model is updated: how to train them, and how to measure what they keep."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What an update of the base costs an adapter, and how much of it transfer training wins back."""
+"""What an update of the base costs an adapter, and which share of that cost transfer training recovers."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ from gatedadapters.transfer.shift import check_versions
 from gatedadapters.transfer.weakening import Weakening, weaken_knowledge
 
 Train = Callable[[nn.Module, int], Adapters]
+"""From a base and a seed to adapters that were trained on it, compact and attached."""
+
 ScoreFunction = Callable[[nn.Module], float]
+"""From a model with adapters to a score; higher is better."""
 
 ADAPTER, TRANSFER_TRAINED = "adapter", "transfer-trained"  # names of the two arms, and of their folders
 
 
 @dataclass(frozen=True, slots=True)
 class TransferScores:
-    """One seed.
+    """The scores of one seed.
 
     Attributes:
         seed: of the adapters' weights and of training.
-        old: trained on the old base, tested there.
-        direct: the same adapter on the new base.
-        trained_old: trained on the old base with its knowledge weakened, tested there.
-        trained_direct: the same adapter on the new base.
-        retuned: trained on the new base, tested there.
+        old: an adapter trained on the old base, scored there.
+        direct: the same adapter scored on the new base.
+        trained_old: an adapter trained on the old base with its knowledge weakened, scored there.
+        trained_direct: the same adapter scored on the new base.
+        retuned: an adapter trained on the new base, scored there.
     """
 
     seed: int
@@ -54,10 +57,13 @@ class TransferScores:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """The share of what re-tuning wins that transfer training wins without seeing the new base.
+    """The share of re-tuning's gain that transfer training reaches without seeing the new base.
 
-    `value` and `interval` (95 %) are None where the gap that re-tuning closes is inside the noise of the seeds, or
-    where re-tuning loses: a share of a loss says nothing.
+    Attributes:
+        value: the share; None where it is undefined.
+        interval: its 95 % interval; None where the share is undefined.
+
+    The share is undefined if the 95 % interval of re-tuning's gain over seeds reaches 0 or below.
     """
 
     value: float | None
@@ -71,13 +77,17 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """All seeds."""
+    """The scores of all seeds.
+
+    Attributes:
+        scores: one entry for each seed.
+    """
 
     scores: tuple[TransferScores, ...]
 
     @property
     def recovery(self) -> Recovery:
-        """(transfer-trained - direct) / (re-tuned - direct)."""
+        """(transfer-trained - direct) / (re-tuned - direct), all on the new base."""
         won = [s.trained_direct - s.direct for s in self.scores]
         return recovery(won, [s.retuned - s.direct for s in self.scores])
 
@@ -106,7 +116,7 @@ class TransferReport:
         return html.table(["", "old base", "new base"], self._rows(), title=f"recovery: {self.recovery}")
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data."""
+        """The report as plain data."""
         return {"scores": [asdict(s) for s in self.scores], "recovery": asdict(self.recovery)}
 
 
@@ -122,20 +132,23 @@ def transfer_scores(
     folder: str | Path | None = None,
     train_transferable: Train | None = None,
 ) -> TransferScores:
-    """Train on the old base without and with weakened knowledge, carry both over, and re-tune on the new base.
+    """Train an adapter without and one with weakened knowledge on the old base, and one on the new base. Score them.
+
+    The first two are scored on both bases, the third on the new one.
 
     Args:
-        old: the base before its update, nothing attached; left as it was, and so is its head between trainings.
-        new: the base after; the same.
-        train: attaches adapters to the model it is given, trains them (and heads) with a seed, and returns them compact
-            and attached.
-        score: of a model with adapters; higher is better.
-        seed: handed to `train`.
-        weakening: default: the published recipe.
-        total_steps: of a training, where the weakening is scheduled.
-        folder: where both adapters are kept, in folders named `ADAPTER` and `TRANSFER_TRAINED`.
-        train_transferable: in place of `train` where the knowledge is weakened, such as a search that prefers what
-            transfers.
+        old: the base before its update, with nothing attached. It is afterwards as it was; each training starts from
+            the same heads.
+        new: the base after its update; the same holds for it.
+        train: attaches adapters to the model it is given, trains them and the heads with a seed, and returns them
+            compact and attached.
+        score: the score of a model with adapters; higher is better.
+        seed: is passed on to `train`.
+        weakening: how the knowledge is weakened; default: the published recipe.
+        total_steps: optimiser steps of a training, which a scheduled weakening needs.
+        folder: where the first two adapters are stored, in folders named `ADAPTER` and `TRANSFER_TRAINED`.
+        train_transferable: replaces `train` where the knowledge is weakened; for example a search that prefers paths
+            which transfer.
 
     Raises:
         LayoutError: the two are not versions of one base; the difference is named.
@@ -165,7 +178,9 @@ def transfer_scores(
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model has no adapters, and the heads that it had: what is trained next begins like what was."""
+    """On leaving this context, detach the model's adapters and restore its heads, so that the next training starts from
+    the same weights.
+    """
     heads = {name: model.get_parameter(name).detach().clone() for name in find_heads(model, None)}
     try:
         yield
@@ -188,7 +203,7 @@ def evaluate_transfer(
     weakening: WeakeningConfig | None = None,
     total_steps: int | None = None,
 ) -> TransferReport:
-    """`transfer_scores` for several seeds."""
+    """`transfer_scores` for several seeds; see there for arguments and errors."""
     return TransferReport(
         tuple(
             transfer_scores(old, new, train, score, seed=seed, weakening=weakening, total_steps=total_steps)
@@ -198,7 +213,11 @@ def evaluate_transfer(
 
 
 def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
-    """mean(won) / mean(gap), paired by seed, with Fieller's 95 % interval; see `Recovery` for when there is none.
+    """mean(won) / mean(gap) with Fieller's 95 % interval; see `Recovery` for when it is undefined.
+
+    Args:
+        won: for each seed, what transfer training gained on the new base.
+        gap: for each seed, what re-tuning gained there.
 
     References:
         Fieller 1954, "Some Problems in Interval Estimation", Journal of the Royal Statistical Society B 16(2).
@@ -209,7 +228,7 @@ def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:
     a, b, t = mean(won), mean(gap), t_quantile(n - 1)
     var_a, var_b = stdev(won) ** 2 / n, stdev(gap) ** 2 / n
     both = sum((x - a) * (y - b) for x, y in zip(won, gap, strict=True)) / (n - 1) / n
-    if b <= 0 or t * t * var_b >= b * b:  # the interval of the gap does not lie above 0
+    if b <= 0 or t * t * var_b >= b * b:  # the interval of the gap is not wholly above 0
         return Recovery(None, None)
     g, ratio = t * t * var_b / (b * b), a / b
     rest = g * (var_a - both * both / var_b) if var_b else 0.0

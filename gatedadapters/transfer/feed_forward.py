@@ -1,4 +1,4 @@
-"""Where the feed-forward sub-layers of a model can be masked and dropped with hooks, and where they cannot."""
+"""The feed-forward sub-layers of a model: at which modules hooks can mask or drop them, and where they cannot."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from gatedadapters.supernet.adapters import get_adapters
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """One feed-forward sub-layer, all modules by qualified name.
+    """One feed-forward sub-layer. Modules are given by their qualified names.
 
     Attributes:
-        block: the block it is part of.
-        name: the smallest module around it.
-        readers: the maps that read the hidden state; given no tokens, everything up to the writer costs nothing. Empty
-            where the sub-layer runs whole (mixtures of experts): its output is thrown away instead.
-        writer: what returns its contribution.
-        norms: norms after the contribution that belong to the sub-layer: on it (Gemma 2) or after its addition (BERT).
-        normed: whether the first of them is on the contribution alone.
-        inner: maps whose input is the inner activation a = act(W_g x) * (W_u x), or act(W_u x).
-        activations: non-linearities inside fused experts, whose outputs are masked instead: with a mask of zeros and
-            ones, (act(g) m) u = (act(g) u) m.
-        no_drop: why it cannot be dropped, or nothing.
-        no_mask: why it cannot be masked, or nothing.
+        block: the block that the sub-layer is part of.
+        name: the smallest module around the sub-layer.
+        readers: the linear maps that read the hidden state. To drop the sub-layer they are given no tokens, so that
+            everything up to the writer costs nothing. Empty for mixtures of experts: they run, and their output is
+            thrown away.
+        writer: the module that returns the sub-layer's contribution to the hidden state.
+        norms: norms after the writer that belong to the sub-layer: on its contribution (Gemma 2), or on the sum of
+            contribution and hidden state (BERT).
+        normed: whether the first of `norms` is on the contribution alone.
+        inner: linear maps whose input is the inner activation: act(W_g x) * (W_u x), or act(W_u x).
+        activations: non-linearities inside fused experts. Their outputs are masked in place of the inner activation,
+            which is the same for masks m of zeros and ones: (act(g) m) u = (act(g) u) m.
+        no_drop: why the sub-layer cannot be dropped; empty if it can.
+        no_mask: why the sub-layer cannot be masked; empty if it can.
     """
 
     block: str
@@ -49,14 +51,14 @@ class FeedForward:
 
 
 def feed_forwards(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> tuple[FeedForward, ...]:
-    """Every feed-forward sub-layer of `model`, with or without adapters (ours or peft's) in it.
+    """Every feed-forward sub-layer of a model. Adapters (of this library or of peft) may be attached to it.
 
     Args:
         model: any model whose layout can be discovered.
-        sample: a batch that runs through it; a default is made for token models.
+        sample: a batch that runs through the model; default: one is made for token models.
 
     Raises:
-        LayoutError: the layout was not found, or there is no feed-forward sub-layer in it.
+        LayoutError: no layout was found, or it has no feed-forward sub-layer.
     """
     try:
         backbone_alone: Any = get_adapters(model).disabled()
@@ -64,10 +66,10 @@ def feed_forwards(model: nn.Module, sample: Mapping[str, Tensor] | None = None) 
         backbone_alone = nullcontext()
     with backbone_alone:
         layout = discover(model, sample)
-        order, handed_on = _call_order(model, sample, layout)
+        order, normed_writers = _call_order(model, sample, layout)
     modules = dict(model.named_modules())
     found = tuple(
-        _feed_forward(block, sublayer, modules, order[block.name], handed_on)
+        _feed_forward(block, sublayer, modules, order[block.name], normed_writers)
         for block in layout.blocks
         for sublayer in block.sublayers
         if sublayer.kind == "feed_forward"
@@ -89,8 +91,9 @@ def _feed_forward(
     sublayer: Sublayer,
     modules: Mapping[str, nn.Module],
     order: dict[str, tuple[int, int]],
-    handed_on: set[tuple[str, str]],
+    normed_writers: set[tuple[str, str]],
 ) -> FeedForward:
+    """Describe one feed-forward sub-layer; `order` and `normed_writers` are those of `_call_order`."""
     down = {_wrapper(m.name, modules) for m in sublayer.maps if m.role == "down" and m.kind != "experts"}
     fused = [m.name for m in sublayer.maps if m.role == "down" and m.kind == "experts"]
     maps = dict.fromkeys(_wrapper(m.name, modules) for m in sublayer.maps)
@@ -111,14 +114,14 @@ def _feed_forward(
         norms = [n for n, (start, _) in order.items() if start > end and _is_norm(modules[n])]
         others = (m.name for other in block.sublayers if other is not sublayer for m in other.maps)
         if norms and any(order[name][0] > end for name in others if name in order):
-            no_drop = f"another sub-layer follows {sublayer.name}, and whose norm {norms[0]} is cannot be told"
+            no_drop = f"another sub-layer follows {sublayer.name}: the norm {norms[0]} may be part of either"
     return FeedForward(
         block.name,
         sublayer.name,
         readers,
         writer,
         tuple(norms),
-        bool(norms) and (writer, norms[0]) in handed_on,
+        bool(norms) and (writer, norms[0]) in normed_writers,
         tuple(sorted(down)),
         tuple(activations),
         no_drop,
@@ -129,27 +132,30 @@ def _feed_forward(
 def _call_order(
     model: nn.Module, sample: Mapping[str, Tensor] | None, layout: Layout
 ) -> tuple[dict[str, dict[str, tuple[int, int]]], set[tuple[str, str]]]:
-    """For each block, when each module in it started and ended (first call), counted in events; and each (writer, norm)
-    where the norm was given what the writer returned as it is.
+    """Run the sample and record in which order modules are called.
+
+    Returns:
+        - By block and module, the numbers of the events at which the module's first call started and ended.
+        - Each pair (writer, norm) of which the norm's input is the very tensor that the writer returned.
     """
     order: dict[str, dict[str, tuple[int, int]]] = {block.name: {} for block in layout.blocks}
-    clock, started = 0, dict[str, int]()
+    events, started = 0, dict[str, int]()
     written: dict[str, Tensor] = {}
-    handed_on: set[tuple[str, str]] = set()
+    normed_writers: set[tuple[str, str]] = set()
     handles = []
 
     def watch(block: str, name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal clock
-            clock += 1
-            started[name] = clock
+            nonlocal events
+            events += 1
+            started[name] = events
             if _is_norm(module) and args:
-                handed_on.update((writer, name) for writer, value in written.items() if value is args[0])
+                normed_writers.update((writer, name) for writer, value in written.items() if value is args[0])
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal clock
-            clock += 1
-            order[block].setdefault(name, (started[name], clock))
+            nonlocal events
+            events += 1
+            order[block].setdefault(name, (started[name], events))
             if name in writers:
                 written[name] = output if isinstance(output, Tensor) else output[0]
 
@@ -171,11 +177,11 @@ def _call_order(
     finally:
         for handle in handles:
             handle.remove()
-    return order, handed_on
+    return order, normed_writers
 
 
 def _wrapper(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The module itself, or what peft put around it: what is masked or dropped takes the adapter with it."""
+    """The module's name, or that of the peft adapter around it, so that masking and dropping include the adapter."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         around = ".".join(parts[:length])
@@ -185,4 +191,5 @@ def _wrapper(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm, judged by the name of its class."""
     return re.search("norm", type(module).__name__, re.IGNORECASE) is not None and not list(module.children())

@@ -1,4 +1,4 @@
-"""How much an update of a base moved what it computes, point by point."""
+"""By how much an update of a base changed the activations at each of its points."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from gatedadapters.supernet.hooks import hidden_argument
 
 @dataclass(frozen=True, slots=True)
 class PointShift:
-    """One module of the layout: `shift` = ||new - old|| / ||old||, Frobenius, over the tokens that are no padding."""
+    """The shift at one module of the layout.
+
+    Attributes:
+        module: qualified name of the module.
+        block: index of the block.
+        sublayer: kind of the sub-layer, such as `attention`.
+        role: role of the linear map; empty for the output of a whole sub-layer.
+        shift: ||new - old|| / ||old|| (Frobenius) of the module's output, over all tokens except padding.
+    """
 
     module: str
     block: int
@@ -36,26 +44,33 @@ class PointShift:
 
 @dataclass(frozen=True, slots=True)
 class ActivationShift:
-    """How far the outputs of every linear map, and of every mixture of experts, moved from one base to another."""
+    """The shift of the output of every linear map and every mixture of experts, from one base to its update.
+
+    Attributes:
+        points: one entry for each module, in the order of the layout.
+    """
 
     points: tuple[PointShift, ...]
 
     def mean(self, sublayer: str) -> float:
-        """Over the points of a kind of sub-layer, `attention` or `feed_forward`; nan where there is none."""
+        """Mean shift over the points of one kind of sub-layer, such as `attention`; nan where there is none."""
         own = [point.shift for point in self.points if point.sublayer == sublayer]
         return sum(own) / len(own) if own else float("nan")
 
     def grid(self) -> tuple[list[int], list[str], dict[tuple[int, str], float]]:
-        """Blocks, columns (sub-layer, role), and the shift of each cell (the mean where several points share one)."""
+        """The shifts as a grid: indices of blocks, names of columns (sub-layer and role), and the shift of each cell.
+
+        A cell that several points share holds their mean.
+        """
         cells: dict[tuple[int, str], list[float]] = {}
         for point in self.points:
             cells.setdefault((point.block, column(point.sublayer, point.role, "").strip()), []).append(point.shift)
         columns = list(dict.fromkeys(name for _, name in cells))
         blocks = sorted({block for block, _ in cells})
-        return blocks, columns, {place: sum(values) / len(values) for place, values in cells.items()}
+        return blocks, columns, {cell: sum(values) / len(values) for cell, values in cells.items()}
 
     def table(self) -> str:
-        """One row a block, one column a place, in per cent."""
+        """The grid as text, in per cent: one row for each block, one column for each sub-layer and role."""
         blocks, columns, cells = self.grid()
         rows = [
             [str(block), *(f"{cells[block, name]:.1%}" if (block, name) in cells else "" for name in columns)]
@@ -66,23 +81,23 @@ class ActivationShift:
     def _repr_html_(self) -> str:
         blocks, columns, cells = self.grid()
         peak = max(cells.values(), default=0.0) or 1.0
-        texts = {place: f"{value:.1%}" for place, value in cells.items()}
-        shares = {place: value / peak for place, value in cells.items()}
+        texts = {cell: f"{value:.1%}" for cell, value in cells.items()}
+        shares = {cell: value / peak for cell, value in cells.items()}
         return html.grid(blocks, columns, texts, shares, title="relative shift")
 
     def to_data(self) -> list[dict[str, Any]]:
-        """Plain data."""
+        """The points as plain data."""
         return [asdict(point) for point in self.points]
 
 
 def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> ActivationShift:
-    """Run two versions of a base on the same texts, each on its own hidden states, and compare every point.
+    """Run two versions of a base on the same batches, each on its own hidden states, and compare their activations.
 
     Args:
-        old: the base before.
-        new: the base after; the same layout, other values.
-        batches: what both models run on; `attention_mask` (batch, length) says what is padding, and for the rows of a
-            decoder that has an encoder, `decoder_attention_mask`. The layouts are discovered on the first.
+        old: the base before its update.
+        new: the base after its update: the same layout, other values.
+        batches: batches that both models run on. `attention_mask` (batch, length) marks padding; in the decoder of an
+            encoder-decoder model, `decoder_attention_mask` does. The layouts are discovered on the first batch.
 
     Raises:
         LayoutError: the two are not versions of one base; the first difference is named.
@@ -91,14 +106,16 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     given = iter(batches)
     first = next(given, None)
     if first is None:
-        raise DataError("a shift is measured on texts", expected="at least one batch", got="none", where="batches")
+        raise DataError(
+            "a shift is measured on batches of text", expected="at least one batch", got="none", where="batches"
+        )
     layout = check_versions(old, new, first)
-    places = list(_places(layout))
-    names = [place[0] for place in places]
+    points = list(_points(layout))
+    names = [point[0] for point in points]
     moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for batch in chain([first], given):
-        masks = padding(layout, batch)
-        before, after = outputs(old, names, batch, masks), outputs(new, names, batch, masks)
+        masks = padding_masks(layout, batch)
+        before, after = module_outputs(old, names, batch, masks), module_outputs(new, names, batch, masks)
         for name in names:
             for a, b in zip(before[name], after[name], strict=True):
                 moved[name] += float((b.to(a) - a).square().sum())
@@ -106,22 +123,22 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     return ActivationShift(
         tuple(
             PointShift(name, block, sublayer, role, math.sqrt(moved[name] / max(size[name], 1e-30)))
-            for name, block, sublayer, role in places
+            for name, block, sublayer, role in points
         )
     )
 
 
 def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) -> Layout:
-    """The layout that two versions of a base share.
+    """Check that two models are versions of one base, and return the layout that they share.
 
-    Compared are class, vocabulary, shapes of parameters, layout, and of the configurations what decides what layers
-    compute: numbers of heads, non-linearities, residual connections and the like. How far positions reach (`rope_*`,
-    windows, lengths) may differ: releases of one base differ there.
+    The check compares class, vocabulary, shapes of parameters, layout, and those settings of the configurations that
+    decide what layers compute: numbers of heads, non-linearities, residual connections and the like. Settings of
+    positions (`rope_*`, windows, lengths) may differ, because releases of one base differ there.
 
     Args:
-        old: the base before.
-        new: the base after.
-        sample: a batch that runs through both; a default is made for token models.
+        old: the base before its update.
+        new: the base after its update.
+        sample: a batch that runs through both; default: one is made for token models.
 
     Raises:
         LayoutError: they are not versions of one base; the first difference is named.
@@ -148,7 +165,7 @@ def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) 
             raise refuse(f"the shape of {name}", a, b)
     settings = [_settings(model) for model in (old, new)]
     for name, a in settings[0].items():
-        b = settings[1].get(name, a)  # what one of them lacks, its layers do not read
+        b = settings[1].get(name, a)  # a setting that one configuration lacks is not read by its layers
         if a != b:
             raise refuse(f"{name} of the configuration", a, b)
     layouts = [discover(model, sample) for model in (old, new)]
@@ -158,11 +175,11 @@ def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) 
     return layouts[0]
 
 
-def padding(layout: Layout, batch: Batch) -> dict[str, Tensor]:
-    """By module in the blocks, the mask (batch, length) of the rows it returns, where the batch has one.
+def padding_masks(layout: Layout, batch: Batch) -> dict[str, Tensor]:
+    """For each module in the blocks, the mask (batch, length) of the tokens in its output; none where there is no mask.
 
-    A decoder's rows are its own tokens, whose mask is not the encoder's; but keys and values of its cross-attention are
-    computed from the encoder's.
+    The tokens of a decoder have a mask of their own. But keys and values of its cross-attention are computed from the
+    tokens of the encoder.
     """
     found = {}
     for block in layout.blocks:
@@ -179,22 +196,38 @@ def padding(layout: Layout, batch: Batch) -> dict[str, Tensor]:
     return found
 
 
-def outputs(
+def module_outputs(
     model: nn.Module, names: Iterable[str], batch: Batch, masks: Mapping[str, Tensor]
 ) -> dict[str, list[Tensor]]:
-    """What each named module returns for a batch in evaluation mode: for every call of it, rows (tokens, width)."""
+    """Run a batch in evaluation mode and return what the named modules return.
+
+    Args:
+        model: the model.
+        names: qualified names of modules.
+        batch: the batch.
+        masks: see `padding_masks`.
+
+    Returns:
+        For each module, one tensor (tokens, width) for every call, float32, without padding.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     modules = dict(model.named_modules())
-    with recording({name: modules[name] for name in found}, found, masks), undisturbed(model):
+    with record_outputs({name: modules[name] for name in found}, found, masks), undisturbed(model):
         model(**{key: value.to(device_of(model)) for key, value in batch.items()})
     return found
 
 
 @contextmanager
-def recording(
+def record_outputs(
     modules: Mapping[str, nn.Module], into: dict[str, list[Tensor]], masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Within this context the modules' outputs are kept, in fp32, without the rows of padding (see `padding`)."""
+    """Within this context, append every output of the modules to the lists in `into`.
+
+    Args:
+        modules: by name.
+        into: by name, lists that are filled with tensors (tokens, width), float32, without padding.
+        masks: see `padding_masks`.
+    """
 
     def keep(name: str) -> Any:
         mask = masks.get(name)
@@ -216,23 +249,25 @@ def recording(
             handle.remove()
 
 
-def relative(before: list[Tensor], after: list[Tensor]) -> float:
-    """||after - before|| / ||before|| over all calls."""
+def relative_shift(before: list[Tensor], after: list[Tensor]) -> float:
+    """||after - before|| / ||before|| (Frobenius) over all calls."""
     moved = sum(float((b - a).square().sum()) for a, b in zip(before, after, strict=True))
     size = sum(float(a.square().sum()) for a in before)
     return math.sqrt(moved / max(size, 1e-30))
 
 
 def _lines(layout: Layout) -> list[str]:
-    """A layout as text, but for which experts the sample was routed to, and in which order."""
+    """A layout as lines of text, without what depends on the sample: which experts it was routed to, in which order."""
     lines = re.sub("  traffic .*", "", layout.table()).splitlines()
     runs = groupby(lines, key=lambda line: line.startswith("    "))  # the maps of a sub-layer
     return [line for are_maps, run in runs for line in (sorted(run) if are_maps else run)]
 
 
-def routed(layout: Layout) -> dict[str, str]:
-    """By map of an expert that is a module of its own, what its sub-layer writes at: which tokens, and how many, an
-    expert sees differs from base to base.
+def expert_maps(layout: Layout) -> dict[str, str]:
+    """For each linear map of an expert that is a module of its own, the module that returns the whole mixture's output.
+
+    Two bases route different tokens to an expert. So the outputs of its maps cannot be compared; those of the mixture
+    can.
     """
     found: dict[str, str] = {}
     for block in layout.blocks:
@@ -245,11 +280,12 @@ def routed(layout: Layout) -> dict[str, str]:
     return found
 
 
-def _places(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
-    apart = routed(layout)
+def _points(layout: Layout) -> Iterator[tuple[str, int, str, str]]:
+    """Module, block, kind of sub-layer and role of every point that is compared."""
+    mixtures = expert_maps(layout)
     for block in layout.blocks:
         for sublayer in block.sublayers:
-            held = [m for m in sublayer.maps if m.kind != "experts" and m.traffic > 0 and m.name not in apart]
+            held = [m for m in sublayer.maps if m.kind != "experts" and m.traffic > 0 and m.name not in mixtures]
             maps = {m.name: m.role for m in held}
             if sublayer.writer and sublayer.writer not in maps:
                 maps[sublayer.writer] = ""
@@ -264,11 +300,11 @@ _NOT_OF_LAYERS = re.compile(
     r"|^(output_\w+|return_dict\w*|use_cache|chunk_size_feed_forward|tie_word_embeddings|vocab_size)$"
     r"|^rope_|max_\w*position|sliding_window|max_window_layers"  # how far positions reach
 )
-"""Names in a configuration that leave open or unchanged what the layers of a trained model compute."""
+"""Settings of a configuration that do not change what the layers of a trained model compute, or may differ."""
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """What the model's configuration says of its layers; those of its parts by dotted names."""
+    """The settings of a model's configuration that decide what its layers compute, nested ones by dotted names."""
     configs = (getattr(module, "config", None) for module in model.modules())
     config: Any = next((found for found in configs if hasattr(found, "to_dict")), None)
 
@@ -284,8 +320,9 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _vocabulary(model: nn.Module) -> int:
+    """Number of token embeddings; 0 where there are none."""
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return 0 if embedding is None else embedding.num_embeddings
 
 
-__all__ = ["ActivationShift", "PointShift", "activation_shift", "check_versions", "outputs", "relative"]
+__all__ = ["ActivationShift", "PointShift", "activation_shift", "check_versions", "module_outputs", "relative_shift"]

@@ -1,4 +1,4 @@
-"""A base update for those who have only one version: continued pretraining on given text."""
+"""A simulated update of a base, for users who have only one version of it: continued pretraining on given text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gatedadapters.supernet.attach import check_no_adapters
 
 Piece = dict[str, list[int]]
 _Collate = Callable[[list[Piece]], dict[str, Tensor]]
-_HELD_OUT = 64  # pieces at most: a loss is known well enough, and measuring it twice costs less than training
+_HELD_OUT = 64  # pieces at most: enough to measure a loss, and quicker than the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class UpdateReport:
     """The size of a base update.
 
     Attributes:
-        objective: `masked` or `causal` language modelling.
+        objective: of the training: `masked` or `causal` language modelling.
         steps: optimiser steps.
-        tokens: trained on.
+        tokens: how many tokens were trained on.
         weight_shift: ||new - old|| / ||old|| over all parameters.
         weight_shift_by_kind: the same over the linear maps of each kind of sub-layer, and over `rest` (embeddings,
             norms, heads).
-        loss: (before, after) on text that was held out of what it was trained on.
-        other_loss: (before, after) on other text, or None.
+        loss: before and after the update, on held-out pieces of the text that was trained on.
+        other_loss: before and after the update, on other text; None where there is none.
     """
 
     objective: str
@@ -66,7 +66,7 @@ class UpdateReport:
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data."""
+        """The report as plain data."""
         return asdict(self)
 
 
@@ -84,31 +84,31 @@ def simulate_update(
     bf16: bool = False,
     seed: int = 0,
 ) -> UpdateReport:
-    """Train all of `model` on with its own objective, in place, so that it becomes a second version of itself.
+    """Continue the pretraining of `model` in place, so that it becomes an updated version of itself.
 
-    Masked language modelling for encoders, causal for decoders, by transformers' Trainer. The texts are joined, cut
-    into pieces of `length` tokens, and a tenth of the pieces is held out, at most 64. Keep the old version before: a
-    deep copy, or `from_pretrained` again.
+    transformers' Trainer trains encoders by masked and decoders by causal language modelling. The texts are joined and
+    cut into pieces of `length` tokens; a tenth of the pieces, at most 64, is held out. Keep the old version first: make
+    a deep copy, or load it again with `from_pretrained`.
 
     Args:
-        model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM), nothing attached. Frozen
+        model: with a language-modelling head (AutoModelForMaskedLM, AutoModelForCausalLM) and nothing attached. Frozen
             parameters stay as they are.
-        tokenizer: the model's.
-        texts: what the new version has read.
-        steps: more, or a higher rate, for a larger shift.
-        learning_rate: peak; a tenth of the steps warms up, then it falls linearly.
+        tokenizer: of the model.
+        texts: what the model is trained on.
+        steps: optimiser steps. More steps, or a higher rate, give a larger shift.
+        learning_rate: peak rate. It rises in the first tenth of the steps, then falls linearly.
         batch_size: pieces per step.
         length: tokens of a piece.
-        mask_share: of the tokens to be guessed, for encoders.
-        other_texts: to see what the update cost elsewhere.
-        bf16: autocast.
-        seed: of order and masks.
+        mask_share: share of the tokens that are masked, for encoders.
+        other_texts: text to measure a second loss on, which shows what the update costs elsewhere.
+        bf16: train in bfloat16 autocast.
+        seed: of the order of pieces and of masks.
 
     Raises:
-        TrainingError: the model has no language-modelling head, or every parameter of it is frozen; a masked language
-            model whose tokenizer has no mask token.
+        TrainingError: the model has no language-modelling head, every parameter of it is frozen, or it is a masked
+            language model whose tokenizer has no mask token.
         AttachError: adapters or a sparse delta are attached.
-        DataError: too little text.
+        DataError: there is too little text.
 
     The model is left untouched by all of them.
     """
@@ -173,6 +173,11 @@ def simulate_update(
 
 
 def _objective(model: nn.Module) -> str:
+    """`causal` or `masked`, by the class of the model.
+
+    Raises:
+        TrainingError: it is neither a causal nor a masked language model.
+    """
     name = type(model).__name__
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "causal"
@@ -188,7 +193,12 @@ def _objective(model: nn.Module) -> str:
 
 
 def _check_bare(model: nn.Module) -> None:
-    """What is attached would be trained in place of the base, or with it."""
+    """Check that nothing is attached to the model, which would be trained in its place, and that it can be trained.
+
+    Raises:
+        AttachError: adapters, a sparse delta or peft's adapters are attached.
+        TrainingError: every parameter is frozen.
+    """
     check_no_adapters(model)
     own = [name for name, _ in model.named_parameters() if is_own(name)]
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]  # by peft
@@ -211,7 +221,11 @@ def _check_bare(model: nn.Module) -> None:
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, seed: int) -> _Collate:
-    """Masks for encoders; for decoders the pieces as they are, of equal length: no token has to be padding."""
+    """From pieces to a batch: with random masks for encoders, unchanged for decoders. All pieces have one length.
+
+    Raises:
+        TrainingError: masks are needed, and the tokenizer has no mask token.
+    """
     if not masked:
         return _stacked
     if tokenizer.mask_token is None:
@@ -227,11 +241,13 @@ def _collator(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, se
 
 
 def _stacked(pieces: list[Piece]) -> dict[str, Tensor]:
+    """From pieces to a batch whose labels are its tokens."""
     batch = {key: torch.tensor([piece[key] for piece in pieces]) for key in pieces[0]}
     return {**batch, "labels": batch["input_ids"].clone()}
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Piece]:
+    """All texts as tokens, joined and cut into pieces of one length; the rest is left out."""
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, verbose=False)["input_ids"]
@@ -242,7 +258,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: in
 def _loss(
     model: nn.Module, pieces: Any, tokenizer: PreTrainedTokenizerBase, masked: bool, share: float, batch: int
 ) -> float:
-    """Mean over batches; the same masks before and after."""
+    """The loss, averaged over batches. Masks are the same in every call."""
     collate = _collator(tokenizer, masked, share, 0)
     device = next(model.parameters()).device
     batches = DataLoader(pieces, batch_size=batch, collate_fn=collate)
@@ -252,6 +268,7 @@ def _loss(
 
 
 def _weight_shift(model: nn.Module, old: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """`weight_shift` and `weight_shift_by_kind` of an `UpdateReport`."""
     kinds = {f"{m.name}.{m.parameter}": sublayer.kind for _, sublayer, m in discover(model).maps()}
     sums: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():

@@ -38,7 +38,7 @@ from gatedadapters.transfer import (
     simulate_update,
 )
 from gatedadapters.transfer.sensitivity import weigh_by
-from gatedadapters.transfer.shift import outputs, padding
+from gatedadapters.transfer.shift import module_outputs, padding_masks
 
 # -- recovery ----------------------------------------------------------------------------------------------
 
@@ -112,12 +112,12 @@ def test_padding_of_an_encoder_is_not_taken_for_the_decoder_s() -> None:
     batch["attention_mask"][0, 2:] = 0  # as long as the decoder's, but not its own
     names = ["encoder.layers.0.fc2", "decoder.layers.0.fc2", "decoder.layers.0.encoder_attn.k_proj"]
     kept, every = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
-    masks = padding(ga.discover(model, batch), batch)
-    assert [len(rows[0]) for rows in outputs(model, names, batch, masks).values()] == [kept, every, kept]
+    masks = padding_masks(ga.discover(model, batch), batch)
+    assert [len(rows[0]) for rows in module_outputs(model, names, batch, masks).values()] == [kept, every, kept]
     batch["decoder_attention_mask"] = torch.ones_like(batch["attention_mask"])
     batch["decoder_attention_mask"][1, 5:] = 0
-    masks = padding(ga.discover(model, batch), batch)
-    found = outputs(model, names, batch, masks).values()
+    masks = padding_masks(ga.discover(model, batch), batch)
+    found = module_outputs(model, names, batch, masks).values()
     assert [len(rows[0]) for rows in found] == [kept, int(batch["decoder_attention_mask"].sum()), kept]
 
 
