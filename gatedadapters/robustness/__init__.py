@@ -1,4 +1,4 @@
-"""Noise in training, and perturbed inputs. To add one: write its class, and name it here."""
+"""Noise in training, and perturbed inputs for evaluation. To add one, write its class and name it here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _KINDS: dict[str, type[Corruption]] = {}
 
 
 def register(corruption: type[Corruption]) -> type[Corruption]:
-    """Make a noise or a perturbation known by its kind; usable as a decorator on an outsider's class."""
+    """Make a noise or a perturbation known by its kind. Usable as a decorator on a class of your own."""
     _KINDS[corruption.kind] = corruption
     return corruption
 
@@ -51,10 +51,15 @@ def corruption_kinds() -> dict[str, type[Corruption]]:
 
 
 def corruption(config: CorruptionConfig, *, only: type[Corruption] = Corruption, where: str = "kind") -> Corruption:
-    """What a configuration asks for.
+    """Build the noise or perturbation that a configuration describes.
+
+    Args:
+        config: kind, ratio and seed.
+        only: a class that the kind must be a subclass of, such as `Perturbation`.
+        where: the key of the configuration, for errors.
 
     Raises:
-        ConfigError: unknown kind, or one that is not `only`.
+        ConfigError: the kind is unknown, or no subclass of `only`; or the ratio lies outside [0, 1].
     """
     known = [kind for kind, found in _KINDS.items() if issubclass(found, only)]
     if config.kind not in known:
@@ -63,7 +68,11 @@ def corruption(config: CorruptionConfig, *, only: type[Corruption] = Corruption,
             expected=", ".join(known),
             got=repr(config.kind),
             where=where,
-            fix="labels, embeddings and gradients are spoilt in training only" if config.kind in _KINDS else "name one",
+            fix=(
+                "noise on labels, embeddings and gradients is for training only"
+                if config.kind in _KINDS
+                else "name one of these"
+            ),
         )
     return _KINDS[config.kind](config.ratio, seed=config.seed)
 

@@ -1,4 +1,4 @@
-"""Corrupting what is at hand: tasks, data sets, batches."""
+"""Applying a corruption to tasks, data sets and batches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.data import Examples, MixedTaskDataset, TextTask
 from gatedadapters.errors import ConfigError
-from gatedadapters.robustness.base import Corruption, Feature, TextPerturbation, TokenPerturbation, Vocabulary
+from gatedadapters.robustness.base import Corruption, TextPerturbation, TokenisedExample, TokenPerturbation, Vocabulary
 from gatedadapters.robustness.noises import LabelNoise
 
 
 class CorruptedDataset(Dataset[dict[str, Any]]):
-    """A data set of tokenised examples, perturbed: each item always in the same way, in whatever order it is read.
+    """A data set whose tokenised examples are perturbed. An item is always perturbed in the same way.
 
     Args:
-        dataset: of features with `input_ids`.
-        corruption: of tokens.
-        vocabulary: of the tokenizer that the features are from.
+        dataset: a data set of tokenised examples, which have `input_ids`.
+        corruption: a perturbation of tokens.
+        vocabulary: of the tokenizer that made the examples.
 
     Raises:
         ConfigError: the corruption is not one of tokens.
@@ -31,12 +31,12 @@ class CorruptedDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, dataset: Any, corruption: Corruption, vocabulary: Vocabulary) -> None:
         if not isinstance(corruption, TokenPerturbation):
-            raise cannot(corruption, "tokenised examples", "corrupt_tasks (texts, labels) or NoiseCallback")
+            raise wrong_kind(corruption, "tokenised examples", "corrupt_tasks (texts, labels) or NoiseCallback")
         self.dataset, self.corruption, self.vocabulary = dataset, corruption, vocabulary
 
     @property
     def sizes(self) -> list[int]:
-        """Examples per task, of a data set that has several."""
+        """How many examples each task has, if the data set has several tasks."""
         sizes: list[int] = self.dataset.sizes
         return sizes
 
@@ -49,6 +49,11 @@ class CorruptedDataset(Dataset[dict[str, Any]]):
 
 def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str) -> list[TextTask]:
     """The same tasks with one split corrupted.
+
+    Args:
+        tasks: labelled texts.
+        corruption: of texts or labels.
+        split: `train`, `validation` or `test`.
 
     Raises:
         ConfigError: the corruption is not one of texts or labels.
@@ -63,7 +68,7 @@ def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str)
             labels = corruption.labels(examples.labels, task.n_classes, position)
             changed = Examples(examples.texts, labels, examples.pairs)
         else:
-            raise cannot(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
+            raise wrong_kind(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
         parts: dict[str, Any] = {split: changed}
         result.append(replace(task, **parts))
     return result
@@ -77,7 +82,15 @@ def corrupted_dataset(
     corruption: Corruption | None,
     vocabulary: Vocabulary,
 ) -> MixedTaskDataset | CorruptedDataset:
-    """One split of several tasks, tokenised, and corrupted in texts, labels or tokens; other noise leaves data alone.
+    """One split of several tasks, tokenised, with corrupted texts, labels or tokens.
+
+    Args:
+        tasks: labelled texts.
+        tokenizer: of the model.
+        split: `train`, `validation` or `test`.
+        max_length: tokens after which a text is cut.
+        corruption: what to apply; noise on embeddings or gradients, or None, leaves the data as they are.
+        vocabulary: of the tokenizer.
 
     Raises:
         DataError: there is no task, or a task lacks the split.
@@ -93,26 +106,27 @@ def corrupted_dataset(
 def corrupt_batch(
     batch: Mapping[str, Tensor], corruption: Corruption, vocabulary: Vocabulary, *, pad: int = 0, key: int = 0
 ) -> dict[str, Tensor]:
-    """A padded batch with its tokens perturbed, padded anew on the side on which it was.
+    """A padded batch with perturbed tokens, padded anew on the same side.
 
     Args:
-        batch: `input_ids` and `attention_mask` (batch, length), other columns of that shape, and whatever else.
-        corruption: of tokens.
-        vocabulary: of the tokenizer that the batch is from.
-        pad: the padding token's id.
-        key: makes batches differ in what is chosen; say, the number of the batch.
+        batch: `input_ids` and `attention_mask` (batch, length). Other columns of that shape follow the tokens; columns
+            of another shape stay as they are.
+        corruption: a perturbation of tokens.
+        vocabulary: of the tokenizer that made the batch.
+        pad: id of the padding token.
+        key: for example the number of the batch: batches with different keys are perturbed at different positions.
 
     Raises:
         ConfigError: the corruption is not one of tokens.
     """
     if not isinstance(corruption, TokenPerturbation):
-        raise cannot(corruption, "batches", "corrupt_tasks (texts, labels) or NoiseCallback")
+        raise wrong_kind(corruption, "batches", "corrupt_tasks (texts, labels) or NoiseCallback")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     columns = {name: value for name, value in batch.items() if value.shape == ids.shape}
     left = bool((~mask[:, 0]).any())
     rows = []
     for index, where in enumerate(mask):
-        feature: Feature = {name: value[index][where].tolist() for name, value in columns.items()}
+        feature: TokenisedExample = {name: value[index][where].tolist() for name, value in columns.items()}
         rows.append(corruption.feature(feature, vocabulary, key * len(ids) + index))
     length = max(len(row["input_ids"]) for row in rows)
     result = dict(batch)
@@ -126,8 +140,8 @@ def corrupt_batch(
     return result
 
 
-def cannot(corruption: Corruption, what: str, other: str) -> ConfigError:
-    """The error for a corruption in the wrong place."""
+def wrong_kind(corruption: Corruption, what: str, other: str) -> ConfigError:
+    """The error for a corruption that cannot be applied to `what`; `other` says what it can be given to."""
     return ConfigError(
         f"this corruption does not act on {what}",
         expected="one that does",

@@ -1,4 +1,4 @@
-"""What noise and perturbations share: a seed decides which share of what may be touched is touched."""
+"""The base classes of noises and perturbations: a ratio says how much is changed, a seed decides what."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from gatedadapters.data import Examples
 from gatedadapters.errors import ConfigError
 
 Ids = NDArray[np.int64]
-Feature = Mapping[str, Any]
-"""One tokenised example: `input_ids`, its other columns of the same length, and what belongs to it as a whole."""
+TokenisedExample = Mapping[str, Any]
+"""One tokenised example: `input_ids`, other columns of the same length, and values of the example as a whole."""
 
-DROPPED = -1  # in place of a token id: this position goes
+DROPPED = -1
+"""Stands in place of a token's id where the token is deleted."""
 
 
 class Corruption(ABC):
-    """A way to spoil data or training, to a degree.
+    """A noise or a perturbation of a given strength.
 
-    The same seed always gives the same result, whatever else draws random numbers, and nothing else notices: every
-    draw comes from a private generator. At ratio 0 everything stays as it is.
+    Every draw comes from a generator of its own. So the same seed always gives the same result, and global random
+    numbers are not affected. At ratio 0 everything stays as it is.
 
     Args:
-        ratio: how much, in [0, 1]; each kind says of what.
-        seed: of what is chosen.
+        ratio: how much is changed, in [0, 1]; each kind says of what.
+        seed: decides what is changed.
 
     Raises:
         ConfigError: the ratio lies outside [0, 1].
@@ -45,7 +46,7 @@ class Corruption(ABC):
     def __init__(self, ratio: float, *, seed: int = 0) -> None:
         if not 0 <= ratio <= 1:  # also where it is not a number
             raise ConfigError(
-                "no such share",
+                "a ratio lies between 0 and 1",
                 expected="a ratio in [0, 1]",
                 got=ratio,
                 where=f"{self.kind}: ratio",
@@ -57,14 +58,20 @@ class Corruption(ABC):
         return f"{type(self).__name__}({self.ratio:g}, seed={self.seed})"
 
     def generator(self, *key: int) -> np.random.Generator:
-        """Random numbers that depend on the kind, the seed and `key` alone, so that ratios are nested: what a small
-        ratio touches, a larger one touches too.
+        """A generator of random numbers that depends only on the kind, the seed and `key`.
+
+        It does not depend on the ratio. So what a small ratio changes, a larger ratio changes as well.
         """
         return np.random.default_rng((zlib.crc32(self.kind.encode()), self.seed, *key))
 
     def choose(self, eligible: Sequence[int] | Ids, draw: np.random.Generator) -> Ids:
-        """Which of `eligible` are touched, sorted: rounded up or down by chance, so that the expected share is exactly
-        the ratio.
+        """Draw which of the eligible positions are changed, sorted.
+
+        Their number is rounded up or down at random, so that the expected share is exactly the ratio.
+
+        Args:
+            eligible: positions to choose from.
+            draw: see `generator`.
         """
         count = math.floor(self.ratio * len(eligible) + draw.random())
         order = draw.permutation(len(eligible))
@@ -72,30 +79,38 @@ class Corruption(ABC):
 
 
 class Noise(Corruption):
-    """Something that only training meets: labels, embeddings or gradients that are off."""
+    """A corruption that is applied in training only: wrong labels, noisy embeddings or gradients."""
 
 
 class Perturbation(Corruption):
-    """Inputs that are off. For evaluation; training meets it where it is given as noise."""
+    """A corruption of inputs, for evaluation. It can be applied in training as well."""
 
 
 class TextPerturbation(Perturbation):
-    """Changes words of a text, before it is tokenised. To add one: `kind`, `touch`, and where not every word can be
-    touched, `eligible`.
+    """Changes words of a text before it is tokenised. The ratio is the share of eligible words. White space stays.
 
-    The ratio is the share of eligible words. White space stays.
+    A subclass defines `kind` and `touch`, and `eligible` if not every word can be changed.
     """
 
     def eligible(self, words: Sequence[str]) -> Sequence[int]:
-        """Positions of the words that can be touched."""
+        """Positions of the words that can be changed."""
         return range(len(words))
 
     @abstractmethod
     def touch(self, words: list[str], chosen: Ids, draw: np.random.Generator) -> list[str]:
-        """The words with each of `chosen` changed, and no other; a list of its own, of the same length."""
+        """The words with each chosen word changed, and no other.
+
+        Args:
+            words: of the text; the list may be changed in place.
+            chosen: positions of the words to change, sorted.
+            draw: random numbers.
+
+        Returns:
+            As many words.
+        """
 
     def text(self, text: str, key: int = 0) -> str:
-        """A text, perturbed; `key` (say, the example's position) makes texts differ in what is chosen."""
+        """A perturbed text. Texts with different keys (such as their positions) are changed at different words."""
         parts = re.split(r"(\s+)", text)  # words at even positions, white space between
         words, draw = parts[::2], self.generator(key)
         chosen = self.choose(self.eligible(words), draw)
@@ -104,7 +119,7 @@ class TextPerturbation(Perturbation):
         return "".join(parts)
 
     def examples(self, examples: Examples) -> Examples:
-        """A split with every text and second text perturbed; labels stay."""
+        """A split with every text and second text perturbed. Labels stay."""
         texts = [self.text(text, index) for index, text in enumerate(examples.texts)]
         pairs = examples.pairs
         if pairs is not None:
@@ -114,13 +129,13 @@ class TextPerturbation(Perturbation):
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What is to be known of tokens.
+    """What perturbations need to know about tokens.
 
     Attributes:
         size: token ids lie in 0..size-1.
-        special: ids that are never touched nor put in place of others: padding, separators, unknown, ...
-        mask: the id that masks, where there is one.
-        embedding: (size or more, width), of the pretrained model; None where it is not at hand.
+        special: ids of padding, separators, unknown tokens and the like. They are neither changed nor inserted.
+        mask: id of the mask token; None where there is none.
+        embedding: input embeddings of the pretrained model, (at least size, width); None where they are not known.
     """
 
     size: int
@@ -131,7 +146,12 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> Vocabulary:
-        """Of a tokenizer, and the input embeddings of its model as they are now."""
+        """The vocabulary of a tokenizer, with the input embeddings that its model has now.
+
+        Args:
+            tokenizer: the tokenizer.
+            model: its model; only `nearest_embedding` needs it.
+        """
         weight = None
         if model is not None:
             embeddings: Any = model
@@ -140,18 +160,18 @@ class Vocabulary:
         return cls(len(tokenizer), special, tokenizer.mask_token_id, weight)
 
     def ordinary(self) -> Ids:
-        """Every id that is not special."""
+        """All ids that are not special, sorted."""
         return np.setdiff1d(np.arange(self.size), list(self.special))
 
     def nearest(self, ids: Ids) -> Ids:
-        """For each id the other ordinary one whose embedding points most nearly in the same direction.
+        """For each id, the other ordinary id whose embedding has the largest cosine with its own.
 
         Raises:
-            ConfigError: there is no embedding.
+            ConfigError: the vocabulary has no embedding.
         """
         if self.embedding is None:
             raise ConfigError(
-                "nothing says which tokens are alike",
+                "without embeddings, similar tokens are not known",
                 expected="a vocabulary with the model's embedding",
                 got="none",
                 where="nearest_embedding",
@@ -160,29 +180,45 @@ class Vocabulary:
         fresh = [token for token in np.unique(ids).tolist() if token not in self._nearest]
         if fresh:
             table = nn.functional.normalize(self.embedding[: self.size], dim=-1)
-            likeness = table[fresh] @ table.T
-            likeness[:, sorted(self.special)] = -torch.inf
-            likeness[range(len(fresh)), fresh] = -torch.inf
-            self._nearest.update(zip(fresh, likeness.argmax(-1).tolist(), strict=True))
+            cosines = table[fresh] @ table.T
+            cosines[:, sorted(self.special)] = -torch.inf
+            cosines[range(len(fresh)), fresh] = -torch.inf
+            self._nearest.update(zip(fresh, cosines.argmax(-1).tolist(), strict=True))
         return np.array([self._nearest[token] for token in ids.tolist()], dtype=np.int64)
 
 
 class TokenPerturbation(Perturbation):
-    """Changes tokens of a tokenised example. To add one: `kind` and `touch`.
+    """Changes tokens of a tokenised example. The ratio is the share of eligible tokens: attended to, and not special.
 
-    The ratio is the share of eligible tokens: attended to and not special.
+    A subclass defines `kind` and `touch`.
     """
 
     def eligible(self, positions: Ids) -> Ids:
-        """What is chosen among, given the positions of ordinary tokens."""
+        """The positions that can be chosen, given those of ordinary tokens."""
         return positions
 
     @abstractmethod
     def touch(self, ids: Ids, chosen: Ids, draw: np.random.Generator, vocabulary: Vocabulary) -> Ids:
-        """Token ids with those at `chosen` changed or `DROPPED`; an array of its own, (length,)."""
+        """The token ids with each chosen one changed or set to `DROPPED`.
 
-    def feature(self, feature: Feature, vocabulary: Vocabulary, key: int = 0) -> dict[str, Any]:
-        """A tokenised example, perturbed: where tokens go, so do their entries in every column of the same length."""
+        Args:
+            ids: token ids (length,) int64; the array may be changed in place.
+            chosen: positions of the tokens to change, sorted.
+            draw: random numbers.
+            vocabulary: of the tokenizer.
+
+        Returns:
+            Token ids (length,).
+        """
+
+    def feature(self, feature: TokenisedExample, vocabulary: Vocabulary, key: int = 0) -> dict[str, Any]:
+        """A perturbed tokenised example. Where a token is deleted, so is its entry in every column of the same length.
+
+        Args:
+            feature: the example; it is not changed.
+            vocabulary: of the tokenizer.
+            key: for example its position: examples with different keys are changed at different tokens.
+        """
         ids = np.asarray(feature["input_ids"], dtype=np.int64)
         attended = np.asarray(feature.get("attention_mask", np.ones_like(ids))) == 1
         ordinary = np.flatnonzero(attended & ~np.isin(ids, list(vocabulary.special)))
@@ -192,7 +228,7 @@ class TokenPerturbation(Perturbation):
             return dict(feature)
         changed = self.touch(ids.copy(), chosen, draw, vocabulary)
         stays = changed != DROPPED
-        if not (stays & attended).any():  # a model cannot read nothing
+        if not (stays & attended).any():  # a model needs at least one token
             first = int(np.flatnonzero(attended)[0])
             changed[first], stays[first] = ids[first], True
         columns = {name: _kept(value, stays) for name, value in feature.items()}
@@ -203,7 +239,7 @@ class TokenPerturbation(Perturbation):
 
 
 def _kept(column: Any, stays: NDArray[np.bool_]) -> Any:
-    """The entries of a column that go by tokens; anything else as it is."""
+    """A column without the entries of deleted tokens; values that are no column of that length as they are."""
     if isinstance(column, str) or not hasattr(column, "__len__") or getattr(column, "ndim", 1) == 0:
         return column
     if len(column) != len(stays):

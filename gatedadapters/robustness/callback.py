@@ -1,4 +1,4 @@
-"""Noise inside a Trainer."""
+"""Noise on embeddings and gradients inside a Trainer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from gatedadapters.robustness.apply import cannot
+from gatedadapters.robustness.apply import wrong_kind
 from gatedadapters.robustness.base import Corruption
 from gatedadapters.robustness.noises import EmbeddingNoise, GradientNoise
 
 
 class NoiseCallback(TrainerCallback):
-    """Noise on embeddings or gradients while a Trainer trains: `GatedTrainer(..., callbacks=[NoiseCallback(noise)])`.
+    """Adds noise to embeddings or gradients while a Trainer trains.
+
+    Pass it to any transformers Trainer: `GatedTrainer(..., callbacks=[NoiseCallback(noise)])`.
 
     Args:
-        noise: on embeddings or gradients.
-        special: ids of tokens whose embeddings stay: `Vocabulary.special`.
+        noise: `EmbeddingNoise` or `GradientNoise`.
+        special: ids of tokens whose embeddings stay as they are; see `Vocabulary.special`.
 
     Raises:
         ConfigError: the noise is of another kind.
@@ -27,7 +29,7 @@ class NoiseCallback(TrainerCallback):
 
     def __init__(self, noise: Corruption, special: frozenset[int] = frozenset()) -> None:
         if not isinstance(noise, (EmbeddingNoise, GradientNoise)):
-            raise cannot(noise, "a Trainer's embeddings or gradients", "corrupt_tasks or CorruptedDataset")
+            raise wrong_kind(noise, "a Trainer's embeddings or gradients", "corrupt_tasks or CorruptedDataset")
         self.noise, self.special = noise, special
         self._handle: Any = None
         self._step = self._forwards = 0
@@ -35,7 +37,7 @@ class NoiseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at what the embeddings put out from now on."""
+        """Put a hook on the model's input embeddings, if the noise is on them."""
         if isinstance(self.noise, EmbeddingNoise):
             self.remove()
             self._handle = model.get_input_embeddings().register_forward_hook(self._embedded)
@@ -43,24 +45,24 @@ class NoiseCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draws go by the step and the pass within it, so that a resumed run goes on with them."""
+        """Count steps and passes within a step. Draws depend on these numbers, so that a resumed run draws the same."""
         self._step, self._forwards = state.global_step, 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Gradients are complete."""
+        """Add noise to the gradients, if the noise is on them: they are now summed up and clipped."""
         if isinstance(self.noise, GradientNoise):
             self.noise.gradients((p for p in model.parameters() if p.requires_grad), state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the hook out."""
+        """Remove the hook."""
         self.remove()
 
     def remove(self) -> None:
-        """Take the hook out of the model; for runs that ended with an error."""
+        """Remove the hook from the model. Call it yourself after a training that ended with an error."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -1,4 +1,4 @@
-"""Noise in training, one class each: labels, embeddings, gradients."""
+"""Noise in training, one class for each kind: labels, embeddings, gradients."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from gatedadapters.robustness.base import Noise
 
 
 class LabelNoise(Noise):
-    """Labels become wrong ones, each wrong class with equal probability; the ratio is the share of examples."""
+    """Replaces labels by wrong ones; each wrong class is equally likely. The ratio is the share of examples."""
 
     kind = "label"
 
     def labels(self, labels: Sequence[int], n_classes: int, key: int = 0) -> list[int]:
-        """Labels of a split, some of them wrong.
+        """The labels of a split, with some of them replaced.
+
+        Args:
+            labels: indices of classes; they are not changed.
+            n_classes: of the task.
+            key: for example the task's position: splits with different keys are changed at different examples.
 
         Raises:
-            ConfigError: there is no other class.
+            ConfigError: the task has fewer than two classes.
         """
         if n_classes < 2:
             raise ConfigError(
-                "a label cannot be wrong",
+                "a task with one class has no wrong labels",
                 expected="2 classes or more",
                 got=n_classes,
                 where=self.kind,
@@ -38,10 +43,10 @@ class LabelNoise(Noise):
 
 
 class TensorNoise(Noise):
-    """Gaussian noise on tensors; the ratio is its root mean square by that of what it is added to."""
+    """Gaussian noise on tensors. The ratio is the root mean square of the noise over that of the tensor."""
 
     def noise(self, value: Tensor, *key: int) -> Tensor:
-        """Noise for a tensor, of its shape, type and device."""
+        """Noise of the tensor's shape, type and device; it depends on kind, seed and `key` alone."""
         seed = int(self.generator(*key).integers(0, 2**31))
         generator = torch.Generator(value.device).manual_seed(seed)
         drawn = torch.randn(value.shape, generator=generator, device=value.device, dtype=torch.float32)
@@ -55,7 +60,14 @@ class EmbeddingNoise(TensorNoise):
     kind = "embedding"
 
     def embedded(self, ids: Tensor, output: Tensor, special: Collection[int], *key: int) -> Tensor:
-        """What an embedding module put out for `ids` (batch, length), with noise: (batch, length, width)."""
+        """The output of an embedding module with noise on the embeddings of ordinary tokens.
+
+        Args:
+            ids: token ids (batch, length).
+            output: of the module, (batch, length, width); it is not changed.
+            special: ids of tokens whose embeddings stay as they are.
+            *key: of the draw.
+        """
         if not self.ratio:
             return output
         touched = ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype, device=ids.device))
@@ -67,13 +79,18 @@ class EmbeddingNoise(TensorNoise):
 
 
 class GradientNoise(TensorNoise):
-    """Gaussian noise on every gradient, after it is clipped and averaged over processes, which all draw the same."""
+    """Gaussian noise on every gradient, after clipping. In distributed training all processes draw the same noise."""
 
     kind = "gradient"
 
     @torch.no_grad()
     def gradients(self, parameters: Iterable[nn.Parameter], key: int = 0) -> None:
-        """Add noise to the gradients of parameters, in place."""
+        """Add noise to the gradients of parameters, in place.
+
+        Args:
+            parameters: those without a gradient are skipped.
+            key: of the draw; for example the number of the step.
+        """
         if not self.ratio:
             return
         for index, parameter in enumerate(parameters):
