@@ -64,7 +64,13 @@ def export_peft(
         raise _foreign_kinds([path for path, _ in paths])
     if dtype not in DTYPES.values():
         expected = "torch.float32 or torch.bfloat16"
-        raise ArtifactError(expected=expected, got=str(dtype), where="export_peft(dtype=)", fix="choose one of them")
+        raise ArtifactError(
+            "weights of this type cannot be written",
+            expected=expected,
+            got=str(dtype),
+            where="export_peft(dtype=)",
+            fix="choose one of them",
+        )
     model = adapters.model
     heads, saved = _heads(adapters)
     config, tensors = (_lora if kinds == {LoRA} else _ia3)(model, paths)
@@ -107,7 +113,9 @@ def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | 
         )
     if task is not None and task not in adapters.tasks:
         expected = f"one of {', '.join(adapters.tasks)}"
-        raise TaskError(expected=expected, got=repr(task), where="export_peft(task=)", fix="name a task")
+        raise TaskError(
+            "no such task", expected=expected, got=repr(task), where="export_peft(task=)", fix="name a task"
+        )
     if task is None and len(adapters.tasks) > 1:
         raise ArtifactError(
             "peft knows no routing by task",

@@ -120,6 +120,7 @@ class Shelf(nn.Module):
         check_no_adapters(model)
         if not folders:
             raise ArtifactError(
+                "a shelf needs adapters",
                 expected="folders of saved adapters by name",
                 got="none",
                 where="Shelf.load",
@@ -146,6 +147,7 @@ class Shelf(nn.Module):
         """
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ArtifactError(
+                "adapters cannot have this name",
                 expected="a name without dots that no module has itself",
                 got=repr(name),
                 where="Shelf.add",

@@ -262,6 +262,7 @@ def gated_candidates(
     """
     if not tasks or isinstance(tasks, str) or len(set(tasks)) != len(tasks):
         raise TaskError(
+            "these task names cannot be used",
             expected="one or more distinct task names",
             got=repr(tasks),
             where="attach(tasks=)",
@@ -347,6 +348,7 @@ def find_heads(model: nn.Module, heads: Sequence[str] | None) -> tuple[str, ...]
         missing = [h for h in heads if not any(n == h or n.startswith(f"{h}.") for n in names)]
         if missing:
             raise AttachError(
+                "the model has no such heads",
                 expected="names or prefixes of the model's parameters",
                 got=", ".join(missing),
                 where="attach(heads=)",

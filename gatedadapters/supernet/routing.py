@@ -28,6 +28,7 @@ def checked_ids(models: Sequence[nn.Module], tasks: Sequence[str], task_ids: Ten
     fits = is_tensor and task_ids.dim() == 1 and not task_ids.is_floating_point() and len(task_ids) > 0
     if not fits or batch not in (None, len(task_ids)):
         raise TaskError(
+            "task ids do not match the batch",
             expected=f"integer task ids of shape ({'batch' if batch is None else batch},)",
             got=f"{task_ids.dtype} {tuple(task_ids.shape)}" if is_tensor else repr(task_ids),
             where="task_ids",
@@ -47,6 +48,7 @@ def checked_ids(models: Sequence[nn.Module], tasks: Sequence[str], task_ids: Ten
             return found.int().argmax(1)
     offered = f"0..{len(own) - 1}" if own == tuple(range(len(own))) else ", ".join(map(str, own))
     raise TaskError(
+        "a task id names none of the tasks that are attached",
         expected=f"task ids in {offered} ({', '.join(tasks)})",
         got=f"{low}..{high}",
         where="task_ids",

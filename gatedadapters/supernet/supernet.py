@@ -249,6 +249,7 @@ class Supernet(nn.Module, StepListener):
         number = self.tasks.index(task) if task in self.tasks else task
         if number is not None and number not in range(len(self.tasks)):
             raise TaskError(
+                "no such task",
                 expected=f"one of {', '.join(self.tasks)}, or 0..{len(self.tasks) - 1}",
                 got=repr(task),
                 where="set_task",

@@ -66,7 +66,7 @@ class WeightForward(OwnForward):
             given, named = self.part(args, kwargs, own)
             with replaced(self.supernet, alone):
                 parts.append(self.run(self.weights(alone), given, named))
-        return joined(parts, torch.cat(list(rows.values())).argsort(), self.name)
+        return rejoin_rows(parts, torch.cat(list(rows.values())).argsort(), self.name)
 
     def weights(self, call: Call) -> dict[str, Any]:
         """What the open paths make of the weights for a call of one task; weights without an open path are left out."""
@@ -142,7 +142,7 @@ def weight_forwards(supernet: Supernet, model: nn.Module) -> Iterator[WeightForw
         yield WeightForward(supernet, model.get_submodule(name), name, keys)
 
 
-def joined(parts: Sequence[Any], order: Tensor, where: str) -> Any:
+def rejoin_rows(parts: Sequence[Any], order: Tensor, where: str) -> Any:
     """What a module returned for parts of the rows, as it would have for all of them: also where it returns several
     rows for each, one after the other (a router of flattened tokens).
 
@@ -151,7 +151,7 @@ def joined(parts: Sequence[Any], order: Tensor, where: str) -> Any:
     """
     first = parts[0]
     if isinstance(first, tuple | list):
-        found = [joined(each, order, where) for each in zip(*parts, strict=True)]
+        found = [rejoin_rows(each, order, where) for each in zip(*parts, strict=True)]
         return found if isinstance(first, list) else tuple(found)
     if not isinstance(first, Tensor | bool | int | float | str | None):
         got: Any = type(first).__name__

@@ -15,6 +15,7 @@ from gatedadapters.studies.queue import HEARTBEAT, KEY, OWNER
 STORE = Store("robustness")
 CONFIG = Path(__file__).with_name("robustness.yaml")
 FOLDER = SCRATCH / "robustness"  # of the journal and of the report
+VERSIONS = "versions"  # a trial that was packed before knows the versions that it ran on
 
 
 def study(folder: Path = FOLDER) -> Study:
@@ -35,7 +36,8 @@ def pack(folder: Path = FOLDER) -> str:
     versions = found.optuna.user_attrs["gatedadapters"]["versions"]  # noted when the journal was made
     for trial in found.trials:
         if trial.state == TrialState.COMPLETE and trial.user_attrs[KEY] not in packed:
-            STORE.write(trial.user_attrs[KEY], {**_result(trial), "versions": versions})
+            own = trial.user_attrs.get(VERSIONS, versions)
+            STORE.write(trial.user_attrs[KEY], {**_result(trial), VERSIONS: own})
     return STORE.pack()
 
 
@@ -46,7 +48,7 @@ def _result(trial: FrozenTrial) -> Result:
         "score": trial.value,
         "factors": trial.params,
         "distributions": {name: json.loads(distribution_to_json(d)) for name, d in trial.distributions.items()},
-        "attributes": {n: value for n, value in trial.user_attrs.items() if n not in (KEY, OWNER, HEARTBEAT)},
+        "attributes": {n: value for n, value in trial.user_attrs.items() if n not in (KEY, OWNER, HEARTBEAT, VERSIONS)},
     }
 
 
@@ -57,5 +59,5 @@ def _trial(key: str, result: Result) -> FrozenTrial:
         value=result["score"],
         params=result["factors"],
         distributions={name: json_to_distribution(json.dumps(d)) for name, d in result["distributions"].items()},
-        user_attrs={KEY: key, **result["attributes"]},
+        user_attrs={KEY: key, VERSIONS: result[VERSIONS], **result["attributes"]},
     )
