@@ -53,6 +53,12 @@ def module(name: str, *arguments: str) -> None:
     runpy.run_module(name, run_name="__main__")
 
 
+def code(text: str, *arguments: str) -> None:
+    """What `python -c TEXT ARGUMENTS` does."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(text, "<code>", "exec"), {"__name__": "__main__"})
+
+
 def _call(function: Callable[..., Any], arguments: Sequence[Any], environment: dict[str, str], log: Path | str) -> None:
     gc.freeze()  # see conftest.py
     warnings.simplefilter("ignore")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -126,12 +125,11 @@ def test_testing_imports_only_what_an_outsider_may_extend(imports: Graph) -> Non
     ]
 
 
-def test_importing_the_package_leaves_heavy_packages_alone_and_registers_no_hooks() -> None:
+def test_importing_the_package_leaves_heavy_packages_alone_and_registers_no_hooks(tmp_path: Path) -> None:
     script = (
         "import gatedadapters, sys\n"
         "from torch.optim import optimizer\n"
         f"print(*sorted({HEAVY} & set(sys.modules)))\n"
         "print(len(optimizer._global_optimizer_pre_hooks) + len(optimizer._global_optimizer_post_hooks))"
     )
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert loaded.split() == ["0"]
+    assert processes.run(processes.code, script, log=tmp_path / "log").split() == ["0"]

@@ -233,12 +233,11 @@ def test_wrong_usage_ends_with_code_two(arguments: list[str], capsys: pytest.Cap
 
 
 def test_the_module_runs_and_stays_light(tmp_path: Path) -> None:
-    script = tmp_path / "show.py"
-    script.write_text(
+    script = (
         "import runpy, sys; sys.argv = ['gatedadapters', 'show', sys.argv[1]]\n"
         "try: runpy.run_module('gatedadapters', run_name='__main__')\n"
         "except SystemExit as end: print(end.code, sorted({'matplotlib', 'optuna', 'peft'} & set(sys.modules)))"
     )
-    printed = processes.run(processes.script, script, str(tmp_path / "nowhere"), log=tmp_path / "log")
+    printed = processes.run(processes.code, script, str(tmp_path / "nowhere"), log=tmp_path / "log")
     assert printed.endswith("2 []\n")
     assert "gatedadapters show: ArtifactError\n" in printed

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from gatedadapters import experiments
@@ -84,7 +83,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         outputs.check_output_folder(tmp_path / "out", outputs.OF_SEARCH, overwrite=True)
 
 
-def test_the_package_has_its_runs_and_imports_each_when_it_is_used() -> None:
+def test_the_package_has_its_runs_and_imports_each_when_it_is_used(tmp_path: Path) -> None:
     """Neither `import gatedadapters` nor showing nor planning pays for what training needs."""
     script = (
         "import sys; import gatedadapters as ga\n"
@@ -94,8 +93,7 @@ def test_the_package_has_its_runs_and_imports_each_when_it_is_used() -> None:
         "ga.experiments.search\n"
         "print('transformers.trainer' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n") == ["False", "[]", "True", ""]
+    assert processes.run(processes.code, script, log=tmp_path / "log") == "False\n[]\nTrue\n"
 
 
 def test_a_compression_is_shorter_and_gentler_than_a_search_however_much_of_its_training_is_given() -> None:
