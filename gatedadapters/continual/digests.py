@@ -14,7 +14,7 @@ from torch import Tensor
 
 _DEFAULT_REPR: Any = object.__repr__  # holds an address, which differs from process to process
 _ABSENT = object()
-_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
+_SIMPLE_TYPES = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 def data_digest(*parts: Any) -> str:
@@ -82,7 +82,7 @@ def _update(found: Any, value: Any) -> None:
             found.update(f"{key!r}:".encode())
             _update(found, entry)
     elif isinstance(value, (list, tuple)):
-        if _SCALARS.issuperset(map(type, value)):
+        if _SIMPLE_TYPES.issuperset(map(type, value)):
             found.update(repr(value).encode())  # lists of tokens are such: one call for all entries is quick
         else:
             found.update(f"{len(value)} entries;".encode())

@@ -122,7 +122,7 @@ class Metrics:
         )
 
 
-LABELS = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "general_delta": "general delta"}
+METRIC_LABELS = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "general_delta": "general delta"}
 
 
 def intervals(streams: Sequence[Metrics]) -> dict[str, Interval | None]:
@@ -132,7 +132,7 @@ def intervals(streams: Sequence[Metrics]) -> dict[str, Interval | None]:
     """
     found: dict[str, Interval | None] = {}
     rows = [asdict(stream) for stream in streams]
-    for name in LABELS:
+    for name in METRIC_LABELS:
         values = [row[name] for row in rows if row[name] is not None]
         found[name] = Interval.of(values) if values else None
     return found
@@ -144,7 +144,7 @@ def metrics_table(strategies: dict[str, Sequence[Metrics]]) -> str:
     for name, streams in strategies.items():
         cells = ["-" if part is None else str(part) for part in intervals(streams).values()]
         rows.append([name, str(len(streams)), *cells])
-    return format_table(["strategy", "streams", *LABELS.values()], rows)
+    return format_table(["strategy", "streams", *METRIC_LABELS.values()], rows)
 
 
 def _check_matrix(R: Matrix, b: Sequence[float] | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from gatedadapters.artifacts import Shelf
 from gatedadapters.config.base import Config
 from gatedadapters.continual.core import CORE, Core, load_core
-from gatedadapters.continual.metrics import LABELS, Metrics
+from gatedadapters.continual.metrics import METRIC_LABELS, Metrics
 from gatedadapters.continual.states import Change, apply_changes, digest, read_change_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.reporting.tables import format_table
@@ -332,7 +332,7 @@ class StreamResult:
                     f"{stage.bytes:,}",
                 ]
             )
-        values = {LABELS[name]: value for name, value in asdict(self.metrics).items()}
+        values = {METRIC_LABELS[name]: value for name, value in asdict(self.metrics).items()}
         line = ", ".join(f"{label} {value:.3f}" for label, value in values.items() if value is not None)
         return f"{self.strategy}\n{format_table(header, rows)}\n{line}"
 

@@ -61,8 +61,8 @@ def select(
             nothing, or no element would be free.
 
     References:
-        arXiv 2604.17051 names the aim: weigh importance in general against importance for the domain, freeze the
-        core, tune the rest. The formula is ours.
+        arXiv 2604.17051 names the aim: weigh importance in general against importance for the domain, freeze what
+        matters in general, tune the rest. The formula is ours.
     """
     if core is not None:
         if protect is not None:

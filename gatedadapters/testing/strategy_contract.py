@@ -33,7 +33,7 @@ from gatedadapters.continual import Stage, Strategy, StreamResult, check_stream,
 from gatedadapters.continual.result import CHANGE, MEMORY, STAGE, stage_folder
 from gatedadapters.continual.states import digest, state_of
 from gatedadapters.continual.strategies import resolve
-from gatedadapters.testing.streams import CLASSES, TRAINING, Collate, tiny_classifier, tiny_tasks
+from gatedadapters.testing.streams import CLASSES, TRAINING, CountingCollate, tiny_classifier, tiny_tasks
 
 State = dict[str, NDArray[Any]]
 STOP_AFTER = 0.6
@@ -72,11 +72,11 @@ def finished_stream(strategy: Strategy) -> FinishedStream:
     """`tiny_tasks` tuned by a strategy; each strategy is run once in a process."""
     key = json.dumps(strategy.identity())
     if key not in _FINISHED:
-        model, collate = tiny_classifier(), Collate()
-        states, held = [_bits(model)], [_bytes_outside(model)]
+        model, collate = tiny_classifier(), CountingCollate()
+        states, held = [_arrays(model)], [_bytes_outside(model)]
 
         def look(_: StreamResult) -> None:
-            states.append(_bits(model))
+            states.append(_arrays(model))
             held.append(_bytes_outside(model))
 
         scratch = tempfile.TemporaryDirectory(prefix="gatedadapters-")
@@ -153,9 +153,9 @@ class StrategyContract:
     def test_nothing_is_computed_or_moved_by_the_check(self) -> None:
         """A stream that is only checked leaves no trace."""
         model = tiny_classifier()
-        before, flags = _bits(model), [p.requires_grad for p in model.parameters()]
+        before, flags = _arrays(model), [p.requires_grad for p in model.parameters()]
         check_stream(model, tiny_tasks(), self.strategy(), training=TRAINING)
-        _assert_equal(before, _bits(model))
+        _assert_equal(before, _arrays(model))
         assert flags == [p.requires_grad for p in model.parameters()]
 
     def test_a_stopped_stream_ends_with_the_bits_of_one_that_was_not(self) -> None:
@@ -163,19 +163,19 @@ class StrategyContract:
         done = finished_stream(self.strategy())
         with tempfile.TemporaryDirectory(prefix="gatedadapters-") as scratch:
             folder, training = Path(scratch) / "stream", TRAINING.model_copy(update={"checkpoint_steps": 2})
-            model, tasks = tiny_classifier(), tiny_tasks(Collate(stop_at=round(STOP_AFTER * done.batches)))
+            model, tasks = tiny_classifier(), tiny_tasks(CountingCollate(stop_at=round(STOP_AFTER * done.batches)))
             flags = [p.requires_grad for p in model.parameters()]
             try:
                 run_stream(model, tasks, self.strategy(), training=training, folder=folder)
             except KeyboardInterrupt:
-                _assert_equal(done.states[0], _bits(model))
+                _assert_equal(done.states[0], _arrays(model))
                 assert flags == [p.requires_grad for p in model.parameters()]
             else:
                 raise AssertionError("the stream was to be stopped")
             model = tiny_classifier()
             torch.manual_seed(99)
             found = run_stream(model, tiny_tasks(), self.strategy(), training=training, folder=folder)
-            _assert_equal(done.states[-1], _bits(model))
+            _assert_equal(done.states[-1], _arrays(model))
             assert [stage.state for stage in found.stages] == [stage.state for stage in done.result.stages]
             assert found.matrix == done.result.matrix
             assert _files(folder) == _files(_folder(done.result))
@@ -186,7 +186,7 @@ class StrategyContract:
         model, last = tiny_classifier(), len(done.result.stages)
         for to in (last, 1, last, 0, last):
             done.result.restore(model, to)
-            restored = _bits(model)
+            restored = _arrays(model)
             _assert_equal(done.states[to], {name: restored[name] for name in done.states[to]})
 
     def test_the_strategy_holds_no_state_of_a_stream(self) -> None:
@@ -226,7 +226,7 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def _bits(model: nn.Module) -> State:
+def _arrays(model: nn.Module) -> State:
     """Flat copies of parameters and buffers. NumPy's, so that they do not count as tensors that a stage holds."""
     return {name: value.detach().cpu().flatten().numpy().copy() for name, value in state_of(model)}
 

@@ -27,7 +27,7 @@ TRAINING = StreamTrainingConfig(
 )
 
 
-class Collate:
+class CountingCollate:
     """Makes a batch of rows of equal length, and counts the batches that it made.
 
     Args:
@@ -61,9 +61,9 @@ def tiny_rows(task: int, classes: int, size: int, *, seed: int) -> list[dict[str
     return found
 
 
-def tiny_tasks(collate: Collate | None = None) -> list[Task]:
+def tiny_tasks(collate: CountingCollate | None = None) -> list[Task]:
     """Three classification tasks of 12 training and 10 held-out examples, which share one `collate`."""
-    collate = collate or Collate()
+    collate = collate or CountingCollate()
     return [
         Task(
             name=name,

@@ -16,7 +16,7 @@ from gatedadapters.continual import Strategy, StreamResult, fitting, strategy_ki
 from gatedadapters.continual.states import state_of
 from gatedadapters.continual.strategies import resolve
 from gatedadapters.testing.strategy_contract import finished_stream
-from gatedadapters.testing.streams import CLASSES, TRAINING, Collate, tiny_tasks
+from gatedadapters.testing.streams import CLASSES, TRAINING, CountingCollate, tiny_tasks
 from gatedadapters.testing.streams import tiny_classifier as classifier
 from gatedadapters.testing.streams import tiny_rows as rows
 
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 KINDS = tuple(strategy_kinds())
 
-collate = Collate()
+collate = CountingCollate()
 
 
 def options(kind: str, **changes: Any) -> dict[str, Any]:
