@@ -82,7 +82,7 @@ def test_json_gives_back_an_equal_structure(shared: ga.Structure) -> None:
     data = json.loads(shared.to_json())
     assert data["version"] == 1
     assert data["seed"] == 0
-    assert data["created_with"]["torch"] == torch.__version__
+    assert data["created_with"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert data["fingerprint"]["model_class"] == "LlamaModel"
     assert data["space"]["name"] == "lora-all-linear"
     assert set(data["paths"][0]["open_probability"]) == {"a", "b"}
