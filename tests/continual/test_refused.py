@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.config import SearchSpace
+from gatedadapters.continual import check_stream
 from gatedadapters.continual.measures import exact_match, nearest_class
 from gatedadapters.errors import (
     ArtifactError,
@@ -155,6 +156,16 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
 def test_bad_strategies_are_refused_before_any_compute(strategy: Any, error: Any, message: str) -> None:
     with interrupted(at=1), pytest.raises(error, match=message):
         ga.run_stream(classifier(), tasks(), strategy, training=TRAINING)
+
+
+@pytest.mark.parametrize("check", [check_stream, ga.run_stream])
+def test_a_check_that_fails_leaves_neither_files_nor_another_model(check: Any, tmp_path: Path) -> None:
+    model, more = classifier(), {"folder": tmp_path / "stream"} if check is ga.run_stream else {}
+    before = state(model)
+    with pytest.raises(ConfigError, match="3 numbers"):
+        check(model, tasks(), {"kind": "random", "elements": [1, 2]}, training=TRAINING, **more)
+    assert not moved(before, state(model))
+    assert not (tmp_path / "stream").exists()
 
 
 @pytest.mark.parametrize("kind", ["replay", "joint"])
