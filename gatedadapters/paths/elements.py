@@ -24,7 +24,15 @@ from gatedadapters.backbone import Layout
 from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
-from gatedadapters.paths.base import Path, check_widths, join_parameters, new_parameter, per_token, resized
+from gatedadapters.paths.base import (
+    Path,
+    check_widths,
+    does_not_fit,
+    join_parameters,
+    new_parameter,
+    per_token,
+    resized,
+)
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Site, SkippedSite
 
@@ -38,8 +46,8 @@ class ElementsOptions(PathOptions):
     4 to 7 characters an element.
 
     Attributes:
-        k: number of elements of each map; a multiple of `chunk`. Memory and time grow with tokens * k: at 1,000 elements
-            a path takes about as long as LoRA of rank 8, from some 4,000 on about as long as the map itself.
+        k: number of elements of each map; a multiple of `chunk`. Memory and time grow with tokens * k: at 1,000
+            elements a path takes about as long as LoRA of rank 8, from some 4,000 on nearly as long as the map itself.
         chunk: number of elements of a unit.
         score: which elements before any data is seen: the largest weights, or random ones. Weights without plain values
             (quantised, or on the meta device) get random ones.
@@ -137,13 +145,30 @@ class Elements(Path):
         """The values as they are added to the weights, (k,)."""
         return self.values
 
+    def choose_by(self, scores: Tensor) -> None:
+        """Set the elements to those of the highest scores; see `choose`.
+
+        Args:
+            scores: importance of each element, in the shape of the weight as it is stored.
+
+        Raises:
+            PathError: another shape, or scores that are not finite.
+        """
+        site = self.site
+        shape = (site.width_in, site.width_out) if site.transposed else (site.width_out, site.width_in)
+        if tuple(scores.shape) != shape or not bool(scores.isfinite().all()):
+            got = f"shape {tuple(scores.shape)}, {int((~scores.isfinite()).sum())} not finite"
+            fix = "score the model that the adapters are attached to"
+            raise does_not_fit(self, site.write, f"a finite score of each weight, {shape}", got, fix)
+        matrix = scores.t() if site.transposed else scores
+        self.choose(matrix.flatten().topk(len(self.values)).indices)
+
     def start_from(self, module: nn.Module) -> None:
         """Take the positions of the largest weights, if the options ask for them and the weights can be read."""
         weight = module._parameters.get("weight")
         options = cast(ElementsOptions, self.options)
         if options.score == "magnitude" and weight is not None and not weight.is_meta and not is_quantized(weight):
-            matrix = weight.detach().t() if self.site.transposed else weight.detach()
-            self.choose(matrix.abs().flatten().topk(len(self.values)).indices)
+            self.choose_by(weight.detach().abs())
 
     @torch.no_grad()
     def choose(self, positions: Tensor) -> None:

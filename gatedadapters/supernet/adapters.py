@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from gatedadapters.backbone.attached import apply_requires_grad
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
-from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
+from gatedadapters.errors import ArtifactError, AttachError, MaskError, PathError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.paths import Path, SkippedSite
+from gatedadapters.paths import Elements, Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.structure import Structure
@@ -27,6 +27,13 @@ from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding
 from gatedadapters.supernet.merging import Merged, merge
 from gatedadapters.supernet.supernet import NAME, Supernet
 from gatedadapters.supernet.weight_forward import weight_forwards
+
+
+class ScoresOfElements(Protocol):
+    """Importance of the elements of parameters, by parameter name: a mapping, or `masking.Scores`."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """The scores of one parameter, in its shape."""
 
 
 class Adapters(Supernet):
@@ -107,6 +114,39 @@ class Adapters(Supernet):
                 fix="pass penalty= to attach, or call adapters.set_penalty",
             )
         return self.pressure.term(self.bank)
+
+    def choose_elements(self, scores: ScoresOfElements) -> None:
+        """Let every `elements` path stand at the elements of its map that score highest; call it before training.
+
+        Args:
+            scores: by parameter of the model, the importance of each element: what `ga.score` returns, or a dictionary.
+
+        Raises:
+            PathError: there are no such paths, no scores of a weight, or scores of another shape or not finite.
+                The paths before the one that it names have their elements already.
+        """
+        paths = [path for _, path in self.typed_paths() if isinstance(path, Elements)]
+        if not paths:
+            raise PathError(
+                "there are no elements to choose",
+                expected="paths of the kind elements",
+                got=", ".join(sorted({path.kind for _, path in self.typed_paths()})) or "no paths",
+                where="choose_elements",
+                fix="attach a search space with a path {kind: elements}",
+            )
+        for path in paths:
+            name = f"{path.site.write.module}.weight"
+            try:
+                own = scores[name]
+            except (KeyError, MaskError) as error:
+                raise PathError(
+                    "there are no scores of this weight",
+                    expected=f"scores of {name}",
+                    got="none",
+                    where=f"{path.kind} at {path.site.write.module}",
+                    fix="score all weights that elements are offered at",
+                ) from error
+            path.choose_by(own)
 
     def _gates(self) -> GateBank:
         if self.bank is None:
