@@ -106,6 +106,7 @@ class Adapters(Supernet):
                 where="adapters.penalty",
                 fix="pass penalty= to attach, or call adapters.set_penalty",
             )
+        self.pressure.asked_for = True
         return self.pressure.term(self.bank)
 
     def _gates(self) -> GateBank:
