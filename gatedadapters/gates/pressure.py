@@ -156,14 +156,17 @@ class Pressure(nn.Module):
         Raises:
             TrainingError: the gates have been trained without the penalty.
         """
-        if self.asked_for or not self._presses(bank) or bank.step_is_new():
+        if self.asked_for or bank.frozen:
+            return
+        step = int(bank.step - self.start)
+        if not self._presses(bank) and (self.prune_step is None or step < self.prune_step):
             return
         if isinstance(self.penalty, L0) and not self.penalty.weight:
             return
         raise TrainingError(
             "a penalty was set, but it is in no loss: the gates learn nothing of it, and a prune would cut blindly",
             expected="loss + adapters.penalty() in every step, which ga.gated(YourTrainer) sees to",
-            got=f"{int(bank.step - self.start)} steps in which adapters.penalty() was not called",
+            got=f"adapters.penalty() was not called in {step} steps",
             where=repr(self.penalty),
             fix="train with ga.gated(YourTrainer), add the term in your loop, or attach without penalty=",
         )

@@ -222,7 +222,7 @@ class Supernet(nn.Module, StepListener):
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Check that the penalty was part of the loss; see `Pressure.check_asked_for`."""
-        if self.pressure is not None and self.bank is not None:
+        if self.pressure is not None and self.bank is not None and not self.bank.step_is_new():
             self.pressure.check_asked_for(self.bank)
 
     def after_step(self, optimizer: Optimizer | None) -> None:

@@ -27,7 +27,7 @@ MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their va
 class CheckedTrainer(Trainer):
     """transformers' Trainer, with checks of each training loss, and of a checkpoint before anything of it is loaded.
 
-    A checkpoint holds what is trained, not the backbone.
+    A checkpoint holds what is trained, not the backbone, and an artefact of it.
     """
 
     _divides_by_count: bool | None = None
@@ -104,7 +104,7 @@ class CheckedTrainer(Trainer):
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save what is trained, without the backbone."""
+        """Save what is trained, without the backbone, and beside it what loads onto the backbone."""
         folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
@@ -117,6 +117,13 @@ class CheckedTrainer(Trainer):
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        self._write_artifact(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint; the Trainer copies only files that it knows into the folder that it uploads."""
+        if self.is_world_process_zero():
+            self._write_artifact(str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_checkpoint(self, folder: str) -> None:
         """Compare a checkpoint's keys, shapes and digests with what is trained, before anything is changed.
@@ -153,6 +160,10 @@ class CheckedTrainer(Trainer):
     @abstractmethod
     def _is_trained(self, key: str) -> bool:
         """Whether a key of the model's state dict is trained, and therefore part of a checkpoint."""
+
+    @abstractmethod
+    def _write_artifact(self, folder: str) -> None:
+        """Write what the library's readers load, beside the other files of a folder."""
 
     @abstractmethod
     def _origin(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
+from gatedadapters.artifacts import save_joint
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
 from gatedadapters.errors import BudgetError, TrainingError
@@ -322,6 +323,12 @@ class GatedTrainer(CheckedTrainer):
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _write_artifact(self, folder: str) -> None:
+        if self.delta is None:
+            self.adapters.compacted().save(folder, beside=True)
+        else:
+            save_joint(self.adapters.model, folder, beside=True)
 
     def _origin(self) -> dict[str, str]:
         mask = {} if self.delta is None else {MASK: self.delta.mask.digest}
