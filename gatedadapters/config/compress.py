@@ -9,7 +9,8 @@ from pydantic import Field
 
 from gatedadapters.config.base import FileConfig, found_in
 from gatedadapters.config.penalty import Budget, Schedule
-from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.config.search import SearchConfig, TrainingConfig
+from gatedadapters.config.tasks import TaskConfig
 
 
 class CompressTrainingConfig(TrainingConfig):

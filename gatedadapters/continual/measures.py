@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from gatedadapters.data import ChoiceExample
-from gatedadapters.data.language import IGNORED, LanguageCollator, LanguageDataset, Passage
+from gatedadapters.data.chat import IGNORED
+from gatedadapters.data.language import LanguageCollator, LanguageDataset
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.training import MultiTaskClassifier
 
@@ -88,8 +89,8 @@ class ChoiceAccuracy:
         """Score a model on `task.held_out`, a sequence of `ChoiceExample`."""
         collate, right, device = LanguageCollator(self.tokenizer), 0, _device(model)
         for example in task.held_out:
-            passages = [Passage(prompt(example), choice) for choice in example.choices]
-            items = LanguageDataset(passages, self.tokenizer, self.max_length)
+            answers = [replace(example, answer=choice) for choice in range(len(example.choices))]
+            items = LanguageDataset(answers, self.tokenizer, self.max_length)
             batch = {k: v.to(device) for k, v in collate([items[i] for i in range(len(items))]).items()}
             right += int(task_losses(model, question_once(model, batch)).argmin()) == example.answer
         return right / len(task.held_out)
@@ -136,11 +137,6 @@ def nearest_class(model: nn.Module, task: MeasuredTask) -> float:
     means = torch.stack([features[labels == label].mean(0) for label in present])
     cosines = nn.functional.normalize(held_out, dim=1) @ nn.functional.normalize(means, dim=1).T
     return float((present[cosines.argmax(1)] == wanted).float().mean())
-
-
-def prompt(example: ChoiceExample) -> str:
-    """A multiple-choice question as the text that a model continues."""
-    return f"{example.passage}\nQuestion: {example.question}\nAnswer:".strip()
 
 
 def _pooled(model: nn.Module, data: Sequence[Any], task: MeasuredTask) -> tuple[Tensor, Tensor]:

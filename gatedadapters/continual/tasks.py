@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.continual.digests import data_digest
-from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, nearest_class, prompt
+from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, nearest_class
 from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
 from gatedadapters.errors import DataError, TaskError
@@ -224,8 +224,7 @@ def choice_tasks(
     collate = LanguageCollator(tokenizer)
     found = []
     for task in tasks:
-        passages = [Passage(prompt(example), example.choices[example.answer]) for example in task.train]
-        train = LanguageDataset(passages, tokenizer, max_length) if passages else ()
+        train = LanguageDataset(task.train, tokenizer, max_length) if task.train else ()
         measure = ChoiceAccuracy(tokenizer, max_length)
         found.append(Task(task.name, train, task.split(split), collate, measure))
     return found
