@@ -123,7 +123,7 @@ class MixedTaskCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         if tokenizer.pad_token_id is None:
-            ends = getattr(tokenizer, "eos_token", None) is not None
+            ends = tokenizer.eos_token is not None
             fix = f"tokenizer.pad_token = {'tokenizer.eos_token' if ends else 'a token that it knows'}"
             raise DataError("the tokenizer cannot pad", expected="a pad_token", got="none", fix=fix)
         self.max_length = max_length

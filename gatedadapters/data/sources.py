@@ -19,7 +19,6 @@ from gatedadapters.data.tasks import (
     ChoiceExample,
     ChoiceTask,
     Conversation,
-    LanguageExample,
     LanguageTask,
     Message,
     Passage,
@@ -78,17 +77,14 @@ def load_task(task: TaskConfig, seed: int = 0) -> AnyTask:
         train, test = task.max_train or 1000, task.max_test or 200
         chosen = load_choices(task.bundled, train=train, validation=min(train, 500), test=test, seed=seed)
         return ChoiceTask(task.title, chosen.train, chosen.validation, chosen.test)
-    train_part, validation, tested = _splits(task, kind, seed)
+    parts = _splits(task, kind, seed)
     # Random samples and not the first examples, because files may be sorted.
-    parts = (
-        tuple(sample_examples(train_part, task.max_train, seed=seed)),
-        tuple(validation),
-        tuple(sample_examples(tested, task.max_test, seed=seed)),
+    train_part, tested = (
+        tuple(sample_examples(part, count, seed=seed))
+        for part, count in ((parts[0], task.max_train), (parts[2], task.max_test))
     )
-    if kind == "chat":
-        return ChatTask(task.title, *parts, packing=task.packing)
-    made: LanguageTask[Any] = (PassageTask if kind == "text" else ChoiceTask)(task.title, *parts)
-    return made
+    options = {"packing": task.packing} if kind == "chat" else {}
+    return _KINDS[kind](task.title, train_part, tuple(parts[1]), tested, **options)
 
 
 def _classification(task: TaskConfig, seed: int) -> TextTask:
@@ -110,9 +106,10 @@ def _classification(task: TaskConfig, seed: int) -> TextTask:
     return TextTask(task.title, cut[0], loaded.validation, cut[1], loaded.classes)
 
 
-def _splits(
-    task: TaskConfig, kind: Kind, seed: int
-) -> tuple[Sequence[LanguageExample], Sequence[LanguageExample], Sequence[LanguageExample]]:
+_KINDS: dict[Kind, type[LanguageTask[Any]]] = {"text": PassageTask, "chat": ChatTask, "choice": ChoiceTask}
+
+
+def _splits(task: TaskConfig, kind: Kind, seed: int) -> tuple[list[Any], list[Any], list[Any]]:
     """Training, validation and test examples. What is held out of the training examples is halved."""
     if task.bundled is not None:
         everything: list[Any] = [Passage(text) for text in load_corpus(task.bundled)]

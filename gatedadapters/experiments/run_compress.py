@@ -14,7 +14,7 @@ from gatedadapters.data import Examples, TextTask
 from gatedadapters.errors import ConfigError, DataError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
-from gatedadapters.experiments.classifiers import build_classifier, load_tasks
+from gatedadapters.experiments.task_models import build_classifier, load_tasks
 from gatedadapters.experiments.evaluation import majority_accuracy
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
 from gatedadapters.inspection import save_png

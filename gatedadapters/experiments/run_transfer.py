@@ -20,7 +20,7 @@ from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.errors import LayoutError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import SEARCHED, ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.evaluation import evaluate
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
 from gatedadapters.experiments.training import use_bf16

@@ -16,7 +16,7 @@ from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
 from gatedadapters.data.language import read_passages, sample_passages, split_passages
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.classifiers import build_model, load_tasks
+from gatedadapters.experiments.task_models import build_model, load_tasks
 from gatedadapters.experiments.models import is_causal, load_causal_model, load_config_and_tokenizer
 from gatedadapters.training import MultiTaskClassifier
 

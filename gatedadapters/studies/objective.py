@@ -16,7 +16,7 @@ from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, Tra
 from gatedadapters.config.study import StudySide
 from gatedadapters.data import TextTask
 from gatedadapters.experiments.arms import ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.progress import silence_transformers
 from gatedadapters.experiments.sides import trained_side
 from gatedadapters.studies.measured import Measured, ReportProgress

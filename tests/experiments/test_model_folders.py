@@ -15,7 +15,7 @@ from gatedadapters import experiments
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.classifiers import build_model, load_tasks
+from gatedadapters.experiments.task_models import build_model, load_tasks
 from gatedadapters.experiments.models import load_config_and_tokenizer
 
 Configured = Callable[..., Path]
