@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from pydantic import GetCoreSchemaHandler
@@ -24,7 +24,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         records: has a length and integer indices; each record maps columns to values.
     """
 
-    _known: WeakValueDictionary[str, Rows] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[str, Rows]] = WeakValueDictionary()
 
     records: Any
     _text: str

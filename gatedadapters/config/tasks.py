@@ -13,7 +13,9 @@ from gatedadapters.config.base import Config
 from gatedadapters.config.rows import Rows
 
 Kind = Literal["classification", "text", "chat", "choice"]
-Source = Annotated[str | Rows, BeforeValidator(lambda value: Rows.of(str(value) if isinstance(value, FilePath) else value))]
+Source = Annotated[
+    str | Rows, BeforeValidator(lambda value: Rows.of(str(value) if isinstance(value, FilePath) else value))
+]
 
 _COLUMNS: dict[Kind, frozenset[str]] = {  # what each kind reads beside `text`
     "classification": frozenset({"pair", "label"}),

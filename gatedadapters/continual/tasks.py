@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.continual.digests import data_digest
 from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, likelihood, nearest_class
-from gatedadapters.data import ChatTask, ChoiceTask, LanguageTask, MixedTaskCollator, MixedTaskDataset, Passage, PassageTask, TextTask
+from gatedadapters.data import (
+    ChatTask,
+    ChoiceTask,
+    LanguageTask,
+    MixedTaskCollator,
+    MixedTaskDataset,
+    Passage,
+    PassageTask,
+    TextTask,
+)
 from gatedadapters.data.language import LanguageCollator, LanguageDataset
 from gatedadapters.errors import DataError, TaskError
 from gatedadapters.supernet.attach import find_heads

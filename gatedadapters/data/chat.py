@@ -3,7 +3,7 @@
 A template that marks what the assistant says with `{% generation %}` tells the answers itself. With any other template
 they are found by comparing texts:
 
-- An answer begins where the text that a model is prompted with ends: the messages before it, with the generation prompt.
+- An answer begins where the text that a model is prompted with ends: the messages before it and the generation prompt.
 - It ends where the conversation, rendered up to this answer, ends.
 - Some templates write earlier messages in another way than the last ones: they drop a train of thought, or move the
   system message. Where the whole conversation does not begin with such a text, the answer is replaced by two others
@@ -13,7 +13,6 @@ they are found by comparing texts:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,9 +94,7 @@ def checked(messages: Sequence[Message], where: str) -> Conversation:
     return Conversation(tuple(messages))
 
 
-def conversation_tokens(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def conversation_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokens of a conversation, and labels: the tokens of the assistant's turns, and -100 elsewhere.
 
     Raises:
@@ -170,10 +167,14 @@ def _compared(
         _text(tokenizer, [*messages[:number], {**messages[number], "content": other}, *messages[number + 1 :]])
         for other in _STAND_INS
     ]
-    first = len(os.path.commonprefix(changed))
-    rest = len(os.path.commonprefix([one[::-1] for one in changed]))
+    one, other = changed
+    first, rest = _shared(one, other), _shared(one[::-1], other[::-1])
     same = text[:first] == changed[0][:first] and text[len(text) - rest :] == changed[0][len(changed[0]) - rest :]
-    if not same or first >= len(text) - rest or any(stand_in not in one for stand_in, one in zip(_STAND_INS, changed, strict=True)):
+    if (
+        not same
+        or first >= len(text) - rest
+        or any(stand_in not in one for stand_in, one in zip(_STAND_INS, changed, strict=True))
+    ):
         raise DataError(
             "the chat template does not tell where the answers lie",
             expected="a template that writes every answer in one piece",
@@ -182,6 +183,11 @@ def _compared(
             fix="mark the assistant's text in it with {% generation %} ... {% endgeneration %}",
         )
     return first, len(text) - rest
+
+
+def _shared(one: str, other: str) -> int:
+    """The number of characters that both texts begin with."""
+    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), len(one))
 
 
 def _after_special_token(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> int:

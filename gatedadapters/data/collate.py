@@ -96,9 +96,7 @@ def predicts_tokens(tasks: Sequence[AnyTask]) -> bool:
     return bool(others)
 
 
-def collator(
-    tasks: Sequence[AnyTask], tokenizer: PreTrainedTokenizerBase
-) -> MixedTaskCollator | LanguageCollator:
+def collator(tasks: Sequence[AnyTask], tokenizer: PreTrainedTokenizerBase) -> MixedTaskCollator | LanguageCollator:
     """What makes batches of items of a `MixedTaskDataset` of these tasks.
 
     Raises:

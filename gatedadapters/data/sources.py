@@ -38,9 +38,7 @@ def kind_of(task: TaskConfig) -> Kind:
         kind = task.stated_kind
         assert kind is not None
         return kind
-    found: Kind = (
-        "choice" if task.bundled in CHOICE_TASKS else "text" if task.bundled in CORPORA else "classification"
-    )
+    found: Kind = "choice" if task.bundled in CHOICE_TASKS else "text" if task.bundled in CORPORA else "classification"
     if task.kind not in (None, found):
         raise ConfigError(
             "a bundled task is of another kind",
@@ -52,7 +50,7 @@ def kind_of(task: TaskConfig) -> Kind:
     return found
 
 
-def load_task(task: TaskConfig, seed: int = 0) -> AnyTask:
+def load_task(task: TaskConfig, seed: int = 0, *, decides: bool = True) -> AnyTask:
     """Read a task of any kind, split it, and cut it to the configured numbers of examples.
 
     Where there are validation examples and no test examples, the former stand in. Splits and samples depend on the seed
@@ -61,6 +59,8 @@ def load_task(task: TaskConfig, seed: int = 0) -> AnyTask:
     Args:
         task: the specification.
         seed: seed of splits and samples.
+        decides: whether validation examples are needed, because something is decided by them. Otherwise texts,
+            conversations and choices are split into training and test examples only.
 
     Returns:
         A `TextTask` for kind `classification`; a `PassageTask`, `ChatTask` or `ChoiceTask` for the others.
@@ -77,7 +77,7 @@ def load_task(task: TaskConfig, seed: int = 0) -> AnyTask:
         train, test = task.max_train or 1000, task.max_test or 200
         chosen = load_choices(task.bundled, train=train, validation=min(train, 500), test=test, seed=seed)
         return ChoiceTask(task.title, chosen.train, chosen.validation, chosen.test)
-    parts = _splits(task, kind, seed)
+    parts = _splits(task, kind, seed, decides=decides)
     # Random samples and not the first examples, because files may be sorted.
     train_part, tested = (
         tuple(sample_examples(part, count, seed=seed))
@@ -109,7 +109,7 @@ def _classification(task: TaskConfig, seed: int) -> TextTask:
 _KINDS: dict[Kind, type[LanguageTask[Any]]] = {"text": PassageTask, "chat": ChatTask, "choice": ChoiceTask}
 
 
-def _splits(task: TaskConfig, kind: Kind, seed: int) -> tuple[list[Any], list[Any], list[Any]]:
+def _splits(task: TaskConfig, kind: Kind, seed: int, *, decides: bool) -> tuple[list[Any], list[Any], list[Any]]:
     """Training, validation and test examples. What is held out of the training examples is halved."""
     if task.bundled is not None:
         everything: list[Any] = [Passage(text) for text in load_corpus(task.bundled)]
@@ -123,11 +123,13 @@ def _splits(task: TaskConfig, kind: Kind, seed: int) -> tuple[list[Any], list[An
         )
     if validation is not None:
         return everything, validation, validation if tested is None else tested
+    if tested is not None and not decides:
+        return everything, tested, tested
     where = task.bundled or task.train
     learned, held_out = split_examples(everything, task.held_out, seed=seed, where=where)
     if tested is not None:
         return learned, held_out, tested
-    half = (len(held_out) + 1) // 2
+    half = (len(held_out) + 1) // 2 if decides else len(held_out)
     return learned, held_out[half:] or held_out, held_out[:half]  # a single example stands in for both
 
 

@@ -25,10 +25,10 @@ from gatedadapters.config.search import Rival
 from gatedadapters.data import AnyTask, ChoiceTask, TextTask, collator
 from gatedadapters.data.measures import EXACT_MATCH
 from gatedadapters.errors import BudgetError
-from gatedadapters.experiments.task_models import build_model
 from gatedadapters.experiments.evaluation import Scores, accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import StepProgress
 from gatedadapters.experiments.rivals import RIVAL_NAMES, random_scores, uniform_scores, uniform_space
+from gatedadapters.experiments.task_models import build_model
 from gatedadapters.experiments.training import MixedTaskTrainer, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.robustness import (

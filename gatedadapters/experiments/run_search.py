@@ -14,11 +14,11 @@ from gatedadapters.data import AnyTask, TextTask
 from gatedadapters.errors import BudgetError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
-from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.evaluation import Scores, majority_accuracy, mean_loss
 from gatedadapters.experiments.progress import progress_bar, say, silence_transformers
 from gatedadapters.experiments.rivals import RIVAL_NAMES
 from gatedadapters.experiments.saved import sharing_table
+from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.reporting.tables import format_table
 
@@ -101,7 +101,9 @@ class SearchResult:
                     "scores": _plain(arm.scores),
                     "loss": arm.loss,
                     "perturbed_scores": None if arm.perturbed_scores is None else _plain(arm.perturbed_scores),
-                    **({"accuracy": arm.accuracy, "perturbed": arm.perturbed, "mean": arm.mean} if arm.accuracy else {}),
+                    **(
+                        {"accuracy": arm.accuracy, "perturbed": arm.perturbed, "mean": arm.mean} if arm.accuracy else {}
+                    ),
                     "params": arm.structure.params,
                     "dense_params": arm.structure.dense_params,
                     "paths": len(arm.structure.paths),

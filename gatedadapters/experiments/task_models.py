@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,18 @@ from transformers import (
 
 from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import default_sample
-from gatedadapters.config import SearchConfig
-from gatedadapters.data import AnyTask, ChatTask, ChoiceTask, PassageTask, TextTask, load_task, predicts_tokens
+from gatedadapters.config import SearchConfig, TaskConfig
+from gatedadapters.data import (
+    AnyTask,
+    ChatTask,
+    ChoiceTask,
+    LanguageTask,
+    PassageTask,
+    TextTask,
+    kind_of,
+    load_task,
+    predicts_tokens,
+)
 from gatedadapters.data.measures import EXACT_MATCH, measure
 from gatedadapters.errors import ConfigError
 from gatedadapters.experiments.models import (
@@ -56,6 +67,31 @@ def load_tasks(config: SearchConfig) -> list[AnyTask]:
                 fix="leave it out: loss and accuracy are always reported",
             )
     return tasks
+
+
+def load_language_task(task: TaskConfig, seed: int, *, where: str) -> LanguageTask[Any]:
+    """One task that a language model answers in tokens, without validation examples.
+
+    Args:
+        task: the specification.
+        seed: seed of splits and samples.
+        where: the key of the configuration, for errors.
+
+    Raises:
+        ConfigError: it is a classification task.
+        DataError: see `gatedadapters.data.load_task`.
+    """
+    if kind_of(task) == "classification":
+        raise ConfigError(
+            "a labelled table is not learned in tokens",
+            expected="kind: text, chat or choice",
+            got="kind: classification",
+            where=f"{where}: task {task.title!r}",
+            fix="kind: choice for a labelled table, kind: text for texts, with answer: for their answers",
+        )
+    loaded = load_task(task, seed, decides=False)
+    assert isinstance(loaded, LanguageTask)
+    return loaded
 
 
 def _answers_in_words(task: AnyTask) -> bool:

@@ -48,7 +48,6 @@ class LabelNoise(Noise):
             noisy[index] = drawn + (drawn >= noisy[index])
         return noisy
 
-
     def language_examples(self, examples: Sequence[Example], key: int = 0) -> tuple[Example, ...]:
         """The examples of a split of a language task, some with a wrong answer.
 

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import gatedadapters as ga
 from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
-from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.evaluation import accuracies, score_tasks
+from gatedadapters.experiments.task_models import load_tasks
 
 Configured = Callable[..., Path]
 
