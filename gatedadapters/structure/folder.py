@@ -52,6 +52,7 @@ def write(
     *,
     dtype: torch.dtype,
     overwrite: bool,
+    beside: bool = False,
 ) -> None:
     """Write compact adapters, whole or not at all.
 
@@ -62,6 +63,7 @@ def write(
         heads: the model's task heads, by parameter.
         dtype: of what is stored, float32 or bfloat16.
         overwrite: replace an artefact that the folder holds, in one step.
+        beside: other files that the folder holds stay; an earlier artefact in it is replaced.
 
     Raises:
         ArtifactError: another dtype, or the folder is not free.
@@ -77,7 +79,7 @@ def write(
     own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in _values(path).items()}
     tensors = own | {f"heads.{name}": value for name, value in heads.items()}
     stored = {name: value.detach().to(dtype) for name, value in tensors.items()}
-    with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+    with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
         (new / STRUCTURE).write_text(structure.to_json(), encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
 
