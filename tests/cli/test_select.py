@@ -88,7 +88,7 @@ def test_the_example_configuration_validates() -> None:
     assert example.domain.answer == "answer"
     with pytest.raises(ConfigError, match="protect"):
         SelectConfig.parse(example.model_dump() | {"selection": {"protect": 1.0}}, where="here")
-    with pytest.raises(ConfigError, match="either train .* or bundled"):
+    with pytest.raises(ConfigError, match=r"either train .* or bundled"):
         SelectConfig.parse(example.model_dump() | {"domain": {}}, where="here")
 
 
