@@ -22,6 +22,7 @@ from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, h
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.studies import plots, queue, results
+from gatedadapters.studies.measured import ACCURACY, metric_of
 from gatedadapters.studies.results import MEAN, Curve, CurvePoint
 
 HTML, MARKDOWN, STUDY = "report.html", "report.md", "study.yaml"
@@ -140,9 +141,7 @@ def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
         rows = [[c.factor, c.side, metric.text(c.drop)] for c in curves if c.task == MEAN]
         parts += [
             Heading("Importance"),
-            Text(
-                f"One factor at a time: the highest minus the lowest mean {metric.name} along its curve, in {points}."
-            ),
+            Text(f"One factor at a time: the highest minus the lowest mean score along its curve, in {points}."),
             Table(["factor", "side", points], sorted(rows, key=lambda row: -float(row[2]))),
         ]
     trials = results.complete_trials(study)
