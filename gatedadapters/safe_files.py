@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -16,9 +18,91 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatedadapters.errors import ArtifactError
+from gatedadapters.errors import ArtifactError, FileAccessError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or give a folder on another disk",
+    errno.EDQUOT: "free some space of your quota, or give a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or give a folder on another disk",
+    errno.EACCES: "give a place that you may use, or change its rights (ls -l shows them)",
+    errno.EPERM: "give a place that you may use, or change its rights (ls -l shows them)",
+    errno.EROFS: "give a folder on a disk that is not read-only",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "name a file: this is a folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove the link that leads to itself",
+    errno.EMFILE: "close other files, or raise the limit (ulimit -n)",
+    errno.EIO: "check the disk, or give a folder on another one",
+}
+
+
+@contextmanager
+def file_errors(doing: str, where: str | Path) -> Iterator[None]:
+    """A context in which what the file system refuses becomes a `FileAccessError` that says what to do.
+
+    Args:
+        doing: what is done there, to complete "cannot": "write the results".
+        where: the file or folder, for errors that name none.
+
+    Raises:
+        FileAccessError: instead of an `OSError`, or of an error of safetensors' or torch's writer.
+    """
+    try:
+        yield
+    except FileAccessError:
+        raise
+    except OSError as error:
+        raise file_error(error, doing, where) from error
+    except (SafetensorError, RuntimeError) as error:
+        code = _code_of_writer(error)
+        if code is None:
+            raise
+        raise file_error(OSError(code, os.strerror(code)), doing, where) from error
+
+
+def file_error(error: OSError, doing: str, where: str | Path) -> FileAccessError:
+    """What to tell of an error of the file system; see `file_errors`."""
+    place = error.filename if isinstance(error.filename, str | os.PathLike) else where
+    told = FileAccessError(
+        f"cannot {doing}",
+        got=error.strerror or str(error) or type(error).__name__,
+        where=place,
+        fix=_REMEDIES.get(error.errno or 0, "check the disk and the path"),
+    )
+    told.errno, told.strerror, told.filename = error.errno, error.strerror, str(place)
+    return told
+
+
+def _code_of_writer(error: Exception) -> int | None:
+    """The system's error number behind an error of safetensors' or torch's writer; None for any other error."""
+    text = str(error)
+    found = re.search(r"\(os error (\d+)\)", text)
+    if found is not None:
+        return int(found[1])
+    return errno.ENOSPC if "PytorchStreamWriter" in text or "file write failed" in text else None
+
+
+def read_text(path: str | Path, *, most: int | None = None) -> str:
+    """The text of a file.
+
+    Args:
+        path: a file; what is none (a device, a pipe) is not opened, because it may never end.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no file, too long, or no UTF-8.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("a folder" if path.is_dir() else "no regular file")
+    with path.open("rb") as file:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data.decode("utf-8")
 
 
 @contextmanager
@@ -37,24 +121,26 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
 
     Raises:
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
+        FileAccessError: the file system refuses.
     """
-    target = Path(folder).resolve()  # a rename would replace a link by a folder
-    check_free(target, files, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in [*scratch.rglob("*"), scratch]:
-            _flush(path)
-        check_free(target, files, overwrite)  # another process may have written it meanwhile
-        if target.exists() and any(target.iterdir()):
-            _exchange(scratch, target)
-        else:
-            os.rename(scratch, target)
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
+    with file_errors("write the folder", folder):
+        target = Path(folder).resolve()  # a rename would replace a link by a folder
+        check_free(target, files, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch.mkdir()
+        try:
+            yield scratch
+            for path in [*scratch.rglob("*"), scratch]:
+                _flush(path)
+            check_free(target, files, overwrite)  # another process may have written it meanwhile
+            if target.exists() and any(target.iterdir()):
+                _exchange(scratch, target)
+            else:
+                os.rename(scratch, target)
+            _flush(target.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
 
 
 def leftovers(folder: str | Path) -> list[Path]:
@@ -67,18 +153,30 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file that appears whole or not at all; its folder is made.
 
     A process that is killed meanwhile leaves a hidden sibling `.NAME.*`.
+
+    Raises:
+        FileAccessError: the file system refuses.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, target)
+    with file_errors("write the file", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to a safetensors file."""
+    """Write tensors and metadata to a safetensors file.
+
+    Raises:
+        FileAccessError: the file system refuses.
+    """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata=dict(metadata))
+    with file_errors("write the file", path):
+        save_file(plain, path, metadata=dict(metadata))
 
 
 def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

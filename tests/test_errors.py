@@ -24,7 +24,7 @@ def test_messages_leave_out_what_is_not_said() -> None:
 @pytest.mark.parametrize("error", CLASSES)
 def test_every_error_is_caught_by_the_base_class_and_by_a_builtin(error: type[Exception]) -> None:
     assert issubclass(error, errors.GatedAdaptersError)
-    assert error is errors.GatedAdaptersError or issubclass(error, ValueError | RuntimeError)
+    assert error is errors.GatedAdaptersError or issubclass(error, ValueError | RuntimeError | OSError)
 
 
 @pytest.mark.parametrize("error", CLASSES)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.safe_files import read_text
+from gatedadapters.untrusted import MOST_YAML_BYTES, load_json, load_yaml
 
 
 class Config(BaseModel):
@@ -171,6 +173,7 @@ def found_in(folder: Path, name: str) -> str:
     return str(folder / name) if (folder / name).exists() else name
 
 
+_MOST_PROBLEMS = 10  # wrong keys that an error names
 Record = TypeVar("Record", bound=Config)
 
 
@@ -190,13 +193,23 @@ def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] =
                 inner.message, expected=inner.expected, got=inner.got, where=f"{where}: {inner.where}", fix=inner.fix
             )
         place = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        problems.append(f"{place}: {item['msg']} (got {item['input']!r:.80})")
+        problems.append(f"{place}: {item['msg']} (got {_shown(item['input'])})")
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
     return ConfigError(
         expected="valid configuration" + (f" with keys among {', '.join(known)}" if known else ""),
         got="; ".join(problems),
         where=where,
         fix="correct the named keys",
     )
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, for an error, whatever its size."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return f"a very long {type(value).__name__}"
 
 
 def read_yaml(path: Path) -> Any:
@@ -206,12 +219,12 @@ def read_yaml(path: Path) -> Any:
         ConfigError: the file cannot be read or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return load_yaml(read_text(path, most=MOST_YAML_BYTES))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             expected="a readable YAML file",
-            got=f"{type(error).__name__}: {error}",
-            where=str(path),
+            got=str(error),
+            where=path,
             fix="check the path and the syntax",
         ) from error
 
@@ -230,7 +243,7 @@ def read_record(kind: type[Record], file: Path, *, what: str, expected: str, wri
         ArtifactError: the file is missing or foreign, is of another version, or has unknown or missing keys.
     """
     try:
-        data = json.loads(file.read_bytes())
+        data = load_json(read_text(file))
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"this is not {what}",

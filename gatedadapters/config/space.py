@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, read_yaml
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
 
@@ -160,18 +159,16 @@ class SearchSpace(Config):
         if path.suffix not in {".yaml", ".yml"}:
             path = presets_folder() / f"{preset_or_file}.yaml"
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            data = read_yaml(path)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
             raise ConfigError(
                 expected=f"a preset ({', '.join(presets())}) or a YAML file",
                 got=repr(str(preset_or_file)),
                 where="SearchSpace.load",
                 fix="use one of the presets, or give the path of a file ending in .yaml",
             ) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                expected="readable YAML", got=f"{type(error).__name__}: {error}", where=str(path), fix="mend the file"
-            ) from error
         return cls.parse(data, where=str(path))
 
     def with_gates(self, **changes: Any) -> Self:
