@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from gatedadapters.artifacts.export_peft import BACKBONE, CONFIG, PREFIX, WEIGHTS
 from gatedadapters.errors import ArtifactError
 from gatedadapters.safe_files import read_all
+from gatedadapters.untrusted import load_json
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,8 +139,8 @@ def _config(where: Path) -> dict[str, Any]:
         got = "no such folder" if not where.exists() else f"no {CONFIG} in it"
         raise _error("this is not a peft adapter", f"a folder with {CONFIG} and {WEIGHTS}", got, where)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        config = load_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise _error("the configuration cannot be read", "a JSON object", str(error), path) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         got = str(config.get("peft_type")) if isinstance(config, dict) else type(config).__name__

@@ -348,7 +348,7 @@ class Shelf(nn.Module):
             AttachError: the shelf is detached.
         """
         if not self._model:
-            raise AttachError("this shelf is detached", fix="load the folders again")
+            raise AttachError("this shelf is detached", fix="load the folders again", where="Shelf")
         return self._model[0]
 
     def _names(self) -> Names:

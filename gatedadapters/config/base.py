@@ -6,14 +6,18 @@ import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.safe_files import read_text
 from gatedadapters.untrusted import MOST_YAML_BYTES, load_json, load_yaml
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch both take
+Count = Annotated[int, Field(gt=0, le=10**9)]  # steps, examples, batches: more than anyone runs
+Units = Annotated[int, Field(gt=0, le=2**16)]  # ranks and widths: wider than the layers of any model
 
 
 class Config(BaseModel):
@@ -22,7 +26,7 @@ class Config(BaseModel):
     Unknown keys and values out of range raise `ConfigError`, both in the constructor and in `parse`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -262,5 +266,16 @@ def read_record(kind: type[Record], file: Path, *, what: str, expected: str, wri
         )
     try:
         return kind.parse(data, where=str(file))
-    except ValueError as error:
-        raise ArtifactError(str(error), where=file) from None
+    except ConfigError as error:
+        raise as_artifact_error(error, what, file) from None
+
+
+def as_artifact_error(error: ConfigError, what: str, file: Path | str) -> ArtifactError:
+    """The error of a record in a saved artefact, from that of its fields."""
+    return ArtifactError(
+        error.message or f"this is not {what}",
+        expected=error.expected,
+        got=error.got,
+        where=file,
+        fix="copy the folder again as it was saved, or read it with the release that wrote it",
+    )

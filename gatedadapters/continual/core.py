@@ -20,6 +20,7 @@ from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking import Mask
 from gatedadapters.masking.selection import lowest
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.untrusted import load_json
 
 CORE = "core.json"
 CoreKind = Literal["l2_fisher", "cosine", "delta"]
@@ -292,7 +293,7 @@ def load_core(folder: Path) -> Core:
     """
     mask = Mask.load(folder)
     try:
-        data = json.loads((folder / CORE).read_text(encoding="utf-8"))
+        data = load_json((folder / CORE).read_text(encoding="utf-8"))
         infos = {
             name: TensorInfo(tuple(info["shape"]), info["role"], info["block"], info["place"], info["blocks"])
             for name, info in data["tensors"].items()

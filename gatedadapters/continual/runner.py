@@ -6,7 +6,6 @@ ends with the same bits.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -47,6 +46,7 @@ from gatedadapters.safe_files import leftovers, whole_folder, write_text
 from gatedadapters.supernet.attach import detach
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 from gatedadapters.training.devices import on_cpu
+from gatedadapters.untrusted import load_json
 
 OnStage = Callable[[StreamResult], None]
 
@@ -308,7 +308,9 @@ class StreamRunner:
                 )
             return
         try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
+            earlier = load_json(file.read_text(encoding="utf-8"))
+            if not isinstance(earlier, dict):
+                raise ValueError(f"an object expected, got {type(earlier).__name__}")
         except ValueError as error:
             raise ArtifactError(
                 "the record of a stream cannot be read", got=error, where=file, fix="give another folder"

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, SearchSpace
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, as_artifact_error
 from gatedadapters.config.space import AnyPathOptions
-from gatedadapters.errors import ArtifactError, TaskError
+from gatedadapters.errors import ArtifactError, ConfigError, TaskError
 from gatedadapters.paths import Path, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.untrusted import load_json
 
 
 class PointRecord(Config):
@@ -316,9 +317,9 @@ class Structure(Config):
             ArtifactError: the text is not JSON, is of another version, or has unknown or missing keys.
         """
         try:
-            data = json.loads(text)
+            data = load_json(text)
             version = data.get("version") if isinstance(data, dict) else None
-        except (ValueError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ArtifactError(
                 "this is not JSON",
                 expected="a Structure as JSON",
@@ -336,8 +337,8 @@ class Structure(Config):
             )
         try:
             return cls.parse(data, where=where)
-        except ValueError as error:
-            raise ArtifactError(str(error), where=where) from None
+        except ConfigError as error:
+            raise as_artifact_error(error, "a Structure", where) from None
 
     @classmethod
     def load(cls, file: str | FilePath) -> Self:

@@ -113,6 +113,7 @@ class Adapters(Supernet):
             raise AttachError(
                 "these adapters are compact: their gates are folded into the weights",
                 fix="attach the search space anew",
+                where="adapters",
             )
         return self.bank
 

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gatedadapters.config.base import Units
 from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.continual.strategies.lora import uniform_lora
@@ -30,7 +31,7 @@ class OLoRA(Strategy):
     """
 
     kind = "o_lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
     orthogonality: float = Field(0.5, ge=0)
 
     def tune(self, stage: Stage) -> TunedStage:
