@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
+from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_finite, read_all
 from gatedadapters.artifacts.export_peft import BACKBONE, CONFIG, PREFIX, WEIGHTS
 from gatedadapters.errors import ArtifactError
-from gatedadapters.safe_files import read_all
+from gatedadapters.safe_files import read_text
+from gatedadapters.untrusted import load_json
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +52,32 @@ _HARMLESS = frozenset(
         "ephemeral_gpu_offload",
     }
 )
+
+
+class LoraRecord(BaseModel):
+    """The fields of `adapter_config.json` that say what a LoRA computes, each of its one type. Others are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    lora_dropout: float | None = None
+    init_lora_weights: bool | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
 _WAYS_OUT = {
     "bias": "trained biases are part of the backbone; train the LoRA with bias='none'",
     "use_dora": "merge it into the backbone with peft; DoRA is no low-rank map",
@@ -105,7 +134,7 @@ def read_peft(folder: str | Path) -> PeftFolder:
     heads: dict[str, Tensor] = {}
     for name, value in tensors.items():
         found = _KEY.fullmatch(name)
-        if value.dtype not in _TYPES or not bool(torch.isfinite(value).all()):
+        if value.dtype not in _TYPES or not is_finite(value):
             raise _error(
                 "a weight that is no finite number",
                 "finite float32, bfloat16 or float16",
@@ -139,17 +168,33 @@ def _config(where: Path) -> dict[str, Any]:
         got = "no such folder" if not where.exists() else f"no {CONFIG} in it"
         raise _error("this is not a peft adapter", f"a folder with {CONFIG} and {WEIGHTS}", got, where)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        check_inside(path)
+        config = load_json(read_text(path, most=MOST_RECORD_BYTES))
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as error:
         raise _error("the configuration cannot be read", "a JSON object", str(error), path) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        got = str(config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
+        got = reprlib.repr(config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
         raise _error("only LoRA is imported", "peft_type LORA", got, path)
     for field, value in config.items():
         inert = field in _HARMLESS or not value or (field, value) == ("bias", "none")
         if not inert:
             fix = _WAYS_OUT.get(field, "train the LoRA without it")
-            raise _error("this is more than a plain LoRA", f"{field} unset", f"{field}: {value!r}", path, fix)
+            raise _error(
+                "this is more than a plain LoRA", f"{field} unset", f"{field}: {reprlib.repr(value)}", path, fix
+            )
+    try:
+        LoraRecord.model_validate(config)
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(map(str, found["loc"]))
+        raise _error(
+            "a field of the configuration is not as peft writes it",
+            f"{field}: {found['msg']}",
+            reprlib.repr(found["input"]),
+            path,
+        ) from None
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         fix = "save it with peft's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
@@ -160,10 +205,6 @@ def _config(where: Path) -> dict[str, Any]:
             path,
             fix,
         )
-    numbers = [config.get("r"), config.get("lora_alpha"), *_pattern(config, "rank_pattern").values()]
-    numbers += _pattern(config, "alpha_pattern").values()
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
-        raise _error("ranks and scales are missing", "r and lora_alpha above 0", f"{numbers}", path)
     return config
 
 
@@ -194,7 +235,12 @@ def _matrices(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], 
         raise _error(
             "the configuration says another rank", f"A ({rank}, in), B (out, {rank})", got, f"{name} in {where}"
         )
-    return Matrices(down, up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
+    up = up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not is_finite(up):
+        raise _error(
+            "a scale is too large", "finite values of B times the scale", f"alpha {alpha:g}", f"{name} in {where}"
+        )
+    return Matrices(down, up)
 
 
 def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:

@@ -353,7 +353,7 @@ half_renamed = renamed(f"{QUERY}.lora_A", "layer.1.query.lora_A")
         (whole_numbers, ["no finite number", "torch.int32"]),
         (head_of_another_size, ["heads are not those", "classifier.bias (7,)", "(3,)", "number of classes"]),
         (configured(r=4), ["another rank", "A (4, in)", "A (3, 32)"]),
-        (configured(r=None), ["ranks and scales are missing"]),
+        (configured(r=None), ["r: Input should be a valid integer"]),
         (configured(peft_type="IA3"), ["only LoRA is imported", "IA3"]),
         (configured(bias="all"), ["more than a plain LoRA", "bias: 'all'", "part of the backbone"]),
         (configured(use_dora=True), ["more than a plain LoRA", "use_dora: True", "no low-rank map"]),
