@@ -1,4 +1,4 @@
-"""Writes folders whole or not at all, and reads tensors without running code from a file."""
+"""Writes files and folders whole or not at all, and says in plain words what the file system refuses."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from gatedadapters.errors import ArtifactError, FileAccessError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give a folder on another disk",
     errno.EDQUOT: "free some space of your quota, or give a folder on another disk",
@@ -112,7 +112,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
     The new folder is a hidden sibling of `folder`. Once all its files have reached the disk, one rename gives it its
     name. With `overwrite` the old and the new folder exchange their names in one step. A system without such an
     exchange takes several renames; an interruption between them leaves the old folder whole under a hidden name, see
-    `leftovers`.
+    `leftovers`. At the end, what killed processes left of the same folder is removed.
 
     Args:
         folder: the folder to write. Its parents are made. If it is a link, the target of the link is written.
@@ -127,8 +127,7 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         target = Path(folder).resolve()  # a rename would replace a link by a folder
         check_free(target, files, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        scratch.mkdir()
+        scratch, lock = _hidden_folder(target)
         try:
             yield scratch
             for path in [*scratch.rglob("*"), scratch]:
@@ -141,18 +140,79 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
             _flush(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
+            _release(lock)
+        remove_leftovers(target, files)
 
 
-def leftovers(folder: str | Path) -> list[Path]:
-    """Whole or unfinished folders beside `folder`, left by interrupted calls of `whole_folder`."""
-    target = Path(folder).resolve()
-    return sorted(target.parent.glob(f".{target.name}.????????")) if target.parent.is_dir() else []
+def leftovers(path: str | Path) -> list[Path]:
+    """Whole or unfinished files or folders beside `path` that calls of `write_text` or `whole_folder` are writing, or
+    left when they were killed.
+    """
+    target = Path(path).resolve()
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}")
+    if not target.parent.is_dir():
+        return []
+    return sorted(other for other in target.parent.iterdir() if pattern.fullmatch(other.name))
+
+
+def remove_leftovers(path: str | Path, files: Collection[str] = ()) -> None:
+    """Remove the `leftovers` of processes that are dead; never those of a process that lives.
+
+    Args:
+        path: a file that `write_text` writes, or a folder that `whole_folder` writes.
+        files: names of the files that such a folder holds. A hidden folder with others is not ours, and stays.
+    """
+    for left in leftovers(path):
+        try:
+            lock = _lock(left)
+        except OSError:  # its process lives, or it is gone already
+            continue
+        if lock is None:  # this system cannot tell
+            continue
+        try:
+            if left.is_file():
+                left.unlink(missing_ok=True)
+            elif {held.name for held in left.iterdir()} <= set(files):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            _release(lock)
+
+
+@contextmanager
+def sole_user(folder: Path, *, what: str) -> Iterator[None]:
+    """A context in which no other process, and no other thread, enters such a context with the same folder.
+
+    The system ends it with the process, however the process ends. Systems without such locks let everybody in.
+
+    Args:
+        folder: an existing folder.
+        what: what the folder holds, for the error: "stream".
+
+    Raises:
+        ArtifactError: another process is in such a context.
+        FileAccessError: the file system refuses.
+    """
+    with file_errors(f"use the folder of the {what}", folder):
+        try:
+            lock = _lock(folder.resolve())
+        except BlockingIOError:
+            raise ArtifactError(
+                f"another process is writing this {what}",
+                expected=f"one process for each {what}",
+                got="a folder that is in use",
+                where=folder,
+                fix="wait until it has ended, or give another folder",
+            ) from None
+    try:
+        yield
+    finally:
+        _release(lock)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file that appears whole or not at all; its folder is made.
 
-    A process that is killed meanwhile leaves a hidden sibling `.NAME.*`.
+    A process that is killed meanwhile leaves a hidden sibling, which the next call for the same file removes.
 
     Raises:
         FileAccessError: the file system refuses.
@@ -160,116 +220,14 @@ def write_text(path: str | Path, text: str) -> None:
     target = Path(path)
     with file_errors("write the file", target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        part, lock = _hidden_file(target)
         try:
             part.write_text(text, encoding="utf-8")
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to a safetensors file.
-
-    Raises:
-        FileAccessError: the file system refuses.
-    """
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with file_errors("write the file", path):
-        save_file(plain, path, metadata=dict(metadata))
-
-
-def read_tensors(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read the tensors `expected` (shapes by name), all fp32 or all bf16. The file is checked before it is read.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or foreign; or names, shapes or dtypes differ.
-    """
-    with opened(path) as file:
-        names = set(file.keys())
-        missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
-        if missing or extra:
-            raise ArtifactError(
-                "this file is not the one that belongs to the record beside it",
-                expected=f"{len(expected)} tensors" + (f", {_some(missing)} among them" if missing else ""),
-                got=f"{len(names)} tensors" + (f", {_some(extra)} among them" if extra else ""),
-                where=path,
-                fix="keep the files of one artefact together, as they were saved",
-            )
-        slices = {name: file.get_slice(name) for name in expected}
-        types = {piece.get_dtype() for piece in slices.values()}
-        if len(types) > 1 or not types <= DTYPES.keys():
-            raise ArtifactError(
-                "weights of an unexpected type",
-                expected=f"all of one type among {', '.join(DTYPES)}",
-                got=", ".join(sorted(types)),
-                where=path,
-                fix="save the adapters again",
-            )
-        for name, piece in slices.items():
-            if tuple(piece.get_shape()) != tuple(expected[name]):
-                raise ArtifactError(
-                    "a weight has another shape than the model and the structure say",
-                    expected=tuple(expected[name]),
-                    got=tuple(piece.get_shape()),
-                    where=f"{name} in {path}",
-                    fix="keep an artefact's files together; build the model with the same tasks and classes",
-                )
-        return {
-            name: file.get_tensor(name).clone() for name in expected
-        }  # without a copy they would stay mapped to the file
-
-
-def read_all(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file that another program wrote, in its stored dtype, and the file's metadata.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or not a safetensors file.
-    """
-    with opened(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def read_bytes(path: str | Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
-    """Read the uint8 vectors `expected` (lengths by name). The file is checked before it is read.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or foreign; or names, lengths or dtypes differ.
-    """
-    with opened(path) as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        described = {name: (piece.get_dtype(), *piece.get_shape()) for name, piece in found.items()}
-        wanted = {name: ("U8", length) for name, length in expected.items()}
-        wrong = [name for name in sorted(wanted.keys() | described.keys()) if wanted.get(name) != described.get(name)]
-        if wrong:
-            raise ArtifactError(
-                "this file is not the one that belongs to the record beside it",
-                expected=f"{wrong[0]} {wanted.get(wrong[0], 'absent')}",
-                got=described.get(wrong[0], "absent"),
-                where=path,
-                fix="keep the files of one artefact together, as they were saved",
-            )
-        return {name: file.get_tensor(name).clone() for name in expected}
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file for reading.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or foreign.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            "the weights cannot be read",
-            expected="a whole safetensors file",
-            got=_nature(Path(path), error),
-            where=path,
-            fix="copy or save it again; pickled files are never opened",
-        ) from error
+            _release(lock)
+        remove_leftovers(target)
 
 
 def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
@@ -281,7 +239,7 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
             raise ArtifactError(
                 "the folder holds files that do not belong to an artefact",
                 expected="a new folder, an empty one, or an artefact to overwrite",
-                got=_some(foreign),
+                got=listed(foreign),
                 where=target,
                 fix="give a folder of its own",
             )
@@ -289,7 +247,7 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
             raise ArtifactError(
                 "the folder already holds an artefact",
                 expected="a new or an empty folder",
-                got=_some(held),
+                got=listed(held),
                 where=target,
                 fix="give another folder, or overwrite=True",
             )
@@ -308,10 +266,75 @@ def _exchange(one: Path, other: Path) -> None:
             return  # Linux: AT_FDCWD, RENAME_EXCHANGE
         if hasattr(library, "renamex_np") and not library.renamex_np(*names, 2):
             return  # macOS: RENAME_SWAP
+    lock = _lock(other)  # of the folder, whatever its name is
     aside = other.with_name(f".{other.name}.{secrets.token_hex(4)}")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
+    try:
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
+    finally:
+        _release(lock)
+
+
+def _hidden_folder(target: Path) -> tuple[Path, int | None]:
+    """A new hidden folder beside `target`, and the lock that says that its process lives."""
+    while True:
+        hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        hidden.mkdir()
+        lock = _lock_own(hidden)
+        if lock != -1:
+            return hidden, lock
+
+
+def _hidden_file(target: Path) -> tuple[Path, int | None]:
+    """The same for a file."""
+    while True:
+        hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        hidden.touch(exist_ok=False)
+        lock = _lock_own(hidden)
+        if lock != -1:
+            return hidden, lock
+
+
+def _lock_own(hidden: Path) -> int | None:
+    """Lock what was just made; -1 if another process took it for a leftover in between."""
+    try:
+        lock = _lock(hidden)
+    except (BlockingIOError, FileNotFoundError):
+        return -1
+    if not hidden.exists():
+        _release(lock)
+        return -1
+    return lock
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder for this process. The lock ends with the process at the latest.
+
+    Returns:
+        A handle for `_release`; None on a system or a disk without such locks.
+
+    Raises:
+        BlockingIOError: another process holds it, or another thread of this one.
+        OSError: there is no such file, or it may not be opened.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # a network disk, for example
+        os.close(handle)
+        return None
+    return handle
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def _flush(path: Path) -> None:
@@ -325,18 +348,6 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _nature(path: Path, error: Exception) -> str:
-    """Describe a file that cannot be read as safetensors, from its first bytes."""
-    if not path.is_file():
-        return "no such file"
-    with path.open("rb") as file:
-        start = file.read(4)
-    size = f"{path.stat().st_size:,} bytes"
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        return f"a pickled file ({size})"
-    return f"{size} that are truncated or foreign ({error})"
-
-
-def _some(names: Collection[str], limit: int = 3) -> str:
+def listed(names: Collection[str], limit: int = 3) -> str:
     """The first few names, for an error."""
     return ", ".join([*list(names)[:limit], *(["..."] if len(names) > limit else [])])

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gatedadapters.artefact_files import DTYPES, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Path, Scale
-from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
+from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."

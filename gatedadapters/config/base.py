@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
@@ -11,9 +12,10 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from gatedadapters.artefact_files import RecordFile, read_record_file
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.safe_files import read_text
-from gatedadapters.untrusted import MOST_YAML_BYTES, load_json, load_yaml
+from gatedadapters.untrusted import MOST_YAML_BYTES, load_yaml
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch both take
 Count = Annotated[int, Field(gt=0, le=10**9)]  # steps, examples, batches: more than anyone runs
@@ -233,49 +235,69 @@ def read_yaml(path: Path) -> Any:
         ) from error
 
 
-def read_record(kind: type[Record], file: Path, *, what: str, expected: str, writer: str) -> Record:
-    """Read the JSON record, of version 1, that `writer` left in the folder of an artefact.
+def read_record(
+    kind: type[Record],
+    file: Path,
+    *,
+    what: str,
+    expected: str,
+    fix: str,
+    verify: bool = True,
+    versions: Collection[int] | None = (1,),
+) -> tuple[Record, RecordFile]:
+    """Read the JSON record that lies in the folder of an artefact.
 
     Args:
         kind: class of the record.
         file: the JSON file.
         what: the artefact, for errors: "a saved mask".
         expected: what the folder should hold, for errors.
-        writer: the method that writes such folders, for errors.
+        fix: what to do where there is no such file, for errors.
+        verify: check digests; see `read_record_file`.
+        versions: those that are known; None if such records have no version.
+
+    Returns:
+        The record, and the file with the digests of the tensors beside it.
 
     Raises:
-        ArtifactError: the file is missing or foreign, is of another version, or has unknown or missing keys.
+        ArtifactError: the file is missing, foreign or damaged, is of another version, or has unknown or missing keys,
+            or values of another type.
     """
     try:
-        data = load_json(read_text(file))
+        found = read_record_file(file, verify=verify, what=what, versions=versions)
+    except ArtifactError:
+        raise
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"this is not {what}",
             expected=expected,
             got=str(error),
             where=file.parent,
-            fix=f"give the folder that {writer} wrote",
+            fix=fix,
         ) from error
-    version = data.get("version") if isinstance(data, dict) else None
-    if version != 1:
-        raise ArtifactError(
-            expected=f"{what} of version 1",
-            got=f"version {version!r}",
-            where=file.parent,
-            fix="read it with the release that wrote it",
-        )
+    return parse_record(kind, found.data, what=what, where=file), found
+
+
+def parse_record(kind: type[Record], data: Mapping[str, Any], *, what: str, where: Path | str) -> Record:
+    """Validate the plain data of a record, without any conversion: a number in quotes is no number.
+
+    Args:
+        kind: class of the record.
+        data: the record without its digests.
+        what: the artefact, for errors: "a saved mask".
+        where: the file, for errors.
+
+    Raises:
+        ArtifactError: unknown or missing keys, or values of another type.
+    """
     try:
-        return kind.parse(data, where=str(file))
-    except ConfigError as error:
-        raise as_artifact_error(error, what, file) from None
-
-
-def as_artifact_error(error: ConfigError, what: str, file: Path | str) -> ArtifactError:
-    """The error of a record in a saved artefact, from that of its fields."""
-    return ArtifactError(
-        error.message or f"this is not {what}",
-        expected=error.expected,
-        got=error.got,
-        where=file,
-        fix="copy the folder again as it was saved, or read it with the release that wrote it",
-    )
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        wrong = config_error(error, where=str(where), known=tuple(kind.model_fields))
+        raise ArtifactError(
+            f"this is not {what} as it was saved",
+            expected=f"keys and values of {what}",
+            got=wrong.got,
+            where=where,
+            fix="restore the file",
+        ) from None

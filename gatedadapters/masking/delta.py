@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gatedadapters.artefact_files import DTYPES, check_finite, read_tensors, write_tensors
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
@@ -20,7 +21,7 @@ from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
-from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
+from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.attach import find_heads
 from gatedadapters.supernet.hooks import hook_embedding
 
@@ -206,7 +207,14 @@ class SparseDelta(nn.Module, StepListener):
             for part in self.parts():
                 part.write()
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
 
         An element takes about 5 bytes in float32. `load_delta` then reads the same bits.
@@ -215,9 +223,10 @@ class SparseDelta(nn.Module, StepListener):
             folder: a new or an empty folder.
             dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
+            allow_nonfinite: also write infinities and NaN.
 
         Raises:
-            ArtifactError: the folder is not free, or the dtype is neither of the two.
+            ArtifactError: the folder is not free, a value is not finite, or the dtype is neither of the two.
         """
         if dtype not in DTYPES.values():
             raise ArtifactError(
@@ -228,9 +237,12 @@ class SparseDelta(nn.Module, StepListener):
             )
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
+        if not allow_nonfinite:
+            fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
+            check_finite(tensors, where=folder, fix=fix)
         with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
-            self.mask.write(new)
-            write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+            digest = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+            self.mask.write(new, {VALUES: digest})
 
     # -- while it is in a model ----------------------------------------------------------------------------------------
 
@@ -390,7 +402,9 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     return delta
 
 
-def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
+def load_delta(
+    model: nn.Module, folder: str | Path, *, verify: bool = True, allow_nonfinite: bool = False
+) -> SparseDelta:
     """Put a saved delta into the backbone in which it was trained, with its task heads.
 
     Everything is checked before the model is changed. Nothing in the files is executed.
@@ -398,19 +412,23 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     Args:
         model: a model with the backbone of the delta.
         folder: written by `SparseDelta.save`.
+        verify: check the digests of the files, which tell damage. Deltas of releases 0.1 and 0.2 have none; they load
+            with a note in the log.
+        allow_nonfinite: also load infinities and NaN.
 
     Raises:
-        ArtifactError: the folder holds no delta, or a file is truncated or foreign.
+        ArtifactError: the folder holds no delta, a file is truncated, foreign or damaged, or a value is not finite.
         AttachError, MaskError: as in `apply_mask`.
 
     The model is not changed in any of these cases.
     """
     path = Path(folder)
-    mask = Mask.load(path)
+    mask, record = Mask.read(path, verify=verify)
     delta, head_names = _build(model, mask, mask.identity.heads, where=str(path))
     shapes: dict[str, tuple[int, ...]] = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
     shapes |= {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in head_names}
-    tensors = read_tensors(path / VALUES, shapes)
+    digest = record.digest(VALUES)
+    tensors = read_tensors(path / VALUES, shapes, digest=digest, allow_nonfinite=allow_nonfinite)
     with torch.no_grad():
         for name, part in delta.items():
             part.values.copy_(tensors[f"values.{name}"])

@@ -320,18 +320,27 @@ class Adapters(Supernet):
             fix = "leave `with adapters.disabled()` first"
             raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
 
-    def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | FilePath,
+        *,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
 
-        The folder holds `structure.json` and `adapters.safetensors`. It appears complete or not at all.
+        The folder holds `structure.json`, with digests of both files, and `adapters.safetensors`. It appears complete
+        or not at all.
 
         Args:
             folder: a new or an empty folder.
             dtype: of what is stored, float32 or bfloat16.
             overwrite: replace an artefact that the folder holds, in one step.
+            allow_nonfinite: also write infinities and NaN.
 
         Raises:
-            ArtifactError: the adapters are not compact, or the folder is not free.
+            ArtifactError: the adapters are not compact, a value is not finite, or the folder is not free.
         """
         if self.bank is not None or self.structure is None:
             raise ArtifactError(
@@ -342,7 +351,15 @@ class Adapters(Supernet):
                 fix="call adapters.compact() first; a Trainer's checkpoints keep gates for resuming",
             )
         heads = dict(zip(self.head_names, self.head_parameters(), strict=True))
-        write(folder, self.structure, dict(self.typed_paths()), heads, dtype=dtype, overwrite=overwrite)
+        write(
+            folder,
+            self.structure,
+            dict(self.typed_paths()),
+            heads,
+            dtype=dtype,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+        )
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 
