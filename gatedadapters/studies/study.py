@@ -23,7 +23,7 @@ from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import Training, parameters, trainings
 from gatedadapters.studies.measured import Measure, ReportProgress
-from gatedadapters.studies.storage import check_workers, open_storage
+from gatedadapters.studies.storage import check_workers, open_storage, told_of_storage
 from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
@@ -101,6 +101,7 @@ class Study:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
+    @told_of_storage
     def run(self, n_trials: int | None = None, *, workers: int = 1) -> Self:
         """Run the trials that are missing, and wait until they are done.
 
@@ -186,28 +187,34 @@ class Study:
     # -- results -------------------------------------------------------------------------------------------------------
 
     @property
+    @told_of_storage
     def trials(self) -> list[FrozenTrial]:
         """Every trial. A failed one has its `error` in the user attributes."""
         return queue.trials_of(self.optuna)
 
+    @told_of_storage
     def curves(self) -> list[results.Curve]:
         """For each factor and side, the scores over its values, by task and as the mean over tasks, with 95 % intervals
         over seeds.
         """
         return results.curves(self.config, self.optuna)
 
+    @told_of_storage
     def importances(self) -> dict[str, dict[str, float]]:
         """The share of each factor in the best trials, by target (`score`, `params`, `gap`): `results.importances`."""
         return results.importances(self.config, self.optuna)
 
+    @told_of_storage
     def front(self) -> list[FrozenTrial]:
         """The Pareto front: feasible trials that no other trial beats. With one objective, the best trial."""
         return results.front(self.config, self.optuna)
 
+    @told_of_storage
     def best(self) -> list[SearchConfig]:
         """The searches of the front, ready to run."""
         return [results.search_of(trial, self.config.search.folder) for trial in self.front()]
 
+    @told_of_storage
     def report(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best searches.
 
@@ -227,6 +234,7 @@ class Study:
         where = f"study {self.config.name!r} in {self.storage}"
         return save_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
 
+    @told_of_storage
     def tensorboard(self, folder: str | Path) -> None:
         """Write every complete trial as a TensorBoard run of its own, for the page that compares runs.
 
@@ -249,12 +257,15 @@ class Study:
                 with TensorBoardWriter(run) as writer:
                     writer.hparams({**columns, **values}, results.metrics(trial))
 
+    @told_of_storage
     def __repr__(self) -> str:
         return f"Study({self.config.name!r}: {results.progress(self.optuna)})"
 
+    @told_of_storage
     def __str__(self) -> str:
         return f"{self!r}\n{results.study_table(self.config, self.optuna)}"
 
+    @told_of_storage
     def _repr_html_(self) -> str:
         from gatedadapters.studies.report import summary_html  # matplotlib takes a second to import
 
@@ -262,6 +273,7 @@ class Study:
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
+    @told_of_storage
     def _open(self, create: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         config, where = self.config, self.storage
