@@ -7,15 +7,19 @@ import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from gatedadapters.artefact_files import RecordFile, read_record_file
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.safe_files import read_text
 from gatedadapters.untrusted import MOST_YAML_BYTES, load_yaml
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch both take
+Count = Annotated[int, Field(gt=0, le=10**9)]  # steps, examples, batches: more than anyone runs
+Units = Annotated[int, Field(gt=0, le=2**16)]  # ranks and widths: wider than the layers of any model
 
 
 class Config(BaseModel):
@@ -24,7 +28,7 @@ class Config(BaseModel):
     Unknown keys and values out of range raise `ConfigError`, both in the constructor and in `parse`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -291,9 +295,9 @@ def parse_record(kind: type[Record], data: Mapping[str, Any], *, what: str, wher
     except ValidationError as error:
         wrong = config_error(error, where=str(where), known=tuple(kind.model_fields))
         raise ArtifactError(
-            f"this is not {what} as it was saved",
-            expected=f"keys and values of {what}",
+            wrong.message or f"this is not {what} as it was saved",
+            expected=wrong.expected,
             got=wrong.got,
             where=where,
-            fix="restore the file",
+            fix="copy the folder again as it was saved, or read it with the release that wrote it",
         ) from None

@@ -32,6 +32,7 @@ from gatedadapters.masking.scores.base import BatchScore, Loss
 from gatedadapters.masking.scores.losses import token_losses
 from gatedadapters.paths.precision import widened
 from gatedadapters.safe_files import remove_leftovers, whole_folder
+from gatedadapters.untrusted import load_json
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
 REQUEST = "request.json"
@@ -294,7 +295,7 @@ def _claim(running: Path, wanted: dict[str, Any]) -> None:
     """
     file = running / REQUEST
     if file.exists():
-        _check_request(json.loads(file.read_text(encoding="utf-8")), wanted, running)
+        _check_request(load_json(file.read_text(encoding="utf-8")), wanted, running)
         return
     shutil.rmtree(running, ignore_errors=True)
     with whole_folder(running, files={REQUEST}) as new:

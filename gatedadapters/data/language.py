@@ -48,10 +48,22 @@ def read_passages(file: str | Path, *, text: str = "text", answer: str | None = 
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the text cannot be read", expected="a UTF-8 file", got=error, where=path) from error
+        raise DataError(
+            "the text cannot be read",
+            expected="a UTF-8 file",
+            got=error,
+            where=path,
+            fix="check the path, and save the text as UTF-8",
+        ) from error
     found = [Passage(part.strip()) for part in content.split("\n\n") if part.strip()]
     if not found:
-        raise DataError("the text is empty", expected="paragraphs", got="nothing", where=path)
+        raise DataError(
+            "the text is empty",
+            expected="paragraphs",
+            got="nothing",
+            where=path,
+            fix="add text, with an empty line between two paragraphs",
+        )
     return found
 
 
@@ -127,7 +139,13 @@ class LanguageDataset(Dataset[dict[str, Any]]):
             if len(block) > 1:
                 self._add(block, block)
         if not self._items:
-            raise DataError("there is nothing to predict", expected="a text of two tokens or more", got="none")
+            raise DataError(
+                "there is nothing to predict",
+                expected="a text of two tokens or more",
+                got="none",
+                where="LanguageDataset",
+                fix="give longer texts",
+            )
 
     def _add(self, ids: list[int], labels: list[int]) -> None:
         self._items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})

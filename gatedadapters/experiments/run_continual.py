@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from gatedadapters.config import ContinualConfig
+from gatedadapters.config.base import read_yaml
 from gatedadapters.continual import StreamResult, check_stream, metrics_table, run_stream
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.result import STREAM
@@ -185,7 +186,7 @@ def _can_go_on(folder: Path, text: str) -> bool:
     earlier = file.read_text(encoding="utf-8") if file.is_file() else None
     if earlier in (text, None):
         return earlier is not None
-    place, expected, got = difference(yaml.safe_load(earlier), yaml.safe_load(text))
+    place, expected, got = difference(read_yaml(file), yaml.safe_load(text))
     raise ArtifactError(
         "the folder holds a run of another configuration",
         expected=expected,

@@ -86,7 +86,7 @@ class SparseDelta(nn.Module, StepListener):
             AttachError: it is in no model.
         """
         if not self._model:
-            raise AttachError("this delta is in no model", fix="delta.reapply(model)")
+            raise AttachError("this delta is in no model", fix="delta.reapply(model)", where="SparseDelta")
         return self._model[0]
 
     @property
@@ -451,7 +451,13 @@ def _build(
         )
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
-        raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
+        raise MaskError(
+            "the mask selects nothing",
+            expected="at least one element",
+            got="none",
+            where=where,
+            fix="lower protect=, or raise density=",
+        )
     parameters = parameters_of(model, selected, where=where)
     for name in selected:
         check_tensor(name, parameters[name], mask.shape(name))

@@ -118,7 +118,11 @@ class Mask:
         for name, value in chosen.items():
             if name not in parameters:
                 raise MaskError(
-                    "no such parameter", expected="names of the model's parameters", got=name, where="Mask.build"
+                    "no such parameter",
+                    expected="names of the model's parameters",
+                    got=name,
+                    where="Mask.build",
+                    fix="take names from model.named_parameters()",
                 )
             shape = tuple(parameters[name].shape)
             indices[name], shapes[name] = _positions(name, value, shape), shape
@@ -325,7 +329,13 @@ class Mask:
 
     def _tensor(self, name: str) -> TensorRecord:
         if name not in self._record.tensors:
-            raise MaskError("the mask does not cover this parameter", expected=", ".join(self.names[:4]), got=name)
+            raise MaskError(
+                "the mask does not cover this parameter",
+                expected=", ".join(self.names[:4]),
+                got=name,
+                where="Mask",
+                fix="choose a name among mask.names",
+            )
         return self._record.tensors[name]
 
     def _elements(self, name: str) -> Tensor:

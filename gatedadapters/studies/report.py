@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from gatedadapters.config import StudyConfig
+from gatedadapters.config.base import read_yaml
 from gatedadapters.config.study import differing
-from gatedadapters.errors import StudyError
+from gatedadapters.errors import ConfigError, StudyError
 from gatedadapters.inspection.picture import png_bytes
 from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, html_page, markdown_page
 from gatedadapters.reporting.versions import versions
@@ -80,8 +81,8 @@ def summary_html(config: StudyConfig, study: optuna.Study) -> str:
 def _is_report_of(config: StudyConfig, folder: Path) -> bool:
     """Whether `folder` holds an earlier report of this study."""
     try:
-        earlier = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        earlier = read_yaml(folder / STUDY)
+    except ConfigError:
         return False
     mine = yaml.safe_load(config.to_yaml(folder.absolute()))
     return isinstance(earlier, dict) and not differing(earlier, mine)

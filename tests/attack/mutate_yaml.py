@@ -122,7 +122,8 @@ VALUES: list[Any] = [
     10**30, -(10**30), 2**31, 2**63, 1e308, float("inf"), float("nan"), -1, 0, 1, "", " ", "x", "\0", "..", "/", "~",
     "a" * 5000, "\ud7ff", "\u202e", None, True, [], {}, [None], [[[]]], {"kind": "x"}, {"": ""}, {1: 2}, ["x"] * 5000,
     {f"k{n}": n for n in range(2000)}, "bundled:", "bundled:../x", "a.csv", "nowhere.csv", "nowhere.parquet",
-    "/dev/zero", "search.yaml", "(a|aa)+$", "lora", "sequential", "gated", 0.5, "1e3", "0x10", b"bytes", {"fraction": 0.5},
+    "/dev/zero", "search.yaml", "(a|aa)+$", "lora", "sequential", "gated", 0.5, "1e3", "0x10", b"bytes",
+    {"fraction": 0.5},
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gatedadapters.artefact_files import write_tensors
+from gatedadapters.config.base import Units
 from gatedadapters.continual.result import read_memory
 from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
@@ -31,7 +32,7 @@ class OLoRA(Strategy):
     """
 
     kind = "o_lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
     orthogonality: float = Field(0.5, ge=0)
 
     def tune(self, stage: Stage) -> TunedStage:

@@ -78,7 +78,13 @@ class Scores:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._values:
-            raise MaskError("there are no scores of this parameter", expected=", ".join(self.names[:4]), got=name)
+            raise MaskError(
+                "there are no scores of this parameter",
+                expected=", ".join(self.names[:4]),
+                got=name,
+                where="Scores",
+                fix="choose a name among scores.names",
+            )
         return self._values[name]
 
     def __len__(self) -> int:
