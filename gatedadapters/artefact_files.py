@@ -16,10 +16,11 @@ import logging
 import os
 import stat
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def with_digests(text: str, tensors: Mapping[str, str] | None = None) -> str:
         tensors: what `write_tensors` returned, by the name of the file.
     """
     tensors = dict(tensors or {})
-    digests = {RECORD: _record_digest(load_json(text), tensors), **tensors}
+    digests = {RECORD: record_digest(load_json(text), tensors), **tensors}
     return f"{text.rstrip().removesuffix('}').rstrip()},\n {json.dumps(DIGESTS)}: {json.dumps(digests)}\n}}\n"
 
 
@@ -144,7 +145,7 @@ def split_record(
     digests = data[DIGESTS]
     plain = isinstance(digests, dict) and all(isinstance(value, str) for value in digests.values())
     tensors = {name: value for name, value in digests.items() if name != RECORD} if plain else {}
-    expected, found = (digests.get(RECORD) if plain else None), _record_digest(rest, tensors)
+    expected, found = (digests.get(RECORD) if plain else None), record_digest(rest, tensors)
     if expected != found:
         raise ArtifactError(
             "a record was changed since it was saved",
@@ -156,8 +157,14 @@ def split_record(
     return RecordFile(rest, tensors, where)
 
 
-def _record_digest(data: Any, tensors: Mapping[str, str]) -> str:
-    text = json.dumps([data, tensors], sort_keys=True, separators=(",", ":"))
+def record_digest(data: Any, tensors: Mapping[str, str] | None = None) -> str:
+    """A digest of plain data, which depends neither on the order of keys nor on spaces in a file.
+
+    Args:
+        data: whatever JSON can hold.
+        tensors: digests of the files beside it, by name.
+    """
+    text = json.dumps([data, dict(tensors or {})], sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -399,8 +406,8 @@ def _read(file: Any, names: list[str], path: str | Path, *, digest: str | None, 
     with ThreadPoolExecutor(1) as beside:
         for name in names:
             tensors[name] = value = file.get_tensor(name).clone()  # without a copy it would stay mapped to the file
-            task = _inspected, value, digest is not None, finite
-            checks[name] = beside.submit(*task) if value.nbytes >= _INLINE else _done(*task)
+            task = partial(_inspected, value, digest is not None, finite)
+            checks[name] = beside.submit(task) if value.nbytes >= _INLINE else _done(task)
         found = {name: check.result() for name, check in checks.items()}
     if digest is not None:
         _check_digest(digest, tensors, {name: checksum for name, (checksum, _) in found.items()}, path)
@@ -414,9 +421,9 @@ def _inspected(value: Tensor, digest: bool, finite: bool) -> tuple[int, bool]:
     return _checksum(value) if digest else 0, not finite or is_finite(value)
 
 
-def _done(function: Any, *arguments: Any) -> Future[tuple[int, bool]]:
+def _done(task: Callable[[], tuple[int, bool]]) -> Future[tuple[int, bool]]:
     future: Future[tuple[int, bool]] = Future()
-    future.set_result(function(*arguments))
+    future.set_result(task())
     return future
 
 

@@ -66,10 +66,10 @@ def load_joint(
     Raises:
         ArtifactError, AttachError, MaskError: see `load_adapters` and `load_delta`. The model is left as it was.
     """
-    how = {"verify": verify, "allow_nonfinite": allow_nonfinite}
-    adapters = load_adapters(model, Path(folder) / ADAPTERS, **how)
+    adapters = load_adapters(model, Path(folder) / ADAPTERS, verify=verify, allow_nonfinite=allow_nonfinite)
     try:
-        return adapters, load_delta(model, Path(folder) / DELTA, **how)
+        delta = load_delta(model, Path(folder) / DELTA, verify=verify, allow_nonfinite=allow_nonfinite)
+        return adapters, delta
     except BaseException:
         adapters.detach()
         raise

@@ -16,8 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
-from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_finite, read_all
-from gatedadapters.artifacts.export_peft import BACKBONE, CONFIG, PREFIX, WEIGHTS
+from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_finite, opened, read_all
+from gatedadapters.artifacts.export_peft import BACKBONE, COMPUTED, CONFIG, PREFIX, TENSORS, WEIGHTS, config_digest
 from gatedadapters.errors import ArtifactError
 from gatedadapters.patterns import Pattern
 from gatedadapters.safe_files import read_text
@@ -123,8 +123,12 @@ class PeftFolder:
             return [name for name in names if name not in self.maps and _targets(self.config, name)]
 
 
-def read_peft(folder: str | Path) -> PeftFolder:
+def read_peft(folder: str | Path, *, verify: bool = True) -> PeftFolder:
     """Read a LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        folder: the folder.
+        verify: check the digests that `export_peft` stored; peft itself writes none.
 
     Raises:
         ArtifactError: no such folder, a pickled, truncated or foreign file, a key too many or too few, or something
@@ -132,7 +136,18 @@ def read_peft(folder: str | Path) -> PeftFolder:
     """
     where = Path(folder)
     config = _config(where)
-    stored, metadata = read_all(_weights(where))
+    file = _weights(where)
+    with opened(file) as weights:
+        metadata = weights.metadata() or {}
+    if verify and metadata.get(COMPUTED, config_digest(config)) != config_digest(config):
+        raise _error(
+            "the configuration was changed since it was exported",
+            f"digest {metadata[COMPUTED]:.40}",
+            f"digest {config_digest(config)}",
+            where / CONFIG,
+            "restore the folder; if you changed it on purpose, pass verify=False",
+        )
+    stored, _ = read_all(file, digest=metadata.get(TENSORS) if verify else None)
     tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     pairs: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
@@ -185,10 +200,8 @@ def _config(where: Path) -> dict[str, Any]:
     for field, value in config.items():
         inert = field in _HARMLESS or not value or (field, value) == ("bias", "none")
         if not inert:
-            fix = _WAYS_OUT.get(field, "train the LoRA without it")
-            raise _error(
-                "this is more than a plain LoRA", f"{field} unset", f"{field}: {reprlib.repr(value)}", path, fix
-            )
+            fix, got = _WAYS_OUT.get(field, "train the LoRA without it"), f"{field}: {reprlib.repr(value)}"
+            raise _error("this is more than a plain LoRA", f"{field} unset", got, path, fix)
     try:
         LoraRecord.model_validate(config)
     except ValidationError as error:
@@ -242,9 +255,7 @@ def _matrices(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], 
         )
     up = up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     if not is_finite(up):
-        raise _error(
-            "a scale is too large", "finite values of B times the scale", f"alpha {alpha:g}", f"{name} in {where}"
-        )
+        raise _error("a scale is too large", "finite values of B times it", f"alpha {alpha:g}", f"{name} in {where}")
     return Matrices(down, up)
 
 

@@ -295,9 +295,9 @@ def parse_record(kind: type[Record], data: Mapping[str, Any], *, what: str, wher
     except ValidationError as error:
         wrong = config_error(error, where=str(where), known=tuple(kind.model_fields))
         raise ArtifactError(
-            f"this is not {what} as it was saved",
-            expected=f"keys and values of {what}",
+            wrong.message or f"this is not {what} as it was saved",
+            expected=wrong.expected,
             got=wrong.got,
             where=where,
-            fix="restore the file",
+            fix="copy the folder again as it was saved, or read it with the release that wrote it",
         ) from None

@@ -371,7 +371,7 @@ def _no_structure(error: Exception, where: object) -> ArtifactError:
         expected="a Structure as JSON",
         got=str(error),
         where=where,
-        fix="give the folder of a saved adapter; if it is one, a file is truncated: copy or save it again",
+        fix="give the folder of a saved adapter; if it is one, structure.json is truncated: copy or save it again",
     )
 
 
