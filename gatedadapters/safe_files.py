@@ -144,7 +144,8 @@ def whole_folder(
             last: an interruption leaves no artefact, never a mixed one.
 
     Raises:
-        ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
+        ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False; or another
+            process writes it at the same time.
         FileAccessError: the file system refuses.
     """
     with file_errors("write the folder", folder):
@@ -152,6 +153,7 @@ def whole_folder(
         if beside is None or not target.is_dir():
             check_free(target, files, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
+        before = _identity(target)
         scratch, lock = _hidden_folder(target)
         try:
             yield scratch
@@ -163,10 +165,7 @@ def whole_folder(
                     os.replace(path, target / path.name)
             else:
                 check_free(target, files, overwrite)  # another process may have written it meanwhile
-                if target.exists() and any(target.iterdir()):
-                    _exchange(scratch, target)
-                else:
-                    os.rename(scratch, target)
+                _replace(target, scratch, before)
                 _flush(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
@@ -285,6 +284,42 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
         raise ArtifactError(
             "a file is in the way", expected="a folder", got="a file", where=target, fix="give another name"
         )
+
+
+def _replace(target: Path, new: Path, before: tuple[int, int] | None) -> None:
+    """Give the folder `new` the name `target`, if `target` is as it was `before`; else leave both as they are.
+
+    Raises:
+        ArtifactError: another process has written it meanwhile.
+    """
+    meanwhile = ArtifactError(
+        "another process has written this folder meanwhile",
+        expected="one process at a time",
+        got="another folder of this name, which stays",
+        where=target,
+        fix="look at what the other process wrote; then give another folder, or write again",
+    )
+    if not target.exists() or not any(target.iterdir()):
+        try:
+            os.rename(new, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise meanwhile from None
+            raise
+        return
+    _exchange(new, target)
+    if _identity(new) != before:  # looked at after the exchange, which nobody can come between
+        _exchange(new, target)
+        raise meanwhile
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None if it does not exist."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _exchange(one: Path, other: Path) -> None:

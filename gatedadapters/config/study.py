@@ -121,6 +121,13 @@ class StudyConfig(Config):
     constraints: dict[Objective, float] = Field(default_factory=dict)
     prune: bool = True
 
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, name: str) -> str:
+        if name.startswith(".") or any(part in name for part in "/\\\0"):
+            raise ValueError("files are named after a study: its name is no path and does not begin with a dot")
+        return name
+
     @field_validator("search", mode="before")
     @classmethod
     def _given_whole(cls, value: Any) -> Any:
