@@ -69,7 +69,7 @@ def file_error(error: OSError, doing: str, where: str | Path) -> FileAccessError
         f"cannot {doing}",
         got=error.strerror or str(error) or type(error).__name__,
         where=place,
-        fix=_REMEDIES.get(error.errno or 0, "check the disk and the path"),
+        fix=_REMEDIES.get(error.errno or 0, "check the path, the disk and the network"),
     )
     told.errno, told.strerror, told.filename = error.errno, error.strerror, str(place)
     return told
@@ -103,6 +103,25 @@ def read_text(path: str | Path, *, most: int | None = None) -> str:
     if most is not None and len(data) > most:
         raise ValueError(f"more than {most:,} bytes")
     return data.decode("utf-8")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Check that `folder` can be written, or made, before anything is computed for it.
+
+    Raises:
+        FileAccessError: the file system refuses, or says that it would.
+    """
+    with file_errors("write the folder", folder):
+        place = Path(folder).resolve()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        probe = place / f".{secrets.token_hex(4)}"  # rights do not tell of full or read-only disks
+        try:
+            probe.write_bytes(b"?")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ MOST_YAML_BYTES = 2**18  # the largest preset takes 2 KiB
 MOST_YAML_VALUES = 20_000  # after every alias is replaced by what it stands for
 _WHOLE = 2**63  # whole numbers beyond it fit no tensor, and their text can be longer than Python prints
 
+_TAG = "tag:yaml.org,2002:"
+_NOT_PLAIN = frozenset({"binary", "omap", "pairs", "set", "timestamp"})
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
@@ -74,26 +76,28 @@ class _PlainLoader(_BASE):  # type: ignore[misc]
     """PyYAML's safe loader, which also refuses keys that stand twice and values that their tag does not allow."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind in _NOT_PLAIN:
+            raise _error_at(node, f"a {kind}, which no configuration has; put quotes around it if it is text")
         try:
             found = super().construct_object(node, deep=deep)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                None, None, f"this is no {kind}: {_short(str(node.value))} ({_short(str(error))})", node.start_mark
-            ) from None
+            raise _error_at(node, f"this is no {kind}: {_short(str(node.value))} ({_short(str(error))})") from None
         if isinstance(found, int) and abs(found) >= _WHOLE:
-            raise yaml.constructor.ConstructorError(None, None, "a whole number beyond 64 bits", node.start_mark)
+            raise _error_at(node, "a whole number beyond 64 bits")
         return found
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         if isinstance(node, yaml.MappingNode):
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = [text for (tag, text), times in Counter(keys).items() if times > 1 and not tag.endswith(":merge")]
+            twice = [text for (tag, text), times in Counter(keys).items() if times > 1 and tag != f"{_TAG}merge"]
             if twice:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_short(twice[0])!r} stands twice", node.start_mark
-                )
+                raise _error_at(node, f"the key {_short(twice[0])!r} stands twice")
         return super().construct_mapping(node, deep=deep)
+
+
+def _error_at(node: Any, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _check_yaml_size(text: str) -> None:

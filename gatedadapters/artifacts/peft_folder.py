@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_finite, opened, read_all
 from gatedadapters.artifacts.export_peft import BACKBONE, COMPUTED, CONFIG, PREFIX, TENSORS, WEIGHTS, config_digest
 from gatedadapters.errors import ArtifactError
+from gatedadapters.patterns import Pattern
 from gatedadapters.safe_files import read_text
 from gatedadapters.untrusted import load_json
 
@@ -116,7 +119,8 @@ class PeftFolder:
 
     def forgotten(self, names: Iterable[str]) -> list[str]:
         """Which of these names of modules the folder targets without holding weights for them."""
-        return [name for name in names if name not in self.maps and _targets(self.config, name)]
+        with _matching(self.where):
+            return [name for name in names if name not in self.maps and _targets(self.config, name)]
 
 
 def read_peft(folder: str | Path, *, verify: bool = True) -> PeftFolder:
@@ -164,8 +168,9 @@ def read_peft(folder: str | Path, *, verify: bool = True) -> PeftFolder:
             raise _unknown_key(name, where)
     if not pairs:
         raise _error("there is no LoRA in it", "lora_A and lora_B of a module", "none", where / WEIGHTS)
-    maps = {name: _matrices(config, name, pair, where) for name, pair in pairs.items()}
-    strangers = [name for name in maps if _targets(config, name) is False]
+    with _matching(where):
+        maps = {name: _matrices(config, name, pair, where) for name, pair in pairs.items()}
+        strangers = [name for name in maps if _targets(config, name) is False]
     if strangers:
         raise _error(
             "weights for a module that the configuration does not target",
@@ -261,7 +266,7 @@ def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
 def _of_module(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """Values by module: the first key that, as a regular expression, is the end of the module's name."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _matches(rf"(.*\.)?({key})", name):
             return value
     return default
 
@@ -272,11 +277,33 @@ def _targets(config: Mapping[str, Any], name: str) -> bool | None:
     depends = any(config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     if depends or not targets or targets == "all-linear":
         return None
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.get("modules_to_save") or ()):
+    if any(_matches(rf"(.*\.)?{module}(\..*)?", name) for module in config.get("modules_to_save") or ()):
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return _matches(targets, name)
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+_compiled = lru_cache(maxsize=4096)(Pattern)  # a folder may name every module of a model by an expression of its own
+
+
+def _matches(expression: str, name: str) -> bool:
+    """Whether a regular expression of the configuration is the whole name of a module."""
+    return _compiled(expression).fullmatch(name)
+
+
+@contextmanager
+def _matching(where: Path) -> Iterator[None]:
+    """A context in which a regular expression that cannot be matched is an ArtifactError."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        fix = "name the modules in a list, or leave out repeats within repeats"
+        raise _error(
+            "a regular expression cannot be matched", "few ways to match", str(error), where / CONFIG, fix
+        ) from None
 
 
 def _saves(config: Mapping[str, Any], name: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from gatedadapters.config.base import Config, read_yaml
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
+from gatedadapters.patterns import Pattern
 
 SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside"]
 
@@ -40,10 +41,7 @@ class Where(Config):
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
+            Pattern(value)
         return value
 
     def accepts(
@@ -61,15 +59,37 @@ class Where(Config):
         """
         if self.blocks is not None and block not in {b + n_blocks if b < 0 else b for b in self.blocks}:
             return False
-        if self.include is not None and not re.search(self.include, module):
-            return False
-        if self.exclude is not None and re.search(self.exclude, module):
-            return False
+        for field, text, wanted in (("include", self.include, True), ("exclude", self.exclude, False)):
+            if text is not None and _matches(text, module, field) is not wanted:
+                return False
         return (
             (self.sublayers is None or sublayer in self.sublayers)
             and (self.stacks is None or stack in self.stacks)
             and (self.roles is None or role is None or role in self.roles)
         )
+
+
+@lru_cache(maxsize=256)
+def _pattern(text: str) -> Pattern:
+    return Pattern(text)
+
+
+def _matches(text: str, module: str, field: str) -> bool:
+    """Whether a regular expression of a search space is found in the name of a module.
+
+    Raises:
+        ConfigError: matching takes too long.
+    """
+    try:
+        return _pattern(text).search(module)
+    except ValueError as error:
+        raise ConfigError(
+            "a regular expression cannot be matched",
+            expected="one with few ways to match",
+            got=str(error),
+            where=f"at.{field}, for module {module[:100]}",
+            fix="leave out repeats within repeats, such as (a+)+",
+        ) from None
 
 
 class PathOptions(Config):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
+from gatedadapters.safe_files import file_errors
 from gatedadapters.untrusted import check_json_depth
 
 _Table = list[tuple[str, dict[str, Any]]]  # of each record: its file and line, and its cells by column
@@ -146,7 +147,8 @@ def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, di
             fix="check the path; relative paths count from the configuration's folder",
         )
     try:
-        table = _READERS[suffix](path)
+        with file_errors("read the table", path):
+            table = _READERS[suffix](path)
     except UnicodeDecodeError as error:
         fix = "save it as UTF-8"
         raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error

@@ -21,7 +21,7 @@ from gatedadapters.experiments import outputs
 from gatedadapters.experiments.progress import say, silence_transformers
 from gatedadapters.experiments.streams import build_stream, stream_orders
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
-from gatedadapters.safe_files import write_text
+from gatedadapters.safe_files import file_errors, write_text
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class ContinualResult:
         return f"{self.table()}\n\nIn {self.folder}:\n{outputs.list_outputs(contents)}"
 
 
+@file_errors("read or write a file of the run", "continual")
 def continual(
     config: ContinualConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> ContinualResult:

@@ -25,6 +25,7 @@ from gatedadapters.experiments.evaluation import evaluate
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
+from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
@@ -92,6 +93,7 @@ class TransferResult:
         )
 
 
+@file_errors("read or write a file of the run", "transfer")
 def transfer(
     config: TransferConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> TransferResult:

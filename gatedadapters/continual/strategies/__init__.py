@@ -44,7 +44,7 @@ def resolve(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
         return strategy
     data = {"kind": strategy} if isinstance(strategy, str) else dict(strategy)
     kind = data.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(
             "no such strategy",
             expected=", ".join(_KINDS),
