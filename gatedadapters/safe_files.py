@@ -126,7 +126,9 @@ def check_writable(folder: str | Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    folder: str | Path, *, files: Collection[str], overwrite: bool = False, beside: str | None = None
+) -> Iterator[Path]:
     """Yield a new folder to write into. It becomes `folder` when the block ends, and is deleted if the block fails.
 
     The new folder is a hidden sibling of `folder`. Once all its files have reached the disk, one rename gives it its
@@ -138,26 +140,34 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         folder: the folder to write. Its parents are made. If it is a link, the target of the link is written.
         files: names of the files that an artefact of this kind holds. Other files are the user's and never replaced.
         overwrite: replace an earlier artefact.
+        beside: write into a folder that may hold other files, which stay; an earlier artefact is replaced. Files then
+            move one by one, so this names the file by which an artefact is recognised. It is taken away first and comes
+            last: an interruption leaves no artefact, never a mixed one.
 
     Raises:
-        ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
+        ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False; or another
+            process writes it at the same time.
         FileAccessError: the file system refuses.
     """
     with file_errors("write the folder", folder):
         target = Path(folder).resolve()  # a rename would replace a link by a folder
-        check_free(target, files, overwrite)
+        if beside is None or not target.is_dir():
+            check_free(target, files, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
+        before = _identity(target)
         scratch, lock = _hidden_folder(target)
         try:
             yield scratch
             for path in [*scratch.rglob("*"), scratch]:
                 _flush(path)
-            check_free(target, files, overwrite)  # another process may have written it meanwhile
-            if target.exists() and any(target.iterdir()):
-                _exchange(scratch, target)
+            if beside is not None and target.is_dir():
+                (target / beside).unlink(missing_ok=True)
+                for path in sorted(scratch.iterdir(), key=lambda path: path.name == beside):
+                    os.replace(path, target / path.name)
             else:
-                os.rename(scratch, target)
-            _flush(target.parent)
+                check_free(target, files, overwrite)  # another process may have written it meanwhile
+                _replace(target, scratch, before)
+                _flush(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
             _release(lock)
@@ -275,6 +285,42 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
         raise ArtifactError(
             "a file is in the way", expected="a folder", got="a file", where=target, fix="give another name"
         )
+
+
+def _replace(target: Path, new: Path, before: tuple[int, int] | None) -> None:
+    """Give the folder `new` the name `target`, if `target` is as it was `before`; else leave both as they are.
+
+    Raises:
+        ArtifactError: another process has written it meanwhile.
+    """
+    meanwhile = ArtifactError(
+        "another process has written this folder meanwhile",
+        expected="one process at a time",
+        got="another folder of this name, which stays",
+        where=target,
+        fix="look at what the other process wrote; then give another folder, or write again",
+    )
+    if not target.exists() or not any(target.iterdir()):
+        try:
+            os.rename(new, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise meanwhile from None
+            raise
+        return
+    _exchange(new, target)
+    if _identity(new) != before:  # looked at after the exchange, which nobody can come between
+        _exchange(new, target)
+        raise meanwhile
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None if it does not exist."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _exchange(one: Path, other: Path) -> None:

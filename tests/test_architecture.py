@@ -32,7 +32,7 @@ FLOORS = (
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ABOVE_ALL = {"__init__", "__main__"}  # the public names, and the command line
 BESIDE = {"testing"}  # contracts and tiny backbones, which nothing in the package imports
-LOOSE = {"__init__", "__main__"} | FLOORS[0]  # files that stand in no room
+LOOSE = {"__init__", "__main__", *FLOORS[0]}  # files that stand in no room
 HEAVY = {"optuna", "tensorboard", "matplotlib", "peft"}
 
 Graph = dict[str, set[str]]

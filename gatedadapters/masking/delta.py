@@ -18,7 +18,7 @@ from gatedadapters.errors import ArtifactError, AttachError, MaskError, Training
 from gatedadapters.masking.checks import check_adapters, check_head_shapes, check_tensor, parameters_of
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
-from gatedadapters.masking.mask import Mask, check_backbone
+from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import whole_folder
@@ -213,6 +213,7 @@ class SparseDelta(nn.Module, StepListener):
         *,
         dtype: torch.dtype = torch.float32,
         overwrite: bool = False,
+        beside: bool = False,
         allow_nonfinite: bool = False,
     ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
@@ -223,6 +224,7 @@ class SparseDelta(nn.Module, StepListener):
             folder: a new or an empty folder.
             dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
+            beside: other files that the folder holds stay; an earlier delta in it is replaced.
             allow_nonfinite: also write infinities and NaN.
 
         Raises:
@@ -240,7 +242,7 @@ class SparseDelta(nn.Module, StepListener):
         if not allow_nonfinite:
             fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
             check_finite(tensors, where=folder, fix=fix)
-        with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+        with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
             digest = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
             self.mask.write(new, {VALUES: digest})
 

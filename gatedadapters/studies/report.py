@@ -21,8 +21,9 @@ from gatedadapters.errors import ConfigError, StudyError
 from gatedadapters.inspection.picture import png_bytes
 from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, html_page, markdown_page
 from gatedadapters.reporting.versions import versions
-from gatedadapters.safe_files import whole_folder
+from gatedadapters.safe_files import check_free, check_writable, whole_folder
 from gatedadapters.studies import plots, queue, results
+from gatedadapters.studies.measured import ACCURACY, metric_of
 from gatedadapters.studies.results import MEAN, Curve, CurvePoint
 
 HTML, MARKDOWN, STUDY = "report.html", "report.md", "study.yaml"
@@ -33,7 +34,9 @@ FILES = frozenset(
 )
 
 
-def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
+def save_report(
+    config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str, unpruned: str | None
+) -> Path:
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:
@@ -42,6 +45,7 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
         folder: a new folder, or one with an earlier report of this study.
         overwrite: replace the report of another study, too.
         where: names the study in errors.
+        unpruned: the reason why no trial could be stopped early, if pruning was asked for.
 
     Raises:
         StudyError: no trial is complete.
@@ -56,7 +60,7 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
             fix=_advice(study),
         )
     best = results.front(config, study)[:_MOST]
-    parts = _parts(config, study, best)
+    parts = _parts(config, study, best, unpruned)
     with whole_folder(folder, files=FILES, overwrite=overwrite or _is_report_of(config, folder)) as new:
         for part in parts:
             if isinstance(part, Picture):
@@ -68,6 +72,12 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
             (new / f"best-{index}.yaml").write_text(search.to_yaml(folder.absolute()), encoding="utf-8")
         (new / STUDY).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
     return folder / HTML
+
+
+def check_folder(config: StudyConfig, folder: Path, *, overwrite: bool) -> None:
+    """Check that `save_report` may write into `folder`; for arguments and errors see there."""
+    check_free(folder.resolve(), FILES, overwrite or _is_report_of(config, folder))
+    check_writable(folder.parent)
 
 
 def summary_html(config: StudyConfig, study: optuna.Study) -> str:
@@ -88,19 +98,22 @@ def _is_report_of(config: StudyConfig, folder: Path) -> bool:
     return isinstance(earlier, dict) and not differing(earlier, mine)
 
 
-def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial]) -> list[Part]:
+def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial], unpruned: str | None) -> list[Part]:
     """Everything in a report, in its order."""
     parts: list[Part] = [Text(config.description)] if config.description else []
     parts += [
         Text(f"Trials: {results.progress(study)}. Every score is taken after pruning."),
+        *([] if unpruned is None else [Text(f"No trial was stopped early: {unpruned}.")]),
         *_findings(config, study),
         Heading("Best configurations"),
         Text(_how_the_best_were_chosen(config)),
     ]
+    metric = metric_of(config.search)
+    percent = " %" if metric is ACCURACY else f" {metric.label}"
     for index, trial in enumerate(best, 1):
         search = results.search_of(trial, config.search.folder)
         values = ", ".join(f"{name} {results.format_value(value)}" for name, value in trial.params.items())
-        score = f"{100 * results.mean_score(trial.user_attrs['scores']):.1f} %"
+        score = f"{metric.text(results.mean_score(trial.user_attrs['scores']))}{percent}"
         size = f"{trial.user_attrs['params']:,} parameters"
         parts.append(Text(f"best-{index}.yaml, trial {trial.number}: {score}, {size}; {values}"))
         parts.append(Text(search.to_yaml(search.folder).rstrip(), verbatim=True))
@@ -110,14 +123,14 @@ def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial]
 
 def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
     """Curves, importances, the Pareto front and all trials: whichever the study has."""
-    parts = list[Part]()
+    parts, metric = list[Part](), metric_of(config.search)
     curves = results.curves(config, study)
     if curves:
         parts += [
             Heading("Sensitivity"),
             Picture(
                 "sensitivity.png",
-                "Accuracy by factor; bands: 95 % t intervals over seeds",
+                f"{metric.name.capitalize()} by factor; bands: 95 % t intervals over seeds",
                 _png(plots.sensitivity(config, curves)),
             ),
             *_curve_tables(config, curves),
@@ -135,11 +148,14 @@ def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
             Table(["factor", *found], rows),
         ]
     elif curves:
-        rows = [[c.factor, c.side, f"{100 * c.drop:.1f}"] for c in curves if c.task == MEAN]
+        points = "points" if metric is ACCURACY else metric.name
+        rows = [[c.factor, c.side, metric.text(c.drop)] for c in curves if c.task == MEAN]
         parts += [
             Heading("Importance"),
-            Text("One factor at a time: the best minus the worst mean score along its curve, in points."),
-            Table(["factor", "side", "points"], sorted(rows, key=lambda row: -float(row[2]))),
+            Text(
+                f"One factor at a time: the highest minus the lowest mean {metric.name} along its curve, in {points}."
+            ),
+            Table(["factor", "side", points], sorted(rows, key=lambda row: -float(row[2]))),
         ]
     trials = results.complete_trials(study)
     if len(config.objectives) > 1 and config.mode == "optimise":
@@ -177,7 +193,7 @@ def _curve_tables(config: StudyConfig, curves: Sequence[Curve]) -> list[Part]:
             row = [results.format_value(value)]
             for index, curve in enumerate(own):
                 point = at.get((index, value))
-                row.append("" if point is None else results.format_score(point))
+                row.append("" if point is None else results.format_score(point, metric_of(config.search)))
                 if curve.task == MEAN:
                     row.append("" if point is None else f"{point.params:,.0f}")
             rows.append(row)
@@ -186,7 +202,9 @@ def _curve_tables(config: StudyConfig, curves: Sequence[Curve]) -> list[Part]:
             header += [f"{curve.side}: {curve.task}", *([f"{curve.side}: parameters"] if curve.task == MEAN else [])]
         parts.append(Table(header, rows))
     seeds = ", ".join(map(str, config.seeds))
-    return [*parts, Text(f"Accuracy in per cent, mean and 95 % t interval over the seeds {seeds}.")]
+    metric = metric_of(config.search)
+    what = "Accuracy in per cent" if metric is ACCURACY else metric.label.capitalize()
+    return [*parts, Text(f"{what}, mean and 95 % t interval over the seeds {seeds}.")]
 
 
 def _how_the_best_were_chosen(config: StudyConfig) -> str:
