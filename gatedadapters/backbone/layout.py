@@ -23,6 +23,7 @@ from gatedadapters.backbone.trace import (
     Map,
     MapUse,
     ModuleCall,
+    NormUse,
     Stream,
     Trace,
     Tracer,
@@ -68,6 +69,28 @@ class LinearMap:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """One normalisation with learned gains, whatever its class: it keeps the shape of what it reads.
+
+    Attributes:
+        name: Qualified name of the module.
+        role: What it normalises: ``norm`` for the hidden state or a mixture of maps, else the role of the map whose
+            output it reads, as in ``q_norm``, ``k_norm``, ``o_norm``.
+        width: Number of gains; the width of a head for norms of queries and keys.
+        shifts: Whether it adds a vector, too (``bias``).
+        traffic: Vectors normalised per token that enters the stack; the number of heads for norms of queries.
+        channels_first: Whether the features are not the last dimension (batch and group norms of images).
+    """
+
+    name: str
+    role: str
+    width: int
+    shifts: bool
+    traffic: float = 1.0
+    channels_first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Sublayer:
     """Maps that together read the hidden state once and add one contribution to it.
 
@@ -82,6 +105,8 @@ class Sublayer:
         writer: Module whose output (a tensor, or the first of a tuple) is the contribution, before a norm
             on it (Gemma 2) and before the residual addition. ``None`` if no module returns that tensor.
         maps: Its maps in call order.
+        norms: The norms that belong to it, in call order: those of its maps' outputs, and those of the hidden state
+            that it reads; in blocks that normalise after the residual addition (BERT), those of its sum.
     """
 
     kind: roles.Kind
@@ -90,6 +115,7 @@ class Sublayer:
     reader: str | None
     writer: str | None
     maps: tuple[LinearMap, ...]
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +156,7 @@ class Layout:
         outside: Maps outside the blocks (heads, poolers, embedding projections), role ``other``.
         unknown: Weights with two or more dimensions that are not linear maps, or that the sample did not reach.
         examples_first: Whether the first dimension of the hidden state counts examples; in XLNet it counts positions.
+        outside_norms: Norms outside the blocks: of embeddings, the final one, of heads.
     """
 
     model_class: str
@@ -138,6 +165,7 @@ class Layout:
     outside: tuple[LinearMap, ...]
     unknown: tuple[Unknown, ...]
     examples_first: bool = True
+    outside_norms: tuple[Norm, ...] = ()
 
     def maps(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
         """All maps of all blocks, in call order."""
@@ -151,7 +179,21 @@ class Layout:
         for linear in self.outside:
             ends = linear.name if linear.in_features == linear.out_features else None
             sublayer = Sublayer("outside", linear.name, linear.in_features, ends, ends, (linear,))
-            yield Block("", len(self.blocks), "", 1, (sublayer,)), sublayer, linear
+            yield self._outside(sublayer), sublayer, linear
+
+    def norms(self) -> Iterator[tuple[Block, Sublayer, Norm]]:
+        """All norms: those of the blocks, then those outside them, each as a sub-layer of kind ``outside``."""
+        for block in self.blocks:
+            for sublayer in block.sublayers:
+                for norm in sublayer.norms:
+                    yield block, sublayer, norm
+        for norm in self.outside_norms:
+            sublayer = Sublayer("outside", norm.name, norm.width, norm.name, norm.name, (), (norm,))
+            yield self._outside(sublayer), sublayer, norm
+
+    def _outside(self, sublayer: Sublayer) -> Block:
+        """The nameless block after the last, with one thing that lies outside the blocks."""
+        return Block("", len(self.blocks), "", 1, (sublayer,))
 
     def table(self) -> str:
         """The layout as text, one line a map."""
@@ -164,8 +206,12 @@ class Layout:
                 ends = f"reads at {sub.reader or '-'}, writes at {sub.writer or '-'}"
                 lines.append(f"  {sub.kind}  {sub.name}: {ends}")
                 lines.extend(f"    {_row(linear, sub.name)}" for linear in sub.maps)
+                lines.extend(f"    {_norm_row(norm, sub.name)}" for norm in sub.norms)
         for title, entries in (
-            ("outside", [_row(linear, "") for linear in self.outside]),
+            (
+                "outside",
+                [_row(linear, "") for linear in self.outside] + [_norm_row(norm, "") for norm in self.outside_norms],
+            ),
             ("unknown", [f"{entry.name}  ({entry.reason})" for entry in self.unknown]),
         ):
             lines.extend([title, *(f"  {entry}" for entry in entries)] if entries else [])
@@ -239,6 +285,9 @@ class _Assembly:
         for use in trace.uses:
             self.uses.setdefault(use.map, []).append(use)
             self.uses_in.setdefault(use.block, []).append(use)
+        self.norms: dict[str, list[NormUse]] = {}
+        for norm in trace.norms:
+            self.norms.setdefault(norm.name, []).append(norm)
         self.idle = [key for key in weights if key not in self.uses]
         self.links: dict[Map, list[frozenset[Map]]] = {}  # those of each map
         for link in trace.links:
@@ -270,12 +319,14 @@ class _Assembly:
             if key not in placed
         )
         width = next(reversed(self.calls.values()))[0].shape[-1]
+        placed_norms = {norm.name for block in blocks for sub in block.sublayers for norm in sub.norms}
         return Layout(
             type(self.model).__name__,
             width,
             blocks,
             outside,
             tuple(sorted(unknown, key=lambda entry: entry.name)),
+            outside_norms=tuple(self._norm(name, "norm") for name in self.norms if name not in placed_norms),
         )
 
     def _sublayers(self, calls: list[BlockCall]) -> tuple[Sublayer, ...]:
@@ -312,7 +363,45 @@ class _Assembly:
             maps = tuple(self._linear(key, role[key]) for key in group.uses)
             maps += tuple(self._idle_experts(name, maps))
             sublayers.append(Sublayer(kind, name, block.shape[-1], reader, writer, maps))
-        return tuple(sublayers)
+        return self._with_norms(block.name, sublayers)
+
+    def _with_norms(self, block: str, sublayers: list[Sublayer]) -> tuple[Sublayer, ...]:
+        """The sub-layers of a block with the norms that belong to each."""
+        place = {Map(m.name, m.parameter): (i, m.role) for i, sub in enumerate(sublayers) for m in sub.maps}
+        steps = [(number, place[use.map][0]) for number, use in enumerate(self.trace.uses) if use.map in place]
+        here = [uses for uses in self.norms.values() if self._norm_home(uses) == block]
+        if not steps:
+            return tuple(sublayers)
+        # A norm of the hidden state that runs after all maps of the block: norms follow what they belong to.
+        after = any(has_stream(use.reads) and use.started > steps[-1][0] for uses in here for use in uses)
+        norms: list[list[Norm]] = [[] for _ in sublayers]
+        for first, *_ in here:
+            read = {place[key] for key in maps_of(first.reads) if key in place}
+            before = [index for number, index in steps if number < first.started][-1:]
+            later = [index for number, index in steps if number >= first.started][:1]
+            role = "norm"
+            if read and not has_stream(first.reads):
+                index = max(index for index, _ in read)
+                roles_read = {role for _, role in read} - {"other"}
+                role = f"{roles_read.pop()}_norm" if len(roles_read) == 1 else role
+            else:
+                index = (before + later if after else later + before)[0]
+            norms[index].append(self._norm(first.name, role))
+        return tuple(replace(sub, norms=tuple(own)) for sub, own in zip(sublayers, norms, strict=True))
+
+    def _norm_home(self, uses: list[NormUse]) -> str | None:
+        return next((use.block for use in uses if use.block in self.calls), None)
+
+    def _norm(self, name: str, role: str) -> Norm:
+        uses = self.norms[name]
+        first, home = uses[0], self._norm_home(uses)
+        rows = sum(use.rows for use in uses)
+        tokens = self._tokens(self.calls[home][0].stack if home else first.stack)
+        return Norm(name, role, first.width, first.shifts, rows / tokens, first.channels_first)
+
+    def _tokens(self, stack: str | None) -> int:
+        """Number of tokens that enter a stack; for parts before all stacks those of the first."""
+        return self.tokens.get(stack or "") or next(iter(self.tokens.values()))
 
     def _idle_experts(self, name: str, maps: tuple[LinearMap, ...]) -> Iterator[LinearMap]:
         """Experts that got no token. Their names differ only in a number from those of maps that were called."""
@@ -359,7 +448,7 @@ class _Assembly:
         uses, weight = self.uses[key], self.weights.get(key)
         home = self._home(key)
         stack = self.calls[home][0].stack if home else uses[0].stack
-        tokens = self.tokens.get(stack or "") or next(iter(self.tokens.values()))
+        tokens = self._tokens(stack)
         experts = weight.shape[0] if weight is not None and weight.dim() == 3 else 0
         plain = not experts and uses[0].host == key.name and key.name not in self.trace.composite
         return LinearMap(
@@ -450,6 +539,12 @@ def _row(linear: LinearMap, prefix: str) -> str:
     experts = f"{linear.experts} x " if linear.experts else ""
     traffic = "" if linear.traffic == 1 else f"  traffic {linear.traffic:g}"
     return f"{linear.role:<8} {name:<32} {experts}{linear.in_features} -> {linear.out_features}{traffic}"
+
+
+def _norm_row(norm: Norm, prefix: str) -> str:
+    name = norm.name.removeprefix(prefix).lstrip(".") or norm.name
+    traffic = "" if norm.traffic == 1 else f"  traffic {norm.traffic:g}"
+    return f"{norm.role:<8} {name:<32} {norm.width} gains{' and shifts' if norm.shifts else ''}{traffic}"
 
 
 def _no_blocks(model: nn.Module, got: str) -> LayoutError:

@@ -92,6 +92,22 @@ class ModuleCall:
     read_shape: tuple[int, ...]
     writes: Labels = NONE
     write_shape: tuple[int, ...] = ()
+    normalises: bool = False  # it computed a mean, a variance or a norm itself
+
+
+@dataclass(slots=True)
+class NormUse:
+    """One call of a module that normalises ``rows`` vectors of ``width`` features and multiplies them with gains."""
+
+    name: str
+    width: int
+    rows: int
+    shifts: bool  # it adds a vector of the same width
+    channels_first: bool  # the features are not the last dimension
+    reads: Labels
+    block: str | None
+    stack: str | None  # the stack running, or the last one that ran
+    started: int  # number of earlier uses of maps
 
 
 @dataclass(slots=True)
@@ -121,6 +137,7 @@ class Trace:
     """The record of one forward pass."""
 
     uses: list[MapUse] = field(default_factory=list)
+    norms: list[NormUse] = field(default_factory=list)
     blocks: list[BlockCall] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     links: list[Maps] = field(default_factory=list)  # maps that share a sub-layer
@@ -139,6 +156,11 @@ _NONLINEAR = {
     *("relu_", "gelu_", "silu_", "sigmoid_", "tanh_", "elu_", "softplus", "clamp_min", "log_sigmoid_forward"),
 }
 _ADDITIVE = {"add", "add_", "sub", "cat", "stack"}
+_NORMALISING = {
+    *("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rms_norm"),
+    *("mean", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm", "rsqrt"),
+}
+_CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def nested_tensors(value: Any) -> Iterator[Tensor]:
@@ -246,6 +268,7 @@ class Tracer(TorchDispatchMode):
             if out is not None:
                 self._opaque_linear(name, module, call, out)
                 call.writes, call.write_shape = self._of(out), tuple(out.shape)
+                self._norm(module, call)
             self._stack.pop()
             block = self._block
             if block is None:
@@ -261,6 +284,26 @@ class Tracer(TorchDispatchMode):
             self._last_stack, self._block = block.stack, None
 
         return hook
+
+    def _norm(self, module: nn.Module, call: ModuleCall) -> None:
+        """Record a module that normalises: its parameters are gains, and shifts at most, and it keeps the shape."""
+        own, shape = dict(module.named_parameters()), call.read_shape
+        gains, shifts = own.pop("weight", None), own.pop("bias", None)
+        if gains is None or own or gains.dim() != 1 or call.write_shape != shape or not gains.is_floating_point():
+            return
+        if shifts is not None and shifts.shape != gains.shape:
+            return
+        # A kernel that the dispatcher does not show leaves only the name of the class to judge by.
+        if not call.normalises and "norm" not in type(module).__name__.lower():
+            return
+        width = len(gains)
+        last = shape[-1] == width and not isinstance(module, _CHANNELS_FIRST)
+        if not last and width not in shape:
+            return
+        block, rows = self._block, torch.Size(shape).numel() // width
+        name, stack = (None, self._last_stack) if block is None else (block.name, block.stack)
+        use = NormUse(call.name, width, rows, shifts is not None, not last, call.reads, name, stack, call.started)
+        self.trace.norms.append(use)
 
     def _opaque_linear(self, name: str, module: nn.Module, call: ModuleCall, out: Tensor) -> None:
         """Record a quantised or offloaded linear module, which multiplies with another tensor than its weight.
@@ -318,6 +361,8 @@ class Tracer(TorchDispatchMode):
         """Return the labels of an operation's output, and record in the trace what the operation tells."""
         for _, labels in known:
             self.trace.seen.update(label.map for label in labels if isinstance(label, Weight))
+        if name in _NORMALISING and self._stack:
+            self._stack[-1].normalises = True
         if "mm" in name or name in ("mv", "addmv", "linear", "dot"):
             operands = args[1:3] if name.startswith(("add", "baddbmm")) else args[:2]
             return self._product(name, *operands)

@@ -3,8 +3,10 @@
 from gatedadapters.config import PathOptions
 from gatedadapters.config.deprecation import renamed
 from gatedadapters.paths.base import Path
+from gatedadapters.paths.bias import Bias
 from gatedadapters.paths.bottleneck import Parallel, Serial
 from gatedadapters.paths.lora import LoRA
+from gatedadapters.paths.norm import Norm
 from gatedadapters.paths.scale import Scale
 from gatedadapters.paths.site import Point, Site, SkippedSite
 from gatedadapters.paths.weight_lora import WeightLoRA
@@ -28,11 +30,13 @@ def path_kinds() -> dict[str, type[Path]]:
     return dict(_KINDS)
 
 
-for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale):
+for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale, Norm, Bias):
     register(_kind)
 
 __all__ = [
+    "Bias",
     "LoRA",
+    "Norm",
     "Parallel",
     "Path",
     "Point",

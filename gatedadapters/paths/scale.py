@@ -6,16 +6,16 @@ References:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
-from gatedadapters.paths.base import Path, check_widths, new_parameter, per_token
+from gatedadapters.paths.affine import Affine
+from gatedadapters.paths.base import new_parameter
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Side, Site, SkippedSite
 
@@ -30,11 +30,10 @@ class ScaleOptions(PathOptions):
     side: Side = "output"
 
 
-class Scale(Path):
+class Scale(Affine):
     """h (1 + z s); s (features,) is zero at start. Other libraries store the factor 1 + s."""
 
     kind = "scale"
-    stage = 1
 
     def __init__(self, site: Site, options: ScaleOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
@@ -51,43 +50,6 @@ class Scale(Path):
         """One unit: the whole vector."""
         return 1, site.width_out, 2.0 * site.width_out * site.traffic
 
-    @property
-    def units(self) -> int:
-        """Always 1."""
-        return 1
-
-    def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
-        """Multiply the target by 1 + gate * shift."""
-        return self.forward_together([self], tapped, target, [gate])
-
-    @classmethod
-    def forward_together(
-        cls, paths: Sequence[Path], tapped: Tensor, target: Tensor, gates: Sequence[Tensor | None]
-    ) -> Tensor:
-        """Multiply once, by the product of all factors."""
-        several = cast(Sequence[Scale], paths)
-        check_widths(several[0], tapped, target)
-        factors = [
-            1 + (path.shift if gate is None else gate * path.shift) for path, gate in zip(several, gates, strict=True)
-        ]
-        factor = functools.reduce(torch.mul, factors)
-        if factor.dim() == 2:
-            factor = per_token(factor, target, str(several[0].site.tap))
-        rows = target.reshape(-1, target.shape[-1])
-        return (rows * factor.to(target.dtype)).view(target.shape)
-
-    @torch.no_grad()
-    def scale_units(self, scale: Tensor) -> None:
-        """Multiply the shift."""
-        self.shift.mul_(scale.to(self.shift))
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Multiply rows of the weight and the bias by 1 + gate * shift, or columns if the input is scaled."""
-        shift = self.shift.to(weight)
-        factor = 1 + (shift if gate is None else gate.to(weight) * shift)
-        if self.site.write.side == "input":
-            return weight * factor, bias
-        return factor[:, None] * weight, None if bias is None else factor * bias
-
-    def select_units(self, keep: Tensor) -> None:
-        """Do nothing: there is one unit, and it is kept."""
+    def effective(self) -> tuple[Tensor | None, Tensor | None]:
+        """s, and no b."""
+        return self.shift, None

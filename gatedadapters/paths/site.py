@@ -42,6 +42,7 @@ class Site:
         experts: at a weight: number of experts, the first dimension of the weight; 0 for a plain matrix.
         transposed: at a weight: whether it is stored as (in, out), not (out, in).
         host: at a weight: the module that multiplies with it.
+        shifts: at a norm: whether it adds a vector, too.
     """
 
     tap: Point
@@ -56,6 +57,7 @@ class Site:
     experts: int = 0
     transposed: bool = False
     host: str = ""
+    shifts: bool = False
 
     def __post_init__(self) -> None:
         if self.tap.side == "output" and self.tap != self.write:

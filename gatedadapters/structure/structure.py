@@ -44,6 +44,7 @@ class SiteRecord(Config):
     experts: int = 0
     transposed: bool = False
     host: str = ""
+    shifts: bool = False
 
 
 class KeptPath(Config):

@@ -197,7 +197,8 @@ def candidates(
     taken = {(options.kind, str(site.tap)) for options, site in found.values()}
     skipped_sites = [skipped for skipped in skipped_sites if (skipped.instead, skipped.module) not in taken]
     if not found:
-        offered = ", ".join(sorted({f"{s.kind}.{m.role}" for _, s, m in layout.maps()}))
+        places = (*layout.maps(), *layout.maps_outside(), *layout.norms())
+        offered = ", ".join(sorted({f"{sublayer.kind}.{place.role}" for _, sublayer, place in places}))
         raise PathError(
             "the search space selects no point of this model",
             expected="at least one candidate",

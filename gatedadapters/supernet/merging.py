@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatedadapters.errors import ArtifactError, AttachError
-from gatedadapters.paths import Path
+from gatedadapters.paths import Norm, Path
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
-from gatedadapters.runtime.forward import parameter_of
+from gatedadapters.runtime.forward import parameter_of, with_tensors
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
@@ -105,13 +106,17 @@ def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One linear map, or stack of experts', and the paths around it, in the order in which they are composed."""
+    """One linear map, stack of experts' or norm, and the paths around it, in the order in which they are composed.
+
+    `offset` is what the module adds to its weight before it multiplies: 1 for the gains of Gemma's norms, else 0.
+    """
 
     name: str
     module: nn.Module
     leaf: str
     stored_out_first: bool
     paths: tuple[Path, ...]
+    offset: int = 0
 
     def results(self, task: int) -> Iterator[tuple[str, Tensor, float]]:
         """(parameter, merged value as it is to be stored, drift) of the weight, and of the bias where it changes."""
@@ -119,16 +124,27 @@ class _Place:
         wide = _WIDER.get(weight.dtype, weight.dtype)
         if weight.device.type == "mps":  # has no float64
             wide = torch.float32
-        old_weight = (weight if self.stored_out_first else weight.t()).to(wide)
+        old_weight = (weight if self.stored_out_first else weight.t()).to(wide) + self.offset
         old_bias = None if bias is None else bias.to(wide)
         new_weight, new_bias = old_weight, old_bias
         with in_its_own_type(weight):
             for path in self.paths:
                 gate = None if path.routing is None else path.routing[task]
                 new_weight, new_bias = path.merge_into(new_weight, new_bias, gate)
-        stored = (new_weight if self.stored_out_first else new_weight.t()).to(weight.dtype).contiguous()
-        compared = stored if self.stored_out_first else stored.t()
-        yield f"{self.name}.{self.leaf}", stored, _drift(compared.to(wide), new_weight, old_weight)
+        if new_bias is not None and bias is None:
+            kinds = ", ".join(sorted({path.kind for path in self.paths}))
+            raise AttachError(
+                "a shift cannot be merged into a module without a bias: there is no place to store it",
+                expected="a module with a bias",
+                got=f"{type(self.module).__name__} without one, and a path of {kinds}",
+                where=f"merge, {self.name}",
+                fix="keep the adapters attached, or offer bias paths only at maps with a bias (at: roles, include)",
+            )
+        if new_weight is not old_weight:
+            changed = new_weight - self.offset
+            stored = (changed if self.stored_out_first else changed.t()).to(weight.dtype).contiguous()
+            compared = (stored if self.stored_out_first else stored.t()).to(wide) + self.offset
+            yield f"{self.name}.{self.leaf}", stored, _drift(compared, new_weight, old_weight)
         if bias is not None and new_bias is not None and new_bias is not old_bias:
             stored = new_bias.to(bias.dtype)
             yield f"{self.name}.bias", stored, _drift(stored.to(wide), new_bias, old_bias)
@@ -152,14 +168,17 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
         around.setdefault((path.site.write.module, path.site.write.parameter or "weight"), []).append(path)
     places = []
     for (name, leaf), own in around.items():
-        module = model.get_submodule(name)
+        module, offset = model.get_submodule(name), 0
         if own[0].site.at_weight:  # these paths change the stored weight itself, whatever its module computes with it
             _check_plain(module._parameters.get(leaf), f"{name}.{leaf}")
             stored_out_first = True
         else:
             for path in own:  # a kind that no weight can stand in for says so, whatever module it writes at
                 path.merge_into(torch.empty(path.site.width_out, path.site.width_in, device="meta"), None, None)
-            stored_out_first = _stored_out_first(module, name)
+            if isinstance(own[0], Norm):
+                stored_out_first, offset = True, _gain_offset(module, name)
+            else:
+                stored_out_first = _stored_out_first(module, name)
         for part in (leaf, "bias"):
             tensor = module._parameters.get(part)
             users = [] if tensor is None else owners.get(_storage(tensor), [])
@@ -171,9 +190,11 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
                     where="merge",
                     fix="keep the adapters attached, untie the weights, or search without this point",
                 )
-        # at one module: first what happens at its output, then at its input, which acts on the weight from the right
-        ordered = sorted(own, key=lambda path: path.site.write.side == "input")
-        places.append(_Place(name, module, leaf, stored_out_first, tuple(ordered)))
+        # At one module: first what happens at its output, then at its input; that acts on the weight from the right, so
+        # what happens last there is merged first.
+        inputs = [path for path in own if path.site.write.side == "input"]
+        outputs = [path for path in own if path.site.write.side != "input"]
+        places.append(_Place(name, module, leaf, stored_out_first, (*outputs, *reversed(inputs)), offset))
     return places
 
 
@@ -184,8 +205,8 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _check_plain(weight: Tensor | None, name: str) -> Tensor:
-    """The weight, which must be an ordinary floating-point tensor that has values."""
+def _check_plain(weight: Tensor | None, name: str, dims: int = 2) -> Tensor:
+    """The weight, which must be an ordinary floating-point tensor that has values and at least `dims` dimensions."""
     if weight is not None and weight.device.type == "meta":
         raise AttachError(
             "a weight has no values yet",
@@ -194,11 +215,11 @@ def _check_plain(weight: Tensor | None, name: str) -> Tensor:
             where=name,
             fix="load the backbone's weights, then merge",
         )
-    if weight is None or type(weight.data) is not Tensor or weight.dim() < 2 or not weight.is_floating_point():
+    if weight is None or type(weight.data) is not Tensor or weight.dim() < dims or not weight.is_floating_point():
         kind = "none" if weight is None else f"{type(weight.data).__name__}, {weight.dtype}, {tuple(weight.shape)}"
         raise AttachError(
-            "only plain matrices take a merge; this weight is quantised, sharded, parametrised or of another kind",
-            expected="a floating-point matrix",
+            "only plain weights take a merge; this one is quantised, sharded, parametrised or of another kind",
+            expected="a floating-point matrix" if dims > 1 else "a floating-point vector",
             got=kind,
             where=name,
             fix="keep the adapters attached, or load the backbone unquantised to merge",
@@ -225,6 +246,35 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
     raise AttachError(
         "this module computes more than a linear map, and a merge would change the rest of it",
         expected="x W + b",
+        got=type(module).__name__,
+        where=name,
+        fix="keep the adapters attached, or search without this point",
+    )
+
+
+def _gain_offset(module: nn.Module, name: str) -> int:
+    """What a norm adds to its weight to get its gains, found by asking it: 0, or 1 where it stores gains minus 1."""
+    weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight", 1), module._parameters.get("bias")
+    rows = torch.linspace(-1, 1, 3 * len(weight), device=weight.device).sin().view(3, -1).to(weight.dtype)
+
+    shifts = torch.zeros_like(weight) if bias is None else bias
+
+    def output(gains: Tensor, shifts: Tensor) -> Tensor:
+        tensors = {"weight": gains} if bias is None else {"weight": gains, "bias": shifts}
+        return cast(Tensor, with_tensors(module, tensors).forward(rows)).float()
+
+    for offset in (0, 1):
+        try:
+            at_zero, at_one = (output(torch.full_like(weight, gain), 0 * shifts) for gain in (0, 1))
+            got = output(weight, shifts)
+        except Exception:  # whatever it does with such rows, it is not this function
+            break
+        expected = (at_one - at_zero) * (weight.float() + offset) + shifts.float()
+        if got.shape == expected.shape and (got - expected).abs().max() <= 0.02 * expected.abs().max():
+            return offset
+    raise AttachError(
+        "this norm computes more than gains and shifts, and a merge would change the rest of it",
+        expected="normed * weight + bias, or normed * (1 + weight) + bias",
         got=type(module).__name__,
         where=name,
         fix="keep the adapters attached, or search without this point",

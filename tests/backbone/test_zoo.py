@@ -113,6 +113,49 @@ def test_every_matrix_has_exactly_one_place(family: str, head: str) -> None:
 
 
 @every_head
+def test_every_norm_has_exactly_one_place(family: str, head: str) -> None:
+    """Oracle: whatever holds a vector called weight, named for what it is in every family of the zoo."""
+    model, layout = laid_out(family, head)
+    vectors = {
+        name
+        for name, module in model.named_modules()
+        if any(n == "weight" and p.dim() == 1 for n, p in module.named_parameters(recurse=False))
+    }
+    assert Counter(norm.name for _, _, norm in layout.norms()) == dict.fromkeys(vectors, 1)
+    for _, _, norm in layout.norms():
+        module = model.get_submodule(norm.name)
+        assert norm.width == len(module.weight)
+        assert norm.shifts == (getattr(module, "bias", None) is not None)
+
+
+# By block: the norms of its sub-layers in order, as the models' sources say.
+NORMS = {
+    "bert": ["norm attention.output.LayerNorm", "norm output.LayerNorm"],  # after the residual addition
+    "distilbert": ["norm sa_layer_norm", "norm output_layer_norm"],
+    "llama": ["norm input_layernorm", "norm post_attention_layernorm"],  # before; despite its name the second, too
+    "falcon": ["norm input_layernorm", ""],  # one for attention and feed-forward
+    "gemma2": [
+        "norm input_layernorm o_norm post_attention_layernorm",
+        "norm pre_feedforward_layernorm down_norm post_feedforward_layernorm",
+    ],
+    "qwen3": [
+        "norm input_layernorm q_norm self_attn.q_norm k_norm self_attn.k_norm",
+        "norm post_attention_layernorm",
+    ],
+    "mamba2": ["norm norm in_norm mixer.norm"],
+    "gpt2": ["norm ln_1", "norm ln_2"],
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_belong_to_the_sublayer_that_they_normalise_for(family: str) -> None:
+    _, layout = laid_out(family)
+    for block in layout.blocks:
+        found = [" ".join(f"{n.role} {_relative(n.name, block)}" for n in sub.norms) for sub in block.sublayers]
+        assert found == NORMS[family]
+
+
+@every_head
 def test_widths_and_storage_match_the_weights(family: str, head: str) -> None:
     model, layout = laid_out(family, head)
     for m in (*(m for _, _, m in layout.maps()), *layout.outside):
@@ -206,6 +249,7 @@ def test_table_prints_every_entry() -> None:
         assert sub.name in table
         assert m.name.removeprefix(f"{sub.name}.") in table
     assert all(m.name in table for m in layout.outside)
+    assert all(norm.name.removeprefix(f"{sub.name}.") in table for _, sub, norm in layout.norms())
     assert all(entry.name in table and entry.reason in table for entry in layout.unknown)
 
 
