@@ -91,6 +91,16 @@ class LoRA(Path):
         gate = join_gates(several, gates, target)
         return (looked_up if first.site.reads_ids else low_rank)(tapped, target, down, up, gate)
 
+    @property
+    def weight_added_to(self) -> str | None:
+        """The weight of the map."""
+        return f"{self.site.write.module}.{self.site.write.parameter or 'weight'}"
+
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of the rank-one map of each unit."""
+        return self.up.norm(dim=0) * self.down.norm(dim=1)
+
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the columns of `up`."""
