@@ -13,15 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
-from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
+from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BACKBONE = "backbone"  # key of the weights' metadata: digest of the backbone's values, for import_peft
+
+TENSORS, COMPUTED = "digest", "config_digest"  # further keys: what the files must hold, so that damage is noticed
+COMPUTED_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "fan_in_fan_out",
+    "use_rslora",
+)
 
 # Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it
 # takes these, wherever they occur, for such experts; in state-space families it refuses what is called out_proj.
@@ -92,15 +107,6 @@ def export_peft(
         config, tensors = _ln_tuning(model, norms)
     else:
         config, tensors = _trainable_tokens(rows, heads)
-    broken = [name for name, value in (tensors | saved).items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ArtifactError(
-            "an adapter with values that are not finite is no use to anyone",
-            expected="finite weights",
-            got=f"inf or nan in {', '.join(broken[:3])}",
-            where="export_peft",
-            fix="train again with a lower rate",
-        )
     shape = getattr(model, "config", None)
     config = {
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -111,11 +117,18 @@ def export_peft(
         **config,
     }
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
+    check_finite(stored, where="export_peft", fix="train again with a lower rate")
+    metadata = {"format": "pt", TENSORS: tensors_digest(stored), COMPUTED: config_digest(config)}
     with adapters.disabled():  # merged adapters are no part of the backbone
-        metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
+        metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
     with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata=metadata)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A digest of the fields of a peft configuration that say what it computes; others may be changed by users."""
+    return record_digest({field: config.get(field) for field in COMPUTED_FIELDS})
 
 
 def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:

@@ -147,6 +147,11 @@ class Elements(Path):
         """The values as they are added to the weights, (k,)."""
         return self.values
 
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of each unit's values."""
+        return self.effective().view(-1, self.chunk).norm(dim=1)
+
     def choose_by(self, scores: Tensor) -> None:
         """Set the elements to those of the highest scores; see `choose`.
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
+from gatedadapters.config.base import Units
 from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import looked_up, low_rank
 from gatedadapters.paths.placing import map_sites
@@ -32,7 +32,7 @@ class LoRAOptions(PathOptions):
     """
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
 
     @property
     def size(self) -> int:
@@ -90,6 +90,16 @@ class LoRA(Path):
         down, up = join_parameters([p.down for p in several]), join_parameters([p.up for p in several], 1)
         gate = join_gates(several, gates, target)
         return (looked_up if first.site.reads_ids else low_rank)(tapped, target, down, up, gate)
+
+    @property
+    def weight_added_to(self) -> str | None:
+        """The weight of the map."""
+        return f"{self.site.write.module}.{self.site.write.parameter or 'weight'}"
+
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of the rank-one map of each unit."""
+        return self.up.norm(dim=0) * self.down.norm(dim=1)
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
