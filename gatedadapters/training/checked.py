@@ -120,7 +120,7 @@ class CheckedTrainer(Trainer):
             TrainingError: there are no examples.
         """
         named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
-        chosen = self.eval_dataset[eval_dataset] if named else eval_dataset
+        chosen = cast(Any, self.eval_dataset)[eval_dataset] if named else eval_dataset
         check_examples(self.eval_dataset if chosen is None else chosen, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
