@@ -54,11 +54,13 @@ class RecordFile:
         data: the record without its digests.
         digests: of the files beside it, by name; None if the record has none, or nobody wants them checked.
         where: the file.
+        own: digest of the record itself; None as for the others.
     """
 
     data: dict[str, Any]
     digests: Mapping[str, str] | None
     where: Path
+    own: str | None = None
 
     def digest(self, name: str) -> str | None:
         """The digest that the tensors in a file beside the record must have; None if they are not checked.
@@ -87,6 +89,11 @@ def with_digests(text: str, tensors: Mapping[str, str] | None = None) -> str:
     tensors = dict(tensors or {})
     digests = {RECORD: record_digest(load_json(text), tensors), **tensors}
     return f"{text.rstrip().removesuffix('}').rstrip()},\n {json.dumps(DIGESTS)}: {json.dumps(digests)}\n}}\n"
+
+
+def own_digest(text: str) -> str:
+    """The digest of the record itself in what `with_digests` returned."""
+    return str(load_json(text)[DIGESTS][RECORD])
 
 
 def read_record_file(
@@ -154,7 +161,7 @@ def split_record(
             where=where,
             fix='restore the file; if you changed it on purpose, remove its entry "digests" or pass verify=False',
         )
-    return RecordFile(rest, tensors, where)
+    return RecordFile(rest, tensors, where, found)
 
 
 def record_digest(data: Any, tensors: Mapping[str, str] | None = None) -> str:

@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_HELD: set[int] = set()  # handles of the locks of this process
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give a folder on another disk",
     errno.EDQUOT: "free some space of your quota, or give a folder on another disk",
@@ -396,12 +397,24 @@ def _lock(path: Path) -> int | None:
     except OSError:  # a network disk, for example
         os.close(handle)
         return None
+    _HELD.add(handle)
     return handle
 
 
 def _release(lock: int | None) -> None:
-    if lock is not None:
+    if lock in _HELD:
+        _HELD.discard(lock)
         os.close(lock)
+
+
+def _release_in_child() -> None:
+    """A forked process, such as the worker of a data loader, must not keep the locks of a parent that was killed."""
+    for lock in tuple(_HELD):
+        _release(lock)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from gatedadapters.artefact_files import with_digests
+from gatedadapters.artefact_files import own_digest, with_digests
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.continual.probing import Probe
@@ -272,7 +272,6 @@ def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
     shapes = {name: info.shape for name, info in core.infos.items()}
     roles = {name: info.role for name, info in core.infos.items()}
     origin = {"kind": core.kind}
-    Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin).write(folder)
     tensors = {
         name: {
             "shape": info.shape,
@@ -284,7 +283,10 @@ def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
         for name, info in core.infos.items()
     }
     data = {"scores": dict(core.scores), "tensors": tensors}
-    (folder / CORE).write_text(with_digests(json.dumps(data)), encoding="utf-8")
+    text = with_digests(json.dumps(data))
+    (folder / CORE).write_text(text, encoding="utf-8")
+    mask = Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin)
+    mask.write(folder, {CORE: own_digest(text)})
 
 
 class TensorRecord(Config):
@@ -314,8 +316,8 @@ def load_core(folder: Path, *, verify: bool = True) -> Core:
     Raises:
         ArtifactError: files are missing, damaged or of another kind.
     """
-    mask = Mask.load(folder, verify=verify)
-    record, _ = read_record(
+    mask, beside = Mask.read(folder, verify=verify)
+    record, file = read_record(
         CoreRecord,
         folder / CORE,
         what="a stored core",
@@ -325,11 +327,12 @@ def load_core(folder: Path, *, verify: bool = True) -> Core:
         versions=None,
     )
     infos = {name: TensorInfo(t.shape, t.role, t.block, t.place, t.blocks) for name, t in record.tensors.items()}
-    if {name: info.shape for name, info in infos.items()} != {name: mask.shape(name) for name in mask.names}:
+    shapes = {name: info.shape for name, info in infos.items()}
+    if shapes != {name: mask.shape(name) for name in mask.names} or beside.digest(CORE) not in (None, file.own):
         raise ArtifactError(
             "a core and the mask beside it do not belong together",
             expected=f"the {len(mask.names)} tensors of the mask",
-            got=f"{len(infos)} tensors, or other shapes",
+            got=f"{len(infos)} tensors, other shapes or another digest",
             where=folder,
             fix="restore the folder as it was written",
         )

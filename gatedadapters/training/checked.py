@@ -75,7 +75,8 @@ class CheckedTrainer(Trainer):
                 fix="check the label column and the model's num_labels",
             ) from error
         if model.training:
-            check_finite_loss(found[0] if return_outputs else found, self.state.global_step)
+            loss = found[0] if isinstance(found, tuple) else found
+            check_finite_loss(loss, self.state.global_step)
         return found
 
     def _count_for(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> Tensor | int | None:

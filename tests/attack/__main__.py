@@ -19,7 +19,19 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first case (0)")
     parser.add_argument("--only", choices=runner.formats(), action="append", help="attack this format (all)")
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
+    parser.add_argument("--kills", type=int, metavar="N", help="kill N processes instead, while they save and train")
+    parser.add_argument(
+        "--long", type=int, metavar="N", help="take N steps and N/10 of what is slower; watch the memory"
+    )
     options = parser.parse_args()
+    if options.kills:
+        import kills
+
+        return int(kills.run(options.kills, options.first) > 0)
+    if options.long:
+        import long_runs
+
+        return int(long_runs.run(options.long) > 0)
     failed = 0
     for name in options.only or runner.formats():
         answers = runner.run(name, range(options.first, options.first + options.cases), options.workers)
