@@ -142,7 +142,7 @@ def split_record(
     if DIGESTS not in data:
         if verify:
             logger.warning(
-                "%s holds no digests, as releases before 0.3 wrote it: damage to it may go unnoticed. Save it again.",
+                "%s holds no digests, as releases 0.1 and 0.2 wrote none: damage may go unnoticed. Save it again.",
                 where,
             )
         return RecordFile(dict(data), None, where)
