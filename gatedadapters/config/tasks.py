@@ -114,7 +114,9 @@ class TaskConfig(Config):
             raise ValueError("records that are given in Python have no file to name the task after: give a name")
         kind = self.stated_kind
         if kind is not None and (unread := self.changed_fields(self._unread(kind))):
-            raise ValueError(f"kind: {kind} does not read {', '.join(unread)}: leave that out, or give another kind")
+            raise ValueError(
+                f"kind: {kind} does not read everything given here: leave {', '.join(unread)} out, or give another kind"
+            )
         if kind == "chat" and self.answer is not None and "messages" in self.model_fields_set:
             raise ValueError("give either messages (conversations), or text and answer (one question and its answer)")
         if self._is_txt and kind not in ("text", None):

@@ -90,7 +90,7 @@ class Path(nn.Module, ABC):
         """Compute the new value at the write side.
 
         Args:
-            tapped: value at the tap, (..., width_in).
+            tapped: value at the tap, (..., width_in); at a table of token ids, the ids, (...).
             target: value at the write side, (..., width_out).
             gate: None if fully open; (g,) for the whole batch; or (n, g) for its n examples, whose rows follow each
                 other in equal runs in target's leading dimensions. g is `units` or 1.
@@ -98,6 +98,26 @@ class Path(nn.Module, ABC):
         Returns:
             A tensor of target's shape and dtype.
         """
+
+    def rate_factors(self) -> dict[str, float]:
+        """Factors on the common learning rate, by name of the parameter; 1 for those that are missing.
+
+        They are chosen so that one learning rate, about 1e-2 with Adam, suits every kind, width and rank.
+        """
+        return {}
+
+    @property
+    def weight_added_to(self) -> str | None:
+        """Name of the backbone's weight that this path adds a map to; None if it changes values alone."""
+        return None
+
+    def learned(self) -> Tensor:
+        """The size of what each unit has learnt, (units,), 0 at the start; by default the norm of all parameters.
+
+        Kinds with parameters that are not zero at the start, or with several units, override this.
+        """
+        with torch.no_grad():
+            return torch.stack([p.square().sum() for p in self.parameters()]).sum().sqrt()[None]
 
     @abstractmethod
     def scale_units(self, scale: Tensor) -> None:
@@ -170,6 +190,11 @@ def check_widths(path: Path, tapped: Tensor, target: Tensor) -> None:
         PathError: one differs from the width that the layout found; names the point.
     """
     site = path.site
+    if site.reads_ids and site.tap.side == "input":
+        if tapped.shape != target.shape[:-1] or tapped.is_floating_point():
+            expected, got = f"token ids of shape {tuple(target.shape[:-1])}", f"{tapped.dtype}, {tuple(tapped.shape)}"
+            raise does_not_fit(path, site.tap, expected, got, "attach with a sample batch of the kind you train on")
+        tapped = tapped.new_empty(1, device="meta").expand(site.width_in)
     for point, tensor, width in ((site.tap, tapped, site.width_in), (site.write, target, site.width_out)):
         if tensor.shape[-1] != width:
             fix = "attach with a sample batch of the kind you train on"

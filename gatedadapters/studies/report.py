@@ -152,9 +152,7 @@ def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
         rows = [[c.factor, c.side, metric.text(c.drop)] for c in curves if c.task == MEAN]
         parts += [
             Heading("Importance"),
-            Text(
-                f"One factor at a time: the highest minus the lowest mean {metric.name} along its curve, in {points}."
-            ),
+            Text(f"One factor at a time: the highest minus the lowest mean score along its curve, in {points}."),
             Table(["factor", "side", points], sorted(rows, key=lambda row: -float(row[2]))),
         ]
     trials = results.complete_trials(study)
