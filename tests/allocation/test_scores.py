@@ -39,9 +39,11 @@ def only_one_map_learns():
         finally:
             handle.remove()
         rows = seen["out"].flatten(0, 1)
-        return cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none").view(
-            len(batch["input_ids"]), -1
-        ).mean(1)
+        return (
+            cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none")
+            .view(len(batch["input_ids"]), -1)
+            .mean(1)
+        )
 
     return model, batches, loss, target
 

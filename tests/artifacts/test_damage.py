@@ -64,7 +64,7 @@ def without_digests(file: Path) -> None:
 
 
 def test_every_flipped_bit_of_a_tensor_is_noticed(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16), "c": torch.empty(0)}
+    tensors = {"a": torch.randn(131), "b": torch.zeros(2, 2, dtype=torch.bfloat16), "c": torch.empty(0)}
     digest = write_tensors(tmp_path / "t.safetensors", tensors, metadata={})
     raw = (tmp_path / "t.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -76,11 +76,29 @@ def test_every_flipped_bit_of_a_tensor_is_noticed(tmp_path: Path) -> None:
         assert tensors_digest(found) != digest
     assert tensors_digest(dict(reversed(tensors.items()))) == digest
     for other in (
-        {**tensors, "a": tensors["a"].view(1, 3)},
+        {**tensors, "a": tensors["a"].view(1, 131)},
         {**tensors, "a": tensors["a"].view(torch.int32)},
         {"A": tensors["a"], "b": tensors["b"], "c": tensors["c"]},
     ):
         assert tensors_digest(other) != digest
+
+
+def test_blocks_that_are_moved_or_lost_are_noticed() -> None:
+    values = torch.randn(1000)
+    digest = tensors_digest({"a": values})
+    moved, lost, shifted = values.clone(), values.clone(), values.roll(1)
+    moved[:128], moved[256:384] = values[256:384], values[:128]
+    lost[300:400] = 0
+    for other in (moved, lost, shifted, values[:-1], -values):
+        assert tensors_digest({"a": other}) != digest
+    assert tensors_digest({"a": torch.cat([values[:1], values])[1:]}) == digest  # wherever it lies in memory
+    assert tensors_digest({"a": values.view(10, 100).t().contiguous().t().reshape(1000)}) == digest
+
+
+def test_a_tensor_of_one_element_has_a_digest_whatever_its_stride() -> None:
+    assert tensors_digest({"a": torch.ones(1).expand(1)}) == tensors_digest({"a": torch.ones(1)})
+    assert tensors_digest({"a": torch.ones(()).expand(1)}) == tensors_digest({"a": torch.ones(1)})
+    assert tensors_digest({"a": torch.ones(2)[:0]}) == tensors_digest({"a": torch.empty(0)})
 
 
 def test_a_record_is_checked_whatever_its_layout(tmp_path: Path) -> None:
