@@ -39,6 +39,8 @@ _REMEDIES = {
     errno.EIO: "check the disk, or give a folder on another one",
 }
 
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "file write failed")  # it names no number
+
 
 @contextmanager
 def file_errors(doing: str, where: str | Path) -> Iterator[None]:
@@ -83,7 +85,7 @@ def _code_of_writer(error: Exception) -> int | None:
     found = re.search(r"\(os error (\d+)\)", text)
     if found is not None:
         return int(found[1])
-    return errno.ENOSPC if "PytorchStreamWriter" in text or "file write failed" in text else None
+    return errno.ENOSPC if any(part in text for part in _TORCH_WRITER) else None
 
 
 def read_text(path: str | Path, *, most: int | None = None) -> str:
