@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_TEMPORARY = ".tmp"  # how files begin that safetensors is writing
 _HELD: set[int] = set()  # handles of the locks of this process
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give a folder on another disk",
@@ -204,7 +205,7 @@ def remove_leftovers(path: str | Path, files: Collection[str] = ()) -> None:
         try:
             if left.is_file():
                 left.unlink(missing_ok=True)
-            elif {held.name for held in left.iterdir()} <= set(files):
+            elif all(held.name in files or held.name.startswith(_TEMPORARY) for held in left.iterdir()):
                 shutil.rmtree(left, ignore_errors=True)
         finally:
             _release(lock)
