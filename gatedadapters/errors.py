@@ -109,5 +109,9 @@ class StudyError(GatedAdaptersError, RuntimeError):
     """A study's storage cannot be used, holds another study, or holds nothing to report yet."""
 
 
+class AllocationError(GatedAdaptersError, ValueError):
+    """A placement score is unknown, found nothing to judge by, or gave numbers that cannot be ranked."""
+
+
 class TrainingError(GatedAdaptersError, RuntimeError):
     """Training was set up in a way that cannot give a correct result."""

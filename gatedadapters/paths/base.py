@@ -89,6 +89,26 @@ class Path(nn.Module, ABC):
             A tensor of target's shape and dtype.
         """
 
+    def rate_factors(self) -> dict[str, float]:
+        """Factors on the common learning rate, by name of the parameter; 1 for those that are missing.
+
+        They are chosen so that one learning rate, about 1e-2 with Adam, suits every kind, width and rank.
+        """
+        return {}
+
+    @property
+    def weight_added_to(self) -> str | None:
+        """Name of the backbone's weight that this path adds a map to; None if it changes values alone."""
+        return None
+
+    def learned(self) -> Tensor:
+        """The size of what each unit has learnt, (units,), 0 at the start; by default the norm of all parameters.
+
+        Kinds with parameters that are not zero at the start, or with several units, override this.
+        """
+        with torch.no_grad():
+            return torch.stack([p.square().sum() for p in self.parameters()]).sum().sqrt()[None]
+
     @abstractmethod
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the contribution of each unit by `scale`, (units,), in place, as gates of these values do."""

@@ -113,6 +113,11 @@ class Bottleneck(Path):
             )
 
     @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norms of the input and the output weights of each hidden unit, multiplied."""
+        return self.up.norm(dim=0) * self.down.norm(dim=1)
+
+    @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the columns of `up`."""
         self.up.mul_(scale.to(self.up))

@@ -82,6 +82,16 @@ class LoRA(Path):
         down, up = join_parameters([p.down for p in several]), join_parameters([p.up for p in several], 1)
         return low_rank(tapped, target, down, up, join_gates(several, gates, target))
 
+    @property
+    def weight_added_to(self) -> str | None:
+        """The weight of the map."""
+        return f"{self.site.write.module}.{self.site.write.parameter or 'weight'}"
+
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of the rank-one map of each unit."""
+        return self.up.norm(dim=0) * self.down.norm(dim=1)
+
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the columns of `up`."""

@@ -267,6 +267,40 @@ class Supernet(nn.Module, StepListener):
         """What the paths learn."""
         return [p for p in self.paths.parameters() if p.requires_grad]
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """The factor on the common learning rate for every parameter of the paths that is trained."""
+        found = {}
+        for _, path in self.typed_paths():
+            factors = path.rate_factors()
+            found.update({p: factors.get(name, 1.0) for name, p in path.named_parameters() if p.requires_grad})
+        return found
+
+    def parameter_groups(
+        self, learning_rate: float, *, gate_learning_rate: float = 0.05, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser of your own; `GatedTrainer` makes them itself.
+
+        Args:
+            learning_rate: the common rate of all kinds of path and of heads, about 1e-2 for Adam; each kind gets its
+                factor of it (`Path.rate_factors`).
+            gate_learning_rate: of the gates, which have no weight decay.
+            weight_decay: of paths and heads.
+        """
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter, factor in self.rate_factors().items():
+            by_factor.setdefault(factor, []).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "lr": factor * learning_rate, "weight_decay": weight_decay}
+            for factor, parameters in by_factor.items()
+        ]
+        heads = self.head_parameters()
+        if heads:
+            groups.append({"params": heads, "lr": learning_rate, "weight_decay": weight_decay})
+        gates = [gate for gate in self.gate_parameters() if gate.requires_grad]
+        if gates:
+            groups.append({"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0})
+        return groups
+
     def head_parameters(self) -> list[nn.Parameter]:
         """Task heads that are trained and saved along: the model's own, on a shelf these adapters' values of them."""
         if self.on_shelf:

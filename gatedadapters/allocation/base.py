@@ -1,0 +1,45 @@
+"""The contract of a placement score.
+
+To add a score:
+
+1. Write one file in this folder with a subclass of `PlacementScore` that fixes `kind`; its docstring says what is
+   measured and cites the source.
+2. Write `worth`, or for a score from gradients at the start the two methods of `GradientScore`, or for a score from
+   weights and inputs the one method of `MapScore`.
+3. Register the class in `allocation/__init__.py`, or outside this package with `@gatedadapters.allocation.register`.
+4. Test it with a subclass of `gatedadapters.testing.PlacementScoreContract`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gatedadapters.allocation.probe import Probe
+
+
+class PlacementScore(ABC):
+    """Says, before the training proper, how much each candidate unit is worth.
+
+    Attributes:
+        kind: the name of the score.
+        needs_data: whether the score reads batches.
+    """
+
+    kind: ClassVar[str]
+    needs_data: ClassVar[bool] = True
+
+    @abstractmethod
+    def worth(self, probe: Probe) -> dict[str, Tensor]:
+        """The worth of what each candidate may add, by the key of its path.
+
+        Args:
+            probe: the model with its candidates attached, of one unit each (stacks of experts: one each expert).
+
+        Returns:
+            Vectors of finite numbers, (n,), where larger means more useful; numbers of 0 and below say that a unit is
+            useless. n may be smaller than the number of units of the candidate; then the k-th unit that shares an
+            entry is worth a k-th of it, because later units of a path add less.
+        """

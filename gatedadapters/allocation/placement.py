@@ -1,0 +1,104 @@
+"""What a score found: the worth of every candidate unit, from which a Structure of any budget follows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatedadapters.config import Budget
+from gatedadapters.errors import AllocationError, BudgetError
+from gatedadapters.gates import GateBank
+from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The worth of every unit of a search space on a model.
+
+    Attributes:
+        score: kind of the score that found it.
+        worth: by key of the path, (tasks, units): how much each unit adds for each task. Larger is better; units of 0
+            and below are useless.
+        seconds: time that the score took.
+    """
+
+    score: str
+    worth: Mapping[str, Tensor]
+    candidates: Adapters
+    seconds: float = 0.0
+
+    def structure(self, budget: Budget) -> Structure:
+        """The Structure that spends the budget on what is worth most for its cost.
+
+        Raises:
+            BudgetError: the budget does not pay for the cheapest unit, or exceeds the cost of all candidates.
+        """
+        bank = self._bank()
+        dense = bank.dense_cost(budget.unit)
+        if budget.resolve(dense) > dense:
+            raise BudgetError(
+                "this budget is larger than all candidates together, so nothing is left to choose",
+                expected=f"at most {dense:,.0f} {budget.unit}",
+                got=f"{budget.resolve(dense):,.0f}",
+                where="allocate(budget=)",
+                fix="lower the budget, or offer larger candidates (ranks, widths) in the search space",
+            )
+        cost = bank.cost(budget.unit).clamp(min=1e-12).to(torch.float32)
+        return self.candidates.discretize(budget, scores=self.units() / cost)
+
+    def units(self) -> Tensor:
+        """The worth of all units in the order of the gate bank, (tasks, units)."""
+        bank = self._bank()
+        found = torch.zeros(bank.tasks, bank.n_units)
+        for key, where in bank.slices.items():
+            values = self.worth[key]
+            found[:, where] = values if where.stop - where.start > 1 else values.sum(1, keepdim=True)
+        return found
+
+    def value(self, structure: Structure) -> float:
+        """The sum of the worths of what a structure keeps, over all tasks; structures of one size can be compared.
+
+        Raises:
+            AllocationError: the structure keeps units of other candidates.
+        """
+        total = 0.0
+        for record in structure.paths:
+            values = self.worth.get(record.key)
+            if values is None or values.shape[1] != record.of:
+                raise AllocationError(
+                    "this structure was made from other candidates",
+                    expected="a structure of the search space and model that were scored",
+                    got=f"path {record.key} with {record.of} units",
+                    where="Placement.value",
+                    fix="score this structure's own space",
+                )
+            tasks = self.candidates.tasks
+            for task, units in record.units.items():
+                total += float(values[tasks.index(task), list(units)].sum())
+        return total
+
+    def _bank(self) -> GateBank:
+        bank = self.candidates.bank
+        assert bank is not None
+        return bank
+
+
+def spread_over_units(values: Tensor, units: int) -> Tensor:
+    """Extend the worths of a path's first units to all its units: the k-th that shares an entry is worth a k-th of it.
+
+    Args:
+        values: (n,); n divides `units`.
+        units: number of units of the candidate.
+    """
+    each = units // len(values)
+    later = 1.0 / torch.arange(1, each + 1)
+    return (values.to(torch.float32)[:, None] * later).flatten()
+
+
+def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The worths of several tasks, by key, (tasks, units)."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
