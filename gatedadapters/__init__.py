@@ -37,7 +37,14 @@ if TYPE_CHECKING:
     from gatedadapters import experiments
     from gatedadapters.continual import StreamResult, Task, TaskStream, probe, run_stream, select_core
     from gatedadapters.studies import Study
-    from gatedadapters.training import FollowOptimizer, GatedTrainer, MultiTaskClassifier, SelectiveTrainer
+    from gatedadapters.training import (
+        FollowOptimizer,
+        GatedTrainer,
+        MultiTaskClassifier,
+        SelectiveTrainer,
+        gated,
+        selective,
+    )
 
 __version__ = "0.2.0"
 __all__ = [
@@ -71,6 +78,7 @@ __all__ = [
     "discover",
     "experiments",
     "export_peft",
+    "gated",
     "get_adapters",
     "get_delta",
     "import_peft",
@@ -83,6 +91,7 @@ __all__ = [
     "score",
     "select",
     "select_core",
+    "selective",
     "train_last_blocks",
     "weaken_knowledge",
 ]
@@ -90,7 +99,8 @@ __all__ = [
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {
     **dict.fromkeys(
-        ("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"), "gatedadapters.training"
+        ("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer", "gated", "selective"),
+        "gatedadapters.training",
     ),
     **dict.fromkeys(
         ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"

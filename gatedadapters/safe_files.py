@@ -22,7 +22,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @contextmanager
-def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    folder: str | Path, *, files: Collection[str], overwrite: bool = False, beside: str | None = None
+) -> Iterator[Path]:
     """Yield a new folder to write into. It becomes `folder` when the block ends, and is deleted if the block fails.
 
     The new folder is a hidden sibling of `folder`. Once all its files have reached the disk, one rename gives it its
@@ -34,12 +36,16 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         folder: the folder to write. Its parents are made. If it is a link, the target of the link is written.
         files: names of the files that an artefact of this kind holds. Other files are the user's and never replaced.
         overwrite: replace an earlier artefact.
+        beside: write into a folder that may hold other files, which stay; an earlier artefact is replaced. Files then
+            move one by one, so this names the file by which an artefact is recognised. It is taken away first and comes
+            last: an interruption leaves no artefact, never a mixed one.
 
     Raises:
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False.
     """
     target = Path(folder).resolve()  # a rename would replace a link by a folder
-    check_free(target, files, overwrite)
+    if beside is None or not target.is_dir():
+        check_free(target, files, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     scratch.mkdir()
@@ -47,6 +53,11 @@ def whole_folder(folder: str | Path, *, files: Collection[str], overwrite: bool 
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
+        if beside is not None and target.is_dir():
+            (target / beside).unlink(missing_ok=True)
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == beside):
+                os.replace(path, target / path.name)
+            return
         check_free(target, files, overwrite)  # another process may have written it meanwhile
         if target.exists() and any(target.iterdir()):
             _exchange(scratch, target)

@@ -17,14 +17,25 @@ from gatedadapters.supernet.adapters import Adapters, get_adapters
 ADAPTERS, DELTA = "adapters", "delta"
 
 
-def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False, beside: bool = False) -> None:
     """Write the compact adapters and the delta of `model` into one folder, whole or not at all.
+
+    Args:
+        model: with both.
+        folder: a new or an empty folder.
+        overwrite: replace a joint artefact that the folder holds, in one step.
+        beside: other files that the folder holds stay; an earlier artefact in it is replaced. Adapters that still have
+            gates are saved as `Adapters.compacted` gives them.
 
     Raises:
         AttachError: the model lacks adapters or a delta.
         ArtifactError: the adapters are not compact, or the folder is not free.
     """
     adapters, delta = get_adapters(model), get_delta(model)
+    if beside:
+        adapters.compacted().save(Path(folder) / ADAPTERS, overwrite=True)
+        delta.save(Path(folder) / DELTA, overwrite=True)
+        return
     for part, files in ((ADAPTERS, ADAPTER_FILES), (DELTA, DELTA_FILES)):
         check_free(Path(folder).resolve() / part, files, overwrite)  # what a user keeps in there is not replaced, too
     with whole_folder(folder, files={ADAPTERS, DELTA}, overwrite=overwrite) as new:

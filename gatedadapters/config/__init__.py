@@ -1,21 +1,17 @@
 """Configuration as frozen, validated, versioned data: one file a concern."""
 
 from gatedadapters.config.compress import CompressConfig, CompressTrainingConfig
-from gatedadapters.config.continual import (
-    ContinualConfig,
-    CoreConfig,
-    ProbeConfig,
-    StreamTaskConfig,
-    StreamTrainingConfig,
-)
+from gatedadapters.config.continual import ContinualConfig, CoreConfig, ProbeConfig, StreamTrainingConfig
+from gatedadapters.config.deprecation import renamed
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.quickstart import QUICKSTART_TASKS, quickstart_config
 from gatedadapters.config.robustness import CorruptionConfig
-from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
-from gatedadapters.config.select import CorpusConfig, SelectConfig, SelectionConfig, TuningConfig
+from gatedadapters.config.search import SearchConfig, TrainingConfig
+from gatedadapters.config.select import SelectConfig, SelectionConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
 from gatedadapters.config.study import Factor, StudyConfig
+from gatedadapters.config.tasks import TaskConfig
 from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 
 __all__ = [
@@ -26,7 +22,6 @@ __all__ = [
     "CompressTrainingConfig",
     "ContinualConfig",
     "CoreConfig",
-    "CorpusConfig",
     "CorruptionConfig",
     "Factor",
     "GateConfig",
@@ -39,7 +34,6 @@ __all__ = [
     "SearchSpace",
     "SelectConfig",
     "SelectionConfig",
-    "StreamTaskConfig",
     "StreamTrainingConfig",
     "StudyConfig",
     "TaskConfig",
@@ -50,3 +44,5 @@ __all__ = [
     "Where",
     "quickstart_config",
 ]
+
+__getattr__ = renamed(__name__, {"CorpusConfig": "TaskConfig", "StreamTaskConfig": "TaskConfig"})

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from gatedadapters.config.base import FileConfig, found_in
 from gatedadapters.config.penalty import Budget, Schedule
-from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.config.search import SearchConfig, TrainingConfig
+from gatedadapters.config.tasks import TaskConfig
 
 
 class CompressTrainingConfig(TrainingConfig):
@@ -26,11 +27,11 @@ class CompressConfig(FileConfig):
     """The configuration of `gatedadapters compress`, which makes an existing LoRA smaller.
 
     Attributes:
-        lora: folder of a LoRA that peft saved for sequence classification.
+        lora: folder of a LoRA that peft saved, for sequence classification or for a causal language model.
         budget: the most that may stay of it.
-        task: the labelled task to train and test on.
+        task: the task to train and test on. A LoRA of a causal language model takes kinds text, chat and choice.
         model: the base model: a folder, a hub id, or `bundled:NAME`. Default: the base that the LoRA names.
-        classes: labels in the order of the LoRA's outputs. Default: sorted labels.
+        classes: labels in the order of a classifying LoRA's outputs. Default: sorted labels.
         training: how long and how fast it is trained.
     """
 

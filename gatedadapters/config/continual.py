@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from gatedadapters.config.base import Config, FileConfig, found_in
-from gatedadapters.config.search import TaskConfig
 from gatedadapters.config.select import TuningConfig
+from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
 
 class ProbeConfig(Config):
@@ -76,27 +76,17 @@ class StreamTrainingConfig(TuningConfig):
     checkpoint_steps: int | None = Field(200, gt=0)
 
 
-class StreamTaskConfig(TaskConfig):
-    """One task of a stream: a labelled table for a classifier, or questions for a causal language model.
-
-    Attributes:
-        answer: column of the answer. A causal language model generates it after `text`; exact matches count as right.
-        bundled: as in `TaskConfig`; a causal language model takes the names of bundled multiple-choice tasks.
-    """
-
-    answer: str | None = None
-
-
 class ContinualConfig(FileConfig):
     """The configuration of `gatedadapters continual`, which tunes a model on one task after another.
 
     Attributes:
         model: the model to tune: a folder, a hub id, or `bundled:NAME`.
-        tasks: the tasks, in their first order.
+        tasks: the tasks, in their first order. Classification tasks each have a head; tasks of the other kinds are for
+            a causal language model, and do not mix with them.
         strategy: name of the strategy, or its options with the name as `kind`.
         compare: strategies to compare with it, on the same streams.
         general: a task that is never trained, to measure general ability: a labelled table, classified by nearest class
-            means, or questions for a causal language model.
+            means, or a task of another kind for a causal language model.
         training: how long and how fast each task is tuned.
         seeds: seeds of data, heads and batches. Each seed is a stream of its own.
         orders: number of orders of the tasks. The first order is that of `tasks`; the others are drawn.
@@ -106,10 +96,10 @@ class ContinualConfig(FileConfig):
 
     version: Literal[1] = 1
     model: str
-    tasks: tuple[StreamTaskConfig, ...] = Field(min_length=1)
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     strategy: str | dict[str, Any] = "l2_fisher"
     compare: tuple[str | dict[str, Any], ...] = ()
-    general: StreamTaskConfig | None = None
+    general: TaskConfig | None = None
     training: StreamTrainingConfig = StreamTrainingConfig()
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     orders: int = Field(1, gt=0)
@@ -118,10 +108,8 @@ class ContinualConfig(FileConfig):
 
     @field_validator("tasks")
     @classmethod
-    def _distinct(cls, tasks: tuple[StreamTaskConfig, ...]) -> tuple[StreamTaskConfig, ...]:
-        titles = [task.title for task in tasks]
-        if len(set(titles)) != len(titles):
-            raise ValueError(f"tasks need distinct names, got {', '.join(titles)}")
+    def _distinct(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        distinct_titles(tasks)
         return tasks
 
     @model_validator(mode="after")
@@ -130,8 +118,6 @@ class ContinualConfig(FileConfig):
             raise ValueError("seeds must differ")
         if self.training.changed_fields({"seed"}):
             raise ValueError("training.seed: each stream has its own, give seeds")
-        if len({task.answer is None for task in self.tasks if task.bundled is None}) > 1:
-            raise ValueError("either all tables have an answer column or none has")
         if self.orders > math.factorial(len(self.tasks)):
             raise ValueError(
                 f"{len(self.tasks)} tasks have {math.factorial(len(self.tasks))} orders, not {self.orders}"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from gatedadapters.config.penalty import Budget
-from gatedadapters.config.search import SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.config.search import SearchConfig, TrainingConfig
+from gatedadapters.config.tasks import TaskConfig
 
 QUICKSTART_TASKS = ("rotten_tomatoes", "subjectivity", "tweets", "medical_specialty")
 

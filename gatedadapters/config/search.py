@@ -11,57 +11,10 @@ from gatedadapters.config.base import Config, FileConfig, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.space import SearchSpace
+from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
 Rival = Literal["uniform", "random"]
 BUNDLED = "bundled:"
-
-
-class TaskConfig(Config):
-    """One labelled task: tables of the user's, or a bundled task.
-
-    Attributes:
-        name: name of the task in results. Default: the stem of the training table, or the bundled name.
-        train: table of training examples: CSV, TSV, JSON lines or parquet.
-        validation: table of validation examples. Default: they are split off the training table.
-        test: table of test examples. Default: they are split off the training table, unless `validation` is given,
-            which then stands in.
-        bundled: name of a task that a data package carries, in place of tables.
-        text: column of the text.
-        pair: column of a second text.
-        label: column of the label.
-        max_train: the most training examples to use; more are sampled by seed, stratified by label.
-        max_test: the same for test examples.
-    """
-
-    name: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    bundled: str | None = None
-    text: str = "text"
-    pair: str | None = None
-    label: str = "label"
-    max_train: int | None = Field(None, gt=0)
-    max_test: int | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TaskConfig:
-        if (self.train is None) == (self.bundled is None):
-            raise ValueError("give either train (a table) or bundled (the name of a bundled task)")
-        unread = self.changed_fields({"validation", "test", "text", "pair", "label"})
-        if self.bundled is not None and unread:
-            raise ValueError(f"a bundled task has splits and columns of its own: leave {', '.join(unread)} out")
-        return self
-
-    @property
-    def title(self) -> str:
-        """The name of the task in results: `name`, or its default."""
-        return self.name or self.bundled or FilePath(self.train or "").stem
-
-    def from_folder(self, folder: FilePath) -> Self:
-        """A copy in which relative paths of tables are resolved against `folder`."""
-        tables = {part: getattr(self, part) for part in ("train", "validation", "test")}
-        return self.model_copy(update={part: file and str(folder / file) for part, file in tables.items()})
 
 
 class TrainingConfig(Config):
@@ -128,9 +81,7 @@ class SearchConfig(FileConfig):
     @field_validator("tasks")
     @classmethod
     def _distinct(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
-        titles = [task.title for task in tasks]
-        if len(set(titles)) != len(titles):
-            raise ValueError(f"tasks need distinct names, got {', '.join(titles)}")
+        distinct_titles(tasks)
         return tasks
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from gatedadapters.config.base import Config, FileConfig, found_in
+from gatedadapters.config.tasks import TaskConfig
 
 
 class SelectionConfig(Config):
@@ -57,35 +58,6 @@ class SelectionConfig(Config):
         return self.protect
 
 
-class CorpusConfig(Config):
-    """Text to learn from, or text that says what to protect.
-
-    Attributes:
-        file: a `.txt` file (empty lines separate its paragraphs), or a table: CSV, TSV, JSON lines or parquet.
-        bundled: name of a corpus that a data package carries, in place of a file.
-        text: column of the text, or of the question if there is an answer.
-        answer: column of the answer. The loss is then that of the answer alone.
-        held_out: share of the texts that is used for evaluation alone.
-        max_texts: the most texts to use; more are sampled by seed.
-    """
-
-    file: str | None = None
-    bundled: str | None = None
-    text: str = "text"
-    answer: str | None = None
-    held_out: float = Field(0.2, gt=0, lt=1)
-    max_texts: int | None = Field(None, gt=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> CorpusConfig:
-        if (self.file is None) == (self.bundled is None):
-            raise ValueError("give either file or bundled (the name of a bundled corpus)")
-        unread = self.changed_fields({"text", "answer"})
-        if unread and (self.bundled is not None or FilePath(self.file or "").suffix.lower() == ".txt"):
-            raise ValueError(f"only a table has columns: leave {', '.join(unread)} out, or give a table")
-        return self
-
-
 class TuningConfig(Config):
     """How long and how fast the selected elements of a model are tuned.
 
@@ -117,24 +89,20 @@ class SelectConfig(FileConfig):
 
     Attributes:
         model: a causal language model: a folder, a hub id, or `bundled:NAME`.
-        general: text that stands for what the model must not lose.
-        domain: text to learn.
+        general: text that stands for what the model must not lose; any kind of task but classification.
+        domain: text to learn, likewise.
         selection: how elements are scored and selected.
         training: how long and how fast they are tuned.
     """
 
     version: Literal[1] = 1
     model: str
-    general: CorpusConfig
-    domain: CorpusConfig
+    general: TaskConfig
+    domain: TaskConfig
     selection: SelectionConfig = SelectionConfig()
     training: TuningConfig = TuningConfig()
 
     def from_folder(self, folder: FilePath) -> Self:
         """A copy whose relative paths are resolved against `folder`."""
-        changes: dict[str, object] = {
-            part: corpus.model_copy(update={"file": str(folder / corpus.file)})
-            for part, corpus in (("general", self.general), ("domain", self.domain))
-            if corpus.file is not None
-        }
+        changes = {"general": self.general.from_folder(folder), "domain": self.domain.from_folder(folder)}
         return self.model_copy(update={**changes, "model": found_in(folder, self.model)})

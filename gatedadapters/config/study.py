@@ -97,9 +97,10 @@ class StudyConfig(Config):
         seeds: seeds of data splits, heads, gates and batches. Each seed is a training of its own.
         retries: how often a failed trial is run again.
         trials: number of trials of an optimisation.
-        objectives: goals of an optimisation: the mean `score`, the `params` kept, the `gap` between scores on clean and
+        objectives: goals of an optimisation: the mean `score` (accuracy; where a language model answers in tokens,
+            the loss, of which less is better), the `params` kept, the `gap` between scores on clean and
             on perturbed data. The sampler is TPE for one objective and NSGA-II for several.
-        constraints: upper limits of `params` and `gap`, lower limit of `score`.
+        constraints: upper limits of `params` and `gap`, lower limit of `score` (an upper one where it is a loss).
         prune: whether an optimisation with one objective stops unpromising trials early.
     """
 

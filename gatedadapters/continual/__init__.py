@@ -9,7 +9,14 @@ from gatedadapters.continual.result import StageRecord, StreamResult
 from gatedadapters.continual.runner import run_stream
 from gatedadapters.continual.stage import Stage, StreamSetup
 from gatedadapters.continual.strategies import Strategy, TunedStage, register, strategy_kinds
-from gatedadapters.continual.tasks import Task, TaskStream, answer_task, choice_tasks, classification_tasks
+from gatedadapters.continual.tasks import (
+    Task,
+    TaskStream,
+    answer_task,
+    choice_tasks,
+    classification_tasks,
+    language_tasks,
+)
 from gatedadapters.continual.tensors import TensorInfo, tensors_of
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "choice_tasks",
     "classification_tasks",
     "intervals",
+    "language_tasks",
     "metrics_table",
     "probe",
     "random_core",

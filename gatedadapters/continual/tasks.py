@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gatedadapters.continual.digests import data_digest
-from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, nearest_class, prompt
-from gatedadapters.data import ChoiceTask, MixedTaskCollator, MixedTaskDataset, TextTask
-from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage
+from gatedadapters.continual.measures import ChoiceAccuracy, Collate, accuracy, exact_match, likelihood, nearest_class
+from gatedadapters.data import (
+    ChatTask,
+    ChoiceTask,
+    LanguageTask,
+    MixedTaskCollator,
+    MixedTaskDataset,
+    Passage,
+    PassageTask,
+    TextTask,
+)
+from gatedadapters.data.language import LanguageCollator, LanguageDataset
 from gatedadapters.errors import DataError, TaskError
 from gatedadapters.supernet.attach import find_heads
 from gatedadapters.training import MultiTaskClassifier
@@ -224,8 +233,7 @@ def choice_tasks(
     collate = LanguageCollator(tokenizer)
     found = []
     for task in tasks:
-        passages = [Passage(prompt(example), example.choices[example.answer]) for example in task.train]
-        train = LanguageDataset(passages, tokenizer, max_length) if passages else ()
+        train = LanguageDataset(task.train, tokenizer, max_length) if task.train else ()
         measure = ChoiceAccuracy(tokenizer, max_length)
         found.append(Task(task.name, train, task.split(split), collate, measure))
     return found
@@ -257,6 +265,42 @@ def answer_task(
         raise DataError("a question has no answer", expected="an answer for each", got="none", where=f"task {name!r}")
     learned, scored = (LanguageDataset(p, tokenizer, max_length) if p else () for p in (train, held_out))
     return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
+
+
+def language_tasks(
+    tasks: Sequence[LanguageTask[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 128,
+    split: str = "test",
+) -> list[Task]:
+    """Texts, conversations and multiple-choice questions as tasks of a causal language model, which share its head.
+
+    Multiple choice is scored by accuracy, texts with answers by exact match. Running text and conversations are scored
+    by the geometric mean of the probabilities of their tokens, exp(-loss per token).
+
+    Args:
+        tasks: the tasks.
+        tokenizer: of the model.
+        max_length: tokens after which an example is cut.
+        split: that is held out: `validation` or `test`.
+
+    Raises:
+        DataError: there is nothing to predict, or the tokenizer's chat template does not fit.
+    """
+    found = []
+    for task in tasks:
+        examples = task.split(split)
+        if isinstance(task, ChoiceTask):
+            found += choice_tasks([task], tokenizer, max_length=max_length, split=split)
+        elif isinstance(task, PassageTask) and all(passage.answer is not None for passage in examples):
+            found.append(answer_task(task.name, task.train, examples, tokenizer, max_length=max_length))
+        else:
+            packing = isinstance(task, ChatTask) and task.packing
+            train = LanguageDataset(task.train, tokenizer, max_length, packing=packing)
+            held_out = LanguageDataset(examples, tokenizer, max_length)
+            found.append(Task(task.name, train, held_out, LanguageCollator(tokenizer), likelihood))
+    return found
 
 
 def first_example(model: nn.Module, task: Task) -> dict[str, Tensor]:

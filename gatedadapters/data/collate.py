@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from gatedadapters.data.tasks import TextTask
+from gatedadapters.data.language import LanguageCollator, LanguageDataset
+from gatedadapters.data.tasks import AnyTask, ChatTask, TextTask
 from gatedadapters.errors import DataError
 
 _SCALARS = ("labels", "task_ids")
@@ -22,25 +23,27 @@ class MixedTaskDataset(Dataset[Feature]):
     """One split of several tasks, tokenised when it is built. The examples of the first task come first.
 
     An item holds `input_ids` and `attention_mask` (lists of up to `max_length` ints), `token_type_ids` if the tokenizer
-    makes them, `labels` (the index of a class of its task) and `task_ids` (the position of its task). transformers'
-    Trainer drops `task_ids` unless its arguments say `remove_unused_columns=False`.
+    makes them, `labels` and `task_ids` (the position of its task). In classification, `labels` is the index of a class
+    of its task. Items of the other kinds are those of a `LanguageDataset`: `labels` holds one int per token.
+    transformers' Trainer drops `task_ids` unless its arguments say `remove_unused_columns=False`.
 
     Args:
-        tasks: the tasks; their order gives the task ids.
+        tasks: the tasks; their order gives the task ids. Either all are classification tasks, or none is.
         tokenizer: the tokenizer of the model.
         split: `"train"`, `"validation"` or `"test"`.
         max_length: tokens after which an example is cut.
 
     Attributes:
-        sizes: number of examples of each task in this split.
+        sizes: number of items of each task in this split.
 
     Raises:
-        DataError: there is no task, or a task lacks the split.
+        DataError: there is no task, a task lacks the split, tasks of different kinds do not mix, or there is nothing to
+            predict.
     """
 
     def __init__(
         self,
-        tasks: Sequence[TextTask],
+        tasks: Sequence[AnyTask],
         tokenizer: PreTrainedTokenizerBase,
         split: str = "train",
         max_length: int = 128,
@@ -48,15 +51,13 @@ class MixedTaskDataset(Dataset[Feature]):
         if not tasks:
             raise DataError("a mixed data set needs tasks", expected="at least one task", got="none")
         self.tasks = tuple(tasks)
+        predicts_tokens(self.tasks)
         self.sizes: list[int] = []
         self._features: list[Feature] = []
         for task_id, task in enumerate(self.tasks):
-            examples = task.split(split)
-            encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
-            for index, label in enumerate(examples.labels):
-                tokens = {key: values[index] for key, values in encoded.items()}
-                self._features.append({**tokens, "labels": label, "task_ids": task_id})
-            self.sizes.append(len(examples))
+            items = _tokenised(task, tokenizer, split, max_length)
+            self._features += [{**item, "task_ids": task_id} for item in items]
+            self.sizes.append(len(items))
 
     def __len__(self) -> int:
         return len(self._features)
@@ -65,8 +66,47 @@ class MixedTaskDataset(Dataset[Feature]):
         return dict(self._features[index])
 
 
+def _tokenised(task: AnyTask, tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> list[Feature]:
+    if isinstance(task, TextTask):
+        examples = task.split(split)
+        encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+        columns = {**encoded, "labels": examples.labels}
+        return [{key: values[index] for key, values in columns.items()} for index in range(len(examples))]
+    packing = split == "train" and isinstance(task, ChatTask) and task.packing
+    data = LanguageDataset(task.split(split), tokenizer, max_length, packing=packing)
+    return [data[index] for index in range(len(data))]
+
+
+def predicts_tokens(tasks: Sequence[AnyTask]) -> bool:
+    """Whether the tasks are learned by predicting tokens, so that they share the output head of a language model.
+
+    Raises:
+        DataError: some are and others are classification tasks, which have heads of their own.
+    """
+    classified = [task.name for task in tasks if isinstance(task, TextTask)]
+    others = [task.name for task in tasks if not isinstance(task, TextTask)]
+    if classified and others:
+        raise DataError(
+            "tasks of these kinds do not share a batch",
+            expected="classification tasks alone, or tasks that a language model answers in tokens",
+            got=f"{', '.join(classified)} (classification) and {', '.join(others)} (text, chat or choice)",
+            where="tasks",
+            fix="kind: choice for the classification tasks: their labels become choices that the model answers with",
+        )
+    return bool(others)
+
+
+def collator(tasks: Sequence[AnyTask], tokenizer: PreTrainedTokenizerBase) -> MixedTaskCollator | LanguageCollator:
+    """What makes batches of items of a `MixedTaskDataset` of these tasks.
+
+    Raises:
+        DataError: the tasks are of kinds that do not mix, or the tokenizer cannot pad.
+    """
+    return LanguageCollator(tokenizer) if predicts_tokens(tasks) else MixedTaskCollator(tokenizer)
+
+
 class MixedTaskCollator:
-    """Pads items of a `MixedTaskDataset` to the longest of a batch.
+    """Pads classified items of a `MixedTaskDataset` to the longest of a batch.
 
     A batch holds `input_ids`, `attention_mask` (and `token_type_ids`) as LongTensors of shape (batch, length), `labels`
     and `task_ids` as LongTensors of shape (batch,).
@@ -81,7 +121,8 @@ class MixedTaskCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         if tokenizer.pad_token_id is None:
-            fix = "tokenizer.pad_token = tokenizer.eos_token"
+            ends = tokenizer.eos_token is not None
+            fix = f"tokenizer.pad_token = {'tokenizer.eos_token' if ends else 'a token that it knows'}"
             raise DataError("the tokenizer cannot pad", expected="a pad_token", got="none", fix=fix)
         self.max_length = max_length
         self.left = tokenizer.padding_side == "left"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gatedadapters.config.rows import Rows
 from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
 
@@ -28,9 +29,9 @@ class _Labelled(NamedTuple):
 
 
 def read_task(
-    train: str | Path,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
+    train: str | Path | Rows,
+    validation: str | Path | Rows | None = None,
+    test: str | Path | Rows | None = None,
     *,
     text: str = "text",
     pair: str | None = None,
@@ -49,7 +50,7 @@ def read_task(
     is dropped.
 
     Args:
-        train: the training table, or the only one.
+        train: the training table, or the only one. In place of a file, `Rows` hold records that are given in Python.
         validation: the validation table.
         test: the test table.
         text: column of the text.
@@ -68,14 +69,14 @@ def read_task(
         expected = "three shares (train, validation, test) that sum to 1"
         raise DataError("the table cannot be split", expected=expected, got=fractions, where="fractions")
     columns = (text, pair, label)
-    records = _labelled(Path(train), *columns)
-    classes = sorted({record.label for record in records}, key=_numbers_by_value)
+    records = _labelled(train, *columns)
+    classes = sorted({record.label for record in records}, key=numbers_by_value)
     if len(classes) < 2:
         got = f"only {classes[0]!r}"
         raise DataError("nothing to tell apart", expected="two classes or more", got=got, where=train)
 
-    def rows_of(path: str | Path) -> list[Row]:
-        return _head(_indexed(_labelled(Path(path), *columns), classes, train), max_examples, seed)
+    def rows_of(table: str | Path | Rows) -> list[Row]:
+        return _head(_indexed(_labelled(table, *columns), classes, train), max_examples, seed)
 
     trained = _head(_indexed(records, classes, train), max_examples, seed)
     validated = None if validation is None else rows_of(validation)
@@ -90,7 +91,7 @@ def read_task(
         trained, validated, drawn = split_rows(pool, train=None, validation=n_validation, test=n_test, seed=seed)
         tested = drawn if n_test else tested
     return TextTask(
-        name or Path(train).stem,
+        name or Path(str(train)).stem,
         Examples.from_rows(trained),
         Examples.from_rows(validated),
         None if tested is None else Examples.from_rows(tested),
@@ -98,29 +99,21 @@ def read_task(
     )
 
 
-def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, dict[str, object]]]:
+def read_table(source: str | Path | Rows, columns: dict[str, str | None]) -> list[tuple[str, dict[str, object]]]:
     """The records of a table: of each its file and line, and its cells by column.
 
     Args:
-        path: CSV, TSV, JSON lines or parquet.
+        source: CSV, TSV, JSON lines or parquet; or records that are given in Python.
         columns: the columns that must be there, by the option that names them; None asks for no column.
 
     Raises:
         DataError: the file is missing, empty, malformed or of another format, or a column is missing.
     """
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        expected = ", ".join(_READERS)
-        raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
-    if not path.is_file():
-        raise DataError("no such table", expected="a file", got="nothing there", where=path)
-    try:
-        table = _READERS[suffix](path)
-    except UnicodeDecodeError as error:
-        fix = "save it as UTF-8"
-        raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
+    table = _read_rows(source) if isinstance(source, Rows) else _read_file(Path(source))
     if not table:
-        raise DataError("the table is empty", expected="labelled examples", got="no records", where=path)
+        where = "the records given in Python" if isinstance(source, Rows) else source
+        fix = "give data with examples in it"
+        raise DataError("the table is empty", expected="examples", got="no records", where=where, fix=fix)
     for where, cells in table:
         for option, column in columns.items():
             if column is not None and column not in cells:
@@ -134,15 +127,41 @@ def read_table(path: Path, columns: dict[str, str | None]) -> list[tuple[str, di
     return table
 
 
-def _labelled(path: Path, text: str, pair: str | None, label: str) -> list[_Labelled]:
+def _read_rows(rows: Rows) -> _Table:
+    table: _Table = []
+    for number, record in enumerate(rows):
+        where = f"record {number} of the data given in Python"
+        if not isinstance(record, Mapping):
+            raise DataError(
+                "malformed record", expected="a mapping of columns to values", got=type(record).__name__, where=where
+            )
+        table.append((where, dict(record)))
+    return table
+
+
+def _read_file(path: Path) -> _Table:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        expected = ", ".join(_READERS)
+        raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
+    if not path.is_file():
+        raise DataError("no such table", expected="a file", got="nothing there", where=path)
+    try:
+        return _READERS[suffix](path)
+    except UnicodeDecodeError as error:
+        fix = "save it as UTF-8"
+        raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
+
+
+def _labelled(source: str | Path | Rows, text: str, pair: str | None, label: str) -> list[_Labelled]:
     """The validated records of one table."""
-    table = read_table(path, {"text": text, "pair": pair, "label": label})
+    table = read_table(source, {"text": text, "pair": pair, "label": label})
     return [
         _Labelled(
             where,
             cell_text(cells[text], f"{where}, column {text!r}"),
             None if pair is None else cell_text(cells[pair], f"{where}, column {pair!r}"),
-            _label(cells[label], f"{where}, column {label!r}"),
+            cell_label(cells[label], f"{where}, column {label!r}"),
         )
         for where, cells in table
     ]
@@ -159,7 +178,12 @@ def cell_text(cell: object, where: str) -> str:
     return cell
 
 
-def _label(cell: object, where: str) -> str:
+def cell_label(cell: object, where: str) -> str:
+    """The label in a cell, as text.
+
+    Raises:
+        DataError: the cell, which lies at `where`, holds no text, whole number or boolean.
+    """
     if isinstance(cell, bool):
         return str(cell).lower()
     if isinstance(cell, int):
@@ -170,11 +194,12 @@ def _label(cell: object, where: str) -> str:
     raise DataError("a cell is not a label", expected=expected, got=repr(cell), where=where)
 
 
-def _numbers_by_value(label: str) -> tuple[int, str]:
+def numbers_by_value(label: str) -> tuple[int, str]:
+    """A key that sorts labels: whole numbers by their value, then other labels as text."""
     return (int(label), "") if label.removeprefix("-").isdecimal() else (0, label)
 
 
-def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | Path) -> list[Row]:
+def _indexed(records: Sequence[_Labelled], classes: Sequence[str], train: str | Path | Rows) -> list[Row]:
     index = {label: position for position, label in enumerate(classes)}
     for record in records:
         if record.label not in index:

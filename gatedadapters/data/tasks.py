@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -99,6 +99,26 @@ class TextTask:
         return examples
 
 
+class Passage(NamedTuple):
+    """A text of which every token is learned, or a question (`text`) of which the answer alone is learned."""
+
+    text: str
+    answer: str | None = None
+
+
+class Message(NamedTuple):
+    """One turn of a conversation. `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+class Conversation(NamedTuple):
+    """Messages: one of the system at most, then the user's and the assistant's by turns; the assistant's come last."""
+
+    messages: tuple[Message, ...]
+
+
 @dataclass(frozen=True)
 class ChoiceExample:
     """One multiple-choice question. `answer` is an index into `choices`; `passage` may be empty."""
@@ -109,23 +129,57 @@ class ChoiceExample:
     passage: str = ""
 
 
+LanguageExample = Passage | Conversation | ChoiceExample
+Example = TypeVar("Example", Passage, Conversation, ChoiceExample)
+
+
 @dataclass(frozen=True)
-class ChoiceTask:
-    """A multiple-choice task, in splits. Its questions may differ in their number of choices."""
+class LanguageTask(Generic[Example]):
+    """A task of a causal language model, in splits.
+
+    Attributes:
+        name: name of the task in tables and logs.
+        train: examples to train on.
+        validation: examples to base decisions on.
+        test: examples to report results on.
+    """
 
     name: str
-    train: tuple[ChoiceExample, ...]
-    validation: tuple[ChoiceExample, ...]
-    test: tuple[ChoiceExample, ...]
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
 
-    def split(self, name: str) -> tuple[ChoiceExample, ...]:
-        """The questions of one split.
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The examples of one split.
 
         Raises:
             DataError: there is no such split.
         """
         _check_split(name, self.name)
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+class PassageTask(LanguageTask[Passage]):
+    """Running text, or texts with answers."""
+
+
+@dataclass(frozen=True)
+class ChatTask(LanguageTask[Conversation]):
+    """Conversations.
+
+    Attributes:
+        packing: whether several conversations share a row of a training batch.
+    """
+
+    packing: bool = False
+
+
+class ChoiceTask(LanguageTask[ChoiceExample]):
+    """Multiple-choice questions, which may differ in their number of choices."""
+
+
+AnyTask = TextTask | LanguageTask[Any]
+"""A task of any kind."""
 
 
 def text_key(*texts: str | None) -> str:

@@ -7,6 +7,7 @@ number of steps, and leaves the model as it was.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
 from gatedadapters.config.search import Rival
-from gatedadapters.data import MixedTaskCollator, TextTask
+from gatedadapters.data import AnyTask, ChoiceTask, TextTask, collator
+from gatedadapters.data.measures import EXACT_MATCH
 from gatedadapters.errors import BudgetError
-from gatedadapters.experiments.classifiers import build_model
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.evaluation import Scores, accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import StepProgress
 from gatedadapters.experiments.rivals import RIVAL_NAMES, random_scores, uniform_scores, uniform_space
+from gatedadapters.experiments.task_models import build_model
 from gatedadapters.experiments.training import MixedTaskTrainer, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.robustness import (
@@ -46,7 +48,7 @@ from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.training import GatedTrainer
 
 SEARCHED = "searched"
-ACCURACY = "test/accuracy"  # the TensorBoard tag that arms are compared by
+ACCURACY, LOSS = "test/accuracy", "test/loss"  # the TensorBoard tags that arms are compared by
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,38 @@ class Arm:
 
     Attributes:
         name: name of the arm in tables and logs.
-        accuracy: accuracy on test data, by task.
+        scores: loss, accuracy and other measures on test data, by task.
         structure: the structure of its adapters.
         seconds: duration of training.
-        perturbed: accuracy on perturbed test data, by task; None if no perturbation is configured.
+        perturbed_scores: the same on perturbed test data; None if no perturbation is configured.
     """
 
     name: str
-    accuracy: dict[str, float]
+    scores: Scores
     structure: Structure
     seconds: float
-    perturbed: dict[str, float] | None = None
+    perturbed_scores: Scores | None = None
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Accuracy on test data by task, of the tasks that have one."""
+        return accuracies(self.scores)
+
+    @property
+    def perturbed(self) -> dict[str, float] | None:
+        """Accuracy on perturbed test data, likewise; None if no perturbation is configured."""
+        return None if self.perturbed_scores is None else accuracies(self.perturbed_scores)
 
     @property
     def mean(self) -> float:
-        """Mean accuracy over tasks."""
-        return sum(self.accuracy.values()) / len(self.accuracy)
+        """Mean accuracy over the tasks that have one; nan if none has."""
+        found = self.accuracy.values()
+        return sum(found) / len(found) if found else math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over tasks."""
+        return mean_loss(self.scores)
 
 
 class ArmRunner:
@@ -91,7 +109,7 @@ class ArmRunner:
     def __init__(
         self,
         config: SearchConfig,
-        tasks: list[TextTask],
+        tasks: Sequence[AnyTask],
         logs: Path | None,
         built: tuple[nn.Module, PreTrainedTokenizerBase] | None = None,
         *,
@@ -100,6 +118,7 @@ class ArmRunner:
     ) -> None:
         self.config, self.tasks, self.logs, self.callbacks = config, tasks, logs, callbacks
         self.names = tuple(task.name for task in tasks)
+        self.measures = {task.title: task.measures for task in config.tasks}
         if perturbations is None:
             perturbations = () if config.perturbation is None else (config.perturbation,)
         self.noise = None if config.noise is None else corruption(config.noise, where="noise: kind")
@@ -142,17 +161,19 @@ class ArmRunner:
         return self.test_and_detach(adapters, name, seconds, progress)
 
     def test_and_detach(self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any]) -> Arm:
-        """Test compact adapters, detach them, and log the accuracy; `seconds` is the duration of their training."""
+        """Test compact adapters, detach them, and log the scores; `seconds` is the duration of their training."""
         progress.set_description(f"{name}: test data")
-        accuracy = self.accuracy()
-        perturbed = self.accuracy(perturbation=self.perturbations[0]) if self.perturbations else None
+        scores = self.scores()
+        perturbed = self.scores(perturbation=self.perturbations[0]) if self.perturbations else None
         structure = cast(Structure, adapters.structure)
         detach(self.model)
-        arm = Arm(name, accuracy, structure, seconds, perturbed)
+        arm = Arm(name, scores, structure, seconds, perturbed)
         if self.logs is not None:
+            scalars = {LOSS: arm.loss, **{f"{LOSS} {task}": score.loss for task, score in scores.items()}}
+            if arm.accuracy:
+                scalars |= {ACCURACY: arm.mean, **{f"{ACCURACY} {task}": v for task, v in arm.accuracy.items()}}
             with TensorBoardWriter(self._log_folder(self.logs, name)) as writer:
-                by_task = {f"{ACCURACY} {task}": value for task, value in accuracy.items()}
-                writer.scalars({ACCURACY: arm.mean, **by_task}, self.config.training.steps)
+                writer.scalars(scalars, self.config.training.steps)
         return arm
 
     # -- structures that nobody searched -------------------------------------------------------------------------------
@@ -215,7 +236,7 @@ class ArmRunner:
         if self.logs is not None and adapters is not None:
             hparams = {"arm": name, **self.config.model_dump(mode="json")}
             folder = self._log_folder(self.logs, name)
-            callbacks.insert(0, TensorBoardInspector(folder, hparams=hparams, metrics=[ACCURACY]))
+            callbacks.insert(0, TensorBoardInspector(folder, hparams=hparams, metrics=self._compared()))
         noise = None
         if isinstance(self.noise, (EmbeddingNoise, GradientNoise)):
             noise = NoiseCallback(self.noise, self.vocabulary.special)
@@ -240,7 +261,7 @@ class ArmRunner:
             "model": self.model,
             "args": training_arguments(training, scratch, bf16=self.bf16, logs=60),
             "train_dataset": self.train_data,
-            "data_collator": MixedTaskCollator(self.tokenizer),
+            "data_collator": collator(self.tasks, self.tokenizer),
             "task_temperature": training.task_temperature,
             "callbacks": callbacks,
         }
@@ -254,9 +275,12 @@ class ArmRunner:
             gate_learning_rate=training.gate_learning_rate,
         )
 
-    def accuracy(self, split: str = "test", perturbation: Corruption | None = None) -> dict[str, float]:
-        """Accuracy of the model as it is now, by task."""
-        return evaluate(
+    def scores(self, split: str = "test", perturbation: Corruption | None = None) -> Scores:
+        """Scores of the model as it is now, by task. A user's measures are taken without a perturbation."""
+        measures = self.measures
+        if perturbation is not None:
+            measures = {name: tuple({EXACT_MATCH} & set(asked)) for name, asked in measures.items()}
+        return score_tasks(
             self.model,
             self.tasks,
             self.tokenizer,
@@ -265,7 +289,13 @@ class ArmRunner:
             bf16=self.bf16,
             perturbation=perturbation,
             vocabulary=self.vocabulary,
+            measures=measures,
         )
+
+    def _compared(self) -> list[str]:
+        """The TensorBoard tags that arms are compared by."""
+        scored = any(isinstance(task, (TextTask, ChoiceTask)) for task in self.tasks)
+        return [ACCURACY, LOSS] if scored else [LOSS]
 
     def compact(self, adapters: Adapters) -> None:
         """Compact to the structure that the schedule fixed, or else to what the gates say now; without gates, nothing.

@@ -79,7 +79,8 @@ def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedCon
         max_length: tokens of the longest text that the model is to read.
 
     Raises:
-        ConfigError: they cannot be read, the tokenizer knows no words, or the model does not read so many tokens.
+        ConfigError: they cannot be read, the tokenizer knows no words, cannot pad, or knows tokens that the model does
+            not, or the model does not read so many tokens.
         DataError: there is no such bundled model, or the package that carries it is not installed.
     """
     folder = locate_model(name)
@@ -96,7 +97,16 @@ def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedCon
             fix="save it there: AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)",
         )
     _check_length(max_length, model_config, tokenizer)
+    _check_vocabulary(name, model_config, tokenizer)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                "the tokenizer cannot pad",
+                expected="a token for padding, or one for the end of a text",
+                got="neither",
+                where=f"model: {name}",
+                fix="name a token that it knows, tokenizer.pad_token = ..., and save it beside the model",
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return model_config, tokenizer
 
@@ -110,6 +120,19 @@ def load_causal_model(name: str) -> nn.Module:
     with reading_model(name):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(locate_model(name), dtype=torch.float32)
     return model
+
+
+def _check_vocabulary(name: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if isinstance(size, int) and largest >= size:
+        raise ConfigError(
+            "the tokenizer has tokens that the model does not know",
+            expected=f"token ids below {size:,}, the model's vocabulary",
+            got=f"{largest:,} for {token!r}",
+            where=f"model: {name}",
+            fix="give the model its own tokenizer; or model.resize_token_embeddings(len(tokenizer)), and save both",
+        )
 
 
 def _check_length(max_length: int, model_config: object, tokenizer: PreTrainedTokenizerBase) -> None:

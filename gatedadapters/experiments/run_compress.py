@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from gatedadapters.artifacts import export_peft, import_peft, singular_values
 from gatedadapters.artifacts.export_peft import WEIGHTS
 from gatedadapters.artifacts.peft_folder import PeftFolder, read_peft
 from gatedadapters.config import CompressConfig, SearchConfig
-from gatedadapters.data import Examples, TextTask
+from gatedadapters.data import AnyTask, Examples, TextTask
 from gatedadapters.errors import ConfigError, DataError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
-from gatedadapters.experiments.classifiers import build_classifier, load_tasks
-from gatedadapters.experiments.evaluation import majority_accuracy
+from gatedadapters.experiments.evaluation import TaskScore, majority_accuracy
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.experiments.task_models import build_classifier, build_model, load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.reporting.tables import format_table
 
@@ -35,17 +36,19 @@ class CompressResult:
         truncated: the LoRA cut to the budget by its singular values, without training.
         compressed: the LoRA searched under the budget.
         bytes: sizes of the weight files of the given and of the compressed LoRA.
-        baseline: test accuracy of always naming the most frequent class.
+        baseline: test accuracy of always naming the most frequent class; None if the task has no classes.
+        base: scores of the language model without the LoRA; None for a classifier, whose head is the LoRA's.
     """
 
     config: CompressConfig
     folder: Path
-    task: TextTask
+    task: AnyTask
     given: Arm
     truncated: Arm
     compressed: Arm
     bytes: tuple[int, int]
-    baseline: float
+    baseline: float | None
+    base: TaskScore | None = None
 
     @property
     def arms(self) -> tuple[tuple[Arm, int | None], ...]:
@@ -53,12 +56,13 @@ class CompressResult:
         return (self.given, self.bytes[0]), (self.truncated, None), (self.compressed, self.bytes[1])
 
     def table(self) -> str:
-        """Accuracy on test data, size and training time of each arm."""
-        whole = self.given.structure.params
+        """Scores on test data, size and training time of each arm."""
+        whole, name = self.given.structure.params, self.task.name
+        measures = list(self.given.scores[name].measures)
         rows = [
             [
                 arm.name,
-                f"{arm.mean:.3f}",
+                *_cells(arm.scores[name], measures),
                 f"{arm.structure.params:,}",
                 f"{arm.structure.params / whole:.1%}",
                 "" if size is None else f"{size:,}",
@@ -66,12 +70,21 @@ class CompressResult:
             ]
             for arm, size in self.arms
         ]
-        rows.append(["most frequent class", f"{self.baseline:.3f}", "0", "", "", "0"])
-        return format_table(["", "accuracy", "parameters", "of the LoRA", "bytes", "train s"], rows)
+        if self.baseline is not None:
+            rows.append(["most frequent class", f"{self.baseline:.3f}", "", "0", "", "", "0"])
+        if self.base is not None:
+            rows.append(["the base model", *_cells(self.base, measures), "0", "", "", "0"])
+        header = ["", *(measure.replace("_", " ") for measure in measures), "loss"]
+        return format_table([*header, "parameters", "of the LoRA", "bytes", "train s"], rows)
 
     def __str__(self) -> str:
-        meanings = ", ".join(f"{index} = {name}" for index, name in enumerate(self.task.classes))
         steps, n_test = self.config.training.steps, len(self.task.split("test"))
+        lines = [f"\nTest data: {n_test:,} examples; {steps} steps, one seed."]
+        if isinstance(self.task, TextTask):
+            meanings = ", ".join(f"{index} = {name}" for index, name in enumerate(self.task.classes))
+            lines.append(
+                f"The LoRA's outputs were taken to mean {meanings}; where that is wrong, say so with --classes."
+            )
         contents = {
             f"{outputs.PEFT}/": "the smaller LoRA; PeftModel.from_pretrained(model, ...)",
             f"{outputs.ADAPTER}/": "the same for gatedadapters.load_adapters(model, ...)",
@@ -81,8 +94,8 @@ class CompressResult:
         }
         return "\n".join(
             [
-                f"\nAccuracy on {n_test:,} test examples, {steps} steps, one seed.",
-                f"The LoRA's outputs were taken to mean {meanings}; where that is wrong, say so with --classes.\n",
+                *lines,
+                "",
                 self.table(),
                 f"\n{self.compressed.structure}\n",
                 f"In {self.folder}:",
@@ -108,13 +121,17 @@ def compress(
     config, folder = outputs.config_and_folder(CompressConfig, config, out)
     lora = read_peft(config.lora)
     search = config.as_search(_base_model(config, lora))
-    task = with_classes_in_order(load_tasks(search)[0], config.classes)
+    (task,) = load_tasks(search)
+    _check_task_type(config, lora, task)
+    if isinstance(task, TextTask):
+        task = with_classes_in_order(task, config.classes)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
     silence_transformers()
-    built = build_classifier(search, task.n_classes)
+    built = build_classifier(search, task.n_classes) if isinstance(task, TextTask) else build_model(search, [task])
     shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
     runner = ArmRunner(search, [task], folder / outputs.LOGS, built)
     model, seed = runner.model, search.training.seed
+    base = None if isinstance(task, TextTask) else runner.scores()[task.name]
     with progress_bar(search.training.steps) as progress:
         adapters = import_peft(model, lora.where, tasks=runner.names, seed=seed)
         adapters.compact()
@@ -132,8 +149,8 @@ def compress(
         compressed = runner.test_and_detach(adapters, COMPRESSED, seconds, progress)
         progress.set_description("done")
     sizes = (lora.where / WEIGHTS).stat().st_size, (folder / outputs.PEFT / WEIGHTS).stat().st_size
-    baseline = majority_accuracy([task])[task.name]
-    result = CompressResult(config, folder, task, given, truncated, compressed, sizes, baseline)
+    baseline = majority_accuracy([task])[task.name] if isinstance(task, TextTask) else None
+    result = CompressResult(config, folder, task, given, truncated, compressed, sizes, baseline, base)
     save_png(compressed.structure, folder / outputs.STRUCTURE_PICTURE)
     _write(result, search)
     return result
@@ -143,21 +160,45 @@ def _base_model(config: CompressConfig, lora: PeftFolder) -> str:
     """The base model that the configuration names, or else the one that the LoRA names.
 
     Raises:
-        ConfigError: the LoRA is not for classification, or neither names a model.
+        ConfigError: neither names a model.
     """
-    if lora.config.get("task_type") not in ("SEQ_CLS", None):
-        raise ConfigError(
-            "this command scores classifiers",
-            expected="a LoRA of task_type SEQ_CLS",
-            got=lora.config.get("task_type"),
-            where=lora.where,
-            fix="in a script of your own: gatedadapters.import_peft, a GatedTrainer with a budget, export_peft",
-        )
     model = config.model or lora.config.get("base_model_name_or_path")
     if not model:
         expected = "--model, or base_model_name_or_path in the LoRA's configuration"
         raise ConfigError("no base model is named", expected=expected, got="neither", where=lora.where, fix="name it")
     return str(model)
+
+
+def _check_task_type(config: CompressConfig, lora: PeftFolder, task: AnyTask) -> None:
+    """Check that a LoRA was made for tasks like this one.
+
+    Raises:
+        ConfigError: it was not, or classes are given and the task has none.
+    """
+    if config.classes is not None and not isinstance(task, TextTask):
+        raise ConfigError(
+            "only a classifier has classes",
+            expected="kind: classification",
+            got=", ".join(config.classes),
+            where="classes",
+            fix="leave it out",
+        )
+    wanted, kinds = (
+        ("SEQ_CLS", "classification") if isinstance(task, TextTask) else ("CAUSAL_LM", "text, chat or choice")
+    )
+    if lora.config.get("task_type") not in (wanted, None):
+        raise ConfigError(
+            "the LoRA is for another kind of task",
+            expected=f"a LoRA of task_type {wanted}, for kind: {kinds}",
+            got=lora.config.get("task_type"),
+            where=lora.where,
+            fix="SEQ_CLS: kind: classification; CAUSAL_LM: kind: text, chat or choice; others in a script of your own, "
+            "with gatedadapters.import_peft, a GatedTrainer with a budget, and export_peft",
+        )
+
+
+def _cells(score: TaskScore, measures: Sequence[str]) -> list[str]:
+    return [*(f"{score.measures[name]:.3f}" for name in measures), f"{score.loss:.4f}"]
 
 
 def with_classes_in_order(task: TextTask, names: tuple[str, ...] | None) -> TextTask:
@@ -190,12 +231,13 @@ def _write(result: CompressResult, search: SearchConfig) -> None:
     data = {
         "lora": result.config.as_written()["lora"],
         "config": search.as_written(),
-        "classes": task.classes,
+        "classes": task.classes if isinstance(task, TextTask) else None,
         "examples": {"train": len(task.train), "test": len(task.split("test"))},
         "arms": [
             {
                 "name": arm.name,
-                "accuracy": arm.mean,
+                "loss": arm.loss,
+                **arm.scores[task.name].measures,
                 "params": arm.structure.params,
                 "paths": len(arm.structure.paths),
                 "bytes": size,
@@ -204,6 +246,7 @@ def _write(result: CompressResult, search: SearchConfig) -> None:
             for arm, size in result.arms
         ],
         "most_frequent_class": result.baseline,
+        "base": None if result.base is None else {"loss": result.base.loss, **result.base.measures},
     }
     outputs.write_metrics(result.folder, data)
     outputs.write_table(result.folder, result.table())

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gatedadapters.config import SearchConfig
-from gatedadapters.data import TextTask
+from gatedadapters.data import AnyTask, TextTask
 from gatedadapters.errors import BudgetError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
-from gatedadapters.experiments.evaluation import majority_accuracy
+from gatedadapters.experiments.evaluation import Scores, majority_accuracy, mean_loss
 from gatedadapters.experiments.progress import progress_bar, say, silence_transformers
 from gatedadapters.experiments.rivals import RIVAL_NAMES
 from gatedadapters.experiments.saved import sharing_table
+from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.reporting.tables import format_table
 
@@ -31,9 +31,10 @@ class SearchResult:
         config: the configuration of the run.
         folder: the output folder.
         arms: the searched structure first, then its rivals.
-        baseline: test accuracy of always naming the most frequent class, by task.
+        baseline: test accuracy of always naming the most frequent class, by task; empty if there are no classes.
         seconds: duration of the whole run, loading and testing included.
         left_out: the reason why a rival was not trained, by the name of the rival.
+        base: scores of the language model before any training, by task; None for a classifier, whose heads are new.
     """
 
     config: SearchConfig
@@ -42,29 +43,54 @@ class SearchResult:
     baseline: dict[str, float]
     seconds: float
     left_out: Mapping[str, str] = field(default_factory=dict)
+    base: Scores | None = None
 
     def table(self) -> str:
-        """Accuracy on test data by task, sizes and times; below it the rivals that were left out."""
+        """Scores on test data by task, sizes and times; below it the rivals that were left out.
+
+        The scores are accuracies and the mean loss of classification tasks, losses and other measures of other tasks.
+        """
+        header, rows = self._losses() if self.base is not None else self._accuracies()
+        notes = [f"{name} was not trained: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([format_table([*header, "parameters", "paths", "train s"], rows), *notes])
+
+    def _accuracies(self) -> tuple[list[str], list[list[str]]]:
         tasks = list(self.baseline)
         perturbed = [arm.perturbed for arm in self.arms if arm.perturbed is not None]
-        header = ["", *tasks, "mean", *(["perturbed"] if perturbed else []), "parameters", "paths", "train s"]
+        header = ["", *tasks, "mean", *(["perturbed"] if perturbed else []), "loss"]
         rows = [
             [
                 arm.name,
                 *(f"{arm.accuracy[task]:.3f}" for task in tasks),
                 f"{arm.mean:.3f}",
                 *([] if arm.perturbed is None else [f"{sum(arm.perturbed.values()) / len(tasks):.3f}"]),
-                f"{arm.structure.params:,}",
-                str(len(arm.structure.paths)),
-                f"{arm.seconds:.0f}",
+                f"{arm.loss:.3f}",
+                *_size(arm),
             ]
             for arm in self.arms
         ]
         mean = sum(self.baseline.values()) / len(tasks)
         means = [f"{mean:.3f}"] * (2 if perturbed else 1)
-        rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), *means, "0", "0", "0"])
-        notes = [f"{name} was not trained: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join([format_table(header, rows), *notes])
+        rows.append(["most frequent class", *(f"{self.baseline[t]:.3f}" for t in tasks), *means, "", "0", "0", "0"])
+        return header, rows
+
+    def _losses(self) -> tuple[list[str], list[list[str]]]:
+        assert self.base is not None
+        named = [(task, name) for task, score in self.base.items() for name in score.measures]
+        several, perturbed = len(self.base) > 1, self.arms[0].perturbed_scores is not None
+        header = ["", *(f"{task} loss" for task in self.base), *(["mean loss"] if several else [])]
+        header += [f"{task} {name.replace('_', ' ')}" for task, name in named]
+        header += ["perturbed loss"] if perturbed else []
+
+        def row(name: str, scores: Scores, under: Scores | None, size: list[str]) -> list[str]:
+            cells = [f"{score.loss:.4f}" for score in scores.values()]
+            cells += [f"{mean_loss(scores):.4f}"] if several else []
+            cells += [f"{scores[task].measures[measure]:.3f}" for task, measure in named]
+            cells += [""] if perturbed and under is None else [] if under is None else [f"{mean_loss(under):.4f}"]
+            return [name, *cells, *size]
+
+        rows = [row(arm.name, arm.scores, arm.perturbed_scores, _size(arm)) for arm in self.arms]
+        return header, [*rows, row("the base model", self.base, None, ["0", "0", "0"])]
 
     def to_data(self) -> dict[str, Any]:
         """Every number of the arms as plain data."""
@@ -72,9 +98,12 @@ class SearchResult:
             "arms": [
                 {
                     "name": arm.name,
-                    "accuracy": arm.accuracy,
-                    "perturbed": arm.perturbed,
-                    "mean": arm.mean,
+                    "scores": _plain(arm.scores),
+                    "loss": arm.loss,
+                    "perturbed_scores": None if arm.perturbed_scores is None else _plain(arm.perturbed_scores),
+                    **(
+                        {"accuracy": arm.accuracy, "perturbed": arm.perturbed, "mean": arm.mean} if arm.accuracy else {}
+                    ),
                     "params": arm.structure.params,
                     "dense_params": arm.structure.dense_params,
                     "paths": len(arm.structure.paths),
@@ -85,18 +114,20 @@ class SearchResult:
             ],
             "left_out": dict(self.left_out),
             "most_frequent_class": self.baseline,
+            "base": None if self.base is None else _plain(self.base),
             "seconds": self.seconds,
         }
 
     def __str__(self) -> str:
         searched = self.arms[0].structure
+        what = "Accuracy" if self.base is None else "Loss per token"
         parts = [
             f"\n{task.title} has no test table: its validation table stands in as test data."
             for task in self.config.tasks
             if task.validation is not None and task.test is None
         ]
         parts += [
-            f"\nAccuracy on test data, {self.config.training.steps} steps each, one seed:\n",
+            f"\n{what} on test data, {self.config.training.steps} steps each, one seed:\n",
             self.table(),
             f"\n{searched}\n",
         ]
@@ -138,10 +169,12 @@ def search(
     runner = ArmRunner(config, tasks, folder / outputs.LOGS)
     say(f"{config.model}: {len(runner.train_data):,} training examples of {len(tasks)} task(s)")
     shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
-    baseline, arms, left_out = majority_accuracy(tasks), list[Arm](), dict[str, str]()
+    labelled = [task for task in tasks if isinstance(task, TextTask)]
+    base = None if labelled else runner.scores()
+    baseline, arms, left_out = majority_accuracy(labelled), list[Arm](), dict[str, str]()
 
     def written() -> SearchResult:
-        result = SearchResult(config, folder, tuple(arms), baseline, time.perf_counter() - start, left_out)
+        result = SearchResult(config, folder, tuple(arms), baseline, time.perf_counter() - start, left_out, base)
         _write(result, tasks)
         return result
 
@@ -162,7 +195,16 @@ def search(
     return result
 
 
-def _write(result: SearchResult, tasks: list[TextTask]) -> None:
+def _size(arm: Arm) -> list[str]:
+    return [f"{arm.structure.params:,}", str(len(arm.structure.paths)), f"{arm.seconds:.0f}"]
+
+
+def _plain(scores: Scores) -> dict[str, dict[str, float]]:
+    """Loss and measures by task, as plain data."""
+    return {task: {"loss": score.loss, **score.measures} for task, score in scores.items()}
+
+
+def _write(result: SearchResult, tasks: Sequence[AnyTask]) -> None:
     config, folder = result.config, result.folder
     (folder / outputs.SEARCH_CONFIG).write_text(config.to_yaml(folder.absolute()), encoding="utf-8")
     examples = {t.name: {"train": len(t.train), "test": len(t.split("test"))} for t in tasks}

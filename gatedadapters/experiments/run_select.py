@@ -9,20 +9,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from gatedadapters.config import CorpusConfig, SelectConfig
-from gatedadapters.data.bundled import load_corpus
-from gatedadapters.data.language import (
-    LanguageCollator,
-    LanguageDataset,
-    Passage,
-    read_passages,
-    sample_passages,
-    split_passages,
-)
-from gatedadapters.errors import ConfigError
+from gatedadapters.config import SelectConfig, TaskConfig
+from gatedadapters.data import ChatTask, LanguageCollator, LanguageDataset
 from gatedadapters.experiments import outputs
-from gatedadapters.experiments.models import is_causal, load_causal_model, load_config_and_tokenizer
+from gatedadapters.experiments.models import load_causal_model, load_config_and_tokenizer
 from gatedadapters.experiments.progress import silence_transformers
+from gatedadapters.experiments.task_models import check_causal, check_packing, load_language_task
 from gatedadapters.experiments.training import training_arguments
 from gatedadapters.inspection import TensorBoardInspector
 from gatedadapters.masking import Mask
@@ -72,15 +64,10 @@ def select(
     silence_transformers()
     training = config.training
     model_config, tokenizer = load_config_and_tokenizer(config.model, training.max_length)
-    if not is_causal(model_config):
-        raise ConfigError(
-            "selection from the command line is for causal language models",
-            expected="such a model",
-            got=", ".join(model_config.architectures or ["no architecture"]),
-            where=f"model: {config.model}",
-            fix="other models: gatedadapters.SelectiveTrainer",
-        )
+    check_causal(model_config, config.model)
     model = load_causal_model(config.model)
+    if config.general.packing or config.domain.packing:
+        check_packing(model, config.model)
     general = _datasets("general", config.general, tokenizer, config)
     domain = _datasets("domain", config.domain, tokenizer, config)
     shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
@@ -105,31 +92,15 @@ def select(
 
 
 def _datasets(
-    name: str, corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, config: SelectConfig
+    part: str, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, config: SelectConfig
 ) -> tuple[LanguageDataset, LanguageDataset]:
-    """The data sets (to learn from, held out) of one corpus. Their sizes are printed."""
-    train, held_out = (
-        LanguageDataset(passages, tokenizer, config.training.max_length)
-        for passages in load_passages(corpus, config.training.seed)
-    )
-    print(f"{name}: {len(train):,} items to learn from, {len(held_out):,} held out")
+    """The data sets (to learn from, held out) of one task. Their sizes are printed."""
+    loaded = load_language_task(task, config.training.seed, where=part)
+    length, packing = config.training.max_length, isinstance(loaded, ChatTask) and loaded.packing
+    train = LanguageDataset(loaded.train, tokenizer, length, packing=packing)
+    held_out = LanguageDataset(loaded.test, tokenizer, length)
+    print(f"{part}: {len(train):,} items to learn from, {len(held_out):,} held out")
     return train, held_out
-
-
-def load_passages(corpus: CorpusConfig, seed: int) -> tuple[list[Passage], list[Passage]]:
-    """The passages (to learn from, held out) of a corpus, cut to the configured number and split by `seed`.
-
-    Raises:
-        DataError: the file is missing, empty or malformed, or holds too little text to split; or the package of a
-            bundled corpus is not installed.
-    """
-    if corpus.bundled is not None:
-        passages = [Passage(text) for text in load_corpus(corpus.bundled)]
-    else:
-        assert corpus.file is not None
-        passages = read_passages(corpus.file, text=corpus.text, answer=corpus.answer)
-    chosen = sample_passages(passages, corpus.max_texts, seed=seed)
-    return split_passages(chosen, corpus.held_out, seed=seed, where=corpus.file or corpus.bundled)
 
 
 def _write(result: SelectResult) -> None:

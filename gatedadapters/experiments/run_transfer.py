@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -16,13 +18,13 @@ from transformers import TrainerCallback
 
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.config import SearchConfig, TransferConfig
-from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
+from gatedadapters.data import AnyTask, ChatTask, MixedTaskDataset, collator, predicts_tokens
 from gatedadapters.errors import LayoutError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import SEARCHED, ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.evaluation import accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
 from gatedadapters.structure import Structure
@@ -49,7 +51,8 @@ class TransferResult:
     Attributes:
         config: the configuration of the run.
         folder: the output folder.
-        report: scores by seed (mean accuracy over tasks) and the recovery.
+        report: scores by seed and the recovery. A score is the mean accuracy over tasks, or the mean loss where a
+            language model answers in tokens.
         shift: how far activations moved between the bases.
         given: scores (old base, new base) of the configured adapter as it was saved; None if none is configured.
         seconds: duration of the whole run.
@@ -82,9 +85,10 @@ class TransferResult:
             outputs.METRICS: "every number",
             outputs.TRANSFER_CONFIG: "the configuration; run it again with gatedadapters transfer",
         }
+        what = "Loss per token" if self.report.lower_is_better else "Accuracy"
         return "\n".join(
             [
-                f"\nAccuracy on test data, {len(self.report.scores)} seed(s):\n",
+                f"\n{what} on test data, {len(self.report.scores)} seed(s):\n",
                 self.table(),
                 f"\n{self.seconds:.0f} s in all. In {self.folder}:",
                 outputs.list_outputs(contents, width=18),
@@ -125,7 +129,8 @@ def transfer(
                     given = _scores_as_saved(bases, config.adapter)
             scores.append(_run_seed(bases, seed, None if scores else folder, progress))
     assert shift is not None
-    result = TransferResult(config, folder, TransferReport(tuple(scores)), shift, given, time.perf_counter() - start)
+    report = TransferReport(tuple(scores), lower_is_better=predicts_tokens(tasks))
+    result = TransferResult(config, folder, report, shift, given, time.perf_counter() - start)
     _write(result)
     return result
 
@@ -142,7 +147,7 @@ class BasePair:
         LayoutError: the two do not have the same vocabulary.
     """
 
-    def __init__(self, config: TransferConfig, tasks: list[TextTask], seed: int, logs: Path) -> None:
+    def __init__(self, config: TransferConfig, tasks: Sequence[AnyTask], seed: int, logs: Path) -> None:
         self.config, self.tasks = config, tasks
         shared = {name: getattr(config, name) for name in set(SearchConfig.model_fields) - {"model", "training"}}
         training = config.training.model_copy(update={"seed": seed})
@@ -198,10 +203,10 @@ class BasePair:
             detach(self.old)
 
     def score(self, model: nn.Module) -> float:
-        """Mean test accuracy over tasks."""
+        """Mean test accuracy over classification tasks, or mean test loss over tasks of other kinds."""
         bf16 = self.runners[0].bf16
-        scores = evaluate(model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=bf16)
-        return sum(scores.values()) / len(scores)
+        scores = score_tasks(model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=bf16)
+        return mean_loss(scores) if predicts_tokens(self.tasks) else fmean(accuracies(scores).values())
 
     def shift(self) -> ActivationShift:
         """How far activations moved between the bases, measured on test texts."""
@@ -213,9 +218,11 @@ class BasePair:
 
     def _batches(self, split: str, texts: int) -> list[dict[str, Any]]:
         """Batches of 16 without labels, of at most `texts` texts, which are spread evenly over the split."""
-        data = MixedTaskDataset(self.tasks, self.tokenizer, split, self.config.training.max_length)
+        length = self.config.training.max_length
+        tasks = [replace(task, packing=False) if isinstance(task, ChatTask) else task for task in self.tasks]
+        data = MixedTaskDataset(tasks, self.tokenizer, split, length)
         chosen = torch.linspace(0, len(data) - 1, min(texts, len(data))).long().tolist()
-        collate = MixedTaskCollator(self.tokenizer)
+        collate = collator(self.tasks, self.tokenizer)
         batches = [collate([data[i] for i in chosen[start : start + 16]]) for start in range(0, len(chosen), 16)]
         return [_without(batch, "labels") for batch in batches]
 

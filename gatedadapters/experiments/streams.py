@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gatedadapters.config import ContinualConfig, SearchConfig, StreamTaskConfig, TrainingConfig
-from gatedadapters.continual import Task, TaskStream, answer_task, choice_tasks, classification_tasks
-from gatedadapters.continual.measures import nearest_class
-from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
-from gatedadapters.data.bundled import CHOICE_TASKS, load_choices
-from gatedadapters.data.language import read_passages, sample_passages, split_passages
+from gatedadapters.config import ContinualConfig, SearchConfig, TaskConfig, TrainingConfig
+from gatedadapters.continual import Task, TaskStream, classification_tasks, language_tasks
+from gatedadapters.continual.measures import exact_match, nearest_class
+from gatedadapters.data import Measure, MixedTaskCollator, MixedTaskDataset, TextTask, kind_of
+from gatedadapters.data.measures import EXACT_MATCH, measure
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.classifiers import build_model, load_tasks
-from gatedadapters.experiments.models import is_causal, load_causal_model, load_config_and_tokenizer
+from gatedadapters.experiments.models import load_causal_model, load_config_and_tokenizer
+from gatedadapters.experiments.task_models import (
+    build_model,
+    check_causal,
+    check_packing,
+    load_language_task,
+    load_tasks,
+)
 from gatedadapters.training import MultiTaskClassifier
 
 
@@ -43,14 +50,10 @@ def build_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStr
         ConfigError: a task does not fit the model.
         DataError: data cannot be read.
     """
-    if any(_is_generative(task) for task in config.tasks):
-        return _question_stream(config, seed)
+    every = (*config.tasks, *([config.general] if config.general is not None else []))
+    if any(kind_of(task) != "classification" for task in every):
+        return _language_stream(config, seed)
     return _labelled_stream(config, seed)
-
-
-def _is_generative(task: StreamTaskConfig) -> bool:
-    """Whether the task has questions that a causal language model answers."""
-    return task.answer is not None or task.bundled in CHOICE_TASKS
 
 
 def _labelled_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
@@ -60,7 +63,7 @@ def _labelled_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, Tas
         tasks=config.tasks,
         training=TrainingConfig(seed=seed, max_length=max_length, pooling=config.pooling),
     )
-    texts = load_tasks(search)
+    texts = [task for task in load_tasks(search) if isinstance(task, TextTask)]
     model, tokenizer = build_model(search, texts)
     if not isinstance(model, MultiTaskClassifier):
         raise ConfigError(
@@ -75,15 +78,8 @@ def _labelled_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, Tas
     return model, TaskStream(tasks, general)
 
 
-def _nearest_class_task(task: StreamTaskConfig, search: SearchConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def _nearest_class_task(task: TaskConfig, search: SearchConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """A task without a head, which measures the general ability of a classifier's backbone by nearest class means."""
-    if _is_generative(task):
-        raise ConfigError(
-            expected="a labelled table or a bundled classification task",
-            got=task.title,
-            where="general",
-            fix="questions are for causal language models",
-        )
     (text,) = load_tasks(search.model_copy(update={"tasks": (task,)}))
     splits = {}
     for split in ("train", "test"):
@@ -92,39 +88,62 @@ def _nearest_class_task(task: StreamTaskConfig, search: SearchConfig, tokenizer:
     return Task(text.name, splits["train"], splits["test"], MixedTaskCollator(tokenizer), nearest_class)
 
 
-def _question_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
+def _language_stream(config: ContinualConfig, seed: int) -> tuple[nn.Module, TaskStream]:
     max_length = config.training.max_length
     every = (*config.tasks, *([config.general] if config.general is not None else []))
-    labelled = [task.title for task in every if not _is_generative(task)]
-    model_config, tokenizer = load_config_and_tokenizer(config.model, max_length)
-    if labelled or not is_causal(model_config):
+    if labelled := [task.title for task in every if kind_of(task) == "classification"]:
         raise ConfigError(
-            "questions with answers are for causal language models, and do not mix with labelled tables",
-            expected="answer: of every table, and a causal language model",
-            got=f"labelled: {', '.join(labelled)}" if labelled else ", ".join(model_config.architectures or ["?"]),
+            "tasks that a language model answers in tokens do not mix with labelled tables",
+            expected="kinds text, chat and choice, or classification alone",
+            got=f"kind: classification of {', '.join(labelled)}",
             where="tasks",
-            fix="give each task an answer column, or none",
+            fix="kind: choice for the labelled tables, or an answer column",
         )
+    model_config, tokenizer = load_config_and_tokenizer(config.model, max_length)
+    check_causal(model_config, config.model)
     torch.manual_seed(seed)
     model = load_causal_model(config.model)
-    tasks = [_question_task(task, tokenizer, max_length, seed) for task in every]
+    if any(task.packing for task in every):
+        check_packing(model, config.model)
+    loaded = [load_language_task(task, seed, where="tasks") for task in every]
+    tasks = [
+        _with_measure(found, task, data.test, tokenizer)
+        for found, task, data in zip(
+            language_tasks(loaded, tokenizer, max_length=max_length), every, loaded, strict=True
+        )
+    ]
     general = tasks.pop() if config.general is not None else None
     return model, TaskStream(tasks, general)
 
 
-def _question_task(task: StreamTaskConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Task:
-    if task.bundled is not None:
-        train, test = task.max_train or 1000, task.max_test or 200
-        loaded = load_choices(task.bundled, train=train, validation=0, test=test, seed=seed)
-        return choice_tasks([loaded], tokenizer, max_length=max_length)[0]
-    assert task.train is not None
-    passages = read_passages(task.train, text=task.text, answer=task.answer)
-    held_out_file = task.test or task.validation
-    if held_out_file is None:
-        train_part, held_out = split_passages(passages, 0.2, seed=seed, where=task.train)
-    else:
-        train_part, held_out = passages, read_passages(held_out_file, text=task.text, answer=task.answer)
-    # A random sample and not the first rows, because files may be sorted.
-    train_part = sample_passages(train_part, task.max_train, seed=seed)
-    held_out = sample_passages(held_out, task.max_test, seed=seed)
-    return answer_task(task.title, train_part, held_out, tokenizer, max_length=max_length)
+def _with_measure(found: Task, task: TaskConfig, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task, scored by the first measure that its configuration names, if it names one."""
+    if not task.measures:
+        return found
+    name = task.measures[0]
+    if name == EXACT_MATCH:
+        return replace(found, measure=exact_match)
+    return replace(
+        found, measure=NamedMeasure(name, measure(name, f"task {task.title!r}: measures"), examples, tokenizer)
+    )
+
+
+class NamedMeasure:
+    """A measure of a user's, as a stream calls it.
+
+    Args:
+        name: its name.
+        measure: the measure.
+        examples: the held-out examples.
+        tokenizer: of the model.
+    """
+
+    def __init__(
+        self, name: str, measure: Measure, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.__qualname__ = name  # a stream goes on only with the same measures, which it knows by their names
+        self.measure, self.examples, self.tokenizer = measure, examples, tokenizer
+
+    def __call__(self, model: nn.Module, task: Task) -> float:
+        """Score a model."""
+        return float(self.measure(model, self.tokenizer, self.examples))

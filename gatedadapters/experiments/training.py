@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from gatedadapters.config import SearchConfig, TrainingConfig, TuningConfig
@@ -79,6 +81,13 @@ class MixedTaskTrainer(Trainer):
     def __init__(self, *args: Any, task_temperature: float, **kwargs: Any) -> None:
         self.task_temperature = task_temperature
         super().__init__(*args, **kwargs)
+        self._reads_task_ids = "task_ids" in inspect.signature(cast(Any, self.model).forward).parameters
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of the task. A model without heads has no use for `task_ids`."""
+        if not self._reads_task_ids:
+            inputs = {name: value for name, value in inputs.items() if name != "task_ids"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sizes = (train_dataset if train_dataset is not None else cast(Any, self.train_dataset)).sizes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.config import L0, Budget, Penalty, Schedule
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates.bank import GateBank, moving_only
 
 
@@ -33,6 +33,7 @@ class Pressure(nn.Module):
     Attributes:
         multipliers: (1 + tasks,): m of the union over tasks, then m of each task, used if the budget caps tasks.
         start: number of steps that the gates had made before this penalty was set.
+        asked_for: whether `Adapters.penalty` was called, to add the term to a loss.
 
     References:
         Xia, Zhong, Chen 2022 (CoFi), arXiv 2204.00408: Lagrangian ascent on a sparsity target that follows a ramp. Hu
@@ -58,6 +59,7 @@ class Pressure(nn.Module):
             check_budget(bank, penalty)
             self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
+        self.asked_for = False
         self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
         self.register_buffer("start", bank.step.detach().clone())
 
@@ -147,6 +149,27 @@ class Pressure(nn.Module):
 
     def _presses(self, bank: GateBank) -> bool:
         return not bank.frozen and self.schedule.pressure(self.progress(bank)) > 0
+
+    def check_asked_for(self, bank: GateBank) -> None:
+        """Check, as a step ends, that the term was asked for at least once by the time it acts.
+
+        Raises:
+            TrainingError: the gates have been trained without the penalty.
+        """
+        if self.asked_for or bank.frozen:
+            return
+        step = int(bank.step - self.start)
+        if not self._presses(bank) and (self.prune_step is None or step < self.prune_step):
+            return
+        if isinstance(self.penalty, L0) and not self.penalty.weight:
+            return
+        raise TrainingError(
+            "a penalty was set, but it is in no loss: the gates learn nothing of it, and a prune would cut blindly",
+            expected="loss + adapters.penalty() in every step, which ga.gated(YourTrainer) sees to",
+            got=f"adapters.penalty() was not called in {step} steps",
+            where=repr(self.penalty),
+            fix="train with ga.gated(YourTrainer), add the term in your loop, or attach without penalty=",
+        )
 
     @property
     def prune_step(self) -> int | None:

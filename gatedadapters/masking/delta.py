@@ -17,7 +17,7 @@ from gatedadapters.errors import ArtifactError, AttachError, MaskError, Training
 from gatedadapters.masking.checks import check_adapters, check_head_shapes, check_tensor, parameters_of
 from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
-from gatedadapters.masking.mask import Mask, check_backbone
+from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
@@ -206,7 +206,14 @@ class SparseDelta(nn.Module, StepListener):
             for part in self.parts():
                 part.write()
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        beside: bool = False,
+    ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
 
         An element takes about 5 bytes in float32. `load_delta` then reads the same bits.
@@ -215,6 +222,7 @@ class SparseDelta(nn.Module, StepListener):
             folder: a new or an empty folder.
             dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
+            beside: other files that the folder holds stay; an earlier delta in it is replaced.
 
         Raises:
             ArtifactError: the folder is not free, or the dtype is neither of the two.
@@ -228,7 +236,7 @@ class SparseDelta(nn.Module, StepListener):
             )
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
-        with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+        with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
             self.mask.write(new)
             write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
 

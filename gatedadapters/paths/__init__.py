@@ -5,6 +5,7 @@ from gatedadapters.config.deprecation import renamed
 from gatedadapters.paths.base import Path
 from gatedadapters.paths.bias import Bias
 from gatedadapters.paths.bottleneck import Parallel, Serial
+from gatedadapters.paths.elements import Elements
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.norm import Norm
 from gatedadapters.paths.scale import Scale
@@ -30,11 +31,12 @@ def path_kinds() -> dict[str, type[Path]]:
     return dict(_KINDS)
 
 
-for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale, Norm, Bias):
+for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale, Norm, Bias, Elements):
     register(_kind)
 
 __all__ = [
     "Bias",
+    "Elements",
     "LoRA",
     "Norm",
     "Parallel",

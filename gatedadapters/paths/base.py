@@ -75,6 +75,16 @@ class Path(nn.Module, ABC):
     def units(self) -> int:
         """Present number of units."""
 
+    def start_from(self, module: nn.Module) -> None:
+        """Called once where a search space is attached, with the module at `site.write`.
+
+        Kinds that start from what the module holds override this; by default nothing happens.
+        """
+
+    def options_of(self, units: Sequence[int]) -> PathOptions:
+        """The options of a path that keeps only these units (positions, sorted), as a Structure records them."""
+        return self.options.select(units)
+
     @abstractmethod
     def forward(self, tapped: Tensor, target: Tensor, gate: Tensor | None) -> Tensor:
         """Compute the new value at the write side.

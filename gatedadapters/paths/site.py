@@ -40,7 +40,7 @@ class Site:
         role: role of the linear map; empty for a sub-layer as a whole.
         traffic: tokens that pass here for each token that enters the stack; 4.0 for a block called four times.
         experts: at a weight: number of experts, the first dimension of the weight; 0 for a plain matrix.
-        transposed: at a weight: whether it is stored as (in, out), not (out, in).
+        transposed: whether the weight is stored as (in, out), not (out, in).
         host: at a weight: the module that multiplies with it.
         shifts: at a norm: whether it adds a vector, too.
     """
@@ -83,6 +83,7 @@ class Site:
             sublayer.kind,
             linear.role,
             linear.traffic,
+            transposed=linear.transposed,
         )
 
     @property

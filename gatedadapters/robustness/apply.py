@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gatedadapters.data import Examples, MixedTaskDataset, TextTask
+from gatedadapters.data import AnyTask, ChatTask, Examples, LanguageTask, MixedTaskDataset, TextTask
 from gatedadapters.errors import ConfigError
 from gatedadapters.robustness.base import Corruption, TextPerturbation, TokenisedExample, TokenPerturbation, Vocabulary
 from gatedadapters.robustness.noises import LabelNoise
+
+Task = TypeVar("Task", bound=TextTask | LanguageTask[Any])
 
 
 class CorruptedDataset(Dataset[dict[str, Any]]):
@@ -47,26 +49,35 @@ class CorruptedDataset(Dataset[dict[str, Any]]):
         return self.corruption.feature(self.dataset[index], self.vocabulary, index)
 
 
-def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str) -> list[TextTask]:
+def corrupt_tasks(tasks: Sequence[Task], corruption: Corruption, split: str) -> list[Task]:
     """The same tasks with one split corrupted.
 
     Args:
-        tasks: labelled texts.
-        corruption: of texts or labels.
+        tasks: tasks of any kind.
+        corruption: of texts, or of labels and answers.
         split: `train`, `validation` or `test`.
 
     Raises:
-        ConfigError: the corruption is not one of texts or labels.
+        ConfigError: the corruption is not one of texts or labels, or does not act on examples of this kind.
         DataError: a task lacks the split.
     """
-    result = []
+    result: list[Task] = []
     for position, task in enumerate(tasks):
+        changed: Examples | tuple[Any, ...]
         examples = task.split(split)
         if isinstance(corruption, TextPerturbation):
-            changed = corruption.examples(examples)
+            changed = (
+                corruption.examples(examples)
+                if isinstance(examples, Examples)
+                else tuple(corruption.language_example(example, index) for index, example in enumerate(examples))
+            )
         elif isinstance(corruption, LabelNoise):
-            labels = corruption.labels(examples.labels, task.n_classes, position)
-            changed = Examples(examples.texts, labels, examples.pairs)
+            if isinstance(task, TextTask):
+                examples = task.split(split)
+                labels = corruption.labels(examples.labels, task.n_classes, position)
+                changed = Examples(examples.texts, labels, examples.pairs)
+            else:
+                changed = corruption.language_examples(task.split(split), position)
         else:
             raise wrong_kind(corruption, "texts and labels", "CorruptedDataset (tokens) or NoiseCallback")
         parts: dict[str, Any] = {split: changed}
@@ -75,7 +86,7 @@ def corrupt_tasks(tasks: Sequence[TextTask], corruption: Corruption, split: str)
 
 
 def corrupted_dataset(
-    tasks: Sequence[TextTask],
+    tasks: Sequence[AnyTask],
     tokenizer: PreTrainedTokenizerBase,
     split: str,
     max_length: int,
@@ -85,7 +96,7 @@ def corrupted_dataset(
     """One split of several tasks, tokenised, with corrupted texts, labels or tokens.
 
     Args:
-        tasks: labelled texts.
+        tasks: tasks whose kinds mix; see `MixedTaskDataset`.
         tokenizer: of the model.
         split: `train`, `validation` or `test`.
         max_length: tokens after which a text is cut.
@@ -93,14 +104,27 @@ def corrupted_dataset(
         vocabulary: of the tokenizer.
 
     Raises:
-        DataError: there is no task, or a task lacks the split.
+        DataError: see `MixedTaskDataset`.
+        ConfigError: the corruption does not act on examples of this kind.
     """
+    if isinstance(corruption, TokenPerturbation) and split == "train" and any(map(_packs, tasks)):
+        raise ConfigError(
+            "packed conversations cannot be perturbed token by token",
+            expected="packing: false",
+            got="packing: true",
+            where=f"tasks, and noise: {corruption.kind}",
+            fix="pack no conversations, or take another noise",
+        )
     if isinstance(corruption, (TextPerturbation, LabelNoise)):
         tasks = corrupt_tasks(tasks, corruption, split)
     dataset = MixedTaskDataset(tasks, tokenizer, split, max_length)
     if isinstance(corruption, TokenPerturbation):
         return CorruptedDataset(dataset, corruption, vocabulary)
     return dataset
+
+
+def _packs(task: AnyTask) -> bool:
+    return isinstance(task, ChatTask) and task.packing
 
 
 def corrupt_batch(

@@ -7,7 +7,7 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gatedadapters.data import Examples
+from gatedadapters.data import ChoiceExample, Conversation, Examples, LanguageExample
 from gatedadapters.errors import ConfigError
 
 Ids = NDArray[np.int64]
@@ -118,6 +118,38 @@ class TextPerturbation(Perturbation):
             parts[::2] = self.touch(list(words), chosen, draw)
         return "".join(parts)
 
+    def language_example(self, example: LanguageExample, index: int) -> LanguageExample:
+        """An example of a language task with what is asked perturbed. What is to be predicted stays.
+
+        Args:
+            example: a question with an answer, a conversation, or a multiple-choice question.
+            index: its position in the split.
+
+        Raises:
+            ConfigError: it is running text, of which every word is to be predicted.
+        """
+        if isinstance(example, ChoiceExample):
+            passage = self.text(example.passage, 2 * index + 1)
+            return replace(example, question=self.text(example.question, 2 * index), passage=passage)
+        if isinstance(example, Conversation):
+            key = int(self.generator(index).integers(2**31))
+            turns = enumerate(example.messages)
+            return Conversation(
+                tuple(
+                    turn._replace(content=self.text(turn.content, key + number)) if turn.role == "user" else turn
+                    for number, turn in turns
+                )
+            )
+        if example.answer is None:
+            raise ConfigError(
+                "in running text every word is to be predicted, so perturbed words would be learned",
+                expected="texts with answers, conversations or choices",
+                got=f"running text and {self.kind}",
+                where=self.kind,
+                fix="a perturbation of tokens, such as replacement, changes what is read alone",
+            )
+        return example._replace(text=self.text(example.text, index))
+
     def examples(self, examples: Examples) -> Examples:
         """A split with every text and second text perturbed. Labels stay."""
         texts = [self.text(text, index) for index, text in enumerate(examples.texts)]
@@ -190,6 +222,9 @@ class Vocabulary:
 class TokenPerturbation(Perturbation):
     """Changes tokens of a tokenised example. The ratio is the share of eligible tokens: attended to, and not special.
 
+    Where some tokens are labelled and others are not, as where the answer to a question is learned, only the others are
+    eligible: what is to be predicted stays.
+
     A subclass defines `kind` and `touch`.
     """
 
@@ -221,7 +256,7 @@ class TokenPerturbation(Perturbation):
         """
         ids = np.asarray(feature["input_ids"], dtype=np.int64)
         attended = np.asarray(feature.get("attention_mask", np.ones_like(ids))) == 1
-        ordinary = np.flatnonzero(attended & ~np.isin(ids, list(vocabulary.special)))
+        ordinary = np.flatnonzero(attended & ~np.isin(ids, list(vocabulary.special)) & _asked(feature, len(ids)))
         draw = self.generator(key)
         chosen = self.choose(self.eligible(ordinary), draw)
         if not len(chosen):
@@ -236,6 +271,15 @@ class TokenPerturbation(Perturbation):
         if isinstance(given, Tensor):
             return {**columns, "input_ids": torch.from_numpy(left).to(given)}
         return {**columns, "input_ids": left if isinstance(given, np.ndarray) else left.tolist()}
+
+
+def _asked(feature: TokenisedExample, length: int) -> NDArray[np.bool_]:
+    """The tokens that are not to be predicted; all, where there are no labels of tokens or every token has one."""
+    labels = feature.get("labels")
+    if labels is None or not hasattr(labels, "__len__") or getattr(labels, "ndim", 1) == 0 or len(labels) != length:
+        return np.ones(length, dtype=bool)
+    unlabelled: NDArray[np.bool_] = np.asarray(labels) == -100
+    return unlabelled if unlabelled.any() else ~unlabelled
 
 
 def _kept(column: Any, stays: NDArray[np.bool_]) -> Any:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.data.tasks import ChoiceExample, Conversation, Example, Passage
 from gatedadapters.errors import ConfigError
 from gatedadapters.robustness.base import Noise
 
 
 class LabelNoise(Noise):
-    """Replaces labels by wrong ones; each wrong class is equally likely. The ratio is the share of examples."""
+    """Replaces labels by wrong ones; each wrong class is equally likely. The ratio is the share of examples.
+
+    Of multiple-choice questions, another choice becomes the right one. Texts with answers and conversations exchange
+    their (last) answers among each other.
+    """
 
     kind = "label"
 
@@ -40,6 +47,60 @@ class LabelNoise(Noise):
             drawn = int(draw.integers(0, n_classes - 1))
             noisy[index] = drawn + (drawn >= noisy[index])
         return noisy
+
+    def language_examples(self, examples: Sequence[Example], key: int = 0) -> tuple[Example, ...]:
+        """The examples of a split of a language task, some with a wrong answer.
+
+        Args:
+            examples: they are not changed.
+            key: for example the task's position: splits with different keys are changed at different examples.
+
+        Raises:
+            ConfigError: the examples are running text, or all have one answer.
+        """
+        draw = self.generator(key)
+        chosen = self.choose(range(len(examples)), draw).tolist()
+        noisy = list(examples)
+        if isinstance(examples[0], ChoiceExample):
+            for index in chosen:
+                example = noisy[index]
+                assert isinstance(example, ChoiceExample)
+                drawn = int(draw.integers(0, len(example.choices) - 1))
+                noisy[index] = replace(example, answer=drawn + (drawn >= example.answer))
+            return tuple(noisy)
+        answers = [_answer(example) for example in noisy]
+        if None in answers or len(set(answers)) < 2:
+            raise ConfigError(
+                "these examples have no answers to exchange",
+                expected="texts with answers, conversations or choices, with two different answers or more",
+                got="running text" if None in answers else "one answer",
+                where=self.kind,
+                fix="give an answer column, or another noise: embedding and gradient act on running text",
+            )
+        # In this order equal answers stand side by side. A shift by the longest such run gives each example another
+        # answer, unless one answer is that of most examples.
+        order = sorted(draw.permutation(chosen).tolist(), key=lambda index: str(answers[index]))
+        shift = max(Counter(answers[index] for index in chosen).values(), default=0)
+        for place, index in enumerate(order):
+            noisy[index] = _answered(noisy[index], str(answers[order[(place + shift) % len(order)]]))
+        return tuple(noisy)
+
+
+def _answer(example: Passage | Conversation | ChoiceExample) -> str | None:
+    """The answer of a passage, or the last one of a conversation."""
+    if isinstance(example, Conversation):
+        return example.messages[-1].content
+    assert isinstance(example, Passage)
+    return example.answer
+
+
+def _answered(example: Example, answer: str) -> Example:
+    """The example with another (last) answer."""
+    if isinstance(example, Conversation):
+        *before, last = example.messages
+        return Conversation((*before, last._replace(content=answer)))
+    assert isinstance(example, Passage)
+    return example._replace(answer=answer)
 
 
 class TensorNoise(Noise):

@@ -142,7 +142,7 @@ def build_structure(
         records.append(
             KeptPath(
                 key=group.key,
-                options=path.options.select(sorted(union)),
+                options=path.options_of(sorted(union)),
                 site=SiteRecord.model_validate(path.site.to_dict()),
                 of=group.units,
                 units={task: chosen for task, chosen in units.items() if chosen},

@@ -52,6 +52,7 @@ def write(
     *,
     dtype: torch.dtype,
     overwrite: bool,
+    beside: bool = False,
 ) -> None:
     """Write compact adapters, whole or not at all.
 
@@ -62,6 +63,7 @@ def write(
         heads: the model's task heads, by parameter.
         dtype: of what is stored, float32 or bfloat16.
         overwrite: replace an artefact that the folder holds, in one step.
+        beside: other files that the folder holds stay; an earlier artefact in it is replaced.
 
     Raises:
         ArtifactError: another dtype, or the folder is not free.
@@ -74,10 +76,10 @@ def write(
             where="Adapters.save(dtype=)",
             fix="choose one of them",
         )
-    own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in path.state_dict().items()}
+    own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in _values(path).items()}
     tensors = own | {f"heads.{name}": value for name, value in heads.items()}
     stored = {name: value.detach().to(dtype) for name, value in tensors.items()}
-    with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
+    with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
         (new / STRUCTURE).write_text(structure.to_json(), encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
 
@@ -100,9 +102,7 @@ def read(model: nn.Module, folder: str | FilePath, *, base: Base = "same") -> Sa
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
     shapes = {
-        f"paths.{key}.{name}": tuple(value.shape)
-        for key, own in paths.items()
-        for name, value in own.state_dict().items()
+        f"paths.{key}.{name}": tuple(value.shape) for key, own in paths.items() for name, value in _values(own).items()
     }
     tensors = read_tensors(path / WEIGHTS, shapes | {f"heads.{name}": shape for name, shape in heads.items()})
     if found.values != structure.fingerprint.values:
@@ -134,17 +134,22 @@ def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
 def _filled(paths: dict[str, Path], structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
     """The paths with their saved values, in float32, as new paths are."""
     for key, path in paths.items():
-        own = {name: tensors[f"paths.{key}.{name}"].float() for name in path.state_dict()}
-        path.load_state_dict(own, assign=True)
+        own = {name: tensors[f"paths.{key}.{name}"].float() for name in _values(path)}
+        path.load_state_dict(path.state_dict() | own, assign=True)
     if any(t.is_meta for path in paths.values() for t in (*path.parameters(), *path.buffers())):
-        # Buffers that are not part of the state dict are computed when a path is built, so build it again off meta.
+        # Other buffers are computed when a path is built, so build it again off meta.
         generator = torch.Generator().manual_seed(structure.seed)
         for record in structure.paths:
             whole = record.build(generator)
             whole.routing = structure.routing(record)
-            whole.load_state_dict(paths[record.key].state_dict())
+            whole.load_state_dict(whole.state_dict() | _values(paths[record.key]))
             paths[record.key] = whole
     return paths
+
+
+def _values(path: Path) -> dict[str, Tensor]:
+    """What the file of weights holds of a path; integers, such as positions of elements, follow from its options."""
+    return {name: value for name, value in path.state_dict().items() if value.is_floating_point()}
 
 
 def _existing(folder: FilePath) -> FilePath:

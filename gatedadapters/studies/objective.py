@@ -14,14 +14,15 @@ from transformers.training_args import TrainingArguments
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, TaskConfig, TrainingConfig
 from gatedadapters.config.study import StudySide
-from gatedadapters.data import TextTask
+from gatedadapters.data import AnyTask
 from gatedadapters.experiments.arms import ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
+from gatedadapters.experiments.evaluation import Scores, accuracies
 from gatedadapters.experiments.progress import silence_transformers
 from gatedadapters.experiments.sides import trained_side
-from gatedadapters.studies.measured import Measured, ReportProgress
+from gatedadapters.experiments.task_models import load_tasks
+from gatedadapters.studies.measured import ACCURACY, Measured, ReportProgress, metric_of
 
-REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation accuracy
+REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation score
 
 
 def measure(
@@ -39,7 +40,7 @@ def measure(
         side: see `trained_side`.
         perturbations: each is applied to the tested split.
         split: `test` or `validation`.
-        report: called with the step and the mean validation accuracy a few times after the prune. It may raise an
+        report: called with the step and the mean validation score a few times after the prune. It may raise an
             exception to stop the trial.
 
     Raises:
@@ -47,7 +48,7 @@ def measure(
     """
     silence_transformers()
     tasks = list(_tasks(search.model, search.tasks, search.training.seed))
-    reporting = [] if report is None else [_ReportAccuracy(report, search)]
+    reporting = [] if report is None else [_ReportScore(report, search)]
     runner = ArmRunner(search, tasks, None, perturbations=perturbations, callbacks=reporting)
     for callback in reporting:
         callback.runner = runner
@@ -55,28 +56,35 @@ def measure(
         tqdm(total=search.training.steps, file=io.StringIO()) as progress,
         trained_side(runner, side, progress) as trained,
     ):
-        scores = runner.accuracy(split)
-        perturbed = tuple(runner.accuracy(split, perturbation) for perturbation in runner.perturbations)
+        scores = _in_metric(runner.scores(split), search)
+        perturbed = tuple(_in_metric(runner.scores(split, p), search) for p in runner.perturbations)
         return Measured(scores, perturbed, trained.params, trained.seconds)
 
 
+def _in_metric(scores: Scores, search: SearchConfig) -> dict[str, float]:
+    """Accuracies or losses by task."""
+    if metric_of(search) is ACCURACY:
+        return accuracies(scores)
+    return {name: score.loss for name, score in scores.items()}
+
+
 @lru_cache(maxsize=4)
-def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[TextTask, ...]:
+def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[AnyTask, ...]:
     return tuple(load_tasks(SearchConfig(model=model, tasks=tasks, training=TrainingConfig(seed=seed))))
 
 
-class _ReportAccuracy(TrainerCallback):
-    """Reports the validation accuracy at a few steps after the prune: before it, the structure may still change."""
+class _ReportScore(TrainerCallback):
+    """Reports the mean validation score at a few steps after the prune: before it, the structure may still change."""
 
     runner: ArmRunner
 
     def __init__(self, report: ReportProgress, search: SearchConfig) -> None:
-        self.report = report
+        self.report, self.search = report, search
         total, prune = search.training.steps, search.schedule.prune
         self.steps = {round(share * total) for share in REPORTS if prune is not None and share > prune}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report if this is one of the steps."""
         if state.global_step in self.steps:
-            scores = self.runner.accuracy("validation").values()
+            scores = _in_metric(self.runner.scores("validation"), self.search).values()
             self.report(state.global_step, sum(scores) / len(scores))

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from gatedadapters.config import StudyConfig
 from gatedadapters.config.study import PENALTY
+from gatedadapters.studies.measured import ACCURACY, Metric, metric_of
 from gatedadapters.studies.results import MEAN, Curve
 
 _COLOURS = {"gated": "#1f5fa6", "uniform": "#d9822b", "full": "#5b8c3e"}
@@ -37,6 +38,7 @@ def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) 
         curves: the curves to draw, see `Study.curves`.
         task: name of a task, or `mean`.
     """
+    metric = metric_of(config.search)
     factors = [path for path in config.factors if any(c.factor == path and c.task == task for c in curves)]
     panels = [(path, kept) for path in factors for kept in ((False, True) if path.startswith(PENALTY) else (False,))]
     figure = Figure(figsize=(3.6 * len(panels), 3.3), layout="constrained")
@@ -46,11 +48,11 @@ def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) 
         place.sharey(scores[0])
     for place, (path, kept) in zip(axes, panels, strict=True):
         for curve in (c for c in curves if c.factor == path and c.task == task):
-            _draw(place, curve, kept=kept)
+            _draw(place, curve, metric, kept=kept)
         if config.factors[path].log:
             place.set_xscale("log")
         place.set_xlabel(_title(config, path))
-        place.set_ylabel("parameters kept" if kept else "accuracy, %")
+        place.set_ylabel("parameters kept" if kept else metric.label)
         if kept:
             place.set_ylim(bottom=0)
         _plain(place)
@@ -63,15 +65,16 @@ def sensitivity(config: StudyConfig, curves: Sequence[Curve], task: str = MEAN) 
     return figure
 
 
-def _draw(place: Axes, curve: Curve, *, kept: bool) -> None:
+def _draw(place: Axes, curve: Curve, metric: Metric, *, kept: bool) -> None:
     numbers = all(isinstance(p.value, (int, float)) and not isinstance(p.value, bool) for p in curve.points)
     x: list[Any] = [p.value if numbers else str(p.value) for p in curve.points]
-    y = np.array([p.params if kept else 100 * p.score for p in curve.points])
+    y = np.array([p.params if kept else metric.unit * p.score for p in curve.points])
     colour = _COLOURS[curve.side]
     place.plot(x, y, marker="o", markersize=4, color=colour, label=_NAMES[curve.side])
-    half = np.array([0.0 if kept or math.isnan(p.half) else 100 * p.half for p in curve.points])
+    half = np.array([0.0 if kept or math.isnan(p.half) else metric.unit * p.half for p in curve.points])
     if half.any():
-        place.fill_between(x, (y - half).clip(0), (y + half).clip(max=100), color=colour, alpha=0.13, linewidth=0)
+        most = 100 if metric is ACCURACY else None
+        place.fill_between(x, (y - half).clip(0), (y + half).clip(max=most), color=colour, alpha=0.13, linewidth=0)
 
 
 def importance(found: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -119,7 +122,7 @@ def pareto(config: StudyConfig, trials: Sequence[FrozenTrial], best: Sequence[Fr
 
 
 def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]]) -> Figure:
-    """Parallel coordinates: one line for each (parameters, score), one axis for each parameter; the best on top."""
+    """Parallel coordinates: one line for each (parameters, score), one axis for each parameter; high scores on top."""
     names = [name for name in ("side", *config.factors) if any(name in params for params, _ in rows)]
     scales = {name: _scale(config, name, [params[name] for params, _ in rows if name in params]) for name in names}
     scores = np.array([score for _, score in rows])
@@ -127,7 +130,8 @@ def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]
     figure = Figure(figsize=(max(5.0, 1.7 * (len(names) + 1)), 3.6), layout="constrained")
     place = figure.subplots()
     colours = colormaps["viridis"]
-    for params, score in sorted(rows, key=lambda row: row[1]):
+    metric = metric_of(config.search)
+    for params, score in sorted(rows, key=lambda row: metric.sign * row[1]):
         height = (score - low) / (high - low) if high > low else 0.5
         points = [(at, scales[name][0](params[name])) for at, name in enumerate(names) if name in params]
         x, y = zip(*points, (len(names), height), strict=True)
@@ -138,8 +142,16 @@ def parallel(config: StudyConfig, rows: Sequence[tuple[Mapping[str, Any], float]
         for height, label in scales[name][1]:
             place.text(at + 0.03, height, label, fontsize=7, color=_INK, va="center", bbox=box)
     place.axvline(len(names), color=_FAINT, linewidth=0.8)
+    percent = " %" if metric is ACCURACY else ""
     for height, value in ((0.0, low), (1.0, high)):
-        place.text(len(names) + 0.03, height, f"{100 * value:.1f} %", fontsize=7, color=_INK, va="center")
+        place.text(
+            len(names) + 0.03,
+            height,
+            metric.text(value) + percent,
+            fontsize=7,
+            color=_INK,
+            va="center",
+        )
     place.set_xticks(range(len(names) + 1), [*(_title(config, name) for name in names), "score"], fontsize=8)
     place.set_yticks([])
     place.set_xlim(-0.1, len(names) + 0.4)

@@ -96,10 +96,12 @@ def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial]
         Heading("Best configurations"),
         Text(_how_the_best_were_chosen(config)),
     ]
+    metric = metric_of(config.search)
+    percent = " %" if metric is ACCURACY else f" {metric.label}"
     for index, trial in enumerate(best, 1):
         search = results.search_of(trial, config.search.folder)
         values = ", ".join(f"{name} {results.format_value(value)}" for name, value in trial.params.items())
-        score = f"{100 * results.mean_score(trial.user_attrs['scores']):.1f} %"
+        score = f"{metric.text(results.mean_score(trial.user_attrs['scores']))}{percent}"
         size = f"{trial.user_attrs['params']:,} parameters"
         parts.append(Text(f"best-{index}.yaml, trial {trial.number}: {score}, {size}; {values}"))
         parts.append(Text(search.to_yaml(search.folder).rstrip(), verbatim=True))
@@ -109,14 +111,14 @@ def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial]
 
 def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
     """Curves, importances, the Pareto front and all trials: whichever the study has."""
-    parts = list[Part]()
+    parts, metric = list[Part](), metric_of(config.search)
     curves = results.curves(config, study)
     if curves:
         parts += [
             Heading("Sensitivity"),
             Picture(
                 "sensitivity.png",
-                "Accuracy by factor; bands: 95 % t intervals over seeds",
+                f"{metric.name.capitalize()} by factor; bands: 95 % t intervals over seeds",
                 _png(plots.sensitivity(config, curves)),
             ),
             *_curve_tables(config, curves),
@@ -134,11 +136,14 @@ def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
             Table(["factor", *found], rows),
         ]
     elif curves:
-        rows = [[c.factor, c.side, f"{100 * c.drop:.1f}"] for c in curves if c.task == MEAN]
+        points = "points" if metric is ACCURACY else metric.name
+        rows = [[c.factor, c.side, metric.text(c.drop)] for c in curves if c.task == MEAN]
         parts += [
             Heading("Importance"),
-            Text("One factor at a time: the best minus the worst mean score along its curve, in points."),
-            Table(["factor", "side", "points"], sorted(rows, key=lambda row: -float(row[2]))),
+            Text(
+                f"One factor at a time: the highest minus the lowest mean {metric.name} along its curve, in {points}."
+            ),
+            Table(["factor", "side", points], sorted(rows, key=lambda row: -float(row[2]))),
         ]
     trials = results.complete_trials(study)
     if len(config.objectives) > 1 and config.mode == "optimise":
@@ -176,7 +181,7 @@ def _curve_tables(config: StudyConfig, curves: Sequence[Curve]) -> list[Part]:
             row = [results.format_value(value)]
             for index, curve in enumerate(own):
                 point = at.get((index, value))
-                row.append("" if point is None else results.format_score(point))
+                row.append("" if point is None else results.format_score(point, metric_of(config.search)))
                 if curve.task == MEAN:
                     row.append("" if point is None else f"{point.params:,.0f}")
             rows.append(row)
@@ -185,7 +190,9 @@ def _curve_tables(config: StudyConfig, curves: Sequence[Curve]) -> list[Part]:
             header += [f"{curve.side}: {curve.task}", *([f"{curve.side}: parameters"] if curve.task == MEAN else [])]
         parts.append(Table(header, rows))
     seeds = ", ".join(map(str, config.seeds))
-    return [*parts, Text(f"Accuracy in per cent, mean and 95 % t interval over the seeds {seeds}.")]
+    metric = metric_of(config.search)
+    what = "Accuracy in per cent" if metric is ACCURACY else metric.label.capitalize()
+    return [*parts, Text(f"{what}, mean and 95 % t interval over the seeds {seeds}.")]
 
 
 def _how_the_best_were_chosen(config: StudyConfig) -> str:

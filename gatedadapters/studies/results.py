@@ -20,7 +20,7 @@ from gatedadapters.reporting.intervals import half_width
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.studies import queue
 from gatedadapters.studies.cells import Cell, cells, perturbation_key
-from gatedadapters.studies.measured import Measured
+from gatedadapters.studies.measured import ACCURACY, Measured, Metric, metric_of
 
 MEAN = "mean"
 _FEWEST_TRIALS = 8  # with fewer, importances mean nothing
@@ -32,7 +32,7 @@ class CurvePoint:
 
     Attributes:
         value: the value of the factor.
-        score: mean accuracy over seeds.
+        score: mean accuracy or loss over seeds.
         half: half the width of its 95 % t interval; nan for one seed.
         seeds: number of seeds.
         params: mean number of parameters kept.
@@ -63,7 +63,7 @@ class Curve:
 
     @property
     def drop(self) -> float:
-        """The best score minus the worst."""
+        """The highest score minus the lowest."""
         scores = [point.score for point in self.points]
         return max(scores) - min(scores)
 
@@ -90,11 +90,11 @@ def average_over_seeds(found: Sequence[Measured]) -> Measured:
     )
 
 
-def objectives(measured: Measured) -> dict[Objective, float]:
+def objectives(measured: Measured, metric: Metric) -> dict[Objective, float]:
     """The values that an optimisation can use: `score`, `params` and, with a perturbation, the robustness `gap`."""
     found: dict[Objective, float] = {"score": mean_score(measured.scores), "params": float(measured.params)}
     if measured.perturbed:
-        found["gap"] = found["score"] - mean_score(measured.perturbed[0])
+        found["gap"] = metric.sign * (found["score"] - mean_score(measured.perturbed[0]))
     return found
 
 
@@ -123,10 +123,10 @@ def search_of(trial: FrozenTrial, folder: Path | None = None) -> SearchConfig:
     return SearchConfig.read(trial.user_attrs["search"], folder, where=f"trial {trial.number}")
 
 
-def robustness_gap(trial: FrozenTrial) -> float:
-    """Clean score minus the score under the first perturbation."""
+def robustness_gap(trial: FrozenTrial, metric: Metric) -> float:
+    """How much worse the score is under the first perturbation."""
     first: Mapping[str, float] = next(iter(trial.user_attrs["perturbed"].values()))
-    return mean_score(trial.user_attrs["scores"]) - mean_score(first)
+    return metric.sign * (mean_score(trial.user_attrs["scores"]) - mean_score(first))
 
 
 def metrics(trial: FrozenTrial) -> dict[str, float]:
@@ -236,12 +236,15 @@ def importances(config: StudyConfig, study: optuna.Study) -> dict[str, dict[str,
     params = [path for path in config.factors if path in names and not path.startswith(PERTURBATION)]
     if len(trials) < _FEWEST_TRIALS or not params:
         return {}
+    metric = metric_of(config.search)
     targets: dict[str, Callable[[FrozenTrial], float]] = {
-        "score": lambda trial: -mean_score(trial.user_attrs["scores"]),  # the evaluator looks for low values
+        "score": lambda trial: (
+            -metric.sign * mean_score(trial.user_attrs["scores"])
+        ),  # the evaluator looks for low values
         "params": lambda trial: float(trial.user_attrs["params"]),
     }
     if all(trial.user_attrs["perturbed"] for trial in trials):
-        targets["gap"] = robustness_gap
+        targets["gap"] = lambda trial: robustness_gap(trial, metric)
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the evaluator warns at every call that it looks for low values
@@ -259,7 +262,7 @@ def front(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
     if config.mode == "sensitivity":
         return _best_settings(config, study)
     feasible = [t for t in complete_trials(study) if all(value <= 0 for value in t.constraints.values())]
-    signs = [1 if name == "score" else -1 for name in config.objectives]
+    signs = [metric_of(config.search).sign if name == "score" else -1 for name in config.objectives]
 
     def values(trial: FrozenTrial) -> list[float]:
         return [sign * value for sign, value in zip(signs, trial.values, strict=True)]
@@ -274,7 +277,7 @@ def front(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
 
 def _best_settings(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial]:
     """For each side, the trial of the first seed of its best setting."""
-    found = []
+    sign, found = metric_of(config.search).sign, []
     for side in config.sides:
         by_setting: dict[str, list[FrozenTrial]] = {}
         for cell, _, trial in scored_cells(config, study):
@@ -282,7 +285,8 @@ def _best_settings(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial
                 by_setting.setdefault(repr(sorted(cell.assignment.items())), []).append(trial)
         if by_setting:
             best = max(
-                by_setting.values(), key=lambda trials: fmean(mean_score(t.user_attrs["scores"]) for t in trials)
+                by_setting.values(),
+                key=lambda trials: sign * fmean(mean_score(t.user_attrs["scores"]) for t in trials),
             )
             found.append(best[0])
     return found
@@ -293,13 +297,14 @@ def _best_settings(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial
 
 def study_table(config: StudyConfig, study: optuna.Study) -> str:
     """The curves of a sensitivity study, or the best trials of an optimisation, as plain text."""
+    metric = metric_of(config.search)
     if config.mode == "sensitivity":
         rows = [
             [
                 curve.factor,
                 curve.side,
                 format_value(point.value),
-                format_score(point),
+                format_score(point, metric),
                 str(point.seeds),
                 f"{point.params:,.0f}",
             ]
@@ -307,7 +312,17 @@ def study_table(config: StudyConfig, study: optuna.Study) -> str:
             if curve.task == MEAN
             for point in curve.points
         ]
-        return format_table(["factor", "side", "value", "score, % (95 %)", "seeds", "parameters"], rows)
+        return format_table(
+            [
+                "factor",
+                "side",
+                "value",
+                f"{'score, %' if metric is ACCURACY else metric.name} (95 %)",
+                "seeds",
+                "parameters",
+            ],
+            rows,
+        )
     rows = [
         [str(trial.number), *(f"{v:.4g}" for v in trial.values), *(format_value(v) for v in trial.params.values())]
         for trial in front(config, study)
@@ -315,9 +330,9 @@ def study_table(config: StudyConfig, study: optuna.Study) -> str:
     return format_table(["trial", *config.objectives, *config.factors], rows) if rows else "no feasible trial yet"
 
 
-def format_score(point: CurvePoint) -> str:
-    """The score in per cent, with the half-width of its interval."""
-    return f"{100 * point.score:.1f}" + ("" if math.isnan(point.half) else f" ± {100 * point.half:.1f}")
+def format_score(point: CurvePoint, metric: Metric) -> str:
+    """The score as people read it, with the half-width of its interval."""
+    return metric.text(point.score) + ("" if math.isnan(point.half) else f" ± {metric.text(point.half)}")
 
 
 def format_value(value: Any) -> str:

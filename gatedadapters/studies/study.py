@@ -16,22 +16,17 @@ from optuna.trial import FrozenTrial, Trial
 
 from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
 from gatedadapters.config.plugins import load_plugins
-from gatedadapters.config.study import Objective, Value, differing, value_of
+from gatedadapters.config.study import Value, differing, value_of
 from gatedadapters.errors import StudyError
 from gatedadapters.reporting.versions import versions
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import Training, parameters, trainings
-from gatedadapters.studies.measured import Measure, ReportProgress
+from gatedadapters.studies.measured import Measure, ReportProgress, metric_of
 from gatedadapters.studies.storage import check_workers, open_storage
 from gatedadapters.studies.workers import work, work_together
 
 CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
-_DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
-    "score": "maximize",
-    "params": "minimize",
-    "gap": "minimize",
-}
 
 
 class Study:
@@ -166,9 +161,11 @@ class Study:
             found.append(self.measure(seeded, side, perturbations, split="validation", report=report))
         measured = results.average_over_seeds(found)
         results.store_result(trial, search, side, perturbations, measured)
-        values = results.objectives(measured)
+        metric = metric_of(config.search)
+        values = results.objectives(measured, metric)
         for name, limit in config.constraints.items():
-            trial.set_constraint(name, limit - values[name] if name == "score" else values[name] - limit)
+            sign = metric.sign if name == "score" else -1
+            trial.set_constraint(name, sign * (limit - values[name]))
         return [values[name] for name in config.objectives]
 
     def _reporter(self, trial: Trial, offset: int) -> ReportProgress | None:
@@ -283,7 +280,10 @@ class Study:
 
     def _create(self, storage: BaseStorage) -> None:
         objectives = self.config.objectives if self.config.mode == "optimise" else ("score",)
-        directions = [_DIRECTIONS[name] for name in objectives]
+        best: Literal["maximize", "minimize"] = (
+            "maximize" if metric_of(self.config.search).higher_is_better else "minimize"
+        )
+        directions = [best if name == "score" else "minimize" for name in objectives]
         try:
             study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
         except DuplicatedStudyError:  # another machine was faster

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gatedadapters.backbone.attached import apply_requires_grad
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
-from gatedadapters.errors import ArtifactError, AttachError, TaskError, TrainingError
+from gatedadapters.errors import ArtifactError, AttachError, MaskError, PathError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
-from gatedadapters.paths import Path, SkippedSite
+from gatedadapters.paths import Elements, Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.structure import Structure
@@ -25,8 +27,16 @@ from gatedadapters.structure.discretize import build_structure, choose_units, ke
 from gatedadapters.structure.folder import write
 from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding, point_hooks, register_hook
 from gatedadapters.supernet.merging import Merged, merge
+from gatedadapters.supernet.own_saving import OwnSaving
 from gatedadapters.supernet.supernet import NAME, Supernet
 from gatedadapters.supernet.weight_forward import weight_forwards
+
+
+class ScoresOfElements(Protocol):
+    """Importance of the elements of parameters, by parameter name: a mapping, or `masking.Scores`."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """The scores of one parameter, in its shape."""
 
 
 class Adapters(Supernet):
@@ -106,7 +116,41 @@ class Adapters(Supernet):
                 where="adapters.penalty",
                 fix="pass penalty= to attach, or call adapters.set_penalty",
             )
+        self.pressure.asked_for = True
         return self.pressure.term(self.bank)
+
+    def choose_elements(self, scores: ScoresOfElements) -> None:
+        """Let every `elements` path stand at the elements of its map that score highest; call it before training.
+
+        Args:
+            scores: by parameter of the model, the importance of each element: what `ga.score` returns, or a dictionary.
+
+        Raises:
+            PathError: there are no such paths, no scores of a weight, or scores of another shape or not finite.
+                The paths before the one that it names have their elements already.
+        """
+        paths = [path for _, path in self.typed_paths() if isinstance(path, Elements)]
+        if not paths:
+            raise PathError(
+                "there are no elements to choose",
+                expected="paths of the kind elements",
+                got=", ".join(sorted({path.kind for _, path in self.typed_paths()})) or "no paths",
+                where="choose_elements",
+                fix="attach a search space with a path {kind: elements}",
+            )
+        for path in paths:
+            name = f"{path.site.write.module}.weight"
+            try:
+                own = scores[name]
+            except (KeyError, MaskError) as error:
+                raise PathError(
+                    "there are no scores of this weight",
+                    expected=f"scores of {name}",
+                    got="none",
+                    where=f"{path.kind} at {path.site.write.module}",
+                    fix="score all weights that elements are offered at",
+                ) from error
+            path.choose_by(own)
 
     def _gates(self) -> GateBank:
         if self.bank is None:
@@ -200,7 +244,36 @@ class Adapters(Supernet):
         Raises:
             AttachError: already compact, or the structure names other candidates.
         """
-        bank, model = self._gates(), self.model
+        self._gates()
+        model = self.model
+        self.unhook()
+        try:
+            return self._fold(structure, task)
+        finally:
+            self.hook(model)
+
+    def compacted(self) -> Adapters:
+        """A copy of what `compact()` would leave, in no model, to save; these adapters train on unchanged.
+
+        Compact adapters are their own copy.
+        """
+        if self.bank is None:
+            return self
+        twin = Adapters(
+            copy.deepcopy(dict(self.typed_paths())),
+            tasks=self.tasks,
+            space=self.space,
+            identity=self.identity,
+            seed=self.seed,
+        )
+        twin.bank, twin.structure = copy.deepcopy(self.bank), self.structure
+        twin.head_names, twin._model = self.head_names, self._model
+        twin._fold(self.structure or self.discretize(), None)
+        return twin
+
+    def _fold(self, structure: Structure | None, task: str | None) -> Structure:
+        """Make these adapters compact while they are in no model; see `compact`."""
+        bank = self._gates()
         structure = structure or self.structure or self.discretize()
         if task is not None:
             structure = structure.for_task(task)
@@ -221,12 +294,10 @@ class Adapters(Supernet):
             else:
                 path.scale_units(own[rows[0]])
             survivors[record.key] = path
-        self.unhook()
         self.paths = nn.ModuleDict(survivors)
         self.bank = self.pressure = None
         self.tasks, self.structure = structure.tasks, structure
         self._task = 0 if len(self.tasks) == 1 else None
-        self.hook(model)
         return structure
 
     def merge(self, task: str | None = None) -> Merged:
@@ -319,7 +390,14 @@ class Adapters(Supernet):
             fix = "leave `with adapters.disabled()` first"
             raise AttachError("the adapters are disabled", where="merge / unmerge", fix=fix)
 
-    def save(self, folder: str | FilePath, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | FilePath,
+        *,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        beside: bool = False,
+    ) -> None:
         """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
 
         The folder holds `structure.json` and `adapters.safetensors`. It appears complete or not at all.
@@ -328,6 +406,7 @@ class Adapters(Supernet):
             folder: a new or an empty folder.
             dtype: of what is stored, float32 or bfloat16.
             overwrite: replace an artefact that the folder holds, in one step.
+            beside: other files that the folder holds stay; an earlier artefact in it is replaced.
 
         Raises:
             ArtifactError: the adapters are not compact, or the folder is not free.
@@ -338,10 +417,11 @@ class Adapters(Supernet):
                 expected="adapters whose gates are folded into their weights",
                 got=f"gates over {len(self.paths)} candidate paths",
                 where="Adapters.save",
-                fix="call adapters.compact() first; a Trainer's checkpoints keep gates for resuming",
+                fix="call adapters.compact() first, or save adapters.compacted() to go on training",
             )
         heads = dict(zip(self.head_names, self.head_parameters(), strict=True))
-        write(folder, self.structure, dict(self.typed_paths()), heads, dtype=dtype, overwrite=overwrite)
+        paths = dict(self.typed_paths())
+        write(folder, self.structure, paths, heads, dtype=dtype, overwrite=overwrite, beside=beside)
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 
@@ -358,6 +438,10 @@ class Adapters(Supernet):
         for forward in weight_forwards(self, model):
             forward.install()
             self._forwards.append(forward)
+        if isinstance(model, PreTrainedModel):
+            saving = OwnSaving(model, self)
+            saving.install()
+            self._forwards.append(saving)
         if self.bank is not None:
             CLOCK.add(self)
 

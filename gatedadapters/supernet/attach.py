@@ -101,6 +101,8 @@ def attach(
         built = _from_scratch(model, space, identity, seed)
     else:
         built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
+        for _, path in built.typed_paths():
+            path.start_from(model.get_submodule(path.site.write.module))
         if penalty is not None:
             built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
     return install(built, model, head_names)
@@ -197,8 +199,9 @@ def candidates(
     taken = {(options.kind, str(site.tap)) for options, site in found.values()}
     skipped_sites = [skipped for skipped in skipped_sites if (skipped.instead, skipped.module) not in taken]
     if not found:
-        places = (*layout.maps(), *layout.maps_outside(), *layout.norms())
-        offered = ", ".join(sorted({f"{sublayer.kind}.{place.role}" for _, sublayer, place in places}))
+        maps = [f"{sublayer.kind}.{linear.role}" for _, sublayer, linear in (*layout.maps(), *layout.maps_outside())]
+        norms = [f"{sublayer.kind}.{norm.role}" for _, sublayer, norm in layout.norms()]
+        offered = ", ".join(sorted({*maps, *norms}))
         raise PathError(
             "the search space selects no point of this model",
             expected="at least one candidate",

@@ -43,9 +43,10 @@ class ModelHook:
 class OutputAnchor:
     """After the model ran, or raised: the call ends.
 
-    If all gates were drawn as 0, it adds `0 * log_alpha.sum()` to the output, so that backward and
-    DistributedDataParallel still reach the gates. Without it the loss of a model without heads would need no gradient,
-    and DDP would count the gates as unused before the penalty adds their gradient.
+    If all gates were drawn as 0, it adds `0 * log_alpha.sum()` to the outputs, so that backward and
+    DistributedDataParallel still reach the gates, whichever output the loss is computed from. Without it the loss of a
+    model without heads would need no gradient, and DDP would count the gates as unused before the penalty adds their
+    gradient.
     """
 
     def __init__(self, supernet: Supernet) -> None:
@@ -61,14 +62,15 @@ class OutputAnchor:
         if output is None or bank is None or not learning or not runs or any(bank.open_paths.values()):
             return None
         nothing = 0.0 * bank.log_alpha.sum()
-        if isinstance(output, Tensor):
-            return output + nothing
-        items = output.items() if isinstance(output, Mapping) else enumerate(output)
-        place, value = next((k, v) for k, v in items if isinstance(v, Tensor) and v.is_floating_point())
         if isinstance(output, Mapping):
-            output[place] = value + nothing.to(value.dtype)  # type: ignore[index]
+            for name, value in output.items():
+                output[name] = _plus(value, nothing)  # type: ignore[index]
             return output
-        return (*output[:place], value + nothing.to(value.dtype), *output[place + 1 :])
+        return tuple(_plus(value, nothing) for value in output) if isinstance(output, tuple) else _plus(output, nothing)
+
+
+def _plus(value: Any, nothing: Tensor) -> Any:
+    return value + nothing.to(value.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class Checkpointing(Protocol):

@@ -117,6 +117,7 @@ class Supernet(nn.Module, StepListener):
         if not self.training or not torch.is_grad_enabled():
             return
         self._claim_training()
+        self._check_learning()
         bank = self.bank
         if bank is None or not bank.step_is_new():
             return
@@ -197,6 +198,18 @@ class Supernet(nn.Module, StepListener):
             CLOCK.add(self)  # to hear of the step's end
         self._trained_in = here
 
+    def _check_learning(self) -> None:
+        """Raise if peft has put adapters of its own into the model, and with that frozen these.
+
+        Raises:
+            TrainingError: it has.
+        """
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            return
+        for module in self.model.modules():
+            if type(module).__module__.startswith("peft."):
+                raise peft_beside_adapters(type(module).__name__, "forward")
+
     # -- what the clock of optimiser steps calls -----------------------------------------------------------------------
 
     def watched(self) -> list[nn.Parameter]:
@@ -207,9 +220,16 @@ class Supernet(nn.Module, StepListener):
         """Prune at once if that is due: release 0.1 saved its checkpoints before it pruned, not after."""
         self.prune_if_due()
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Check that the penalty was part of the loss; see `Pressure.check_asked_for`."""
+        if self.pressure is not None and self.bank is not None and not self.bank.step_is_new():
+            self.pressure.check_asked_for(self.bank)
+
     def after_step(self, optimizer: Optimizer | None) -> None:
         """Let another thread train the model now, and prune if this step completed the schedule's share of training."""
         self._trained_in = None
+        if optimizer is None and self.pressure is not None and self.bank is not None:
+            self.pressure.check_asked_for(self.bank)
         self.prune_if_due()
 
     def prune_if_due(self) -> None:
@@ -322,3 +342,19 @@ class Supernet(nn.Module, StepListener):
         self.serial = new_serial(self)
         if self.bank is not None and self._handles:
             CLOCK.add(self)
+
+
+def peft_beside_adapters(found: str, where: str) -> TrainingError:
+    """The error for a model that peft is to adapt as well.
+
+    Args:
+        found: the class of peft's that was found.
+        where: where it was found.
+    """
+    return TrainingError(
+        "peft's adapters would be trained alone: it freezes everything else, gated adapters included",
+        expected="adapters of one library in a model",
+        got=found,
+        where=where,
+        fix="leave peft_config out, or ga.detach the gated adapters before peft gets the model",
+    )

@@ -1,8 +1,18 @@
 """Trainers for gated and masked models, built on transformers' Trainer, for one task or many."""
 
 from gatedadapters.training.callback import FollowOptimizer
+from gatedadapters.training.gated import GatedClass, SelectiveClass, gated, selective
 from gatedadapters.training.multitask import MultiTaskClassifier
 from gatedadapters.training.selective import SelectiveTrainer
 from gatedadapters.training.trainer import GatedTrainer
 
-__all__ = ["FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer"]
+__all__ = [
+    "FollowOptimizer",
+    "GatedClass",
+    "GatedTrainer",
+    "MultiTaskClassifier",
+    "SelectiveClass",
+    "SelectiveTrainer",
+    "gated",
+    "selective",
+]

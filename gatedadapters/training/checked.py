@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,7 @@ from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key
 from gatedadapters.training.callback import FollowOptimizer
+from gatedadapters.training.loss_scale import divides_by_count
 
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
@@ -24,8 +27,11 @@ MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their va
 class CheckedTrainer(Trainer):
     """transformers' Trainer, with checks of each training loss, and of a checkpoint before anything of it is loaded.
 
-    A checkpoint holds what is trained, not the backbone.
+    A checkpoint holds what is trained, not the backbone, and an artefact of it.
     """
+
+    _divides_by_count: bool | None = None
+    """Whether the model divides its loss by `num_items_in_batch`; None until a batch has told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,7 +51,10 @@ class CheckedTrainer(Trainer):
             TaskError: a label is not below the head's number of classes.
         """
         try:
-            loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+            if num_items_in_batch is not None:
+                num_items_in_batch = self._count_for(model, inputs, num_items_in_batch)
+            # Some Trainers of TRL cannot return outputs, or pay for them with another forward pass.
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         except IndexError as error:
             if "Target" not in str(error):
                 raise
@@ -58,8 +67,33 @@ class CheckedTrainer(Trainer):
                 fix="check the label column and the model's num_labels",
             ) from error
         if model.training:
-            check_finite_loss(loss, self.state.global_step)
-        return (loss, outputs) if return_outputs else loss
+            check_finite_loss(found[0] if return_outputs else found, self.state.global_step)
+        return found
+
+    def _count_for(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> Tensor | int | None:
+        """`count`, the number of items in all micro-batches of a step; None if the model does not divide by it.
+
+        The Trainer leaves it to the model to divide its loss by that number, if its `forward` takes `**kwargs`. If the
+        model was never seen doing so, the first batch with a loss shows whether it does. A model that does not gets the
+        Trainer's own scaling from then on. Trainers that compute the loss themselves say how they scale it
+        (`Trainer.loss_is_scaled_for_ga`), and are believed.
+        """
+        own = type(self).__mro__[type(self).__mro__.index(CheckedTrainer) + 1 :]
+        by_model = next(kind for kind in own if "compute_loss" in vars(kind)) is Trainer
+        by_model = by_model and self.compute_loss_func is None and self.label_smoother is None
+        if self._divides_by_count is None and by_model and self.model_accepts_loss_kwargs:
+            alone = cast(nn.Module, self.accelerator.unwrap_model(model))
+            told = self._of_all_processes(divides_by_count(alone, inputs, count))
+            self._divides_by_count = told
+            if told is False:
+                self.model_accepts_loss_kwargs = False
+        return None if self._divides_by_count is False else count
+
+    def _of_all_processes(self, told: bool | None) -> bool | None:
+        """What the processes found out together; they have to scale alike."""
+        votes = torch.tensor([told is True, told is False], device=self.args.device)
+        divides, ignores = self.accelerator.gather(votes).view(-1, 2).any(0).tolist()
+        return True if divides else False if ignores else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._check_checkpoint(resume_from_checkpoint)
@@ -70,7 +104,7 @@ class CheckedTrainer(Trainer):
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save what is trained, without the backbone."""
+        """Save what is trained, without the backbone, and beside it what loads onto the backbone."""
         folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
@@ -83,6 +117,13 @@ class CheckedTrainer(Trainer):
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        self._write_artifact(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint; the Trainer copies only files that it knows into the folder that it uploads."""
+        if self.is_world_process_zero():
+            self._write_artifact(str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_checkpoint(self, folder: str) -> None:
         """Compare a checkpoint's keys, shapes and digests with what is trained, before anything is changed.
@@ -121,8 +162,37 @@ class CheckedTrainer(Trainer):
         """Whether a key of the model's state dict is trained, and therefore part of a checkpoint."""
 
     @abstractmethod
+    def _write_artifact(self, folder: str) -> None:
+        """Write what the library's readers load, beside the other files of a folder."""
+
+    @abstractmethod
     def _origin(self) -> dict[str, str]:
         """Backbone and mask digests stored in checkpoint metadata, by name."""
+
+
+def named_arguments(trainer: type[CheckedTrainer], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the Trainer that `trainer` builds on, by name.
+
+    Each class's `__init__` takes what its parameters are, and passes on what came for `*args` to the next class.
+
+    Raises:
+        TypeError: there are too many, or one was given twice.
+    """
+    named, left = dict(kwargs), list(args)
+    for kind in trainer.__mro__[trainer.__mro__.index(CheckedTrainer) + 1 :]:
+        if "__init__" not in vars(kind) or not left:
+            continue
+        parameters = list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and left:
+                if parameter.name in named:
+                    raise TypeError(f"{trainer.__name__} got multiple values for argument {parameter.name!r}")
+                named[parameter.name] = left.pop(0)
+        if not any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+            break
+    if left:
+        raise TypeError(f"{trainer.__name__} got {len(left)} positional arguments too many")
+    return named
 
 
 def check_finite_loss(loss: Tensor, step: int) -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
@@ -22,8 +21,9 @@ from gatedadapters.masking.scores import score_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
-from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
+from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 
+_SCORED = "scored"  # name of the general data among the Trainer's held-out sets, while it is prepared
 _HEADER = ("held-out", "loss before", "after", "change", "perplexity before", "after")
 
 
@@ -61,24 +61,23 @@ class Report:
 
 
 class SelectiveTrainer(CheckedTrainer):
-    """A transformers Trainer that tunes only elements which matter little on general data.
+    """A transformers Trainer that tunes only elements which matter little on general data; see `selective` for others.
 
     `train()` scores the model on general and on domain data, selects a mask, applies it, evaluates, trains on the
     domain data, and evaluates again; `report()` shows both evaluations. If the model has a delta already, that one is
-    trained. Checkpoints hold only what is trained. A run resumes only with the mask of its checkpoint; selection gives
-    the same mask again for equal data and seed.
+    trained. Checkpoints hold only what is trained; each folder that it writes also holds the delta, for `load_delta`. A
+    run resumes only with the mask of its checkpoint; selection gives the same mask again for equal data and seed.
 
     Args:
-        model: a causal language model, a classifier, or another model that computes a loss from a batch with labels.
-        args: transformers' TrainingArguments.
-        train_dataset: data of the domain.
+        *args: arguments of the Trainer, as it takes them: a model that computes a loss from a batch with labels,
+            transformers' TrainingArguments, the train_dataset of the domain and so on. `eval_dataset` is held-out data
+            of the domain.
         general_dataset: data that represents what the model must keep; needed unless `mask` is given.
-        eval_dataset: held-out data of the domain.
         general_eval_dataset: held-out general data.
         selection: how to score and select.
         mask: a mask to apply instead of selecting one.
         heads: see `apply_mask`.
-        **kwargs: arguments of transformers' Trainer.
+        **kwargs: more arguments of the Trainer.
 
     Raises:
         TrainingError: there is neither general data nor a mask, the model has adapters, or the arguments cannot give a
@@ -87,28 +86,34 @@ class SelectiveTrainer(CheckedTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
-        *,
-        train_dataset: Any = None,
+        *args: Any,
         general_dataset: Any = None,
-        eval_dataset: Any = None,
         general_eval_dataset: Any = None,
         selection: SelectionConfig | None = None,
         mask: Mask | None = None,
         heads: tuple[str, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_launch(args)
+        given = named_arguments(type(self), args, kwargs)
+        model, settings = given.get("model"), given.get("args")
+        if not isinstance(model, nn.Module) or given.get("peft_config") is not None:
+            raise TrainingError(
+                "a sparse delta tunes a model's own weights, and nothing beside them",
+                expected="a model, and no peft_config",
+                got=repr(model) if not isinstance(model, nn.Module) else type(given["peft_config"]).__name__,
+                where=type(self).__name__,
+                fix="load the model and pass it, without peft_config",
+            )
+        if settings is not None:
+            check_launch(settings)
         self.selection, self.mask, self.heads = selection or SelectionConfig(), mask, heads
-        self.general_dataset = general_dataset
         self.measured: list[dict[str, float]] = []
         if mask is None and general_dataset is None and find_delta(model) is None and self._needs_data:
             raise TrainingError(
                 "there is no general data, so importance in general is unknown",
                 expected="general_dataset=, or mask=",
                 got="neither",
-                where="SelectiveTrainer",
+                where=type(self).__name__,
                 fix="pass data that represents what the model is to keep",
             )
         if hasattr(model, ADAPTERS):
@@ -116,12 +121,12 @@ class SelectiveTrainer(CheckedTrainer):
                 "this model has adapters, which SelectiveTrainer neither trains nor keeps",
                 expected="a model without adapters, or with a sparse delta beside them in a GatedTrainer",
                 got=f"model.{ADAPTERS}",
-                where="SelectiveTrainer(model=)",
+                where=f"{type(self).__name__}(model=)",
                 fix="detach or merge them first, or apply_mask and train both with GatedTrainer",
             )
-        held_out = {"domain": eval_dataset, "general": general_eval_dataset}
+        held_out = {"domain": given.pop("eval_dataset", None), "general": general_eval_dataset}
         self.held_out = {part: data for part, data in held_out.items() if data is not None}
-        if self.held_out and (args.bf16_full_eval or args.fp16_full_eval):
+        if self.held_out and settings is not None and (settings.bf16_full_eval or settings.fp16_full_eval):
             raise TrainingError(
                 "evaluation before training would round the weights that are trained",
                 expected="evaluation in the type that is trained in",
@@ -129,11 +134,16 @@ class SelectiveTrainer(CheckedTrainer):
                 where="TrainingArguments",
                 fix="leave it out; bf16=True is as fast",
             )
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # experts that are not chosen take no part in a step
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=self.held_out or None, **kwargs
-        )
+        if settings is not None and settings.ddp_find_unused_parameters is None:
+            settings.ddp_find_unused_parameters = True  # experts that are not chosen take no part in a step
+        # The Trainer prepares data that it evaluates on as it prepares training data (TRL tokenizes it): both alike.
+        scored = {} if general_dataset is None else {_SCORED: general_dataset}
+        super().__init__(**given, eval_dataset=self.held_out | scored or None)
+        check_launch(self.args)
+        prepared = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        self.general_dataset = prepared.pop(_SCORED, None)
+        self.held_out = prepared
+        self.eval_dataset = prepared or None
 
     @property
     def _needs_data(self) -> bool:
@@ -216,6 +226,9 @@ class SelectiveTrainer(CheckedTrainer):
 
     def _is_trained(self, key: str) -> bool:
         return key.startswith(f"{NAME}.") or key in self.delta.head_names
+
+    def _write_artifact(self, folder: str) -> None:
+        self.delta.save(folder, beside=True)
 
     def _origin(self) -> dict[str, str]:
         return {BACKBONE: self.delta.mask.identity.values, MASK: self.delta.mask.digest}

@@ -5,22 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
+from gatedadapters.artifacts import save_joint
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
 from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
-from gatedadapters.supernet.adapters import get_adapters
-from gatedadapters.supernet.supernet import NAME
-from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch
+from gatedadapters.supernet.adapters import Adapters, get_adapters
+from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
+from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 from gatedadapters.training.multitask import MultiTaskClassifier
+from gatedadapters.training.reference import reference_by_switching_off
+
+_LATEST: WeakKeyDictionary[Adapters, ref[GatedTrainer]] = WeakKeyDictionary()
+"""The trainer that was made last for each model's adapters."""
 
 
 class ConstantFactor:
@@ -32,7 +38,7 @@ class ConstantFactor:
 
 
 class GatedTrainer(CheckedTrainer):
-    """A transformers Trainer for a model with gated adapters.
+    """A transformers Trainer for a model with gated adapters. `gated` makes one of any other Trainer.
 
     It adds to the Trainer:
 
@@ -40,14 +46,17 @@ class GatedTrainer(CheckedTrainer):
     - A learning rate for the gates, without weight decay, and one for the paths that grows as a budget closes
       candidates (`shared_out`).
     - The schedule (warm-up, ramp, prune), over the number of steps that the Trainer computes.
-    - Checkpoints that hold only what is trained.
+    - Checkpoints that hold only what is trained. Every folder that it writes also holds what the adapters would be if
+      they were made compact now, for `load_adapters` (with a sparse delta: `load_joint`).
     - Temperature sampling across tasks.
+    - A reference model without a second copy: a Trainer that compares with a frozen model (DPO, KTO, GRPO, RLOO) calls
+      the trained one with its adapters off.
 
     If the schedule has a prune, only models after it can become the best checkpoint.
 
     Args:
-        model: with adapters attached.
-        args: transformers' TrainingArguments. For several devices start one process each (torchrun, accelerate launch).
+        *args: arguments of the Trainer, as it takes them: the model with adapters attached, transformers'
+            TrainingArguments and so on. For several devices start one process each (torchrun, accelerate launch).
         budget: limit on the cost of the Structure. Give `budget` or `penalty`, or neither if `attach` was given a
             penalty or a Structure. With a sparse delta in the model, a budget in `params` limits both together. One in
             `flops`, or as a fraction of the candidates, limits the adapters, because a delta costs no flops.
@@ -57,7 +66,7 @@ class GatedTrainer(CheckedTrainer):
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
             examples; needs a data set with `sizes`.
-        **kwargs: arguments of transformers' Trainer.
+        **kwargs: more arguments of the Trainer.
 
     Raises:
         AttachError: the model has no adapters.
@@ -67,9 +76,7 @@ class GatedTrainer(CheckedTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
-        *,
+        *args: Any,
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
@@ -78,9 +85,11 @@ class GatedTrainer(CheckedTrainer):
         task_temperature: float | None = None,
         **kwargs: Any,
     ) -> None:
+        given = named_arguments(type(self), args, kwargs)
+        model, settings = _attached(given, type(self).__name__), given.get("args")
         self.adapters, self.delta = get_adapters(model), find_delta(model)
-        check_launch(args)
-        _check_model(self.adapters, model, args)
+        if settings is not None:  # else the Trainer makes some, which are checked below
+            self._check(model, settings)
         if self.delta is not None:
             earlier = None if self.adapters.pressure is None else self.adapters.pressure.penalty
             if budget is None and penalty is None and isinstance(earlier, Budget) and earlier.params is not None:
@@ -88,7 +97,7 @@ class GatedTrainer(CheckedTrainer):
                     "this budget may be for the adapters alone, or for the sparse delta too",
                     expected="a budget or penalty given to the trainer when both are trained",
                     got=f"attach(penalty={earlier!r})",
-                    where="GatedTrainer",
+                    where=type(self).__name__,
                     fix="pass budget= here for both together, or penalty= for the adapters alone",
                 )
             if budget is not None and budget.params is not None:
@@ -98,29 +107,66 @@ class GatedTrainer(CheckedTrainer):
                 "a budget is a penalty",
                 expected="budget= or penalty=",
                 got="both",
-                where="GatedTrainer",
+                where=type(self).__name__,
                 fix="drop one",
             )
         chosen = budget if budget is not None else penalty
         if chosen is None and schedule is not None and self.adapters.pressure is not None:
             chosen = self.adapters.pressure.penalty
         if chosen is not None:
-            self.adapters.set_penalty(chosen, schedule=schedule, total_steps=max(1, args.max_steps))
+            steps = 1 if settings is None else max(1, settings.max_steps)  # until the Trainer has computed them
+            self.adapters.set_penalty(chosen, schedule=schedule, total_steps=steps)
         elif schedule is not None:
             raise TrainingError(
                 "a schedule needs something to schedule",
                 expected="budget= or penalty= beside schedule=",
                 got="neither",
-                where="GatedTrainer",
+                where=type(self).__name__,
                 fix="give one, or drop the schedule",
             )
+        self._pressure = self.adapters.pressure
+        _LATEST[self.adapters] = ref(self)
         self.gate_learning_rate, self.task_temperature = gate_learning_rate, task_temperature
         self.delta_learning_rate = delta_learning_rate
         self._gate_group: int | None = None
         self._path_groups: list[int] = []
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # closed paths take no part in a step
-        super().__init__(model=model, args=args, **kwargs)
+        trained = [(p, p.data) for p in self.adapters.parameters()]
+        with reference_by_switching_off(self, model, given):
+            super().__init__(**given)
+        for parameter, values in trained:
+            if parameter.dtype != values.dtype:  # TRL rounds all that is trained beside a quantised backbone to bf16
+                parameter.data = values.to(parameter.device)
+        self._check(model, self.args)
+        _check_head_is_called(self.adapters, model)
+
+    def _check(self, model: nn.Module, settings: TrainingArguments) -> None:
+        check_launch(settings)
+        _check_model(self.adapters, model, settings, type(self).__name__)
+        if settings.ddp_find_unused_parameters is None:
+            settings.ddp_find_unused_parameters = True  # closed paths take no part in a step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the Trainer does.
+
+        Raises:
+            TrainingError: a trainer that was made later has replaced the penalty of this one.
+        """
+        latest = _LATEST[self.adapters]()
+        if latest is not None and latest is not self and self.adapters.pressure is not self._pressure:
+            raise TrainingError(
+                "another gated trainer was made for this model, and its penalty replaced the one of this trainer",
+                expected="one trainer of a model at a time",
+                got=f"a {type(latest).__name__} that was made after this {type(self).__name__}",
+                where="train",
+                fix="make each trainer when the one before has trained, or train copies of the model",
+            )
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch. The gates are drawn first: a Trainer may generate its examples before it computes a loss."""
+        model.train()
+        self.adapters.begin_step()
+        return super().training_step(model, *args, **kwargs)
 
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 
@@ -139,7 +185,7 @@ class GatedTrainer(CheckedTrainer):
                     "the optimiser leaves the gates out",
                     expected="a parameter group with adapters.gate_parameters()",
                     got=f"{len(self.optimizer.param_groups)} groups without them",
-                    where="GatedTrainer(optimizers=)",
+                    where=f"{type(self).__name__}(optimizers=)",
                     fix='add {"params": adapters.gate_parameters(), "lr": 0.05, "weight_decay": 0.0}',
                 )
             return self.optimizer
@@ -210,7 +256,8 @@ class GatedTrainer(CheckedTrainer):
             TrainingError: the loss is not finite, or the prune closed every path.
             TaskError: a label is not below the head's number of classes.
         """
-        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = cast(tuple[Tensor, Any], found if return_outputs else (found, None))
         if model.training:
             if not loss.requires_grad:
                 raise TrainingError(
@@ -277,6 +324,12 @@ class GatedTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def _write_artifact(self, folder: str) -> None:
+        if self.delta is None:
+            self.adapters.compacted().save(folder, beside=True)
+        else:
+            save_joint(self.adapters.model, folder, beside=True)
+
     def _origin(self) -> dict[str, str]:
         mask = {} if self.delta is None else {MASK: self.delta.mask.digest}
         return {BACKBONE: self.adapters.identity.values, **mask}
@@ -301,13 +354,53 @@ def _what_is_left(budget: Budget, delta: SparseDelta) -> Budget:
             "the sparse delta alone uses up the whole budget",
             expected=f"more than the {delta.params:,} elements that are tuned",
             got=f"{budget.params:,}",
-            where="GatedTrainer(budget=)",
+            where="budget",
             fix="raise the budget, or select fewer elements",
         )
     return budget.model_copy(update={"params": budget.params - delta.params})
 
 
-def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> None:
+def _attached(given: Mapping[str, Any], trainer: str) -> nn.Module:
+    """The model among a Trainer's arguments.
+
+    Raises:
+        TrainingError: there is none, or only its name; or peft is to adapt it, too.
+    """
+    model = given.get("model")
+    if not isinstance(model, nn.Module):
+        raise TrainingError(
+            "this trainer needs a model with adapters",
+            expected="the model that ga.attach was called on",
+            got=repr(model),
+            where=f"{trainer}(model=)",
+            fix="load the model, call ga.attach(model, ...), and pass the model",
+        )
+    if given.get("peft_config") is not None:
+        raise peft_beside_adapters(type(given["peft_config"]).__name__, f"{trainer}(peft_config=)")
+    return model
+
+
+def _check_head_is_called(adapters: Any, model: nn.Module) -> None:
+    """Check that no candidate sits at an output layer whose weights the Trainer uses without calling the layer.
+
+    Raises:
+        TrainingError: one does, and would not be trained.
+    """
+    if "fused_lm_head" not in inspect.signature(model.forward, follow_wrapped=False).parameters:
+        return
+    head = cast(Any, model).get_output_embeddings()
+    for key, path in adapters.typed_paths():
+        if any(model.get_submodule(point.module) is head for point in (path.site.tap, path.site.write)):
+            raise TrainingError(
+                "this trainer computes log-probabilities from the output layer's weight, so adapters there do not run",
+                expected="candidates inside the blocks",
+                got=f"path {key}",
+                where="the model",
+                fix="leave the output layer out of the search space",
+            )
+
+
+def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments, trainer: str) -> None:
     """Check that adapters of this model can be trained with these arguments.
 
     Raises:
@@ -319,7 +412,7 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments) -> No
             "the adapters are attached to a part of this model, and its checkpoints would lose them",
             expected="the model that ga.attach was called on",
             got=type(model).__name__,
-            where="GatedTrainer(model=)",
+            where=f"{trainer}(model=)",
             fix="attach to the whole model, or train the part",
         )
     if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # set by the arguments, or by the launcher

@@ -29,7 +29,7 @@ Train = Callable[[nn.Module, int], Adapters]
 """From a base and a seed to adapters that were trained on it, compact and attached."""
 
 ScoreFunction = Callable[[nn.Module], float]
-"""From a model with adapters to a score; higher is better."""
+"""From a model with adapters to a score, of which the report is told whether higher or lower is better."""
 
 ADAPTER, TRANSFER_TRAINED = "adapter", "transfer-trained"  # names of the two arms, and of their folders
 
@@ -81,15 +81,18 @@ class TransferReport:
 
     Attributes:
         scores: one entry for each seed.
+        lower_is_better: whether a score is a loss.
     """
 
     scores: tuple[TransferScores, ...]
+    lower_is_better: bool = False
 
     @property
     def recovery(self) -> Recovery:
         """(transfer-trained - direct) / (re-tuned - direct), all on the new base."""
-        won = [s.trained_direct - s.direct for s in self.scores]
-        return recovery(won, [s.retuned - s.direct for s in self.scores])
+        sign = -1.0 if self.lower_is_better else 1.0
+        won = [sign * (s.trained_direct - s.direct) for s in self.scores]
+        return recovery(won, [sign * (s.retuned - s.direct) for s in self.scores])
 
     def _rows(self) -> list[list[str]]:
         found = self.scores
@@ -142,7 +145,7 @@ def transfer_scores(
         new: the base after its update; the same holds for it.
         train: attaches adapters to the model it is given, trains them and the heads with a seed, and returns them
             compact and attached.
-        score: the score of a model with adapters; higher is better.
+        score: the score of a model with adapters.
         seed: is passed on to `train`.
         weakening: how the knowledge is weakened; default: the published recipe.
         total_steps: optimiser steps of a training, which a scheduled weakening needs.
@@ -202,14 +205,14 @@ def evaluate_transfer(
     seeds: Sequence[int] = (0, 1, 2),
     weakening: WeakeningConfig | None = None,
     total_steps: int | None = None,
+    lower_is_better: bool = False,
 ) -> TransferReport:
-    """`transfer_scores` for several seeds; see there for arguments and errors."""
-    return TransferReport(
-        tuple(
-            transfer_scores(old, new, train, score, seed=seed, weakening=weakening, total_steps=total_steps)
-            for seed in seeds
-        )
+    """`transfer_scores` for several seeds; see there for arguments and errors, and `TransferReport` for the rest."""
+    scores = tuple(
+        transfer_scores(old, new, train, score, seed=seed, weakening=weakening, total_steps=total_steps)
+        for seed in seeds
     )
+    return TransferReport(scores, lower_is_better)
 
 
 def recovery(won: Sequence[float], gap: Sequence[float]) -> Recovery:

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import gatedadapters as ga
 from gatedadapters.cli import main
 from gatedadapters.config import SearchConfig
-from gatedadapters.experiments.classifiers import load_tasks
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.evaluation import accuracies, score_tasks
+from gatedadapters.experiments.task_models import load_tasks
 
 Configured = Callable[..., Path]
 
@@ -60,7 +60,7 @@ def test_a_search_over_two_tables_leaves_an_adapter_that_scores_what_was_printed
     assert adapters.structure is not None
     assert adapters.structure.params == searched["params"]
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    assert evaluate(model, tasks, tokenizer, 128) == searched["accuracy"]
+    assert accuracies(score_tasks(model, tasks, tokenizer, 128)) == searched["accuracy"]
 
     assert width(out / "structure.png") > 300
     runs = {run.name: tags(run) for run in (out / "tensorboard").iterdir()}

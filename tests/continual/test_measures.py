@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 from words import save_tokenizer
 
 from gatedadapters.continual import choice_tasks
-from gatedadapters.continual.measures import nearest_class, prompt, question_once
+from gatedadapters.continual.measures import nearest_class, question_once
 from gatedadapters.continual.tasks import Task
 from gatedadapters.data import ChoiceExample, ChoiceTask
+from gatedadapters.data.language import prompt
 from gatedadapters.masking.scores.losses import task_losses, token_losses
 from gatedadapters.testing import tiny
 

@@ -82,7 +82,9 @@ def test_collator_cuts_long_examples(tokenizer: Any, tasks: list[TextTask]) -> N
 
 def test_what_cannot_be_collated_is_refused(tokenizer: Any, tasks: list[TextTask]) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
-        MixedTaskCollator(SimpleNamespace(pad_token_id=None))  # type: ignore[arg-type]
+        MixedTaskCollator(SimpleNamespace(pad_token_id=None, eos_token="</s>"))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a token that it knows"):
+        MixedTaskCollator(SimpleNamespace(pad_token_id=None, eos_token=None))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the same keys"):
         MixedTaskCollator(tokenizer)([{"input_ids": [1]}, {"input_ids": [1], "labels": 0}])
     with pytest.raises(DataError, match="an empty batch"):

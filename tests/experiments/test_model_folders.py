@@ -15,8 +15,8 @@ from gatedadapters import experiments
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import TextTask
 from gatedadapters.errors import ConfigError
-from gatedadapters.experiments.classifiers import build_model, load_tasks
 from gatedadapters.experiments.models import load_config_and_tokenizer
+from gatedadapters.experiments.task_models import build_model, load_tasks
 
 Configured = Callable[..., Path]
 

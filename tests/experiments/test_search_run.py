@@ -19,9 +19,9 @@ from gatedadapters import experiments
 from gatedadapters.config import SearchConfig
 from gatedadapters.errors import ArtifactError
 from gatedadapters.experiments.arms import ArmRunner
-from gatedadapters.experiments.classifiers import load_tasks
 from gatedadapters.experiments.rivals import uniform_scores, uniform_space
 from gatedadapters.experiments.sides import trained_side
+from gatedadapters.experiments.task_models import load_tasks
 
 Configured = Callable[..., Path]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recipes import assert_same
+from scales import MODELS, search
 from two_processes import PLAIN, SCENARIOS, plain_loop, scenario
 
 
@@ -19,9 +20,10 @@ def outcomes(
     """What each rank ended with, by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
     on_two_processes(Path(__file__).with_name("two_processes.py"), folder)
+    scales = [f"{name} in {pieces}" for name in MODELS for pieces in (1, 2)]
     return {
         name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]
-        for name in (*SCENARIOS, PLAIN)
+        for name in (*SCENARIOS, PLAIN, *scales)
     }
 
 
@@ -79,3 +81,15 @@ def test_two_processes_prune_to_the_bits_of_one_process(outcomes: Any) -> None:
         assert shared["structure"] == single["structure"]
         assert shared["losses"] == single["losses"]
         assert_same(shared["state"], single["state"])
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_have_the_gradients_of_one_whatever_the_loss_is_divided_by(
+    name: str, pieces: int, outcomes: Any, tmp_path: Path
+) -> None:
+    single = search(name, tmp_path, batch=8, pieces=1)
+    for shared in outcomes[f"{name} in {pieces}"]:
+        assert shared["structure"] == single["structure"]
+        for here, there in zip(shared["gradients"], single["gradients"], strict=True):
+            assert_same(here, there, rtol=1e-5, atol=1e-5)

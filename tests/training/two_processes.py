@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from recipes import SOON, SPACE, Watch, arguments, continued, gated_causal, gated_classifier, labelled, trained
+from scales import MODELS, search
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedadapters as ga
@@ -117,6 +118,10 @@ def main(folder: Path) -> None:
                 raise
             outcome = None  # early releases of transformers 5 cannot read checkpoints on several CPU processes
         torch.save(outcome, folder / f"{name} of rank {torch.distributed.get_rank()}.pt")
+    for name in MODELS:
+        for pieces in (1, 2):
+            found = search(name, folder / name, batch=4 // pieces, pieces=pieces, processes=2)
+            torch.save(found, folder / f"{name} in {pieces} of rank {torch.distributed.get_rank()}.pt")
     torch.save(plain_loop(processes=2), folder / f"{PLAIN} of rank {torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

@@ -20,7 +20,7 @@ from benchmarks.studies.compress_lora.cells import MODEL, Cell
 from gatedadapters.artifacts import singular_values
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset, TextTask
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.evaluation import accuracies, score_tasks
 
 BATCH, MAX_LENGTH, TRAIN, TEST, RANK = 16, 40, 1000, 1000, 8
 LORA_STEPS, LORA_RATE, STEPS = 200, 3e-3, 60
@@ -45,7 +45,7 @@ class Bench:
 
     def accuracy(self, model: nn.Module, split: str) -> float:
         """Share of examples whose class is found."""
-        return evaluate(model, [self.task], self.tokenizer, MAX_LENGTH, split=split)[self.task.name]
+        return accuracies(score_tasks(model, [self.task], self.tokenizer, MAX_LENGTH, split=split))[self.task.name]
 
 
 def bench(name: str, seed: int) -> Bench:

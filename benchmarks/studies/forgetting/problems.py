@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import gatedadapters as ga
 from benchmarks.common.store import SCRATCH
 from benchmarks.studies.forgetting.cells import Cell
-from gatedadapters.data import ChoiceExample, MixedTaskCollator, MixedTaskDataset
+from gatedadapters.data import ChoiceExample, MixedTaskCollator, MixedTaskDataset, Passage
 from gatedadapters.data.bundled import load_choices, load_corpus, load_encoder, load_smollm2, load_task
-from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_passages
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.data.language import LanguageCollator, LanguageDataset, split_examples
+from gatedadapters.experiments.evaluation import accuracies, score_tasks
 from gatedadapters.masking.scores.losses import task_losses
 
 BATCH, LENGTH = 8, 40
@@ -60,7 +60,7 @@ def decoder_problem(cell: Cell) -> Problem:
 
     def corpus(name: str) -> tuple[LanguageDataset, LanguageDataset]:
         texts = [Passage(text[:4000]) for text in load_corpus(name)]
-        sides = split_passages(texts[:800], 0.3, seed=seed)
+        sides = split_examples(texts[:800], 0.3, seed=seed)
         return tuple(LanguageDataset(side, tokenizer, DECODER_LENGTH) for side in sides)
 
     news, held_out_news = corpus("xsum")
@@ -151,7 +151,7 @@ def encoder_problem(cell: Cell) -> Problem:
         os.replace(part, start)
 
     def scores(model: nn.Module, split: str) -> dict[str, float]:
-        found = evaluate(model, [old, new], tokenizer, LENGTH, split=split)
+        found = accuracies(score_tasks(model, [old, new], tokenizer, LENGTH, split=split))
         return {"domain": found[new.name], "general": found[old.name]}
 
     heads = tuple(n for n, _ in model.named_parameters() if n.startswith("heads.") and new.name in n)

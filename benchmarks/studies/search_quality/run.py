@@ -29,7 +29,7 @@ from benchmarks.studies.search_quality.cells import ARMS, COMPARISONS, PEFT_ARMS
 from benchmarks.studies.search_quality.table import tables
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_encoder, load_task
-from gatedadapters.experiments.evaluation import evaluate
+from gatedadapters.experiments.evaluation import score_tasks
 from gatedadapters.reporting.versions import versions
 
 BATCH, MAX_LENGTH, TEST = 16, 32, 1000
@@ -55,7 +55,7 @@ def compute(cell: Cell) -> Result:
     shape = ranks_of(model) if cell.arm in PEFT_ARMS else compacted(model)
     return {
         "cell": asdict(cell),
-        "score": evaluate(model, [task], tokenizer, MAX_LENGTH, split=cell.split)[task.name],
+        "score": score_tasks(model, [task], tokenizer, MAX_LENGTH, split=cell.split)[task.name].accuracy,
         "params": sum(ranks * each for ranks, each in shape.values()),
         "seconds": round(seconds, 1),
         "structure": {key: ranks for key, (ranks, _) in shape.items()},

@@ -1,0 +1,1 @@
+"""Does one learning rate suit every kind of path, at every width and rank?"""

@@ -1,0 +1,219 @@
+"""From a configuration to its tasks, and to a model for them: a classifier with heads, or a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gatedadapters.backbone.layout import undisturbed
+from gatedadapters.backbone.sample import default_sample
+from gatedadapters.config import SearchConfig, TaskConfig
+from gatedadapters.data import (
+    AnyTask,
+    ChatTask,
+    ChoiceTask,
+    LanguageTask,
+    PassageTask,
+    TextTask,
+    kind_of,
+    load_task,
+    predicts_tokens,
+)
+from gatedadapters.data.measures import EXACT_MATCH, measure
+from gatedadapters.errors import ConfigError
+from gatedadapters.experiments.models import (
+    is_causal,
+    load_causal_model,
+    load_config_and_tokenizer,
+    locate_model,
+    reading_model,
+)
+from gatedadapters.training import MultiTaskClassifier
+
+
+def load_tasks(config: SearchConfig) -> list[AnyTask]:
+    """Every task of a configuration, split and cut to the configured numbers of examples.
+
+    Where a task has no test split, its validation split stands in.
+
+    Raises:
+        ConfigError: a bundled task is of another kind than the configuration says, or there is no such measure.
+        DataError: a file is missing, empty or malformed, a data package is not installed, or tasks do not mix.
+    """
+    for task in config.tasks:
+        for name in set(task.measures) - {EXACT_MATCH}:
+            measure(name, where=f"task {task.title!r}: measures")
+    tasks = [load_task(task, config.training.seed) for task in config.tasks]
+    predicts_tokens(tasks)
+    for given, task in zip(config.tasks, tasks, strict=True):
+        if EXACT_MATCH in given.measures and not _answers_in_words(task):
+            raise ConfigError(
+                "there are no answers to match",
+                expected="conversations, or texts with an answer column",
+                got=f"{EXACT_MATCH} of {'choices' if isinstance(task, ChoiceTask) else 'running text'}",
+                where=f"task {task.name!r}: measures",
+                fix="leave it out: loss and accuracy are always reported",
+            )
+    return tasks
+
+
+def load_language_task(task: TaskConfig, seed: int, *, where: str) -> LanguageTask[Any]:
+    """One task that a language model answers in tokens, without validation examples.
+
+    Args:
+        task: the specification.
+        seed: seed of splits and samples.
+        where: the key of the configuration, for errors.
+
+    Raises:
+        ConfigError: it is a classification task.
+        DataError: see `gatedadapters.data.load_task`.
+    """
+    if kind_of(task) == "classification":
+        raise ConfigError(
+            "a labelled table is not learned in tokens",
+            expected="kind: text, chat or choice",
+            got="kind: classification",
+            where=f"{where}: task {task.title!r}",
+            fix="kind: choice for a labelled table, kind: text for texts, with answer: for their answers",
+        )
+    loaded = load_task(task, seed, decides=False)
+    assert isinstance(loaded, LanguageTask)
+    return loaded
+
+
+def _answers_in_words(task: AnyTask) -> bool:
+    """Whether each example ends with an answer of its own words."""
+    answered = isinstance(task, PassageTask) and task.test[0].answer is not None
+    return answered or isinstance(task, ChatTask)
+
+
+def build_model(config: SearchConfig, tasks: Sequence[AnyTask]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A pretrained model for tasks, in fp32, and its tokenizer.
+
+    For classification it is a backbone with one head a task, which depend on the seed alone. A single task on a causal
+    language model gets transformers' own classification model. Of models like T5 the encoder is used. For tasks of the
+    other kinds it is the causal language model.
+
+    Raises:
+        ConfigError: the model cannot be loaded, does not run on texts alone, or is no causal language model.
+        DataError: the package that carries a bundled model is not installed.
+    """
+    torch.manual_seed(config.training.seed)
+    model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
+    if predicts_tokens(tasks):
+        check_causal(model_config, config.model)
+        model = load_causal_model(config.model)
+        if any(isinstance(task, ChatTask) and task.packing for task in tasks):
+            check_packing(model, config.model)
+        return model, tokenizer
+    classes = {task.name: task.n_classes for task in tasks if isinstance(task, TextTask)}
+    if len(tasks) == 1 and is_causal(model_config):
+        return _load_classifier(config.model, model_config, tokenizer, classes[tasks[0].name]), tokenizer
+    backbone = _load_backbone(config.model, model_config)
+    return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+
+
+def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Transformers' own classification model in fp32, and its tokenizer; its head depends on the seed alone.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        DataError: the package that carries a bundled model is not installed.
+    """
+    torch.manual_seed(config.training.seed)
+    model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
+    return _load_classifier(config.model, model_config, tokenizer, n_classes), tokenizer
+
+
+def check_causal(model_config: PreTrainedConfig, name: str) -> None:
+    """Check that a model can learn tasks whose answers are text.
+
+    Raises:
+        ConfigError: it is no causal language model.
+    """
+    if not is_causal(model_config):
+        raise ConfigError(
+            "texts, conversations and choices are for causal language models",
+            expected="such a model",
+            got=", ".join(model_config.architectures or ["no architecture"]),
+            where=f"model: {name}",
+            fix="give a decoder; an encoder learns kind: classification",
+        )
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, name: str) -> None:
+    """Check that conversations in one row do not see each other: a second one gives the same logits without the first.
+
+    The cache of the model is switched off, because transformers tells conversations apart only without one.
+
+    Raises:
+        ConfigError: they do.
+    """
+    model.config.use_cache = False
+    ids = torch.arange(4, 12).remainder(model.config.vocab_size)[None]
+    positions = torch.arange(4).repeat(2)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        together = model(input_ids=ids, position_ids=positions).logits[:, 4:]
+        alone = model(input_ids=ids[:, 4:], position_ids=positions[:, 4:]).logits
+    except TypeError:
+        together, alone = torch.zeros(1), torch.ones(1)
+    finally:
+        model.train(was_training)
+    if not torch.allclose(together, alone, atol=1e-3 * float(alone.abs().max()), rtol=1e-3):
+        raise ConfigError(
+            "this model lets packed conversations see each other",
+            expected="a model of transformers that tells them apart by position_ids",
+            got=type(model).__name__,
+            where=f"model: {name}, and packing: true",
+            fix="packing: false",
+        )
+
+
+def _load_backbone(name: str, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without a head. Of models like T5 it is the encoder, because the decoder would need input of its own."""
+    encodes = model_config.is_encoder_decoder and type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    kind = AutoModelForTextEncoding if encodes else AutoModel
+    with reading_model(name):
+        backbone: PreTrainedModel = kind.from_pretrained(locate_model(name), dtype=torch.float32)
+    if model_config.is_encoder_decoder and not encodes:
+        sample = default_sample(backbone)
+        sample.pop("decoder_input_ids", None)
+        try:
+            with undisturbed(backbone):
+                backbone(**sample)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                "this encoder-decoder does not run on texts alone",
+                expected="an encoder, a causal language model, or a model like T5 or BART",
+                got=str(error),
+                where=f"model: {name}",
+                fix="give another model",
+            ) from error
+    return backbone
+
+
+def _load_classifier(
+    name: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, n_classes: int
+) -> nn.Module:
+    model_config.num_labels, model_config.pad_token_id = n_classes, tokenizer.pad_token_id
+    with reading_model(name):
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            locate_model(name), config=model_config, dtype=torch.float32
+        )
+    return model
