@@ -40,9 +40,10 @@ class LinearMap:
     Attributes:
         name: Qualified name of the owning module, e.g. ``"encoder.layer.0.attention.self.query"``.
         kind: How the weight is stored: ``"linear"`` (out, in), ``"conv1d"`` (in, out), ``"experts"`` three
-            dimensions, the expert first.
+            dimensions, the expert first, ``"embedding"`` (in, out), where a token id stands for a vector with one 1.
         role: In attention ``q k v qkv kv o``, in a feed-forward ``up gate gate_up down router``, in a mixer
-            ``in``, ``out`` and what its authors call the rest (``x``, ``dt``); else ``other``.
+            ``in``, ``out`` and what its authors call the rest (``x``, ``dt``); outside the blocks ``tokens`` for the
+            table of token ids, ``head`` for a map to the vocabulary; else ``other``.
         in_features: Width read.
         out_features: Width written.
         traffic: Vectors multiplied per token that enters the stack, summed over all calls of one forward: 1.0
@@ -57,7 +58,7 @@ class LinearMap:
     """
 
     name: str
-    kind: Literal["linear", "conv1d", "experts"]
+    kind: Literal["linear", "conv1d", "experts", "embedding"]
     role: str
     in_features: int
     out_features: int
@@ -96,7 +97,7 @@ class Sublayer:
 
     Attributes:
         kind: What it computes; ``"mixer"`` mixes tokens without attention (recurrence, convolution). `maps_outside`
-            gives each map outside the blocks a sub-layer of kind ``"outside"``.
+            gives each map outside the blocks a sub-layer of kind ``"outside"``, or ``"embedding"``.
         name: Qualified name of the smallest module that owns all its maps.
         width: Hidden width read and written.
         reader: Module whose input (first tensor argument or ``hidden_states``) is the hidden state of this
@@ -153,10 +154,11 @@ class Layout:
         model_class: Name of the model's class.
         hidden_size: Width of the hidden state, in the last stack if they differ.
         blocks: In call order.
-        outside: Maps outside the blocks (heads, poolers, embedding projections), role ``other``.
+        outside: Maps outside the blocks (heads, poolers, embedding projections), role ``head`` or ``other``.
         unknown: Weights with two or more dimensions that are not linear maps, or that the sample did not reach.
         examples_first: Whether the first dimension of the hidden state counts examples; in XLNet it counts positions.
         outside_norms: Norms outside the blocks: of embeddings, the final one, of heads.
+        embeddings: Tables that the sample's token ids were looked up in, role ``tokens``.
     """
 
     model_class: str
@@ -166,6 +168,7 @@ class Layout:
     unknown: tuple[Unknown, ...]
     examples_first: bool = True
     outside_norms: tuple[Norm, ...] = ()
+    embeddings: tuple[LinearMap, ...] = ()
 
     def maps(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
         """All maps of all blocks, in call order."""
@@ -175,7 +178,13 @@ class Layout:
                     yield block, sublayer, linear
 
     def maps_outside(self) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
-        """The maps outside the blocks, each as a sub-layer of its own in a nameless block after the last."""
+        """The maps outside the blocks, each as a sub-layer of its own in a nameless block after the last.
+
+        Tables of token ids come first.
+        """
+        for table in self.embeddings:
+            sublayer = Sublayer("embedding", table.name, table.out_features, None, None, (table,))
+            yield self._outside(sublayer), sublayer, table
         for linear in self.outside:
             ends = linear.name if linear.in_features == linear.out_features else None
             sublayer = Sublayer("outside", linear.name, linear.in_features, ends, ends, (linear,))
@@ -210,7 +219,8 @@ class Layout:
         for title, entries in (
             (
                 "outside",
-                [_row(linear, "") for linear in self.outside] + [_norm_row(norm, "") for norm in self.outside_norms],
+                [_row(linear, "") for linear in (*self.embeddings, *self.outside)]
+                + [_norm_row(norm, "") for norm in self.outside_norms],
             ),
             ("unknown", [f"{entry.name}  ({entry.reason})" for entry in self.unknown]),
         ):
@@ -309,8 +319,12 @@ class _Assembly:
             Block(name, index, label(stack), calls, subs) for index, (stack, name, calls, subs) in enumerate(found)
         )
         placed = {Map(m.name, m.parameter) for block in blocks for sub in block.sublayers for m in sub.maps}
+        embeddings = tuple(self._embeddings())
+        vocabularies = {table.in_features for table in embeddings}
         outside = tuple(
-            self._linear(key, "other") for key in self.uses if key not in placed and key not in self.reasons
+            self._linear(key, "head" if self.uses[key][0].out_features in vocabularies else "other")
+            for key in self.uses
+            if key not in placed and key not in self.reasons
         )
         placed.update(self.uses.keys() - self.reasons.keys())
         unknown = tuple(
@@ -327,7 +341,16 @@ class _Assembly:
             outside,
             tuple(sorted(unknown, key=lambda entry: entry.name)),
             outside_norms=tuple(self._norm(name, "norm") for name in self.norms if name not in placed_norms),
+            embeddings=embeddings,
         )
+
+    def _embeddings(self) -> Iterator[LinearMap]:
+        """The tables of token ids."""
+        tokens = self._tokens(None)
+        for name in dict.fromkeys(use.name for use in self.trace.embeddings):
+            uses = [use for use in self.trace.embeddings if use.name == name]
+            traffic = sum(use.rows for use in uses) / tokens
+            yield LinearMap(name, "embedding", "tokens", uses[0].vocabulary, uses[0].width, traffic, transposed=True)
 
     def _sublayers(self, calls: list[BlockCall]) -> tuple[Sublayer, ...]:
         block, written = calls[0], frozenset[Map]().union(*(maps_of(call.writes) for call in calls))
@@ -472,15 +495,21 @@ class _Assembly:
         return "called, but its weight was not seen" if key.name in self.trace.called else "never called by the sample"
 
 
+_SAYS_OTHER_IDS = re.compile("mask|type|position|label|task")
+"""Names of a batch's integers that are no token ids."""
+
+
 def _watch(model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], containers: dict[str, str]) -> Trace:
     """Run the batch once under a tracer."""
     device = device_of(model)
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     tracer = Tracer(model, weights, containers)
     try:
-        for value in batch.values():
+        for name, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 tracer.label_input(value)
+            elif isinstance(value, Tensor) and not _SAYS_OTHER_IDS.search(name):
+                tracer.mark_ids(value)
         with tracer:
             model(**batch)
     except Exception as error:

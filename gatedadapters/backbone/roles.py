@@ -9,7 +9,7 @@ from typing import Literal
 
 from gatedadapters.backbone.trace import Attention, Input, Map, MapUse, Stream, Trace, maps_of
 
-Kind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside"]
+Kind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)

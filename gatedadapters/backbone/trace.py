@@ -111,6 +111,16 @@ class NormUse:
 
 
 @dataclass(slots=True)
+class EmbeddingUse:
+    """One lookup of ``rows`` token ids in a table of ``vocabulary`` rows of ``width`` features."""
+
+    name: str
+    vocabulary: int
+    width: int
+    rows: int
+
+
+@dataclass(slots=True)
 class BlockCall:
     """One call of a block: the residual stream enters with ``shape`` and leaves with the labels ``writes``."""
 
@@ -138,6 +148,7 @@ class Trace:
 
     uses: list[MapUse] = field(default_factory=list)
     norms: list[NormUse] = field(default_factory=list)
+    embeddings: list[EmbeddingUse] = field(default_factory=list)
     blocks: list[BlockCall] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     links: list[Maps] = field(default_factory=list)  # maps that share a sub-layer
@@ -213,6 +224,8 @@ class Tracer(TorchDispatchMode):
         # Keyed by object, not by address: a freed address may be reused by a tensor that the mode does not see.
         self._labels: WeakKeyDictionary[UntypedStorage, Labels] = WeakKeyDictionary()
         self._owners: WeakKeyDictionary[UntypedStorage, list[Map]] = WeakKeyDictionary()
+        self._ids: WeakKeyDictionary[UntypedStorage, bool] = WeakKeyDictionary()  # token ids of the sample
+        self._tables: set[int] = set()  # weights that token ids were looked up in; tied ones are one table
         self._shapes = {key: weight.shape for key, weight in weights.items()}
         self._stack: list[ModuleCall] = []
         self._block: BlockCall | None = None
@@ -243,6 +256,10 @@ class Tracer(TorchDispatchMode):
         """Label a floating-point tensor of the sample batch."""
         self._labels[tensor.untyped_storage()] = frozenset({Input()})
 
+    def mark_ids(self, tensor: Tensor) -> None:
+        """Remember that an integer tensor of the sample batch holds token ids."""
+        self._ids[tensor.untyped_storage()] = True
+
     # ---------------------------------------------------------------- modules
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,6 +280,7 @@ class Tracer(TorchDispatchMode):
             while self._stack[-1].name != name:
                 self._stack.pop()  # a module that raised an error, which was caught
             call, out = self._stack[-1], first_float_tensor(output)
+            self._embedding(name, module, args, out)
             if not isinstance(output, Tensor):
                 self.trace.composite.add(name)
             if out is not None:
@@ -284,6 +302,18 @@ class Tracer(TorchDispatchMode):
             self._last_stack, self._block = block.stack, None
 
         return hook
+
+    def _embedding(self, name: str, module: nn.Module, args: tuple[Any, ...], out: Tensor | None) -> None:
+        """Record a module that looks token ids up in its only parameter, a table with a row for each."""
+        own, ids = dict(module.named_parameters()), args[0] if args else None
+        table = own.pop("weight", None)
+        if own or table is None or table.dim() != 2 or not isinstance(ids, Tensor) or _is_real(ids) or out is None:
+            return
+        if out.shape != (*ids.shape, table.shape[1]):
+            return
+        if ids.untyped_storage() in self._ids or id(table) in self._tables:
+            self._tables.add(id(table))
+            self.trace.embeddings.append(EmbeddingUse(name, table.shape[0], table.shape[1], ids.numel()))
 
     def _norm(self, module: nn.Module, call: ModuleCall) -> None:
         """Record a module that normalises: its parameters are gains, and shifts at most, and it keeps the shape."""

@@ -14,15 +14,15 @@ from gatedadapters.config.base import Config
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
 
-SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside"]
+SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside", "embedding"]
 
 
 class Where(Config):
     """Conditions that select points of a layout. All that are given must hold; without any, every point is selected.
 
     Attributes:
-        sublayers: kinds of sub-layer. `outside` (poolers, heads, projections of embeddings) is selected only if it is
-            named here.
+        sublayers: kinds of sub-layer. `outside` (poolers, heads, projections of embeddings) and `embedding` (the tables
+            of token ids) are selected only if they are named here.
         roles: roles of linear maps (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, ...).
         blocks: indices of blocks; negative ones count from the end.
         stacks: `encoder`, `decoder`, or `""` for a single stack.

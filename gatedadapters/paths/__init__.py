@@ -8,6 +8,7 @@ from gatedadapters.paths.bottleneck import Parallel, Serial
 from gatedadapters.paths.elements import Elements
 from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.norm import Norm
+from gatedadapters.paths.rows import Rows
 from gatedadapters.paths.scale import Scale
 from gatedadapters.paths.site import Point, Site, SkippedSite
 from gatedadapters.paths.weight_lora import WeightLoRA
@@ -31,7 +32,7 @@ def path_kinds() -> dict[str, type[Path]]:
     return dict(_KINDS)
 
 
-for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale, Norm, Bias, Elements):
+for _kind in (LoRA, WeightLoRA, Serial, Parallel, Scale, Norm, Bias, Elements, Rows):
     register(_kind)
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Parallel",
     "Path",
     "Point",
+    "Rows",
     "Scale",
     "Serial",
     "Site",

@@ -90,7 +90,7 @@ class Path(nn.Module, ABC):
         """Compute the new value at the write side.
 
         Args:
-            tapped: value at the tap, (..., width_in).
+            tapped: value at the tap, (..., width_in); at a table of token ids, the ids, (...).
             target: value at the write side, (..., width_out).
             gate: None if fully open; (g,) for the whole batch; or (n, g) for its n examples, whose rows follow each
                 other in equal runs in target's leading dimensions. g is `units` or 1.
@@ -190,6 +190,11 @@ def check_widths(path: Path, tapped: Tensor, target: Tensor) -> None:
         PathError: one differs from the width that the layout found; names the point.
     """
     site = path.site
+    if site.reads_ids and site.tap.side == "input":
+        if tapped.shape != target.shape[:-1] or tapped.is_floating_point():
+            expected, got = f"token ids of shape {tuple(target.shape[:-1])}", f"{tapped.dtype}, {tuple(tapped.shape)}"
+            raise does_not_fit(path, site.tap, expected, got, "attach with a sample batch of the kind you train on")
+        tapped = tapped.new_empty(1, device="meta").expand(site.width_in)
     for point, tensor, width in ((site.tap, tapped, site.width_in), (site.write, target, site.width_out)):
         if tensor.shape[-1] != width:
             fix = "attach with a sample batch of the kind you train on"

@@ -17,14 +17,19 @@ from torch import Tensor
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
-from gatedadapters.paths.low_rank import low_rank
+from gatedadapters.paths.low_rank import looked_up, low_rank
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.precision import widened
 from gatedadapters.paths.site import Site, SkippedSite
 
 
 class LoRAOptions(PathOptions):
-    """LoRA of rank `rank` at every selected linear map; each rank is a unit of in + out parameters."""
+    """LoRA of rank `rank` at every selected linear map; each rank is a unit of in + out parameters.
+
+    Tables of token ids are selected by `at: {sublayers: [embedding]}`, the map to the vocabulary by
+    `at: {sublayers: [outside], roles: [head]}`. Where the two are tied, each is adapted by itself, since the weight
+    that they share does not change; such a path cannot be merged.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(8, gt=0)
@@ -47,20 +52,23 @@ class LoRA(Path):
 
     def __init__(self, site: Site, options: LoRAOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
-        # As in the authors' code: kaiming_uniform with a = sqrt(5), which is uniform in (-1, 1) / sqrt(fan_in).
-        self.down = new_parameter(options.rank, site.width_in, bound=1 / math.sqrt(site.width_in), generator=generator)
+        # As in the authors' code: kaiming_uniform with a = sqrt(5), which is uniform in (-1, 1) / sqrt(fan_in). A token
+        # id reads one column of `down`, so its fan-in is 1.
+        bound = 1.0 if site.reads_ids else 1 / math.sqrt(site.width_in)
+        self.down = new_parameter(options.rank, site.width_in, bound=bound, generator=generator)
         self.up = new_parameter(site.width_out, options.rank)
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
-        """Every selected linear map; the path reads its input and adds to its output."""
-        return map_sites(options, layout, tap="input", write="output", kind=cls.kind, instead="weight_lora")
+        """Every selected linear map, tables of token ids included; the path reads its input and adds to its output."""
+        return map_sites(options, layout, tap="input", write="output", kind=cls.kind, instead="weight_lora", ids=True)
 
     @classmethod
     def cost(cls, site: Site, options: PathOptions) -> tuple[int, int, float]:
         """Units are ranks."""
         params = site.width_in + site.width_out
-        return options.size, params, 2.0 * params * site.traffic
+        multiplied = site.width_out if site.reads_ids else params  # what a token id reads is looked up
+        return options.size, params, 2.0 * multiplied * site.traffic
 
     @property
     def units(self) -> int:
@@ -80,7 +88,8 @@ class LoRA(Path):
         first = several[0]
         check_widths(first, tapped, target)
         down, up = join_parameters([p.down for p in several]), join_parameters([p.up for p in several], 1)
-        return low_rank(tapped, target, down, up, join_gates(several, gates, target))
+        gate = join_gates(several, gates, target)
+        return (looked_up if first.site.reads_ids else low_rank)(tapped, target, down, up, gate)
 
     @property
     def weight_added_to(self) -> str | None:

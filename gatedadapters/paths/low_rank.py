@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class LowRank(torch.autograd.Function):
@@ -74,6 +75,15 @@ def low_rank(x: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor |
     with in_its_own_type(target):
         result = _apply(x.reshape(-1, x.shape[-1]), rows, down, up, gate)
     return result.view(target.shape)
+
+
+def looked_up(ids: Tensor, target: Tensor, down: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+    """The same where x has a single 1: ids (...) says at which of the columns of `down`."""
+    rows = target.reshape(-1, target.shape[-1])
+    with in_its_own_type(target):
+        bottleneck = F.embedding(ids.reshape(-1), down.t())
+        added = (bottleneck if gate is None else bottleneck * gate) @ up.t()
+    return (rows + added.to(target.dtype)).view(target.shape)
 
 
 def in_its_own_type(target: Tensor) -> AbstractContextManager[Any]:

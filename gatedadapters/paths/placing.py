@@ -10,7 +10,7 @@ from gatedadapters.paths.site import Point, Side, Site, SkippedSite
 
 
 def map_sites(
-    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = ""
+    options: PathOptions, layout: Layout, *, tap: Side, write: Side, kind: str, instead: str = "", ids: bool = False
 ) -> Iterator[Site | SkippedSite]:
     """Sites at every selected linear map.
 
@@ -21,9 +21,12 @@ def map_sites(
         write: the side of the map that the path changes.
         kind: path kind, for skipped sites.
         instead: a path kind that can go to maps without a module of their own; such maps are skipped.
+        ids: whether the path can read token ids; if not, their tables are skipped unless it reads their output.
     """
     for block, sublayer, linear in selected_maps(options, layout):
-        if linear.host:
+        if linear.kind == "embedding" and tap == "input" and not ids:
+            yield SkippedSite(kind, linear.name, "it reads token ids, not vectors")
+        elif linear.host:
             reason = f"{linear.host} multiplies with it and does more: no module has just its input and output"
             reason += f"; {instead} can go there" if instead else ""
             yield SkippedSite(kind, f"{linear.name}.{linear.parameter}", reason, instead)
@@ -32,8 +35,8 @@ def map_sites(
 
 
 def selected_maps(options: PathOptions, layout: Layout) -> Iterator[tuple[Block, Sublayer, LinearMap]]:
-    """The maps that `options.at` selects: those of the blocks, then, if it names `outside`, those outside them."""
-    outside = layout.maps_outside() if "outside" in (options.at.sublayers or ()) else ()
+    """The maps that `options.at` selects: those of the blocks, then, if it names them, those outside the blocks."""
+    outside = [place for place in layout.maps_outside() if place[1].kind in (options.at.sublayers or ())]
     for block, sublayer, linear in (*layout.maps(), *outside):
         name = linear.name if linear.kind != "experts" else f"{linear.name}.{linear.parameter}"
         if selected(options, layout, block, sublayer, name, linear.role):

@@ -32,7 +32,7 @@ class Site:
     Attributes:
         tap: the point where the path reads.
         write: the point whose value it changes.
-        width_in: size of the last dimension at the tap.
+        width_in: size of the last dimension at the tap; at a table of token ids, the size of the vocabulary.
         width_out: size of the last dimension at the write side.
         block: qualified name of the block.
         block_index: index of the block in call order.
@@ -90,6 +90,11 @@ class Site:
     def at_weight(self) -> bool:
         """Whether paths here change a weight, not the input or output of a module."""
         return self.write.side == "weight"
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the module looks token ids up in a table, so that its input is not a vector but the place of a 1."""
+        return self.sublayer == "embedding"
 
     @property
     def weight_name(self) -> str:

@@ -224,14 +224,16 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among a module's arguments: first positional tensor, else `hidden_states`, else any float."""
+    """The hidden state among a module's arguments: first positional tensor, else `hidden_states`, else any float, else
+    any tensor (the token ids of an embedding).
+    """
     if args and isinstance(args[0], Tensor):
         return args[0]
     hidden = kwargs.get("hidden_states")
     if isinstance(hidden, Tensor):
         return hidden
-    found: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-    return found
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return next((value for value in tensors if value.is_floating_point()), tensors[0])
 
 
 def replace_hidden(

@@ -108,7 +108,8 @@ def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
 class _Place:
     """One linear map, stack of experts' or norm, and the paths around it, in the order in which they are composed.
 
-    `offset` is what the module adds to its weight before it multiplies: 1 for the gains of Gemma's norms, else 0.
+    The module works with (weight + offset) * factor: the gains of Gemma's norms have an offset of 1, tables of token
+    ids in some families a factor.
     """
 
     name: str
@@ -117,6 +118,7 @@ class _Place:
     stored_out_first: bool
     paths: tuple[Path, ...]
     offset: int = 0
+    factor: float = 1.0
 
     def results(self, task: int) -> Iterator[tuple[str, Tensor, float]]:
         """(parameter, merged value as it is to be stored, drift) of the weight, and of the bias where it changes."""
@@ -124,7 +126,7 @@ class _Place:
         wide = _WIDER.get(weight.dtype, weight.dtype)
         if weight.device.type == "mps":  # has no float64
             wide = torch.float32
-        old_weight = (weight if self.stored_out_first else weight.t()).to(wide) + self.offset
+        old_weight = ((weight if self.stored_out_first else weight.t()).to(wide) + self.offset) * self.factor
         old_bias = None if bias is None else bias.to(wide)
         new_weight, new_bias = old_weight, old_bias
         with in_its_own_type(weight):
@@ -141,9 +143,9 @@ class _Place:
                 fix="keep the adapters attached, or offer bias paths only at maps with a bias (at: roles, include)",
             )
         if new_weight is not old_weight:
-            changed = new_weight - self.offset
+            changed = new_weight / self.factor - self.offset
             stored = (changed if self.stored_out_first else changed.t()).to(weight.dtype).contiguous()
-            compared = (stored if self.stored_out_first else stored.t()).to(wide) + self.offset
+            compared = ((stored if self.stored_out_first else stored.t()).to(wide) + self.offset) * self.factor
             yield f"{self.name}.{self.leaf}", stored, _drift(compared, new_weight, old_weight)
         if bias is not None and new_bias is not None and new_bias is not old_bias:
             stored = new_bias.to(bias.dtype)
@@ -168,7 +170,7 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
         around.setdefault((path.site.write.module, path.site.write.parameter or "weight"), []).append(path)
     places = []
     for (name, leaf), own in around.items():
-        module, offset = model.get_submodule(name), 0
+        module, offset, factor = model.get_submodule(name), 0, 1.0
         if own[0].site.at_weight:  # these paths change the stored weight itself, whatever its module computes with it
             _check_plain(module._parameters.get(leaf), f"{name}.{leaf}")
             stored_out_first = True
@@ -177,6 +179,8 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
                 path.merge_into(torch.empty(path.site.width_out, path.site.width_in, device="meta"), None, None)
             if isinstance(own[0], Norm):
                 stored_out_first, offset = True, _gain_offset(module, name)
+            elif own[0].site.reads_ids:
+                stored_out_first, factor = False, _table_factor(module, name)
             else:
                 stored_out_first = _stored_out_first(module, name)
         for part in (leaf, "bias"):
@@ -194,7 +198,7 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
         # what happens last there is merged first.
         inputs = [path for path in own if path.site.write.side == "input"]
         outputs = [path for path in own if path.site.write.side != "input"]
-        places.append(_Place(name, module, leaf, stored_out_first, (*outputs, *reversed(inputs)), offset))
+        places.append(_Place(name, module, leaf, stored_out_first, (*outputs, *reversed(inputs)), offset, factor))
     return places
 
 
@@ -279,6 +283,24 @@ def _gain_offset(module: nn.Module, name: str) -> int:
         where=name,
         fix="keep the adapters attached, or search without this point",
     )
+
+
+def _table_factor(module: nn.Module, name: str) -> float:
+    """What a table of token ids multiplies its rows with, found by asking it: 1, or a number for all rows."""
+    weight = _check_plain(module._parameters.get("weight"), f"{name}.weight")
+    row = int(weight.abs().sum(1).argmax())  # the first row may be zero, for padding
+    got = cast(Tensor, module.forward(torch.tensor([row], device=weight.device)))[0].double()
+    held = weight[row].double()
+    factor = float(got @ held / (held @ held))
+    if (got - factor * held).abs().max() > 0.02 * got.abs().max():
+        raise AttachError(
+            "this table computes more than a lookup, and a merge would change the rest of it",
+            expected="rows of the weight, or a multiple of them",
+            got=type(module).__name__,
+            where=name,
+            fix="keep the adapters attached, or search without this point",
+        )
+    return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
 def _check_not_tuned(model: nn.Module, name: str) -> None:

@@ -302,14 +302,22 @@ class PathContract:
         path = self.path(option.resized(min(3, option.size))).double()
         names, values = zip(*path.named_parameters(), strict=True)
         tapped, target = (
-            t.double()[:, : None if path.site.at_weight else 2].clone().requires_grad_() for t in _tensors(path)
+            t.double().requires_grad_() if t.is_floating_point() else t
+            for t in (t[:, : None if path.site.at_weight else 2].clone() for t in _tensors(path))
         )
         for shape in (None, (1,), (path.units,), (3, path.units))[: 3 if path.site.at_weight else None]:
             gate = () if shape is None else (torch.rand(shape, dtype=torch.float64, requires_grad=True),)
-            taps = () if path.site.tap == path.site.write else (tapped,)
+            taps = (tapped,) if path.site.tap != path.site.write and tapped.requires_grad else ()
+            fixed = tapped if path.site.tap != path.site.write else None
 
-            def run(target: Tensor, *rest: Tensor, taps: int = len(taps), gates: int = len(gate)) -> Tensor:
-                tapped = rest[0] if taps else target
+            def run(
+                target: Tensor,
+                *rest: Tensor,
+                taps: int = len(taps),
+                gates: int = len(gate),
+                fixed: Tensor | None = fixed,
+            ) -> Tensor:
+                tapped = rest[0] if taps else target if fixed is None else fixed
                 own = dict(zip(names, rest[taps + gates :], strict=True))
                 gate = rest[taps] if gates else None
                 return cast(Tensor, functional_call(path, own, (tapped, target, gate)))
@@ -374,7 +382,7 @@ class PathContract:
             for dtype in (torch.float32, torch.bfloat16):
                 for autocast in (False, True):
                     target = torch.randn(*shape, width).to(dtype).requires_grad_()
-                    tapped = target if site.tap == site.write else torch.randn(*shape, site.width_in)
+                    tapped = target if site.tap == site.write else _tapped(path, shape)
                     gate = torch.rand(path.units, requires_grad=True)
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         result = path(tapped, target, gate)
@@ -400,9 +408,9 @@ class PathContract:
                 merged = path.merge_into(weight, bias, gate)
             except PathError as error:
                 return _assert_named(path, str(error))
-            plain = linear(tapped, weight, bias)
-            end = linear(path(tapped, target, gate), weight, bias) if at_input else path(tapped, plain, gate)
-            torch.testing.assert_close(linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
+            plain = _linear(tapped, weight, bias)
+            end = _linear(path(tapped, target, gate), weight, bias) if at_input else path(tapped, plain, gate)
+            torch.testing.assert_close(_linear(tapped, *merged), end, rtol=1e-4, atol=1e-4)
 
     def test_a_wrong_shape_names_the_point(self, option: PathOptions) -> None:
         """For widths that differ from the layout's, and for rows that are not a multiple of the examples."""
@@ -459,7 +467,23 @@ def _tensors(path: Path) -> tuple[Tensor, Tensor]:
     target = torch.randn(3, 5, path.site.width_out, generator=generator)
     if path.site.tap == path.site.write:
         return target, target
-    return torch.randn(3, 5, path.site.width_in, generator=generator), target
+    return _tapped(path, (3, 5), generator), target
+
+
+def _tapped(path: Path, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Vectors of the width at the tap; token ids at a table of them."""
+    width = path.site.width_in
+    if path.site.reads_ids:
+        return torch.randint(width, tuple(shape), generator=generator)
+    return torch.randn(*shape, width, generator=generator)
+
+
+def _linear(tapped: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear map; a token id stands for the vector with a 1 at its place."""
+    if tapped.is_floating_point():
+        return linear(tapped, weight, bias)
+    rows = weight.t()[tapped]
+    return rows if bias is None else rows + bias
 
 
 def _assert_refused_by_name(path: Path, tapped: Tensor, target: Tensor, gate: Tensor | None) -> None:

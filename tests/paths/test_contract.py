@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from gatedadapters.config import PathOptions
+from gatedadapters.config.space import Where
 from gatedadapters.paths import path_kinds
+from gatedadapters.paths.lora import LoRAOptions
+from gatedadapters.paths.rows import RowsOptions
 from gatedadapters.paths.weight_lora import WeightLoRAOptions
 from gatedadapters.testing import PathContract
 
 
 class TestRegisteredKinds(PathContract):
-    options = [PathOptions.registry[kind]() for kind in path_kinds() if kind != "weight_lora"]  # noqa: RUF012
+    options = [PathOptions.registry[kind]() for kind in path_kinds() if kind not in ("weight_lora", "rows")]  # noqa: RUF012
+
+
+class TestEmbeddings(PathContract):
+    """At the table of token ids."""
+
+    options = (
+        LoRAOptions(rank=3, at=Where(sublayers=("embedding",))),
+        RowsOptions(tokens=range(3, 40)),
+    )
+    families = ("bert", "llama", "bart")
 
 
 class TestWeightLoRA(PathContract):
