@@ -22,7 +22,7 @@ from benchmarks.common.store import SCRATCH, locked
 from benchmarks.common.training import training_arguments
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_corpus, load_encoder, load_smollm2, load_task
-from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_passages
+from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_examples
 from gatedadapters.data.tasks import Examples, TextTask, stratified_sample
 from gatedadapters.masking.scores.losses import task_losses
 
@@ -38,9 +38,14 @@ _IA3 = (
     {"kind": "scale", "side": "input", "at": {"sublayers": ["feed_forward"], "roles": ["down"]}},
 )
 SPACES = {
-    "tiny": ({"kind": "norm"}, {"kind": "bias"}, *_IA3, {"kind": "lora", "rank": 2}),
+    "tiny": (
+        *({"kind": "norm"}, {"kind": "bias"}, *_IA3, {"kind": "lora", "rank": 2}),
+        {"kind": "elements", "k": 1152, "chunk": 96},
+    ),
     "large": (
         *({"kind": "norm"}, {"kind": "bias"}, *_IA3, {"kind": "lora", "rank": 16}),
+        {"kind": "lora", "rank": 4, "at": {"sublayers": ["embedding"]}},
+        {"kind": "elements", "k": 3072, "chunk": 384},
         {"kind": "parallel", "width": 16, "activation": "silu", "at": {"sublayers": ["attention", "feed_forward"]}},
         {"kind": "serial", "width": 16, "activation": "silu", "at": {"sublayers": ["feed_forward"]}},
     ),
@@ -148,13 +153,11 @@ def indonesian() -> Problem:
     """SmolLM2 learns Indonesian; the loss per token of each held-out block."""
     model, tokenizer = load_smollm2()
     passages = [Passage(text) for text in load_corpus("quran_indonesian")]
-    learned, kept = (LanguageDataset(side, tokenizer, BLOCK) for side in split_passages(passages, 0.15, seed=0))
+    learned, kept = (LanguageDataset(side, tokenizer, BLOCK) for side in split_examples(passages, 0.15, seed=0))
     blocks = [kept[int(i)] for i in np.linspace(0, len(kept) - 2, HELD_OUT_BLOCKS)]
     collate = LanguageCollator(tokenizer)
     held_out = [collate(blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
-    return Problem(
-        model, lambda seed: [learned[i] for i in range(len(learned))], collate, held_out, language_measure
-    )
+    return Problem(model, lambda seed: [learned[i] for i in range(len(learned))], collate, held_out, language_measure)
 
 
 def language_measure(model: nn.Module, batch: Batch) -> tuple[Tensor, None]:

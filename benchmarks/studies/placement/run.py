@@ -1,10 +1,10 @@
 """Which structure of a given size is best, and which score knows it beforehand?
 
-Claims under test: at sizes where structure matters, no fixed guess (a kind, a role, an even spread) is the best in every
-regime; and a score that is found in seconds, before any training, ranks structures of equal size by the loss that they
-reach (Kendall's tau of 0.5 or more, or 70 % of what two seeds agree on), so that its pick loses at most 20 % of what
-lies between a random structure and the best. Every structure is trained at one rate, which suits all kinds of path.
-Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regimes are the test.
+Claims under test: at sizes where structure matters, no fixed guess (a kind, a role, an even spread) is the best in
+every regime; and a score that is found in seconds, before any training, ranks structures of equal size by the loss that
+they reach (Kendall's tau of 0.5 or more, or 70 % of what two seeds agree on), so that its pick loses at most 20 % of
+what lies between a random structure and the best. Every structure is trained at one rate, which suits all kinds of
+path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regimes are the test.
 
     python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
@@ -17,7 +17,6 @@ Two processes of one thread finish earlier than one process of two.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ from torch import Tensor
 
 import gatedadapters as ga
 from benchmarks.common.command import carry_out, parser
-from benchmarks.common.store import SCRATCH, Result, claimed, locked
-from benchmarks.common.timing import in_turns, medians
+from benchmarks.common.store import Result, claimed
 from benchmarks.common.training import training_arguments
 from benchmarks.studies.placement.cells import COMMON_RATE, STORE, Cell, ScoreCell, cells_of, read
 from benchmarks.studies.placement.judging import packed, predictions
+from benchmarks.studies.placement.precision import autocast, precision
 from benchmarks.studies.placement.regimes import REGIMES, Problem, Regime
 from benchmarks.studies.placement.scores import names, placement
 from benchmarks.studies.placement.structures import made
@@ -45,13 +44,13 @@ from gatedadapters.structure import Structure
 
 def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
     """Train one structure and measure it on all held-out texts; the model is left as it was."""
-    problem, fast = regime.problem, precision() == "bf16"
+    problem = regime.problem
     problem.reset(cell.seed)
     began = time.perf_counter()
     adapters = ga.attach(problem.model, structure, heads=problem.heads, seed=cell.seed)
     try:
         args = training_arguments(
-            steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=fast
+            steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=precision() == "bf16"
         )
         trainer = ga.GatedTrainer(
             problem.model,
@@ -63,7 +62,7 @@ def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
         trainer.train()
         trainer.accelerator.unwrap_model(problem.model, keep_fp32_wrapper=False)  # it wraps `forward` in autocast
         trained = time.perf_counter()
-        losses, right = measured(problem, fast)
+        losses, right = measured(problem)
     finally:
         ga.detach(problem.model)
         problem.model.zero_grad()
@@ -81,10 +80,10 @@ def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
 
 
 @torch.no_grad()
-def measured(problem: Problem, fast: bool) -> tuple[Tensor, Tensor | None]:
+def measured(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """The loss of every held-out text, in float64, and whether the model is right."""
     problem.model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+    with autocast():
         parts = [problem.measure(problem.model, batch) for batch in problem.held_out]
     right = [part for _, part in parts if part is not None]
     return torch.cat([losses for losses, _ in parts]).double(), torch.cat(right) if right else None
@@ -98,27 +97,10 @@ def params_by_kind(structure: Structure) -> dict[str, int]:
     return found
 
 
-@functools.cache
-def precision() -> str:
-    """`bf16` where this machine multiplies matrices faster in it, else `fp32`; measured once and kept, so that all
-    processes compute alike.
-    """
-    file = SCRATCH / "placement" / "precision.txt"
-    with locked(file.with_suffix(".lock")):
-        if not file.exists():
-            sides = {
-                name: functools.partial(torch.matmul, torch.rand(512, 576).to(dtype), torch.rand(576, 1536).to(dtype))
-                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-            }
-            seconds = medians(in_turns(sides, 30, warm_up=5)["cpu"])
-            file.write_text("bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32", encoding="utf-8")
-        return file.read_text(encoding="utf-8")
-
-
 def compute_score(cell: ScoreCell, regime: Regime, structures: dict[str, Structure]) -> Result:
     """Score the candidates of a regime, and predict every structure from that."""
     began = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision() == "bf16"):
+    with autocast():
         found = placement(cell.score, regime, cell.seed)
     seconds = time.perf_counter() - began
     return {
@@ -137,7 +119,7 @@ def run_all(options: argparse.Namespace) -> None:
     """Train the structures that are missing, regime by regime."""
     for name in options.regimes:
         regime = REGIMES[name]
-        structures = made(regime, regime.problem.model)
+        structures = made(regime)
         for cell in cells_of(name, list(structures), options.rate)[: options.limit]:
             result = if_missing(cell, compute, cell, regime, structures[cell.structure])
             if result is not None:
@@ -148,9 +130,11 @@ def score_all(options: argparse.Namespace) -> None:
     """Compute the scores that are missing."""
     for name in options.regimes:
         regime = REGIMES[name]
-        structures = made(regime, regime.problem.model)
+        structures = made(regime)
         for seed, score in itertools.product(options.seeds, options.scores or names()):
-            result = if_missing(ScoreCell(name, score, seed), compute_score, ScoreCell(name, score, seed), regime, structures)
+            result = if_missing(
+                ScoreCell(name, score, seed), compute_score, ScoreCell(name, score, seed), regime, structures
+            )
             if result is not None:
                 print(f"{name} {score} seed {seed}: {result['seconds']} s", flush=True)
 

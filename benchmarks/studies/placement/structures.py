@@ -2,7 +2,7 @@
 
 | name | what is kept |
 |---|---|
-| `even:all` | everything alike: each kind gets the same share, within it each role, within that blocks are spread evenly |
+| `even:all` | everything: each kind gets the same share, in it each role, and in that blocks are spread evenly |
 | `kind:norm` | one kind, spread evenly |
 | `role:attn.q:lora` | one kind at one role, spread evenly |
 | `role:ffn.gate+up:lora` | one kind at two roles |
@@ -10,12 +10,13 @@
 | `depth:first:all`, `depth:last:lora` | a third of the blocks, all kinds or one |
 | `pair:lora+norm` | two kinds, half each |
 | `mix:lora:3` | one kind, by chance |
-| `random:17` | anything, by chance |
+| `random:17` | anything, by chance, also how much goes to each kind |
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 import gatedadapters as ga
+from benchmarks.common.store import SCRATCH, locked, write_whole
+from benchmarks.studies.placement.precision import autocast
 from benchmarks.studies.placement.regimes import Regime
 from gatedadapters.structure import Structure
 from gatedadapters.structure.structure import column
 
 COUNT = 64  # structures of a regime
 LEAST = 0.9  # of the size that a structure must have
+ELEMENT_BATCHES = 8  # from which the single weights are chosen
+OUTSIDE = ("outside", "embedding")  # sub-layers that belong to no block
 THIRDS = ("first", "middle", "last")
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, without their whole part, spread evenly however many there are
 
@@ -66,18 +70,36 @@ class Unit:
     params: int
 
 
-def made(regime: Regime, model: nn.Module, *, count: int = COUNT) -> dict[str, Structure]:
+def made(regime: Regime, *, count: int = COUNT) -> dict[str, Structure]:
     """The structures of a regime by name, in the order in which they are worth training.
 
+    They are made once and kept in a file that all processes read: which single weights are the most useful may depend
+    on how a machine rounds.
+
     Args:
-        regime: says which candidates and which size.
-        model: the backbone with its head; left as it is.
+        regime: says which model, which candidates and which size.
         count: of structures.
     """
-    adapters = ga.attach(model, regime.search_space)
+    recipe = f"{regime.search_space.model_dump_json()} {regime.size} {regime.group} {count} {LEAST}"
+    file = SCRATCH / "placement" / f"{regime.name}-{zlib.crc32(recipe.encode()):08x}.json"
+    with locked(file.with_suffix(".lock")):
+        if not file.exists():
+            fresh = {name: structure.to_json() for name, structure in _made(regime, count).items()}
+            write_whole(file, json.dumps(fresh))
+        return {name: Structure.from_json(text) for name, text in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def _made(regime: Regime, count: int) -> dict[str, Structure]:
+    problem = regime.problem
+    problem.reset(0)
+    batches = itertools.islice(problem.batches(0, regime.batch), ELEMENT_BATCHES)
+    with autocast():
+        importance = ga.score(problem.model, batches, kind="taylor", loss=problem.score_loss)
+    adapters = ga.attach(problem.model, regime.search_space)
     try:
         bank = adapters.bank
         assert bank is not None
+        adapters.choose_elements(importance)
         found = {}
         for name, kept in chosen(units_of(adapters), regime.size, regime.group, count).items():
             scores = torch.zeros_like(bank.kept)
@@ -85,33 +107,21 @@ def made(regime: Regime, model: nn.Module, *, count: int = COUNT) -> dict[str, S
             found[name] = adapters.discretize(scores=scores)
         return found
     finally:
-        ga.detach(model)
+        ga.detach(problem.model)
 
 
 def units_of(adapters: ga.Adapters) -> list[Unit]:
     """The units of gated candidates, in the order of the gate bank."""
     bank = adapters.bank
     assert bank is not None
-    inside = [path.site.block_index for _, path in adapters.typed_paths() if path.site.sublayer != "outside"]
-    depth = max(inside) + 1
+    depth = 1 + max(p.site.block_index for _, p in adapters.typed_paths() if p.site.sublayer not in OUTSIDE)
     found = []
     for key, path in adapters.typed_paths():
         where, site = bank.slices[key], path.site
         role = column(site.sublayer, site.role, path.kind).rpartition(" ")[0]
-        third = "" if site.sublayer == "outside" else THIRDS[3 * site.block_index // depth]
-        for index in range(where.start, where.stop):
-            found.append(
-                Unit(
-                    index,
-                    path.kind,
-                    role,
-                    role.partition(".")[0],
-                    third,
-                    site.block_index,
-                    index - where.start,
-                    int(bank.params[index]),
-                )
-            )
+        third = "" if site.sublayer in OUTSIDE else THIRDS[3 * site.block_index // depth]
+        same = (path.kind, role, role.partition(".")[0], third, site.block_index)
+        found += [Unit(i, *same, i - where.start, int(bank.params[i])) for i in range(where.start, where.stop)]
     return found
 
 
@@ -183,7 +193,7 @@ def _mixes(units: Sequence[Unit], size: int, seed: str) -> Stratum:
 
 
 def _random(units: Sequence[Unit], size: int, seed: str) -> Stratum:
-    for number in itertools.count():
+    for number in range(4 * COUNT):
         yield _by_chance(f"random:{number}", units, size, seed)
 
 
@@ -191,13 +201,26 @@ def _random(units: Sequence[Unit], size: int, seed: str) -> Stratum:
 
 
 def _by_chance(name: str, units: Sequence[Unit], size: int, seed: str) -> tuple[str, tuple[int, ...]]:
-    """Units in a random order, as far as they fit."""
-    kept = []
-    for unit in _shuffled(units, f"{seed}/{name}"):
-        if unit.params <= size:
-            kept.append(unit.index)
-            size -= unit.params
-    return name, tuple(sorted(kept))
+    """Shares of the kinds by chance, and within each kind units by chance; a kind with many small units would else be
+    most of every structure.
+    """
+    draw = _generator(f"{seed}/{name}/shares")
+    waiting = _by(_shuffled(units, f"{seed}/{name}"), lambda unit: unit.kind)
+    share = {kind: draw.exponential() for kind in sorted(waiting)}
+    spent = dict.fromkeys(waiting, 0)
+    kept: list[int] = []
+    while True:
+        fits = {kind: next((unit for unit in own if unit.params <= size), None) for kind, own in waiting.items()}
+        able = [kind for kind, unit in fits.items() if unit is not None]
+        if not able:
+            return name, tuple(sorted(kept))
+        kind = min(able, key=lambda kind: spent[kind] / share[kind])
+        unit = fits[kind]
+        assert unit is not None
+        waiting[kind].remove(unit)
+        kept.append(unit.index)
+        size -= unit.params
+        spent[kind] += unit.params
 
 
 def _even(name: str, units: Sequence[Unit], size: int, seed: str) -> tuple[str, tuple[int, ...]]:
