@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gatedadapters.allocation import Placement, allocate, place
 from gatedadapters.artifacts import (
     Shelf,
     budget_report,
@@ -58,6 +59,7 @@ __all__ = [
     "Layout",
     "Mask",
     "MultiTaskClassifier",
+    "Placement",
     "Ramp",
     "Schedule",
     "Scores",
@@ -71,6 +73,7 @@ __all__ = [
     "Study",
     "Task",
     "TaskStream",
+    "allocate",
     "apply_mask",
     "attach",
     "budget_report",
@@ -85,6 +88,7 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "place",
     "probe",
     "run_stream",
     "save_joint",

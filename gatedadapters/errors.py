@@ -1,7 +1,8 @@
 """Every error that the library raises on purpose.
 
-There is one base class to catch them all, and one class per concern. Each is also a ``ValueError`` or a
-``RuntimeError``, so that callers who do not know the library catch it too. All messages have the same parts::
+There is one base class to catch them all, and one class per concern. Each is also a ``ValueError``, a ``RuntimeError``
+or an ``OSError``, so that callers who do not know the library catch it too. Messages show no passwords and no tokens
+(`redaction.redacted`). All have the same parts::
 
     raise DataError(
         "a label column is missing",
@@ -20,12 +21,15 @@ There is one base class to catch them all, and one class per concern. Each is al
 
 from __future__ import annotations
 
+from gatedadapters.redaction import redacted
+
 __all__ = [
     "ArtifactError",
     "AttachError",
     "BudgetError",
     "ConfigError",
     "DataError",
+    "FileAccessError",
     "GatedAdaptersError",
     "LayoutError",
     "MaskError",
@@ -56,17 +60,18 @@ class GatedAdaptersError(Exception):
         where: object = None,
         fix: object = None,
     ) -> None:
-        self.message = message
-        self.expected = expected
-        self.got = got
-        self.where = where
-        self.fix = fix
-        super().__init__(message)
+        self.message = redacted(message)
+        self.expected, self.got, self.where, self.fix = map(_without_secrets, (expected, got, where, fix))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         parts = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
-        details = [f"{name + ':':<9} {value}" for name, value in parts.items() if value is not None]
+        details = [redacted(f"{name + ':':<9} {value}") for name, value in parts.items() if value is not None]
         return "\n".join([self.message, *(f"  {line}" for line in details)] if self.message else details)
+
+
+def _without_secrets(value: object) -> object:
+    return redacted(value) if isinstance(value, str) else value
 
 
 class ConfigError(GatedAdaptersError, ValueError):
@@ -91,6 +96,10 @@ class TaskError(GatedAdaptersError, ValueError):
 
 class DataError(GatedAdaptersError, ValueError):
     """A user's data file or a packaged data set cannot be read."""
+
+
+class FileAccessError(GatedAdaptersError, OSError):
+    """The file system refuses: a disk is full, a folder cannot be written, a file cannot be read."""
 
 
 class BudgetError(GatedAdaptersError, ValueError):

@@ -12,8 +12,10 @@ import torch
 import yaml
 from PIL import Image
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["the", "film", "was", "good", "bad", "long", "short", "and", "very", "dog", "cat", "runs", "sleeps", "today"]
@@ -26,6 +28,59 @@ def save_tokenizer(folder: Path) -> int:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
     tokenizer.save_pretrained(folder)
     return len(vocabulary)
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, and of the words of the tables below, with a chat template."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    special, letters = ["<pad>", "<s>", "</s>"], ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    backend.train_from_iterator(["system user assistant", *(f" {word}" for word in WORDS)] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder with chat.jsonl, questions.csv, choices.jsonl and story.txt: which animal does what."""
+    does = {"dog": "runs", "cat": "sleeps"}
+    rows = [(f"what does the {animal} {number}", verb) for number in range(12) for animal, verb in does.items()]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    with (tmp_path / "questions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *rows])
+    choices = [{"text": q, "options": ["runs", "sleeps"], "label": a} for q, a in rows]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    (tmp_path / "story.txt").write_text("\n\n".join(f"{q} and it {a} today" for q, a in rows))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from gatedadapters.config import Budget, PathOptions, SearchSpace
 from gatedadapters.errors import AllocationError
 from gatedadapters.masking.scores.base import Batch, Loss
 from gatedadapters.masking.scores.losses import task_losses
-from gatedadapters.paths import Path
+from gatedadapters.paths import Elements, Path
 from gatedadapters.structure import Structure
+from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import (
     DEFAULT_TASK,
     attach,
@@ -136,11 +138,42 @@ def place(
                     ranks=ranks,
                     progress=progress,
                 )
+                if number == 0:
+                    choose_elements(whole, probe)
+                stand_alike(adapters, whole)
                 worth = method.worth(probe)
             finally:
                 detach(model)
         rows.append(_checked(worth, dict(whole.typed_paths()), method))
     return Placement(method.kind, stack(rows), whole, time.perf_counter() - began)
+
+
+def choose_elements(whole: Adapters, probe: Probe) -> None:
+    """Let paths of the kind `elements` stand where `|mean_b g_b · w|` is largest; costs one pass of gradients.
+
+    Several tasks share the elements that the first chooses. Where a weight cannot be read (quantised), paths stay
+    where they are.
+    """
+    weights = {
+        f"{path.site.write.module}.weight": probe.weight_of(path)
+        for _, path in whole.typed_paths()
+        if isinstance(path, Elements)
+    }
+    readable = {name: weight for name, weight in weights.items() if weight is not None}
+    if not weights or len(readable) < len(weights):
+        return
+    totals = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for name, w in readable.items()}
+    probe.gradients(readable, lambda name, grad: totals[name].add_(grad.float()))
+    for name, total in totals.items():
+        total.mul_(readable[name].detach().float()).abs_()
+    whole.choose_elements(totals)
+
+
+def stand_alike(adapters: Adapters, whole: Adapters) -> None:
+    """Let the elements of a probe's paths be the first of the whole candidates'."""
+    for key, path in adapters.typed_paths():
+        if isinstance(path, Elements):
+            path.choose(cast(Elements, whole.paths[key]).positions[: len(path.values)])
 
 
 def _smallest(options: PathOptions) -> PathOptions:

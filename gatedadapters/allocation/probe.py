@@ -111,7 +111,7 @@ class Probe:
 
     # -- gradients at the start ----------------------------------------------------------------------------------------
 
-    def gradients(self, parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]) -> int:
+    def gradients(self, parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], object]) -> int:
         """Pass the gradient of every parameter in every batch to `use`, and free it.
 
         The model runs in evaluation mode, all batches are read, and the candidates stay as they are.

@@ -1,4 +1,4 @@
-"""Compact LoRA or scale structures as a folder that peft loads; writing it needs no peft."""
+"""Compact structures of LoRA, scales, norms and rows as a folder that peft loads; writing it needs no peft."""
 
 from __future__ import annotations
 
@@ -13,14 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
-from gatedadapters.paths import LoRA, Path, Scale
-from gatedadapters.safe_files import DTYPES, whole_folder, write_tensors
+from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
+from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
+from gatedadapters.supernet.merging import merged_values, table_factor
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 BACKBONE = "backbone"  # key of the weights' metadata: digest of the backbone's values, for import_peft
+
+TENSORS, COMPUTED = "digest", "config_digest"  # further keys: what the files must hold, so that damage is noticed
+COMPUTED_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "fan_in_fan_out",
+    "use_rslora",
+)
 
 # Names that peft gives a meaning of its own. In families whose experts older releases of transformers kept apart it
 # takes these, wherever they occur, for such experts; in state-space families it refuses what is called out_proj.
@@ -36,12 +52,14 @@ def export_peft(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> None:
-    """Write a compact LoRA structure, or one of scales alone, as a standard peft adapter.
+    """Write a compact structure of LoRA, scales, norms or rows of tokens as a standard peft adapter.
 
     `PeftModel.from_pretrained(model, folder)` on the same backbone then computes the same, with no key missing or
     unexpected. Ranks may differ between modules: gates lie in B, and `lora_alpha = r` is the largest rank with
     `alpha_pattern = rank_pattern`, so that the scale is 1 also for a reader that ignores the patterns. A structure of
-    scales becomes an IA3 adapter. Task heads become `modules_to_save`, for which some inference servers have no use.
+    scales becomes an IA3 adapter, one of norms an LN tuning adapter, one of rows at a table of token ids a trainable
+    tokens adapter. Norms beside LoRA or scales become `modules_to_save`, as task heads do, for which some inference
+    servers have no use; rows beside LoRA become its `trainable_token_indices`.
 
     The weights file holds 4 (or 2) bytes a parameter and a header of about 150 bytes a matrix: below 2 % from
     about 16 kB a module on (rank 1 at width 2048 in fp32).
@@ -60,7 +78,7 @@ def export_peft(
     """
     paths = _of_task(adapters, task)
     kinds = {type(path) for path, _ in paths}
-    if len(kinds) > 1 or not kinds <= {LoRA, Scale}:
+    if not any(kinds <= {*one, *beside} and kinds & {*one} for one, beside in _TOGETHER):
         raise _foreign_kinds([path for path, _ in paths])
     if dtype not in DTYPES.values():
         expected = "torch.float32 or torch.bfloat16"
@@ -72,32 +90,45 @@ def export_peft(
             fix="choose one of them",
         )
     model = adapters.model
-    heads, saved = _heads(adapters)
-    config, tensors = (_lora if kinds == {LoRA} else _ia3)(model, paths)
-    broken = [name for name, value in (tensors | saved).items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ArtifactError(
-            "an adapter with values that are not finite is no use to anyone",
-            expected="finite weights",
-            got=f"inf or nan in {', '.join(broken[:3])}",
-            where="export_peft",
-            fix="train again with a lower rate",
-        )
+    by_kind = {kind: [(path, routing) for path, routing in paths if type(path) is kind] for kind in kinds}
+    index = adapters.tasks.index(task) if task is not None else 0
+    with adapters.disabled():  # merged adapters are no part of the backbone
+        norms = _norms(model, [path for path, _ in by_kind.get(Norm, ())], index)
+        rows = _rows(model, [path for path, _ in by_kind.get(Rows, ())], index)
+    heads, saved = _modules_to_save(adapters, norms if kinds != {Norm} else {})
+    if LoRA in kinds:
+        config, tensors = _lora(model, by_kind[LoRA])
+        if rows:
+            config["trainable_token_indices"] = {name: tokens for name, (tokens, _) in rows.items()}
+            tensors |= {f"{n}.token_adapter.trainable_tokens_delta": values for n, (_, values) in rows.items()}
+    elif Scale in kinds:
+        config, tensors = _ia3(model, by_kind[Scale])
+    elif Norm in kinds:
+        config, tensors = _ln_tuning(model, norms)
+    else:
+        config, tensors = _trainable_tokens(rows, heads)
     shape = getattr(model, "config", None)
     config = {
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": getattr(shape, "_name_or_path", None) or None,
         "task_type": None,
         "inference_mode": True,
-        "modules_to_save": heads or None,
+        **({} if kinds == {Rows} else {"modules_to_save": heads or None}),
         **config,
     }
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
+    check_finite(stored, where="export_peft", fix="train again with a lower rate")
+    metadata = {"format": "pt", TENSORS: tensors_digest(stored), COMPUTED: config_digest(config)}
     with adapters.disabled():  # merged adapters are no part of the backbone
-        metadata = {"format": "pt", BACKBONE: fingerprint(model, skip=frozenset(saved)).values}
+        metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
     with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata=metadata)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A digest of the fields of a peft configuration that say what it computes; others may be changed by users."""
+    return record_digest({field: config.get(field) for field in COMPUTED_FIELDS})
 
 
 def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:
@@ -141,20 +172,27 @@ def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | 
     return paths
 
 
+# What one peft adapter can be of, and what it can hold beside.
+_TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
+    ({LoRA}, {Norm, Rows}),
+    ({Scale}, {Norm}),
+    ({Norm}, set()),
+    ({Rows}, set()),
+)
+
+
 def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
     """What peft has no words for, by name."""
     first = {path.kind: f"{path.kind} at {path.site.write}" for path in reversed(list(paths))}
-    foreign = {path.kind for path in paths if type(path) not in (LoRA, Scale)}
-    if foreign:
-        message, fix = f"peft has no {' or '.join(sorted(foreign))} adapters", "search in a space of lora paths alone"
-    else:
-        message, fix = "a peft adapter is of one kind", "search in a space of lora paths alone, or of scales alone"
+    foreign = {path.kind for path in paths if type(path) not in (LoRA, Scale, Norm, Rows)}
+    message = f"peft has no {' or '.join(sorted(foreign))} adapters" if foreign else "a peft adapter is of one kind"
     return ArtifactError(
         message,
-        expected="lora paths alone, or scales alone",
+        expected="lora paths, with norm and rows beside; or scale paths, with norm; or norm or rows alone",
         got=", ".join(first[kind] for kind in sorted(first)),
         where="export_peft",
-        fix=f"{fix}, or keep the adapter as it is with adapters.save",
+        fix="search in a space of such paths, merge into the model with adapters.merge_and_detach if its kinds can, or "
+        "keep the adapter as it is with adapters.save",
     )
 
 
@@ -168,15 +206,18 @@ def _lora(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[di
         downs.setdefault(name, []).append(lora.down.detach()[used])
         ups.setdefault(name, []).append((lora.up if routing is None else lora.up * routing).detach()[:, used])
     _check_names(model, downs)
-    conv = _storage(model, downs)
+    tables = {path.site.write.module for path, _ in paths if path.site.reads_ids}
+    conv = _storage(model, downs.keys() - tables)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name in sorted(downs):
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
-            torch.cat(downs[name]),
-            torch.cat(ups[name], 1),
-        )
-        ranks[name] = len(tensors[f"{name}.lora_A.weight"])
+        down, up = torch.cat(downs[name]), torch.cat(ups[name], 1)
+        if name in tables:  # peft multiplies what it adds there with the factor of the table
+            up = up / table_factor(model.get_submodule(name), name)
+            tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"] = down, up
+        else:
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
+        ranks[name] = len(down)
     largest = max(ranks.values())
     anchored = _ambiguous(model, ranks)
     pattern = {f"^{re.escape(n)}" if anchored else n: rank for n, rank in ranks.items() if rank != largest}
@@ -227,6 +268,66 @@ def _ia3(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[dic
     return config, tensors
 
 
+def _norms(model: nn.Module, paths: list[Path], index: int) -> dict[str, dict[str, Tensor]]:
+    """Everything in the norms that have paths, with the paths merged, by module and name."""
+    merged = merged_values(model, {str(number): path for number, path in enumerate(paths)}, index)
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in paths:
+        name = path.site.write.module
+        state = model.get_submodule(name).state_dict()
+        found[name] = {key: merged.get(f"{name}.{key}", value.detach()) for key, value in state.items()}
+    return found
+
+
+def _ln_tuning(model: nn.Module, norms: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The norms themselves, which peft exchanges for those of the model."""
+    anchored = _ambiguous(model, norms)
+    config = {"peft_type": "LN_TUNING", "target_modules": _regex(norms) if anchored else sorted(norms)}
+    return config, {f"{n}.ln_tuning_layers.{key}": value for n in sorted(norms) for key, value in norms[n].items()}
+
+
+def _rows(model: nn.Module, paths: list[Path], index: int) -> dict[str, tuple[list[int], Tensor]]:
+    """The tokens of each table and their merged rows."""
+    tokens: dict[str, set[int]] = {}
+    for path in paths:
+        name = path.site.write.module
+        weight = model.get_submodule(name)._parameters["weight"]
+        users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+        if not path.site.reads_ids or len(users) > 1:
+            raise ArtifactError(
+                "peft has no such rows: it keeps tied weights tied, and takes maps to the vocabulary for tied ones",
+                expected="rows at a table of token ids whose weight nothing else uses",
+                got=" and ".join(users),
+                where=f"{path.kind} at {name}",
+                fix="untie the weights before attaching, or keep the adapter as it is with adapters.save",
+            )
+        tokens.setdefault(name, set()).update(cast(Rows, path).tokens.tolist())
+    merged = merged_values(model, {str(number): path for number, path in enumerate(paths)}, index)
+    return {name: (sorted(own), merged[f"{name}.weight"][sorted(own)]) for name, own in tokens.items()}
+
+
+def _trainable_tokens(
+    rows: Mapping[str, tuple[list[int], Tensor]], heads: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The rows themselves, which peft puts in the place of those of the table."""
+    if len(rows) > 1 or heads:
+        raise ArtifactError(
+            "such a peft adapter has one list of tokens and no task heads",
+            expected="rows at one table, and no trained heads",
+            got=", ".join([*sorted(rows), *heads]),
+            where="export_peft",
+            fix="search with lora paths beside, or keep the adapter as it is with adapters.save",
+        )
+    ((name, (tokens, values)),) = rows.items()
+    config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "target_modules": [name],
+        "token_indices": tokens,
+        "init_weights": True,
+    }
+    return config, {f"{name}.trainable_tokens_delta": values}
+
+
 def _storage(model: nn.Module, names: Collection[str]) -> bool:
     """Whether weights are stored (in, out); raises where a module is none that peft adapts."""
     modules = {name: model.get_submodule(name) for name in names}
@@ -270,10 +371,12 @@ def _regex(names: Collection[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names)) or "(?!)"
 
 
-def _heads(adapters: Adapters) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules that own the trained heads, and everything in them by name."""
+def _modules_to_save(
+    adapters: Adapters, norms: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules that own the trained heads, and norms, and everything in them by name."""
     model = adapters.model
-    owners = {name.rpartition(".")[0] for name in adapters.head_names}
+    owners = {name.rpartition(".")[0] for name in adapters.head_names} | norms.keys()
     owners = {name for name in owners if not any(name.startswith(f"{other}.") for other in owners)}
     inside = tuple(f"{name}." for name in owners)
     learned = {id(parameter) for parameter in adapters.head_parameters()}
@@ -290,10 +393,10 @@ def _heads(adapters: Adapters) -> tuple[list[str], dict[str, Tensor]]:
     ]
     if problems:
         raise ArtifactError(
-            "peft cannot hold these task heads",
-            expected="heads that are modules of their own",
+            f"peft cannot hold these {'norms' if norms else 'task heads'}",
+            expected="modules of their own, and of names that no other module's name ends in",
             got="; ".join(problems[:3]),
-            where=", ".join(adapters.head_names[:3]),
+            where=", ".join([*adapters.head_names, *norms][:3]),
             fix="keep the adapter as it is with adapters.save, or attach with heads=() and train none",
         )
     states: Mapping[str, Tensor] = {
@@ -301,4 +404,5 @@ def _heads(adapters: Adapters) -> tuple[list[str], dict[str, Tensor]]:
         for owner in sorted(owners)
         for name, value in model.get_submodule(owner).state_dict().items()
     }
-    return sorted(owners), dict(states)
+    changed = {f"{name}.{key}": value for name, own in norms.items() for key, value in own.items()}
+    return sorted(owners), dict(states) | changed

@@ -34,6 +34,7 @@ def import_peft(
     heads: Sequence[str] | None = None,
     base: Base = "same",
     seed: int = 0,
+    verify: bool = True,
 ) -> Adapters:
     """Attach a LoRA that peft saved as gated paths, one at each of its modules, every rank a unit of its own.
 
@@ -52,6 +53,7 @@ def import_peft(
         base: `"updated"` accepts a backbone of the same shapes with other weights than the one `export_peft` saw;
             folders that peft wrote do not say which it was, only names and shapes are checked.
         seed: of gates and gate noise.
+        verify: check the digests that `export_peft` stored; folders that peft wrote have none.
 
     Raises:
         ArtifactError: the folder is no LoRA, a file is pickled, truncated or foreign, the LoRA is one of another
@@ -62,7 +64,7 @@ def import_peft(
     The model is left untouched by all of them.
     """
     check_no_adapters(model)
-    lora = read_peft(folder)
+    lora = read_peft(folder, verify=verify)
     prefix = _prefix(model, lora)
     maps = {prefix + name: value for name, value in lora.maps.items()}
     saved = {prefix + name: value for name, value in lora.heads.items()}

@@ -17,7 +17,14 @@ from gatedadapters.supernet.adapters import Adapters, get_adapters
 ADAPTERS, DELTA = "adapters", "delta"
 
 
-def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False, beside: bool = False) -> None:
+def save_joint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    beside: bool = False,
+    allow_nonfinite: bool = False,
+) -> None:
     """Write the compact adapters and the delta of `model` into one folder, whole or not at all.
 
     Args:
@@ -26,32 +33,43 @@ def save_joint(model: nn.Module, folder: str | Path, *, overwrite: bool = False,
         overwrite: replace a joint artefact that the folder holds, in one step.
         beside: other files that the folder holds stay; an earlier artefact in it is replaced. Adapters that still have
             gates are saved as `Adapters.compacted` gives them.
+        allow_nonfinite: also write infinities and NaN.
 
     Raises:
         AttachError: the model lacks adapters or a delta.
-        ArtifactError: the adapters are not compact, or the folder is not free.
+        ArtifactError: the adapters are not compact, a value is not finite and `allow_nonfinite` is False, or the folder
+            is not free.
     """
     adapters, delta = get_adapters(model), get_delta(model)
     if beside:
-        adapters.compacted().save(Path(folder) / ADAPTERS, overwrite=True)
-        delta.save(Path(folder) / DELTA, overwrite=True)
+        adapters.compacted().save(Path(folder) / ADAPTERS, overwrite=True, allow_nonfinite=allow_nonfinite)
+        delta.save(Path(folder) / DELTA, overwrite=True, allow_nonfinite=allow_nonfinite)
         return
     for part, files in ((ADAPTERS, ADAPTER_FILES), (DELTA, DELTA_FILES)):
         check_free(Path(folder).resolve() / part, files, overwrite)  # what a user keeps in there is not replaced, too
     with whole_folder(folder, files={ADAPTERS, DELTA}, overwrite=overwrite) as new:
-        adapters.save(new / ADAPTERS)
-        delta.save(new / DELTA)
+        adapters.save(new / ADAPTERS, allow_nonfinite=allow_nonfinite)
+        delta.save(new / DELTA, allow_nonfinite=allow_nonfinite)
 
 
-def load_joint(model: nn.Module, folder: str | Path) -> tuple[Adapters, SparseDelta]:
+def load_joint(
+    model: nn.Module, folder: str | Path, *, verify: bool = True, allow_nonfinite: bool = False
+) -> tuple[Adapters, SparseDelta]:
     """Inverse of `save_joint`, on the backbone that both were trained on.
+
+    Args:
+        model: with that backbone.
+        folder: what `save_joint` wrote.
+        verify: see `load_adapters`.
+        allow_nonfinite: see `load_adapters`.
 
     Raises:
         ArtifactError, AttachError, MaskError: see `load_adapters` and `load_delta`. The model is left as it was.
     """
-    adapters = load_adapters(model, Path(folder) / ADAPTERS)
+    adapters = load_adapters(model, Path(folder) / ADAPTERS, verify=verify, allow_nonfinite=allow_nonfinite)
     try:
-        return adapters, load_delta(model, Path(folder) / DELTA)
+        delta = load_delta(model, Path(folder) / DELTA, verify=verify, allow_nonfinite=allow_nonfinite)
+        return adapters, delta
     except BaseException:
         adapters.detach()
         raise

@@ -13,7 +13,14 @@ from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import adapters_of, check_no_adapters, find_heads, install
 
 
-def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") -> Adapters:
+def load_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base: Base = "same",
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+) -> Adapters:
     """Attach saved adapters to the backbone they were made for, weights and task heads included.
 
     The result computes what the saved one did, bit for bit where it was saved in fp32. Everything is checked
@@ -26,17 +33,20 @@ def load_adapters(model: nn.Module, folder: str | Path, *, base: Base = "same") 
             the one they came from in `Structure.lineage`. An artefact does not hold the configuration of its backbone:
             that two of equal shapes differ in their heads or non-linearities is what
             `gatedadapters.transfer.check_versions(old, new)` finds, where the old one is at hand.
+        verify: check the digests of the files, which tell damage. Artefacts of releases 0.1 and 0.2 have none; they
+            load with a note in the log.
+        allow_nonfinite: also load infinities and NaN.
 
     Raises:
-        ArtifactError: the folder is no artefact, a file is truncated or foreign, or the backbone is another
-            one; it says whether its class, its shapes or its values differ.
+        ArtifactError: the folder is no artefact, a file is truncated, foreign or damaged, a value is not finite, or the
+            backbone is another one; it says whether its class, its shapes or its values differ.
         AttachError: the model already has adapters.
         PathError: the structure names a module that the model lacks.
 
     The model is left untouched by all of them.
     """
     check_no_adapters(model)
-    saved = read(model, folder, base=base)
+    saved = read(model, folder, base=base, verify=verify, allow_nonfinite=allow_nonfinite)
     check_gradients_pass(model)
     adapters = install(adapters_of(model, saved.structure, saved.paths), model, find_heads(model, list(saved.heads)))
     with torch.no_grad():

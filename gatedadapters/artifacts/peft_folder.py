@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
-from gatedadapters.artifacts.export_peft import BACKBONE, CONFIG, PREFIX, WEIGHTS
+from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_finite, opened, read_all
+from gatedadapters.artifacts.export_peft import BACKBONE, COMPUTED, CONFIG, PREFIX, TENSORS, WEIGHTS, config_digest
 from gatedadapters.errors import ArtifactError
-from gatedadapters.safe_files import read_all
+from gatedadapters.patterns import Pattern
+from gatedadapters.safe_files import read_text
+from gatedadapters.untrusted import load_json
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +55,32 @@ _HARMLESS = frozenset(
         "ephemeral_gpu_offload",
     }
 )
+
+
+class LoraRecord(BaseModel):
+    """The fields of `adapter_config.json` that say what a LoRA computes, each of its one type. Others are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    lora_dropout: float | None = None
+    init_lora_weights: bool | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
 _WAYS_OUT = {
     "bias": "trained biases are part of the backbone; train the LoRA with bias='none'",
     "use_dora": "merge it into the backbone with peft; DoRA is no low-rank map",
@@ -87,11 +119,16 @@ class PeftFolder:
 
     def forgotten(self, names: Iterable[str]) -> list[str]:
         """Which of these names of modules the folder targets without holding weights for them."""
-        return [name for name in names if name not in self.maps and _targets(self.config, name)]
+        with _matching(self.where):
+            return [name for name in names if name not in self.maps and _targets(self.config, name)]
 
 
-def read_peft(folder: str | Path) -> PeftFolder:
+def read_peft(folder: str | Path, *, verify: bool = True) -> PeftFolder:
     """Read a LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        folder: the folder.
+        verify: check the digests that `export_peft` stored; peft itself writes none.
 
     Raises:
         ArtifactError: no such folder, a pickled, truncated or foreign file, a key too many or too few, or something
@@ -99,13 +136,24 @@ def read_peft(folder: str | Path) -> PeftFolder:
     """
     where = Path(folder)
     config = _config(where)
-    stored, metadata = read_all(_weights(where))
+    file = _weights(where)
+    with opened(file) as weights:
+        metadata = weights.metadata() or {}
+    if verify and metadata.get(COMPUTED, config_digest(config)) != config_digest(config):
+        raise _error(
+            "the configuration was changed since it was exported",
+            f"digest {metadata[COMPUTED]:.40}",
+            f"digest {config_digest(config)}",
+            where / CONFIG,
+            "restore the folder; if you changed it on purpose, pass verify=False",
+        )
+    stored, _ = read_all(file, digest=metadata.get(TENSORS) if verify else None)
     tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     pairs: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     for name, value in tensors.items():
         found = _KEY.fullmatch(name)
-        if value.dtype not in _TYPES or not bool(torch.isfinite(value).all()):
+        if value.dtype not in _TYPES or not is_finite(value):
             raise _error(
                 "a weight that is no finite number",
                 "finite float32, bfloat16 or float16",
@@ -120,8 +168,9 @@ def read_peft(folder: str | Path) -> PeftFolder:
             raise _unknown_key(name, where)
     if not pairs:
         raise _error("there is no LoRA in it", "lora_A and lora_B of a module", "none", where / WEIGHTS)
-    maps = {name: _matrices(config, name, pair, where) for name, pair in pairs.items()}
-    strangers = [name for name in maps if _targets(config, name) is False]
+    with _matching(where):
+        maps = {name: _matrices(config, name, pair, where) for name, pair in pairs.items()}
+        strangers = [name for name in maps if _targets(config, name) is False]
     if strangers:
         raise _error(
             "weights for a module that the configuration does not target",
@@ -139,17 +188,31 @@ def _config(where: Path) -> dict[str, Any]:
         got = "no such folder" if not where.exists() else f"no {CONFIG} in it"
         raise _error("this is not a peft adapter", f"a folder with {CONFIG} and {WEIGHTS}", got, where)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        check_inside(path)
+        config = load_json(read_text(path, most=MOST_RECORD_BYTES))
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as error:
         raise _error("the configuration cannot be read", "a JSON object", str(error), path) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        got = str(config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
+        got = reprlib.repr(config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
         raise _error("only LoRA is imported", "peft_type LORA", got, path)
     for field, value in config.items():
         inert = field in _HARMLESS or not value or (field, value) == ("bias", "none")
         if not inert:
-            fix = _WAYS_OUT.get(field, "train the LoRA without it")
-            raise _error("this is more than a plain LoRA", f"{field} unset", f"{field}: {value!r}", path, fix)
+            fix, got = _WAYS_OUT.get(field, "train the LoRA without it"), f"{field}: {reprlib.repr(value)}"
+            raise _error("this is more than a plain LoRA", f"{field} unset", got, path, fix)
+    try:
+        LoraRecord.model_validate(config)
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(map(str, found["loc"]))
+        raise _error(
+            "a field of the configuration is not as peft writes it",
+            f"{field}: {found['msg']}",
+            reprlib.repr(found["input"]),
+            path,
+        ) from None
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         fix = "save it with peft's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
@@ -160,10 +223,6 @@ def _config(where: Path) -> dict[str, Any]:
             path,
             fix,
         )
-    numbers = [config.get("r"), config.get("lora_alpha"), *_pattern(config, "rank_pattern").values()]
-    numbers += _pattern(config, "alpha_pattern").values()
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
-        raise _error("ranks and scales are missing", "r and lora_alpha above 0", f"{numbers}", path)
     return config
 
 
@@ -194,7 +253,10 @@ def _matrices(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], 
         raise _error(
             "the configuration says another rank", f"A ({rank}, in), B (out, {rank})", got, f"{name} in {where}"
         )
-    return Matrices(down, up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
+    up = up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not is_finite(up):
+        raise _error("a scale is too large", "finite values of B times it", f"alpha {alpha:g}", f"{name} in {where}")
+    return Matrices(down, up)
 
 
 def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -204,7 +266,7 @@ def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
 def _of_module(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """Values by module: the first key that, as a regular expression, is the end of the module's name."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _matches(rf"(.*\.)?({key})", name):
             return value
     return default
 
@@ -215,11 +277,33 @@ def _targets(config: Mapping[str, Any], name: str) -> bool | None:
     depends = any(config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     if depends or not targets or targets == "all-linear":
         return None
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.get("modules_to_save") or ()):
+    if any(_matches(rf"(.*\.)?{module}(\..*)?", name) for module in config.get("modules_to_save") or ()):
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return _matches(targets, name)
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+_compiled = lru_cache(maxsize=4096)(Pattern)  # a folder may name every module of a model by an expression of its own
+
+
+def _matches(expression: str, name: str) -> bool:
+    """Whether a regular expression of the configuration is the whole name of a module."""
+    return _compiled(expression).fullmatch(name)
+
+
+@contextmanager
+def _matching(where: Path) -> Iterator[None]:
+    """A context in which a regular expression that cannot be matched is an ArtifactError."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        fix = "name the modules in a list, or leave out repeats within repeats"
+        raise _error(
+            "a regular expression cannot be matched", "few ways to match", str(error), where / CONFIG, fix
+        ) from None
 
 
 def _saves(config: Mapping[str, Any], name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gatedadapters.cli import compress, continual, plan, quickstart, report, search, select, show, study, transfer
 from gatedadapters.config.plugins import load_plugins
 from gatedadapters.errors import GatedAdaptersError
+from gatedadapters.safe_files import file_errors
 
 COMMANDS = (quickstart, search, compress, select, continual, transfer, study, report, plan, show)
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         load_plugins()
-        options.run(options)
+        with file_errors("read or write a file", f"gatedadapters {options.command}"):
+            options.run(options)
     except GatedAdaptersError as error:
         print(f"gatedadapters {options.command}: {type(error).__name__}\n{error}", file=sys.stderr)
         return 2

@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(expected="1 or more", got=value, where=f"--{name}", fix="raise it")
-    study = load(options, create=True).run(options.trials, workers=options.workers)
-    write_report(study, options)
+    study = load(options, create=True)
+    study.check_report(report_folder(study, options), overwrite=options.overwrite)
+    write_report(study.run(options.trials, workers=options.workers), options)
 
 
 def load(options: argparse.Namespace, *, create: bool) -> Study:
@@ -41,5 +42,9 @@ def load(options: argparse.Namespace, *, create: bool) -> Study:
 def write_report(study: Study, options: argparse.Namespace) -> None:
     """Print how far the study is, and write its report."""
     print(study)
-    folder = options.out or Path(f"{study.config.name}-report")
-    print(f"\nReport: {study.report(folder, overwrite=options.overwrite)}")
+    print(f"\nReport: {study.report(report_folder(study, options), overwrite=options.overwrite)}")
+
+
+def report_folder(study: Study, options: argparse.Namespace) -> Path:
+    """The folder of the report: the one that is asked for, or one named after the study."""
+    return Path(options.out or f"{study.config.name}-report")

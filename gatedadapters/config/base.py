@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from gatedadapters.artefact_files import RecordFile, read_record_file
 from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.safe_files import read_text
+from gatedadapters.untrusted import MOST_YAML_BYTES, load_yaml
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch both take
+Count = Annotated[int, Field(gt=0, le=10**9)]  # steps, examples, batches: more than anyone runs
+Units = Annotated[int, Field(gt=0, le=2**16)]  # ranks and widths: wider than the layers of any model
 
 
 class Config(BaseModel):
@@ -20,7 +28,7 @@ class Config(BaseModel):
     Unknown keys and values out of range raise `ConfigError`, both in the constructor and in `parse`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -171,6 +179,7 @@ def found_in(folder: Path, name: str) -> str:
     return str(folder / name) if (folder / name).exists() else name
 
 
+_MOST_PROBLEMS = 10  # wrong keys that an error names
 Record = TypeVar("Record", bound=Config)
 
 
@@ -190,13 +199,23 @@ def config_error(error: ValidationError, *, where: str, known: tuple[str, ...] =
                 inner.message, expected=inner.expected, got=inner.got, where=f"{where}: {inner.where}", fix=inner.fix
             )
         place = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        problems.append(f"{place}: {item['msg']} (got {item['input']!r:.80})")
+        problems.append(f"{place}: {item['msg']} (got {_shown(item['input'])})")
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
     return ConfigError(
         expected="valid configuration" + (f" with keys among {', '.join(known)}" if known else ""),
         got="; ".join(problems),
         where=where,
         fix="correct the named keys",
     )
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, for an error, whatever its size."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return f"a very long {type(value).__name__}"
 
 
 def read_yaml(path: Path) -> Any:
@@ -206,48 +225,79 @@ def read_yaml(path: Path) -> Any:
         ConfigError: the file cannot be read or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return load_yaml(read_text(path, most=MOST_YAML_BYTES))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             expected="a readable YAML file",
-            got=f"{type(error).__name__}: {error}",
-            where=str(path),
+            got=str(error),
+            where=path,
             fix="check the path and the syntax",
         ) from error
 
 
-def read_record(kind: type[Record], file: Path, *, what: str, expected: str, writer: str) -> Record:
-    """Read the JSON record, of version 1, that `writer` left in the folder of an artefact.
+def read_record(
+    kind: type[Record],
+    file: Path,
+    *,
+    what: str,
+    expected: str,
+    fix: str,
+    verify: bool = True,
+    versions: Collection[int] | None = (1,),
+) -> tuple[Record, RecordFile]:
+    """Read the JSON record that lies in the folder of an artefact.
 
     Args:
         kind: class of the record.
         file: the JSON file.
         what: the artefact, for errors: "a saved mask".
         expected: what the folder should hold, for errors.
-        writer: the method that writes such folders, for errors.
+        fix: what to do where there is no such file, for errors.
+        verify: check digests; see `read_record_file`.
+        versions: those that are known; None if such records have no version.
+
+    Returns:
+        The record, and the file with the digests of the tensors beside it.
 
     Raises:
-        ArtifactError: the file is missing or foreign, is of another version, or has unknown or missing keys.
+        ArtifactError: the file is missing, foreign or damaged, is of another version, or has unknown or missing keys,
+            or values of another type.
     """
     try:
-        data = json.loads(file.read_bytes())
+        found = read_record_file(file, verify=verify, what=what, versions=versions)
+    except ArtifactError:
+        raise
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"this is not {what}",
             expected=expected,
             got=str(error),
             where=file.parent,
-            fix=f"give the folder that {writer} wrote",
+            fix=fix,
         ) from error
-    version = data.get("version") if isinstance(data, dict) else None
-    if version != 1:
-        raise ArtifactError(
-            expected=f"{what} of version 1",
-            got=f"version {version!r}",
-            where=file.parent,
-            fix="read it with the release that wrote it",
-        )
+    return parse_record(kind, found.data, what=what, where=file), found
+
+
+def parse_record(kind: type[Record], data: Mapping[str, Any], *, what: str, where: Path | str) -> Record:
+    """Validate the plain data of a record, without any conversion: a number in quotes is no number.
+
+    Args:
+        kind: class of the record.
+        data: the record without its digests.
+        what: the artefact, for errors: "a saved mask".
+        where: the file, for errors.
+
+    Raises:
+        ArtifactError: unknown or missing keys, or values of another type.
+    """
     try:
-        return kind.parse(data, where=str(file))
-    except ValueError as error:
-        raise ArtifactError(str(error), where=file) from None
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        wrong = config_error(error, where=str(where), known=tuple(kind.model_fields))
+        raise ArtifactError(
+            wrong.message or f"this is not {what} as it was saved",
+            expected=wrong.expected,
+            got=wrong.got,
+            where=where,
+            fix="copy the folder again as it was saved, or read it with the release that wrote it",
+        ) from None

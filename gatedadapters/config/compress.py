@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from gatedadapters.config.base import FileConfig, found_in
+from gatedadapters.config.base import Count, FileConfig, found_in
 from gatedadapters.config.penalty import Budget, Schedule
 from gatedadapters.config.search import SearchConfig, TrainingConfig
 from gatedadapters.config.tasks import TaskConfig
@@ -19,7 +19,7 @@ class CompressTrainingConfig(TrainingConfig):
     A trained LoRA needs fewer steps and a lower rate than an adapter that starts from zero.
     """
 
-    steps: int = Field(200, gt=0)
+    steps: Count = 200
     learning_rate: float = Field(1e-3, gt=0)
 
 

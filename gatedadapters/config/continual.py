@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, FileConfig, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
 from gatedadapters.config.select import TuningConfig
 from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
@@ -33,13 +33,13 @@ class ProbeConfig(Config):
     """
 
     epochs: float = Field(1.0, gt=0)
-    steps: int | None = Field(None, gt=0)
+    steps: Count | None = None
     fraction: float = Field(1.0, gt=0, le=1)
     learning_rate: float = Field(2e-5, gt=0)
     warmup: float = Field(0.1, ge=0, le=1)
-    batch_size: int = Field(32, gt=0)
-    fisher_batches: int = Field(150, gt=0)
-    fisher_batch_size: int = Field(2, gt=0)
+    batch_size: Count = 32
+    fisher_batches: Count = 150
+    fisher_batch_size: Count = 2
     start: Literal["base", "current"] = "base"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
@@ -73,7 +73,7 @@ class StreamTrainingConfig(TuningConfig):
     """
 
     head_learning_rate: float | None = Field(None, gt=0)
-    checkpoint_steps: int | None = Field(200, gt=0)
+    checkpoint_steps: Count | None = 200
 
 
 class ContinualConfig(FileConfig):
@@ -101,8 +101,8 @@ class ContinualConfig(FileConfig):
     compare: tuple[str | dict[str, Any], ...] = ()
     general: TaskConfig | None = None
     training: StreamTrainingConfig = StreamTrainingConfig()
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    orders: int = Field(1, gt=0)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    orders: Count = 1
     keep: bool = True
     pooling: Literal["mean", "first"] = "mean"
 

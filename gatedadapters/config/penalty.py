@@ -39,7 +39,7 @@ class Budget(Config):
         per_task: the most that any one task may use, in the unit of the budget (a share with `fraction`).
     """
 
-    params: int | None = Field(None, gt=0)
+    params: int | None = Field(None, gt=0, lt=2**63)
     fraction: float | None = Field(None, gt=0, le=1)
     flops: float | None = Field(None, gt=0)
     per_task: float | None = Field(None, gt=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, Seed
 
 
 class CorruptionConfig(Config):
@@ -18,4 +18,4 @@ class CorruptionConfig(Config):
 
     kind: str
     ratio: float = Field(ge=0, le=1)
-    seed: int = 0
+    seed: Seed = 0

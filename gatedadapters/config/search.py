@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, FileConfig, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.space import SearchSpace
@@ -35,18 +35,18 @@ class TrainingConfig(Config):
         seed: seed of data splits, heads, gates and batches.
     """
 
-    steps: int = Field(300, gt=0)
-    batch_size: int = Field(16, gt=0)
+    steps: Count = 300
+    batch_size: Count = 16
     learning_rate: float = Field(2e-3, gt=0)
     gate_learning_rate: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, le=1)
-    max_length: int = Field(128, gt=0)
+    max_length: Count = 128
     task_temperature: float = Field(2.0, gt=0)
     pooling: Literal["mean", "first"] = "mean"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SearchConfig(FileConfig):

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config, FileConfig, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
 from gatedadapters.config.tasks import TaskConfig
 
 
@@ -34,9 +34,9 @@ class SelectionConfig(Config):
     scope: Literal["global", "tensor"] = "global"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
-    batches: int = Field(32, gt=0)
-    batch_size: int = Field(8, gt=0)
-    seed: int = 0
+    batches: Count = 32
+    batch_size: Count = 8
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -73,15 +73,15 @@ class TuningConfig(Config):
         seed: seed of data splits, batches, and random numbers in training.
     """
 
-    steps: int = Field(200, gt=0)
-    batch_size: int = Field(8, gt=0)
+    steps: Count = 200
+    batch_size: Count = 8
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, le=1)
-    max_length: int = Field(128, gt=1)
+    max_length: Count = Field(128, gt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SelectConfig(FileConfig):

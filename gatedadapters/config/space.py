@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, read_yaml
 from gatedadapters.config.gates import GateConfig
 from gatedadapters.errors import ConfigError
+from gatedadapters.patterns import Pattern
 
 SublayerKind = Literal["attention", "cross_attention", "feed_forward", "mixer", "outside", "embedding"]
 
@@ -41,10 +41,7 @@ class Where(Config):
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
+            Pattern(value)
         return value
 
     def accepts(
@@ -62,15 +59,37 @@ class Where(Config):
         """
         if self.blocks is not None and block not in {b + n_blocks if b < 0 else b for b in self.blocks}:
             return False
-        if self.include is not None and not re.search(self.include, module):
-            return False
-        if self.exclude is not None and re.search(self.exclude, module):
-            return False
+        for field, text, wanted in (("include", self.include, True), ("exclude", self.exclude, False)):
+            if text is not None and _matches(text, module, field) is not wanted:
+                return False
         return (
             (self.sublayers is None or sublayer in self.sublayers)
             and (self.stacks is None or stack in self.stacks)
             and (self.roles is None or role is None or role in self.roles)
         )
+
+
+@lru_cache(maxsize=256)
+def _pattern(text: str) -> Pattern:
+    return Pattern(text)
+
+
+def _matches(text: str, module: str, field: str) -> bool:
+    """Whether a regular expression of a search space is found in the name of a module.
+
+    Raises:
+        ConfigError: matching takes too long.
+    """
+    try:
+        return _pattern(text).search(module)
+    except ValueError as error:
+        raise ConfigError(
+            "a regular expression cannot be matched",
+            expected="one with few ways to match",
+            got=str(error),
+            where=f"at.{field}, for module {module[:100]}",
+            fix="leave out repeats within repeats, such as (a+)+",
+        ) from None
 
 
 class PathOptions(Config):
@@ -160,18 +179,16 @@ class SearchSpace(Config):
         if path.suffix not in {".yaml", ".yml"}:
             path = presets_folder() / f"{preset_or_file}.yaml"
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            data = read_yaml(path)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
             raise ConfigError(
                 expected=f"a preset ({', '.join(presets())}) or a YAML file",
                 got=repr(str(preset_or_file)),
                 where="SearchSpace.load",
                 fix="use one of the presets, or give the path of a file ending in .yaml",
             ) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                expected="readable YAML", got=f"{type(error).__name__}: {error}", where=str(path), fix="mend the file"
-            ) from error
         return cls.parse(data, where=str(path))
 
     def with_gates(self, **changes: Any) -> Self:

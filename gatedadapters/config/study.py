@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, read_yaml
+from gatedadapters.config.base import Config, Seed, read_yaml
 from gatedadapters.config.search import SearchConfig
 from gatedadapters.config.space import presets_folder
 from gatedadapters.errors import ConfigError
@@ -21,6 +21,8 @@ Value = bool | int | float | str
 StudySide = Literal["gated", "uniform", "full"]
 Objective = Literal["score", "params", "gap"]
 PENALTY, PERTURBATION = "penalty.", "perturbation."
+_MOST_VALUES = 200  # of all factors together: each is validated, on each side
+_MOST_TRIALS = 10_000
 _FREE = {"seeds", "trials", "retries", "description", "version"}  # fields that may change between runs of one study
 _OTHER = {"sensitivity": "optimise", "optimise": "sensitivity"}
 
@@ -42,7 +44,7 @@ class Factor(Config):
     low: float | None = None
     high: float | None = None
     log: bool = False
-    points: int = Field(5, ge=2)
+    points: int = Field(5, ge=2, le=_MOST_VALUES)
     integer: bool = False
     sides: tuple[StudySide, ...] | None = Field(None, min_length=1)
 
@@ -112,12 +114,19 @@ class StudyConfig(Config):
     factors: dict[str, Factor] = Field(min_length=1)
     design: Literal["one_factor", "grid"] = "one_factor"
     sides: dict[StudySide, dict[str, Value]] = Field({"gated": {}}, min_length=1)
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    retries: int = Field(2, ge=0)
-    trials: int = Field(50, gt=0)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    retries: int = Field(2, ge=0, le=_MOST_VALUES)
+    trials: int = Field(50, gt=0, le=_MOST_TRIALS)
     objectives: tuple[Objective, ...] = Field(("score",), min_length=1)
     constraints: dict[Objective, float] = Field(default_factory=dict)
     prune: bool = True
+
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, name: str) -> str:
+        if name.startswith(".") or any(part in name for part in "/\\\0"):
+            raise ValueError("files are named after a study: its name is no path and does not begin with a dot")
+        return name
 
     @field_validator("search", mode="before")
     @classmethod
@@ -133,6 +142,7 @@ class StudyConfig(Config):
                 raise ValueError(f"{name} must differ")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds are at least 0, got {min(self.seeds)}")
+        self._check_size()
         for path, factor in self.factors.items():
             _check_path(path)
             self._check_sides(path, factor)
@@ -152,6 +162,15 @@ class StudyConfig(Config):
                 f"mode: {self.mode} has no {', '.join(unread)}; say mode: {_OTHER[self.mode]}, or leave it out"
             )
         return self
+
+    def _check_size(self) -> None:
+        sizes = [len(factor.values) if factor.values is not None else factor.points for factor in self.factors.values()]
+        if sum(sizes) > _MOST_VALUES:
+            raise ValueError(f"the factors have {sum(sizes):,} values; at most {_MOST_VALUES} are studied")
+        combined = math.prod(sizes) if self.design == "grid" else 1 + sum(sizes)
+        trials = combined * len(self.sides) * len(self.seeds)
+        if self.mode == "sensitivity" and trials > _MOST_TRIALS:
+            raise ValueError(f"about {trials:,} trials; a study has at most {_MOST_TRIALS:,}")
 
     def _check_sides(self, path: str, factor: Factor) -> None:
         absent = [side for side in factor.sides or () if side not in self.sides]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, Count
 from gatedadapters.config.rows import Rows
 
 Kind = Literal["classification", "text", "chat", "choice"]
@@ -78,8 +78,8 @@ class TaskConfig(Config):
     packing: bool = False
     measures: tuple[str, ...] = ()
     held_out: float = Field(0.2, gt=0, lt=1)
-    max_train: int | None = Field(None, gt=0)
-    max_test: int | None = Field(None, gt=0)
+    max_train: Count | None = None
+    max_test: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,8 +94,11 @@ class TaskConfig(Config):
                 raise ValueError("file is the old name of train: drop file")
             given.setdefault("kind", "text")
         if (count := given.pop("max_texts", None)) is not None:
-            held_out = max(1, round(float(given.get("held_out", 0.2)) * int(count)))
-            given |= {"max_train": max(1, int(count) - held_out), "max_test": held_out}
+            share = given.get("held_out", 0.2)
+            if not isinstance(count, int) or not isinstance(share, int | float) or not 0 < share < 1:
+                raise ValueError("max_texts is a whole number, and held_out lies between 0 and 1")
+            held_out = max(1, round(share * count))
+            given |= {"max_train": max(1, count - held_out), "max_test": held_out}
         instead = "write train: and kind: text for file, max_train and max_test for max_texts"
         # A FutureWarning, because Python hides a DeprecationWarning from users of the command.
         warnings.warn(f"TaskConfig: {said} will not be read any more; {instead}", FutureWarning, stacklevel=2)
@@ -111,7 +114,9 @@ class TaskConfig(Config):
             raise ValueError("records that are given in Python have no file to name the task after: give a name")
         kind = self.stated_kind
         if kind is not None and (unread := self.changed_fields(self._unread(kind))):
-            raise ValueError(f"kind: {kind} does not read {', '.join(unread)}: leave that out, or give another kind")
+            raise ValueError(
+                f"kind: {kind} does not read everything given here: leave {', '.join(unread)} out, or give another kind"
+            )
         if kind == "chat" and self.answer is not None and "messages" in self.model_fields_set:
             raise ValueError("give either messages (conversations), or text and answer (one question and its answer)")
         if self._is_txt and kind not in ("text", None):

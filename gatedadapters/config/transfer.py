@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config, found_in
+from gatedadapters.config.base import Config, Count, Seed, found_in
 from gatedadapters.config.search import SearchConfig
 from gatedadapters.config.space import SearchSpace
 
@@ -98,8 +98,8 @@ class TransferConfig(SearchConfig):
     search: bool = False
     prefer_transferable: bool = False
     weakening: WeakeningConfig = WeakeningConfig()
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    shift_texts: int = Field(64, gt=0)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    shift_texts: Count = 64
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferConfig:

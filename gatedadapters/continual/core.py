@@ -11,9 +11,12 @@ from statistics import mean
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from gatedadapters.artefact_files import own_digest, with_digests
 from gatedadapters.backbone.fingerprint import Fingerprint
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.continual.probing import Probe
 from gatedadapters.continual.tensors import TensorInfo
 from gatedadapters.errors import ArtifactError, MaskError
@@ -269,7 +272,6 @@ def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
     shapes = {name: info.shape for name, info in core.infos.items()}
     roles = {name: info.role for name, info in core.infos.items()}
     origin = {"kind": core.kind}
-    Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin).write(folder)
     tensors = {
         name: {
             "shape": info.shape,
@@ -281,32 +283,61 @@ def save_core(core: Core, folder: Path, identity: Fingerprint) -> None:
         for name, info in core.infos.items()
     }
     data = {"scores": dict(core.scores), "tensors": tensors}
-    (folder / CORE).write_text(json.dumps(data) + "\n", encoding="utf-8")
+    text = with_digests(json.dumps(data))
+    (folder / CORE).write_text(text, encoding="utf-8")
+    mask = Mask.from_indices(core.indices, shapes, identity=identity, roles=roles, origin=origin)
+    mask.write(folder, {CORE: own_digest(text)})
 
 
-def load_core(folder: Path) -> Core:
+class TensorRecord(Config):
+    """A `TensorInfo` as data; `place` is its pattern, as files of version 0.1 call it."""
+
+    shape: tuple[NonNegativeInt, ...]
+    role: str
+    block: int | None
+    place: str
+    blocks: int
+
+
+class CoreRecord(Config):
+    """Scores and tensors of a core as data."""
+
+    scores: dict[str, float]
+    tensors: dict[str, TensorRecord]
+
+
+def load_core(folder: Path, *, verify: bool = True) -> Core:
     """Read what `save_core` wrote.
 
+    Args:
+        folder: the folder.
+        verify: check the digests of the files, which tell damage.
+
     Raises:
-        ArtifactError: files are missing or of another kind.
+        ArtifactError: files are missing, damaged or of another kind.
     """
-    mask = Mask.load(folder)
-    try:
-        data = json.loads((folder / CORE).read_text(encoding="utf-8"))
-        infos = {
-            name: TensorInfo(tuple(info["shape"]), info["role"], info["block"], info["place"], info["blocks"])
-            for name, info in data["tensors"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    mask, beside = Mask.read(folder, verify=verify)
+    record, file = read_record(
+        CoreRecord,
+        folder / CORE,
+        what="a stored core",
+        expected=f"{CORE} beside a mask",
+        fix="give the folder of a stream whose strategy selects cores",
+        verify=verify,
+        versions=None,
+    )
+    infos = {name: TensorInfo(t.shape, t.role, t.block, t.place, t.blocks) for name, t in record.tensors.items()}
+    shapes = {name: info.shape for name, info in infos.items()}
+    if shapes != {name: mask.shape(name) for name in mask.names} or beside.digest(CORE) not in (None, file.own):
         raise ArtifactError(
-            "this is no stored core",
-            expected=f"{CORE} beside a mask",
-            got=error,
+            "a core and the mask beside it do not belong together",
+            expected=f"the {len(mask.names)} tensors of the mask",
+            got=f"{len(infos)} tensors, other shapes or another digest",
             where=folder,
-            fix="give the folder of a stream whose strategy selects cores",
-        ) from error
+            fix="restore the folder as it was written",
+        )
     indices = {name: mask.indices(name) for name in mask.names if mask.count(name)}
-    return Core(indices, infos, str(mask.origin["kind"]), data["scores"])
+    return Core(indices, infos, str(mask.origin.get("kind", "core")), record.scores)
 
 
 def min_max(values: Mapping[str, float]) -> dict[str, float]:

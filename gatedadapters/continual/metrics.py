@@ -153,5 +153,9 @@ def _check_matrix(R: Matrix, b: Sequence[float] | None = None) -> None:
     if not width or not square or (b is not None and len(b) != width):
         shape = f"{len(R)} rows of {sorted({len(row) for row in R})}" + ("" if b is None else f", b of {len(b)}")
         raise DataError(
-            "this is no matrix of scores", expected="T rows of T scores, or one row", got=shape, where="metrics"
+            "this is no matrix of scores",
+            expected="T rows of T scores, or one row",
+            got=shape,
+            where="metrics",
+            fix="give one row a task, each with a score of every task",
         )

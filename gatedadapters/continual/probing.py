@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from gatedadapters.artefact_files import check_tensors, with_digests, write_tensors
 from gatedadapters.config import ProbeConfig
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.fitting import CHECKPOINT_STEPS, Recipe, fit, phase_seed
 from gatedadapters.continual.states import Snapshot, digest, state_of
@@ -30,7 +31,8 @@ from gatedadapters.masking.scores import Batch
 from gatedadapters.masking.scores.base import BatchScore, Loss
 from gatedadapters.masking.scores.losses import token_losses
 from gatedadapters.paths.precision import widened
-from gatedadapters.safe_files import leftovers, opened, whole_folder, write_tensors
+from gatedadapters.safe_files import remove_leftovers, whole_folder
+from gatedadapters.untrusted import load_json
 
 RECORD, DELTAS, FISHER = "probe.json", "deltas.safetensors", "fisher"
 REQUEST = "request.json"
@@ -95,10 +97,12 @@ class Probe:
     Attributes:
         record: the probe as data.
         folder: where it is stored.
+        verify: check the digest of the squared gradients when they are read.
     """
 
     record: ProbeRecord
     folder: Path
+    verify: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,28 +129,29 @@ class Probe:
                 where=self.folder,
                 fix="probe again",
             )
-        return Scores.load(self.folder / FISHER)
+        return Scores.load(self.folder / FISHER, verify=self.verify)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, *, verify: bool = True) -> Self:
         """Read what `probe` wrote.
 
+        Args:
+            folder: the folder.
+            verify: check the digests of the files, which tell damage; this reads them once.
+
         Raises:
-            ArtifactError: files are missing or of another kind.
+            ArtifactError: files are missing, damaged or of another kind.
         """
         path = Path(folder)
-        try:
-            record = ProbeRecord.model_validate_json((path / RECORD).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(
-                "this is no probe",
-                expected=f"{RECORD} and {DELTAS}",
-                got=str(error).splitlines()[0],
-                where=path,
-                fix="give the folder that probe wrote",
-            ) from error
-        with opened(path / DELTAS) as stored:
-            names = set(stored.keys())
+        record, file = read_record(
+            ProbeRecord,
+            path / RECORD,
+            what="a probe",
+            expected=f"{RECORD} and {DELTAS}",
+            fix="give the folder that probe wrote",
+            verify=verify,
+        )
+        names = set(check_tensors(path / DELTAS, file.digest(DELTAS)))
         if names != set(record.norms):
             raise ArtifactError(
                 "the deltas of a probe are not those of its record",
@@ -155,7 +160,7 @@ class Probe:
                 where=path,
                 fix="keep the files together",
             )
-        return cls(record, path)
+        return cls(record, path, verify)
 
 
 def probe(
@@ -208,8 +213,8 @@ def probe(
         "elements": elements,
         "training": {"head_learning_rate": base.head_learning_rate, "bf16": base.bf16},
     }
-    for left in (*leftovers(path), *leftovers(running)):  # a process was killed while it wrote the result
-        shutil.rmtree(left, ignore_errors=True)
+    remove_leftovers(path, PROBE_FILES)
+    remove_leftovers(running, {REQUEST})
     if path.is_dir() and any(path.iterdir()):
         earlier = Probe.load(path)
         _check_request(earlier.record.request, request, path)
@@ -249,7 +254,7 @@ def probe(
         for parameter in model.parameters():
             parameter.grad = None  # frees the memory that the squared gradients take next
         with whole_folder(path, files=PROBE_FILES) as new:
-            norms = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
+            norms, stored = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
             found = score(
                 model, _fisher_batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
             )
@@ -269,7 +274,8 @@ def probe(
                 fisher=fisher,
                 request=request,
             )
-            (new / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(record.model_dump(mode="json"), indent=1)
+            (new / RECORD).write_text(with_digests(text, {DELTAS: stored}), encoding="utf-8")
     finally:
         snapshot.restore(model)
         for parameter, wanted in required:
@@ -289,10 +295,10 @@ def _claim(running: Path, wanted: dict[str, Any]) -> None:
     """
     file = running / REQUEST
     if file.exists():
-        _check_request(json.loads(file.read_text(encoding="utf-8")), wanted, running)
+        _check_request(load_json(file.read_text(encoding="utf-8")), wanted, running)
         return
     shutil.rmtree(running, ignore_errors=True)
-    with whole_folder(running, files=()) as new:
+    with whole_folder(running, files={REQUEST}) as new:
         (new / REQUEST).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
 
 
@@ -333,8 +339,8 @@ def _fisher_batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batc
 @torch.no_grad()
 def _write_deltas(
     file: Path, start: Snapshot, model: nn.Module, names: set[str], config: ProbeConfig
-) -> dict[str, float]:
-    """Write the update of every tensor into a file, and return the norms of the updates by name."""
+) -> tuple[dict[str, float], str]:
+    """Write the update of every tensor into a file; returns the norms of the updates by name, and the file's digest."""
     current, dtype = dict(state_of(model)), getattr(torch, config.dtype)
     norms, deltas = {}, {}
     for name, before in start.tensors():
@@ -342,5 +348,5 @@ def _write_deltas(
             change = current[name].detach().cpu().float() - before.float()
             norms[name] = float(widened(change).norm())
             deltas[name] = change.to(dtype)
-    write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
-    return {name: norms[name] for name in current if name in names}
+    stored = write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
+    return {name: norms[name] for name in current if name in names}, stored

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from pydantic import Field, ValidationError
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
+from gatedadapters.artefact_files import read_all, with_digests
 from gatedadapters.artifacts import Shelf
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, Record, read_record
 from gatedadapters.continual.core import CORE, Core, load_core
 from gatedadapters.continual.metrics import METRIC_LABELS, Metrics
 from gatedadapters.continual.states import Change, apply_changes, digest, read_change_record
@@ -116,7 +117,7 @@ class AttachedAdapters(Config):
 
     def write(self, folder: Path) -> None:
         """Write a file into the folder of what a strategy stores of a stage."""
-        (folder / ATTACHED).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / ATTACHED).write_text(with_digests(self.model_dump_json(indent=1)), encoding="utf-8")
 
     def attach(self, model: nn.Module) -> None:
         """Attach the adapters to a model, with their first weights."""
@@ -144,32 +145,23 @@ class StreamResult:
         self.record, self.baseline, self.stages, self.folder = record, baseline, stages, folder
 
     @classmethod
-    def load(cls, folder: str | Path, *, stages: int | None = None) -> Self:
+    def load(cls, folder: str | Path, *, stages: int | None = None, verify: bool = True) -> Self:
         """Read the result of a stream from its folder.
 
         Args:
             folder: the folder that was given to `run_stream`.
             stages: how many stages to read, of a stream that may not be finished; default: all.
+            verify: check the digests of the records, which tell damage. Streams of releases 0.1 and 0.2 have none.
 
         Raises:
-            ArtifactError: the folder holds no stream, or not so many stages of it are finished.
+            ArtifactError: the folder holds no stream, not so many stages of it are finished, or a record is damaged.
         """
         path = Path(folder)
-        try:
-            record = StreamRecord.model_validate_json((path / STREAM).read_bytes())
-            baseline = BaselineRecord.model_validate_json((path / BASELINE).read_bytes())
-            found = [
-                StageRecord.model_validate_json((stage_folder(path, i) / STAGE).read_bytes())
-                for i in range(record.stages if stages is None else stages)
-            ]
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(
-                "this is no finished stream",
-                expected=f"{STREAM} and every stage",
-                got=str(error).splitlines()[0],
-                where=path,
-                fix="run it again: it goes on where it stopped",
-            ) from error
+        record = read_stream_record(path, verify=verify)
+        baseline = _read(BaselineRecord, path / BASELINE, verify)
+        count = record.stages if stages is None else stages
+        found = [_read(StageRecord, stage_folder(path, i) / STAGE, verify) for i in range(count)]
+        _check_counts(record, baseline, found, path)
         return cls(record, baseline, found, path)
 
     @classmethod
@@ -245,7 +237,7 @@ class StreamResult:
         attached = folders[0].parent / MEMORY / ATTACHED
         added = attached.exists() and not hasattr(model, ADAPTERS)
         if added:
-            AttachedAdapters.model_validate_json(attached.read_bytes()).attach(model)
+            _read(AttachedAdapters, attached, verify=True).attach(model)
         try:
             found = digest(model)
             if found not in states:
@@ -351,6 +343,61 @@ class StreamResult:
     def to_json(self) -> str:
         """The result as JSON."""
         return json.dumps(self.to_data(), indent=1) + "\n"
+
+
+def read_stream_record(folder: Path, *, verify: bool = True) -> StreamRecord:
+    """Read the record of a stream.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or of another kind.
+    """
+    return _read(StreamRecord, folder / STREAM, verify, versions=(1,))
+
+
+def read_memory(memory: Path, name: str) -> dict[str, Tensor]:
+    """Tensors that a strategy stored of a finished stage, checked against their digest in the record of the stage.
+
+    Args:
+        memory: the folder of what the strategy stored.
+        name: of the file.
+
+    Raises:
+        ArtifactError: the file or the record of the stage is missing, damaged or of another kind.
+    """
+    record = read_record(
+        StageRecord,
+        memory.parent / STAGE,
+        what="a finished stage",
+        expected=f"{STAGE} beside {MEMORY}",
+        fix="run the stream again: it goes on where it stopped",
+        versions=None,
+    )
+    return read_all(memory / name, digest=record[1].digest(f"{MEMORY}/{name}"))[0]
+
+
+def _read(kind: type[Record], file: Path, verify: bool, versions: tuple[int, ...] | None = None) -> Record:
+    return read_record(
+        kind,
+        file,
+        what="a finished stream",
+        expected=f"{STREAM} and every stage",
+        fix="run the stream again: it goes on where it stopped",
+        verify=verify,
+        versions=versions,
+    )[0]
+
+
+def _check_counts(record: StreamRecord, baseline: BaselineRecord, stages: list[StageRecord], where: Path) -> None:
+    """Check that there is a score for every task."""
+    for scores in (baseline.scores, *(stage.scores for stage in stages)):
+        if len(scores) != len(record.tasks):
+            raise ArtifactError(
+                "the records of a stream do not belong together",
+                expected=f"{len(record.tasks)} scores, one for each task",
+                got=len(scores),
+                where=where,
+                fix="restore the folder as it was written",
+            )
 
 
 def stage_folder(folder: Path, index: int) -> Path:

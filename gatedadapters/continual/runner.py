@@ -6,7 +6,6 @@ ends with the same bits.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gatedadapters.artefact_files import file_digest, with_digests
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.config import StreamTrainingConfig
 from gatedadapters.continual.check import check_stream
@@ -34,6 +34,7 @@ from gatedadapters.continual.result import (
     StageRecord,
     StreamRecord,
     StreamResult,
+    read_stream_record,
     stage_folder,
 )
 from gatedadapters.continual.stage import Stage
@@ -43,12 +44,13 @@ from gatedadapters.continual.tasks import Task, TaskStream
 from gatedadapters.errors import ArtifactError
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
-from gatedadapters.safe_files import leftovers, whole_folder, write_text
+from gatedadapters.safe_files import file_errors, leftovers, remove_leftovers, sole_user, whole_folder, write_text
 from gatedadapters.supernet.attach import detach
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 from gatedadapters.training.devices import on_cpu
 
 OnStage = Callable[[StreamResult], None]
+STAGE_FILES = frozenset({STAGE, CHANGE, MEMORY})
 
 
 def run_stream(
@@ -89,7 +91,8 @@ def run_stream(
     Raises:
         TaskError, DataError, ConfigError, AttachError, MaskError: the arguments do not go together; see `check_stream`.
             Nothing was computed or written.
-        ArtifactError: the folder holds files of others, or a stream of other tasks, another order or other settings.
+        ArtifactError: the folder holds files of others, or a stream of other tasks, another order or other settings;
+            or another process runs the stream at the moment.
         TrainingError: a loss is not finite.
 
     Whatever is raised, the model is then bit for bit what it was, and a stream in a folder can go on.
@@ -125,14 +128,21 @@ class StreamRunner:
         """Go from the untrained model to the last stage; where that fails, put the model back.
 
         Raises:
-            ArtifactError: the folder holds something else than this stream.
+            ArtifactError: the folder holds something else than this stream, or another process runs the stream.
+            FileAccessError: the file system refuses.
         """
+        with file_errors("use the folder of the stream", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with sole_user(self.folder, what="stream"):
+            return self._run()
+
+    def _run(self) -> StreamResult:
         record = self._record()
         self._check_folder(record)
         required = {name for name, p in self.model.named_parameters() if p.requires_grad}
         modes = [(module, module.training) for module in self.model.modules()]
         start = Snapshot(self.folder / "running" / f"start-{os.getpid()}.safetensors", self.model)
-        write_text(self.folder / STREAM, record.model_dump_json(indent=1) + "\n")
+        write_text(self.folder / STREAM, with_digests(record.model_dump_json(indent=1)))
         try:
             result = self._run_stages(record)
         except BaseException:
@@ -148,13 +158,12 @@ class StreamRunner:
             for module, mode in modes:
                 module.training = mode
         shutil.rmtree(self.folder / "running", ignore_errors=True)
-        for part in self._half_written():
-            part.unlink(missing_ok=True)
+        for file in self._small_files():
+            remove_leftovers(file)
         return result
 
-    def _half_written(self) -> list[Path]:
-        """Small files that a killed process was writing; see `write_text`."""
-        return [part for name in (STREAM, BASELINE) for part in self.folder.glob(f".{name}.*")]
+    def _small_files(self) -> list[Path]:
+        return [self.folder / name for name in (STREAM, BASELINE)]
 
     def _run_stages(self, record: StreamRecord) -> StreamResult:
         if not on_cpu(self.first.training.device):  # the Trainer would move the model there after the first scores
@@ -200,8 +209,7 @@ class StreamRunner:
 
     def _tune(self, stage: Stage) -> TunedStage:
         """Let the strategy tune a stage, after removing what a killed process had half written of it."""
-        for left in leftovers(stage_folder(self.folder, stage.index)):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(stage_folder(self.folder, stage.index), STAGE_FILES)
         draft = stage.running / MEMORY
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -224,7 +232,7 @@ class StreamRunner:
             changed = {name: own.positions(name) for name in stage.tensors if name in own.record.tensors}
             core = Core(changed, stage.tensors, f"changed by {self.strategy.kind}")
             reported.append(core)
-        with whole_folder(stage_folder(self.folder, stage.index), files={STAGE, CHANGE, MEMORY}) as new:
+        with whole_folder(stage_folder(self.folder, stage.index), files=STAGE_FILES) as new:
             change.write(new / CHANGE)
             shutil.move(stage.running / MEMORY, new / MEMORY)
             if core is not None:
@@ -243,7 +251,8 @@ class StreamRunner:
                 state=change.record.after,
                 report="\n\n".join(map(str, reported)),
             )
-            (new / STAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            tensors = {f"{MEMORY}/{file.name}": file_digest(file) for file in (new / MEMORY).glob("*.safetensors")}
+            (new / STAGE).write_text(with_digests(record.model_dump_json(indent=1), tensors), encoding="utf-8")
         shutil.rmtree(stage.running, ignore_errors=True)
 
     def _report(self, index: int) -> None:
@@ -256,7 +265,7 @@ class StreamRunner:
         if not file.exists():
             self.first.watch("untrained scores")
             scores, general = self._scores()
-            write_text(file, BaselineRecord(scores=scores, general=general).model_dump_json(indent=1) + "\n")
+            write_text(file, with_digests(BaselineRecord(scores=scores, general=general).model_dump_json(indent=1)))
 
     def _scores(self) -> tuple[list[float], float | None]:
         scores = []
@@ -297,7 +306,8 @@ class StreamRunner:
         file = self.folder / STREAM
         if not file.exists():
             held = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
-            held = [name for name in held if name not in ("running", *(part.name for part in self._half_written()))]
+            ours = {"running", *(left.name for file in self._small_files() for left in leftovers(file))}
+            held = [name for name in held if name not in ours]
             if held:
                 raise ArtifactError(
                     "the folder holds files of others",
@@ -307,12 +317,7 @@ class StreamRunner:
                     fix="give another folder",
                 )
             return
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtifactError(
-                "the record of a stream cannot be read", got=error, where=file, fix="give another folder"
-            ) from error
+        earlier = read_stream_record(self.folder).model_dump(mode="json")
         mine = record.model_dump(mode="json")
         for part in ("tasks", "general", "strategy", "training", "keep", "base", "version"):
             if earlier.get(part) != mine[part]:

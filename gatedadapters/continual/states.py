@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from pydantic import NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gatedadapters.config.base import Config
+from gatedadapters.artefact_files import RecordFile, read_all, with_digests, write_tensors
+from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError
 from gatedadapters.masking.encoding import Coding, decode, encode
-from gatedadapters.safe_files import read_all, write_tensors
 
 RECORD, BITS = "change.json", "change.safetensors"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -75,8 +76,8 @@ class TensorChange(Config):
         coding: of their positions.
     """
 
-    shape: tuple[int, ...]
-    count: int
+    shape: tuple[NonNegativeInt, ...]
+    count: NonNegativeInt
     coding: Coding
 
 
@@ -166,6 +167,26 @@ class Change:
             )
         apply_changes(model, [self], end)
 
+    def check_fits(self, model: nn.Module) -> None:
+        """Check that the change is one of this model's tensors.
+
+        Raises:
+            ArtifactError: the model lacks a tensor, or has it in another shape or type.
+        """
+        current = dict(state_of(model))
+        for name, entry in self.record.tensors.items():
+            value = current.get(name)
+            bits = self._values[f"bits.{name}"].dtype
+            if value is None or value.shape != entry.shape or bits != _INTEGERS[value.element_size()]:
+                has = "no such tensor" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+                raise ArtifactError(
+                    "a stored change is of another model",
+                    expected=f"{name} of shape {entry.shape}, changed as {bits}",
+                    got=has,
+                    where="StreamResult.restore",
+                    fix="give the model of the stream; if it is the one, restore the folder",
+                )
+
     @torch.no_grad()
     def xor_into(self, model: nn.Module) -> None:
         """XOR the stored bits into the weights, whatever state the model is in. Applying it twice is a no-op."""
@@ -179,47 +200,66 @@ class Change:
     def write(self, folder: Path) -> None:
         """Write the two files of the change into a folder, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        write_tensors(folder / BITS, self._values, metadata={"format": "gatedadapters change 1"})
+        stored = write_tensors(folder / BITS, self._values, metadata={"format": "gatedadapters change 1"})
+        (folder / RECORD).write_text(
+            with_digests(self.record.model_dump_json(indent=1), {BITS: stored}), encoding="utf-8"
+        )
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, *, verify: bool = True) -> Self:
         """Read what `write` wrote.
+
+        Args:
+            folder: the folder.
+            verify: check the digests of the files, which tell damage.
 
         Raises:
             ArtifactError: files are missing, damaged or of another kind.
         """
-        record = read_change_record(folder)
-        values, _ = read_all(folder / BITS)
+        record, file = _read(folder, verify=verify)
+        values, _ = read_all(folder / BITS, digest=file.digest(BITS))
         wanted = {f"{part}.{name}" for name in record.tensors for part in ("where", "bits")}
-        short = [n for n, e in record.tensors.items() if len(values.get(f"bits.{n}", ())) != e.count]
-        if values.keys() != wanted or short:
+        change = cls(record, values)
+        wrong = sorted(wanted ^ values.keys()) or [n for n in record.tensors if not change._is_whole(n)]
+        if wrong:
             raise ArtifactError(
                 "a stored change is damaged",
-                expected=f"{len(wanted)} tensors",
-                got=f"{len(values)}",
-                where=folder,
+                expected=f"coded positions and bits of {len(record.tensors)} tensors",
+                got=f"something else for {wrong[0]}",
+                where=folder / BITS,
                 fix="restore the folder",
             )
-        return cls(record, values)
+        return change
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether positions and bits of a tensor are of the right types, and as many as the record says."""
+        where, bits, count = (
+            self._values[f"where.{name}"],
+            self._values[f"bits.{name}"],
+            self.record.tensors[name].count,
+        )
+        of_types = where.dtype == torch.uint8 and where.dim() == 1 and bits.dtype in _INTEGERS.values()
+        return of_types and bits.shape == (count,) and len(self.positions(name)) == count
 
 
-def read_change_record(folder: Path) -> ChangeRecord:
+def read_change_record(folder: Path, *, verify: bool = True) -> ChangeRecord:
     """Read the record of a stored change without its bits.
 
     Raises:
-        ArtifactError: the file is missing or of another kind.
+        ArtifactError: the file is missing, damaged or of another kind.
     """
-    try:
-        return ChangeRecord.model_validate_json((folder / RECORD).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            "this is no stored change",
-            expected=f"{RECORD} and {BITS}",
-            got=str(error).splitlines()[0],
-            where=folder,
-            fix="keep the folder of a stream as it was written, with keep=True",
-        ) from error
+    return _read(folder, verify=verify)[0]
+
+
+def _read(folder: Path, *, verify: bool) -> tuple[ChangeRecord, RecordFile]:
+    return read_record(
+        ChangeRecord,
+        folder / RECORD,
+        what="a stored change",
+        expected=f"{RECORD} and {BITS}",
+        fix="keep the folder of a stream as it was written, with keep=True",
+        verify=verify,
+    )
 
 
 def apply_changes(model: nn.Module, changes: Sequence[Change], end: str) -> None:
@@ -233,6 +273,8 @@ def apply_changes(model: nn.Module, changes: Sequence[Change], end: str) -> None
     Raises:
         ArtifactError: the state has another digest; every bit is then put back.
     """
+    for change in changes:
+        change.check_fits(model)
     for change in changes:
         change.xor_into(model)
     found = digest(model)

@@ -91,7 +91,13 @@ class TaskStream(Sequence[Task]):
     def __init__(self, tasks: Sequence[Task], general: Task | None = None) -> None:
         self.tasks, self.general = tuple(tasks), general
         if not self.tasks:
-            raise TaskError("a stream needs tasks", expected="at least one task", got="none", where="TaskStream")
+            raise TaskError(
+                "a stream needs tasks",
+                expected="at least one task",
+                got="none",
+                where="TaskStream",
+                fix="give at least one task",
+            )
         names = [task.name for task in self.tasks]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -262,7 +268,13 @@ def answer_task(
         DataError: a question has no answer.
     """
     if any(passage.answer is None for passage in (*train, *held_out)):
-        raise DataError("a question has no answer", expected="an answer for each", got="none", where=f"task {name!r}")
+        raise DataError(
+            "a question has no answer",
+            expected="an answer for each",
+            got="none",
+            where=f"task {name!r}",
+            fix="name the column of the answers with answer=",
+        )
     learned, scored = (LanguageDataset(p, tokenizer, max_length) if p else () for p in (train, held_out))
     return Task(name, learned, scored, LanguageCollator(tokenizer), exact_match)
 

@@ -60,7 +60,13 @@ def _message(value: object, where: str) -> Message:
             fix="turns of tools and pictures are not read: leave such conversations out",
         )
     if role == "assistant" and not content.strip():
-        raise DataError("a turn of the assistant is empty", expected="an answer", got=repr(content), where=where)
+        raise DataError(
+            "a turn of the assistant is empty",
+            expected="an answer",
+            got=repr(content),
+            where=where,
+            fix="fill the turn, or leave the conversation out",
+        )
     return Message(str(role), content)
 
 

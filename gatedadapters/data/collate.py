@@ -49,7 +49,13 @@ class MixedTaskDataset(Dataset[Feature]):
         max_length: int = 128,
     ) -> None:
         if not tasks:
-            raise DataError("a mixed data set needs tasks", expected="at least one task", got="none")
+            raise DataError(
+                "a mixed data set needs tasks",
+                expected="at least one task",
+                got="none",
+                where="MixedTaskDataset(tasks=)",
+                fix="give at least one task",
+            )
         self.tasks = tuple(tasks)
         predicts_tokens(self.tasks)
         self.sizes: list[int] = []
@@ -123,7 +129,13 @@ class MixedTaskCollator:
         if tokenizer.pad_token_id is None:
             ends = tokenizer.eos_token is not None
             fix = f"tokenizer.pad_token = {'tokenizer.eos_token' if ends else 'a token that it knows'}"
-            raise DataError("the tokenizer cannot pad", expected="a pad_token", got="none", fix=fix)
+            raise DataError(
+                "the tokenizer cannot pad",
+                expected="a pad_token",
+                got="none",
+                fix=fix,
+                where="MixedTaskCollator(tokenizer=)",
+            )
         self.max_length = max_length
         self.left = tokenizer.padding_side == "left"
         self.fill = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": tokenizer.pad_token_type_id}
@@ -133,7 +145,13 @@ class MixedTaskCollator:
         keys = {frozenset(feature) for feature in features}
         if len(keys) != 1:
             got = " and ".join(str(sorted(found)) for found in keys) or "an empty batch"
-            raise DataError("features do not collate", expected="the same keys in every feature", got=got)
+            raise DataError(
+                "features do not collate",
+                expected="the same keys in every feature",
+                got=got,
+                where="MixedTaskCollator",
+                fix="leave out the columns that only some examples have",
+            )
         return {key: self._column(key, [feature[key] for feature in features]) for key in features[0]}
 
     def _column(self, key: str, values: list[Any]) -> Tensor:
@@ -156,7 +174,13 @@ class TaskSampler(Sampler[int]):
         settings |= {f"sizes[{task}]": size for task, size in enumerate(sizes)} or {"len(sizes)": 0}
         for name, value in settings.items():
             if not value > 0:
-                raise DataError("a sampler cannot be built", expected=f"{name} > 0", got=value)
+                raise DataError(
+                    "a sampler cannot be built",
+                    expected=f"{name} > 0",
+                    got=value,
+                    where="task_sampler",
+                    fix="raise it above 0; an empty task takes no part",
+                )
         shares = np.asarray(sizes, dtype=np.float64) ** (1.0 / temperature)
         self.probabilities = shares / shares.sum()
         self.sizes = list(sizes)

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 from gatedadapters.config.rows import Rows
 from gatedadapters.data.tasks import Examples, Row, TextTask, distinct, split_rows, stratified_sample
 from gatedadapters.errors import DataError
+from gatedadapters.safe_files import file_errors
+from gatedadapters.untrusted import check_json_depth
 
 _Table = list[tuple[str, dict[str, Any]]]  # of each record: its file and line, and its cells by column
 
@@ -67,13 +69,25 @@ def read_task(
     """
     if min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
         expected = "three shares (train, validation, test) that sum to 1"
-        raise DataError("the table cannot be split", expected=expected, got=fractions, where="fractions")
+        raise DataError(
+            "the table cannot be split",
+            expected=expected,
+            got=fractions,
+            where="fractions",
+            fix="give three such shares",
+        )
     columns = (text, pair, label)
     records = _labelled(train, *columns)
     classes = sorted({record.label for record in records}, key=numbers_by_value)
     if len(classes) < 2:
         got = f"only {classes[0]!r}"
-        raise DataError("nothing to tell apart", expected="two classes or more", got=got, where=train)
+        raise DataError(
+            "nothing to tell apart",
+            expected="two classes or more",
+            got=got,
+            where=train,
+            fix="add examples of another class, or name another column with label=",
+        )
 
     def rows_of(table: str | Path | Rows) -> list[Row]:
         return _head(_indexed(_labelled(table, *columns), classes, train), max_examples, seed)
@@ -87,7 +101,13 @@ def read_task(
         n_validation, n_test = (max(round(share * len(pool)), 1) if share else 0 for share in shares)
         if n_validation + n_test >= len(pool):
             expected = f"more than {n_validation + n_test} distinct examples"
-            raise DataError("the table is too small to split", expected=expected, got=len(pool), where=train)
+            raise DataError(
+                "the table is too small to split",
+                expected=expected,
+                got=len(pool),
+                where=train,
+                fix="add examples, or give tables for validation and test",
+            )
         trained, validated, drawn = split_rows(pool, train=None, validation=n_validation, test=n_test, seed=seed)
         tested = drawn if n_test else tested
     return TextTask(
@@ -133,7 +153,11 @@ def _read_rows(rows: Rows) -> _Table:
         where = f"record {number} of the data given in Python"
         if not isinstance(record, Mapping):
             raise DataError(
-                "malformed record", expected="a mapping of columns to values", got=type(record).__name__, where=where
+                "malformed record",
+                expected="a mapping of columns to values",
+                got=type(record).__name__,
+                where=where,
+                fix="give every record as a mapping",
             )
         table.append((where, dict(record)))
     return table
@@ -143,11 +167,24 @@ def _read_file(path: Path) -> _Table:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         expected = ", ".join(_READERS)
-        raise DataError("unknown table format", expected=expected, got=path.suffix or "no suffix", where=path)
+        raise DataError(
+            "unknown table format",
+            expected=expected,
+            got=path.suffix or "no suffix",
+            where=path,
+            fix="save the table in one of these formats, with its suffix",
+        )
     if not path.is_file():
-        raise DataError("no such table", expected="a file", got="nothing there", where=path)
+        raise DataError(
+            "no such table",
+            expected="a file",
+            got="nothing there",
+            where=path,
+            fix="check the path; relative paths count from the configuration's folder",
+        )
     try:
-        return _READERS[suffix](path)
+        with file_errors("read the table", path):
+            return _READERS[suffix](path)
     except UnicodeDecodeError as error:
         fix = "save it as UTF-8"
         raise DataError("the table is not text", expected="UTF-8", got=error, where=path, fix=fix) from error
@@ -174,7 +211,13 @@ def cell_text(cell: object, where: str) -> str:
         DataError: the cell, which lies at `where`, holds no text.
     """
     if not isinstance(cell, str) or not cell.strip():
-        raise DataError("a cell is not text", expected="some text", got=repr(cell), where=where)
+        raise DataError(
+            "a cell is not text",
+            expected="some text",
+            got=repr(cell),
+            where=where,
+            fix="fill the cell or drop its record; another column is named with text=",
+        )
     return cell
 
 
@@ -191,7 +234,13 @@ def cell_label(cell: object, where: str) -> str:
     if isinstance(cell, str) and cell.strip():
         return cell.strip()
     expected = "text, a whole number or a boolean"
-    raise DataError("a cell is not a label", expected=expected, got=repr(cell), where=where)
+    raise DataError(
+        "a cell is not a label",
+        expected=expected,
+        got=repr(cell),
+        where=where,
+        fix="correct the cell, or name another column with label=",
+    )
 
 
 def numbers_by_value(label: str) -> tuple[int, str]:
@@ -233,7 +282,9 @@ def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3], fix: str
                 if cells:
                     table.append((where, dict(zip(header, cells, strict=True))))
         except csv.Error as error:
-            raise DataError("malformed line", got=error, where=f"{path}, line {reader.line_num}") from error
+            raise DataError(
+                "malformed line", got=error, where=f"{path}, line {reader.line_num}", fix="correct the line"
+            ) from error
     return table
 
 
@@ -268,12 +319,17 @@ def _read_jsonl(path: Path) -> _Table:
             if not line.strip():
                 continue
             try:
+                check_json_depth(line)
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError("malformed line", expected="a JSON object", got=error, where=where) from error
+            except ValueError as error:
+                raise DataError(
+                    "malformed line", expected="a JSON object", got=error, where=where, fix="correct the line"
+                ) from error
             if not isinstance(record, dict):
                 got = type(record).__name__
-                raise DataError("malformed line", expected="a JSON object", got=got, where=where)
+                raise DataError(
+                    "malformed line", expected="a JSON object", got=got, where=where, fix="correct the line"
+                )
             table.append((where, record))
     return table
 
@@ -288,7 +344,9 @@ def _read_parquet(path: Path) -> _Table:
     try:
         records = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError("malformed table", expected="a parquet file", got=error, where=path) from error
+        raise DataError(
+            "malformed table", expected="a parquet file", got=error, where=path, fix="save the table again"
+        ) from error
     return [(f"{path}, row {number}", record) for number, record in enumerate(records, start=1)]
 
 

@@ -54,11 +54,21 @@ def read_passages(file: str | Path | Rows, *, text: str = "text", answer: str | 
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the text cannot be read", expected="a UTF-8 file", got=error, where=path) from error
+        raise DataError(
+            "the text cannot be read",
+            expected="a UTF-8 file",
+            got=error,
+            where=path,
+            fix="check the path, and save the text as UTF-8",
+        ) from error
     found = [Passage(part.strip()) for part in content.split("\n\n") if part.strip()]
     if not found:
         raise DataError(
-            "the text is empty", expected="paragraphs", got="nothing", where=path, fix="give a file with text in it"
+            "the text is empty",
+            expected="paragraphs",
+            got="nothing",
+            where=path,
+            fix="add text, with an empty line between two paragraphs",
         )
     return found
 
@@ -166,7 +176,13 @@ class LanguageDataset(Dataset[Item]):
         if cut:
             _tell_cut(cut, conversations, max_length, nothing_left=not self._items)
         if not self._items:
-            raise DataError("there is nothing to predict", expected="a text of two tokens or more", got="none")
+            raise DataError(
+                "there is nothing to predict",
+                expected="a text of two tokens or more",
+                got="none",
+                where="LanguageDataset",
+                fix="give longer texts",
+            )
         if packing:
             self._items = packed(self._items, max_length)
 

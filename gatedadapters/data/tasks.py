@@ -43,6 +43,8 @@ class Examples:
                 "a split's columns differ in length",
                 expected="as many labels (and pairs) as texts",
                 got=f"{len(self.texts)} texts, {len(self.labels)} labels, {pairs} pairs",
+                where="Examples",
+                fix="give a label, and a pair or none, for each text",
             )
 
     def __len__(self) -> int:
@@ -250,4 +252,6 @@ def split_rows(
 
 def _check_split(name: str, task: str) -> None:
     if name not in SPLITS:
-        raise DataError("no such split", expected=" / ".join(SPLITS), got=repr(name), where=task)
+        raise DataError(
+            "no such split", expected=" / ".join(SPLITS), got=repr(name), where=task, fix="choose one of these"
+        )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from gatedadapters.config.base import FileConfig
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.reporting.versions import versions
+from gatedadapters.safe_files import check_writable, file_errors
 from gatedadapters.transfer.evaluate import ADAPTER as ADAPTER
 from gatedadapters.transfer.evaluate import TRANSFER_TRAINED as TRANSFER_TRAINED
 
@@ -90,8 +91,10 @@ def check_output_folder(folder: Path, results: frozenset[str], *, overwrite: boo
 
     Raises:
         ArtifactError: `folder` is a file, holds earlier results that may not be replaced, or holds anything else.
+        FileAccessError: `folder` cannot be written.
     """
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    with file_errors("use the output folder", folder):
+        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in held if name not in results]
     if folder.exists() and not folder.is_dir():
         held = foreign = ["a file"]
@@ -104,6 +107,7 @@ def check_output_folder(folder: Path, results: frozenset[str], *, overwrite: boo
             where=folder,
             fix="give another with --out" + ("" if foreign else ", or --overwrite"),
         )
+    check_writable(folder)
 
 
 def write_metrics(folder: Path, data: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from gatedadapters.experiments.progress import progress_bar, silence_transformer
 from gatedadapters.experiments.task_models import build_classifier, build_model, load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.safe_files import file_errors
 
 GIVEN, TRUNCATED, COMPRESSED = "as given", "SVD truncation", "compressed"
 
@@ -104,6 +105,7 @@ class CompressResult:
         )
 
 
+@file_errors("read or write a file of the run", "compress")
 def compress(
     config: CompressConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> CompressResult:

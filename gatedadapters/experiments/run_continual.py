@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from gatedadapters.config import ContinualConfig
+from gatedadapters.config.base import read_yaml
 from gatedadapters.continual import StreamResult, check_stream, metrics_table, run_stream
 from gatedadapters.continual.digests import difference
 from gatedadapters.continual.result import STREAM
@@ -20,7 +21,7 @@ from gatedadapters.experiments import outputs
 from gatedadapters.experiments.progress import say, silence_transformers
 from gatedadapters.experiments.streams import build_stream, stream_orders
 from gatedadapters.inspection import TensorBoardWriter, save_core_png, save_stream_png
-from gatedadapters.safe_files import write_text
+from gatedadapters.safe_files import file_errors, write_text
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ContinualResult:
         return f"{self.table()}\n\nIn {self.folder}:\n{outputs.list_outputs(contents)}"
 
 
+@file_errors("read or write a file of the run", "continual")
 def continual(
     config: ContinualConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> ContinualResult:
@@ -185,7 +187,7 @@ def _can_go_on(folder: Path, text: str) -> bool:
     earlier = file.read_text(encoding="utf-8") if file.is_file() else None
     if earlier in (text, None):
         return earlier is not None
-    place, expected, got = difference(yaml.safe_load(earlier), yaml.safe_load(text))
+    place, expected, got = difference(read_yaml(file), yaml.safe_load(text))
     raise ArtifactError(
         "the folder holds a run of another configuration",
         expected=expected,

@@ -17,6 +17,7 @@ from gatedadapters.errors import ConfigError
 from gatedadapters.experiments.models import is_causal, locate_model, reading_model
 from gatedadapters.gates import GateBank, check_budget
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import column
 from gatedadapters.supernet.attach import candidates, gate_groups
 
@@ -184,6 +185,7 @@ class Plan:
         return "\n\n".join(parts)
 
 
+@file_errors("read or write a file of the run", "plan")
 def plan(
     model: nn.Module | str | Path, space: SearchSpace | str | Path, *, tasks: int = 1, budget: Budget | None = None
 ) -> Plan:

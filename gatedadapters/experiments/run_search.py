@@ -21,6 +21,7 @@ from gatedadapters.experiments.saved import sharing_table
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.inspection import save_png
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.safe_files import file_errors
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class SearchResult:
         return "\n".join([*parts, outputs.list_outputs(contents)])
 
 
+@file_errors("read or write a file of the run", "search")
 def search(
     config: SearchConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> SearchResult:

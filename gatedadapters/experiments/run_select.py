@@ -18,6 +18,7 @@ from gatedadapters.experiments.task_models import check_causal, check_packing, l
 from gatedadapters.experiments.training import training_arguments
 from gatedadapters.inspection import TensorBoardInspector
 from gatedadapters.masking import Mask
+from gatedadapters.safe_files import file_errors
 from gatedadapters.training.selective import Report, SelectiveTrainer
 
 
@@ -45,6 +46,7 @@ class SelectResult:
         return self.table()
 
 
+@file_errors("read or write a file of the run", "select")
 def select(
     config: SelectConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> SelectResult:

@@ -27,6 +27,7 @@ from gatedadapters.experiments.progress import progress_bar, silence_transformer
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
+from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
@@ -96,6 +97,7 @@ class TransferResult:
         )
 
 
+@file_errors("read or write a file of the run", "transfer")
 def transfer(
     config: TransferConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> TransferResult:

@@ -7,10 +7,12 @@ from pathlib import Path
 from gatedadapters.errors import ArtifactError
 from gatedadapters.experiments.outputs import ADAPTER
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
 from gatedadapters.structure.folder import STRUCTURE, WEIGHTS
 
 
+@file_errors("read or write a file", "show")
 def show(folder: str | Path, *, png: str | Path | None = None, diff: str | Path | None = None) -> str:
     """Describe a saved adapter, as `gatedadapters show` does: its structure, what its tasks share, and its size.
 

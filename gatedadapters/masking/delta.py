@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gatedadapters.artefact_files import DTYPES, check_finite, read_tensors, write_tensors
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
 from gatedadapters.backbone.fingerprint import DELTA, Fingerprint, fingerprint
 from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
@@ -20,7 +21,7 @@ from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
-from gatedadapters.safe_files import DTYPES, read_tensors, whole_folder, write_tensors
+from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.attach import find_heads
 from gatedadapters.supernet.hooks import hook_embedding
 
@@ -85,7 +86,7 @@ class SparseDelta(nn.Module, StepListener):
             AttachError: it is in no model.
         """
         if not self._model:
-            raise AttachError("this delta is in no model", fix="delta.reapply(model)")
+            raise AttachError("this delta is in no model", fix="delta.reapply(model)", where="SparseDelta")
         return self._model[0]
 
     @property
@@ -213,6 +214,7 @@ class SparseDelta(nn.Module, StepListener):
         dtype: torch.dtype = torch.float32,
         overwrite: bool = False,
         beside: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
 
@@ -223,9 +225,10 @@ class SparseDelta(nn.Module, StepListener):
             dtype: type of the stored values, float32 or bfloat16.
             overwrite: replace a delta that the folder holds, in one step.
             beside: other files that the folder holds stay; an earlier delta in it is replaced.
+            allow_nonfinite: also write infinities and NaN.
 
         Raises:
-            ArtifactError: the folder is not free, or the dtype is neither of the two.
+            ArtifactError: the folder is not free, a value is not finite, or the dtype is neither of the two.
         """
         if dtype not in DTYPES.values():
             raise ArtifactError(
@@ -236,9 +239,12 @@ class SparseDelta(nn.Module, StepListener):
             )
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
+        if not allow_nonfinite:
+            fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
+            check_finite(tensors, where=folder, fix=fix)
         with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
-            self.mask.write(new)
-            write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+            digest = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+            self.mask.write(new, {VALUES: digest})
 
     # -- while it is in a model ----------------------------------------------------------------------------------------
 
@@ -398,7 +404,9 @@ def apply_mask(model: nn.Module, mask: Mask, *, heads: Sequence[str] | None = No
     return delta
 
 
-def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
+def load_delta(
+    model: nn.Module, folder: str | Path, *, verify: bool = True, allow_nonfinite: bool = False
+) -> SparseDelta:
     """Put a saved delta into the backbone in which it was trained, with its task heads.
 
     Everything is checked before the model is changed. Nothing in the files is executed.
@@ -406,19 +414,23 @@ def load_delta(model: nn.Module, folder: str | Path) -> SparseDelta:
     Args:
         model: a model with the backbone of the delta.
         folder: written by `SparseDelta.save`.
+        verify: check the digests of the files, which tell damage. Deltas of releases 0.1 and 0.2 have none; they load
+            with a note in the log.
+        allow_nonfinite: also load infinities and NaN.
 
     Raises:
-        ArtifactError: the folder holds no delta, or a file is truncated or foreign.
+        ArtifactError: the folder holds no delta, a file is truncated, foreign or damaged, or a value is not finite.
         AttachError, MaskError: as in `apply_mask`.
 
     The model is not changed in any of these cases.
     """
     path = Path(folder)
-    mask = Mask.load(path)
+    mask, record = Mask.read(path, verify=verify)
     delta, head_names = _build(model, mask, mask.identity.heads, where=str(path))
     shapes: dict[str, tuple[int, ...]] = {f"values.{name}": (len(part.pattern),) for name, part in delta.items()}
     shapes |= {f"heads.{name}": tuple(model.get_parameter(name).shape) for name in head_names}
-    tensors = read_tensors(path / VALUES, shapes)
+    digest = record.digest(VALUES)
+    tensors = read_tensors(path / VALUES, shapes, digest=digest, allow_nonfinite=allow_nonfinite)
     with torch.no_grad():
         for name, part in delta.items():
             part.values.copy_(tensors[f"values.{name}"])
@@ -441,7 +453,13 @@ def _build(
         )
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
-        raise MaskError("the mask selects nothing", expected="at least one element", got="none", where=where)
+        raise MaskError(
+            "the mask selects nothing",
+            expected="at least one element",
+            got="none",
+            where=where,
+            fix="lower protect=, or raise density=",
+        )
     parameters = parameters_of(model, selected, where=where)
     for name in selected:
         check_tensor(name, parameters[name], mask.shape(name))

@@ -31,7 +31,12 @@ class ElasticPenalty:
 
     def __init__(self, model: nn.Module, importance: Scores, weight: float) -> None:
         if not weight > 0:
-            raise MaskError(expected="a weight above 0", got=weight, where="ElasticPenalty(weight=)")
+            raise MaskError(
+                expected="a weight above 0",
+                got=weight,
+                where="ElasticPenalty(weight=)",
+                fix="raise it, or train without the penalty",
+            )
         heads = frozenset(importance.identity.heads)
         check_backbone(importance.identity, fingerprint(model, skip=heads), where="ElasticPenalty")
         parameters = dict(model.named_parameters())

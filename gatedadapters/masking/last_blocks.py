@@ -35,7 +35,11 @@ def train_last_blocks(
     shortest = min(map(len, stacks.values()))
     if not 1 <= count <= shortest:
         raise MaskError(
-            "there are not so many blocks", expected=f"1 to {shortest}", got=count, where="train_last_blocks(count=)"
+            "there are not so many blocks",
+            expected=f"1 to {shortest}",
+            got=count,
+            where="train_last_blocks(count=)",
+            fix="give a number in this range",
         )
     last = tuple(f"{name}." for names in stacks.values() for name in names[-count:])
     head_names = find_heads(model, heads)

@@ -12,16 +12,17 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
+from gatedadapters.artefact_files import RecordFile, read_bytes, with_digests, write_tensors
 from gatedadapters.backbone.fingerprint import Fingerprint, fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking.encoding import Coding, decode, encode
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
-from gatedadapters.safe_files import read_bytes, whole_folder, write_tensors
+from gatedadapters.safe_files import whole_folder
 
 RECORD, CODES = "mask.json", "mask.safetensors"
 FILES = frozenset({RECORD, CODES})
@@ -31,10 +32,10 @@ _HEADER = ("role", "tensors", "elements", "free", "density", "share of free")
 class TensorRecord(Config):
     """The selected elements of one tensor as data. Their positions lie in the file beside the record."""
 
-    shape: tuple[int, ...]
-    count: int
+    shape: tuple[NonNegativeInt, ...]
+    count: NonNegativeInt
     coding: Coding
-    bytes: int
+    bytes: NonNegativeInt
     role: str = ""
 
 
@@ -117,7 +118,11 @@ class Mask:
         for name, value in chosen.items():
             if name not in parameters:
                 raise MaskError(
-                    "no such parameter", expected="names of the model's parameters", got=name, where="Mask.build"
+                    "no such parameter",
+                    expected="names of the model's parameters",
+                    got=name,
+                    where="Mask.build",
+                    fix="take names from model.named_parameters()",
                 )
             shape = tuple(parameters[name].shape)
             indices[name], shapes[name] = _positions(name, value, shape), shape
@@ -278,39 +283,59 @@ class Mask:
         with whole_folder(folder, files=FILES, overwrite=overwrite) as new:
             self.write(new)
 
-    def write(self, folder: Path) -> None:
-        """Write the two files into an existing folder."""
-        (folder / RECORD).write_text(
-            json.dumps(self._record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8"
-        )
-        write_tensors(folder / CODES, self._codes, metadata={"format": "gatedadapters mask 1"})
+    def write(self, folder: Path, beside: Mapping[str, str] | None = None) -> None:
+        """Write the two files into an existing folder.
+
+        Args:
+            folder: the folder.
+            beside: digests of further files there, which belong to the mask, by name.
+        """
+        digest = write_tensors(folder / CODES, self._codes, metadata={"format": "gatedadapters mask 1"})
+        text = json.dumps(self._record.model_dump(mode="json"), indent=1)
+        (folder / RECORD).write_text(with_digests(text, {CODES: digest, **(beside or {})}), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, *, verify: bool = True) -> Self:
         """Read what `save` wrote. Nothing in the files is executed.
 
+        Args:
+            folder: the folder.
+            verify: check the digests of the files, which tell damage. Masks of releases 0.1 and 0.2 have none.
+
         Raises:
-            ArtifactError: a missing, truncated or foreign file, or another version.
+            ArtifactError: a missing, truncated, foreign or damaged file, or another version.
         """
+        return cls.read(folder, verify=verify)[0]
+
+    @classmethod
+    def read(cls, folder: str | Path, *, verify: bool = True) -> tuple[Self, RecordFile]:
+        """Like `load`; also returns the record, which has the digests of the files beside the mask."""
         path = Path(folder)
-        record = read_record(
+        record, file = read_record(
             MaskRecord,
             path / RECORD,
             what="a saved mask",
             expected=f"a folder with {RECORD} and {CODES}",
-            writer="Mask.save",
+            fix="give the folder that Mask.save wrote",
+            verify=verify,
         )
-        codes = read_bytes(path / CODES, {name: tensor.bytes for name, tensor in record.tensors.items()})
-        mask = cls(record, codes)
+        lengths = {name: tensor.bytes for name, tensor in record.tensors.items()}
+        mask = cls(record, read_bytes(path / CODES, lengths, digest=file.digest(CODES)))
         for name in mask.names:
             mask.indices(name)
-        return mask
+        return mask, file
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _tensor(self, name: str) -> TensorRecord:
         if name not in self._record.tensors:
-            raise MaskError("the mask does not cover this parameter", expected=", ".join(self.names[:4]), got=name)
+            raise MaskError(
+                "the mask does not cover this parameter",
+                expected=", ".join(self.names[:4]),
+                got=name,
+                where="Mask",
+                fix="choose a name among mask.names",
+            )
         return self._record.tensors[name]
 
     def _elements(self, name: str) -> Tensor:

@@ -91,5 +91,11 @@ def matching_parameters(
     if exclude is not None:
         kept -= matching([exclude] if isinstance(exclude, str) else exclude)
     if not kept:
-        raise MaskError("nothing is left to select from", expected="at least one parameter", got="none", where=where)
+        raise MaskError(
+            "nothing is left to select from",
+            expected="at least one parameter",
+            got="none",
+            where=where,
+            fix="widen include= or drop exclude=",
+        )
     return [name for name in roles if name in kept]

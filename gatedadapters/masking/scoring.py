@@ -125,7 +125,7 @@ def score(
         )
         if spill is not None:
             write_record(record, folder)
-    return Scores(record, totals) if spill is None else Scores.load(spill)
+    return Scores(record, totals) if spill is None else Scores.load(spill, verify=False)
 
 
 def _accumulate(method: Score, run: ScoringRun, first: Batch, rest: Iterator[Batch], home: torch.device) -> None:

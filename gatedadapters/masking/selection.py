@@ -73,9 +73,11 @@ def select(
         protect = core
     free = _free_share(protect, density)
     if not math.isfinite(contrast) or contrast < 0:
-        raise MaskError(expected="contrast of at least 0", got=contrast, where="select(contrast=)")
+        raise MaskError(
+            expected="contrast of at least 0", got=contrast, where="select(contrast=)", fix="give such a value"
+        )
     if scope not in ("global", "tensor"):
-        raise MaskError(expected="global or tensor", got=repr(scope), where="select(scope=)")
+        raise MaskError(expected="global or tensor", got=repr(scope), where="select(scope=)", fix="give such a value")
     if domain is not None:
         check_backbone(domain.identity, general.identity, where="select: domain against general scores")
         missing = sorted(set(general.names) ^ set(domain.names))
@@ -150,7 +152,7 @@ def _free_share(protect: float | None, density: float | None) -> float:
         raise MaskError(expected="protect= or density=", got="both", where="select", fix="drop one")
     name, given = ("density", density) if density is not None else ("protect", 0.95 if protect is None else protect)
     if not 0.0 < given < 1.0:
-        raise MaskError(expected=f"{name} in (0, 1)", got=given, where=f"select({name}=)")
+        raise MaskError(expected=f"{name} in (0, 1)", got=given, where=f"select({name}=)", fix="give such a value")
     return float(given) if name == "density" else 1.0 - float(given)
 
 

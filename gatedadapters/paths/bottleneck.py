@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
+from gatedadapters.config.base import Units
 from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.placing import sublayer_sites
@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class BottleneckOptions(PathOptions):
     """A bottleneck of `width` hidden units; each is a unit of in + out + 1 parameters."""
 
-    width: int = Field(16, gt=0)
+    width: Units = 16
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
 
     @property

@@ -19,6 +19,7 @@ from typing import Literal, Self, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gatedadapters.backbone import Layout
 from gatedadapters.backbone.quantized import is_quantized
@@ -49,8 +50,8 @@ class ElementsOptions(PathOptions):
         k: number of elements of each map; a multiple of `chunk`. Memory and time grow with tokens * k: at 1,000
             elements a path takes about as long as LoRA of rank 8, from some 4,000 on nearly as long as the map itself.
         chunk: number of elements of a unit.
-        score: which elements before any data is seen: the largest weights, or random ones. Weights without plain values
-            (quantised, or on the meta device) get random ones.
+        score: which elements before any data is seen: the largest weights, or random ones. Weights whose values cannot
+            be read (packed by a quantiser, or on the meta device) get random ones.
         gaps: in a Structure, the positions of each unit's elements: the first position in the flattened (out, in)
             matrix, then the distance from each to the next. None in a search.
     """
@@ -109,10 +110,11 @@ class Elements(Path):
         if options.gaps is not None:
             found = torch.tensor([list(accumulate(own)) for own in options.gaps], dtype=torch.long).view(-1)
         elif options.k <= total:
-            # One in each of k strata, so that they are distinct, and the strata dealt to the units in turn.
+            # One in each of k parts of the weight, so that they are distinct; the parts are dealt to the units in turn.
+            ends = torch.arange(options.k + 1, device="cpu") * total // options.k
             draws = torch.rand(options.k, dtype=torch.float64, generator=generator, device="cpu")
-            strata = ((torch.arange(options.k, device="cpu") + draws) * (total / options.k)).long().clamp(max=total - 1)
-            found = strata.view(self.chunk, -1).t().reshape(-1)
+            drawn = ends[:-1] + (draws * ends.diff()).long()
+            found = drawn.view(self.chunk, -1).t().reshape(-1)
         else:
             raise self._misplaced(f"{options.k} elements")
         self._check(found)
@@ -145,6 +147,11 @@ class Elements(Path):
         """The values as they are added to the weights, (k,)."""
         return self.values
 
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of each unit's values."""
+        return self.effective().view(-1, self.chunk).norm(dim=1)
+
     def choose_by(self, scores: Tensor) -> None:
         """Set the elements to those of the highest scores; see `choose`.
 
@@ -165,9 +172,12 @@ class Elements(Path):
 
     def start_from(self, module: nn.Module) -> None:
         """Take the positions of the largest weights, if the options ask for them and the weights can be read."""
-        weight = module._parameters.get("weight")
-        options = cast(ElementsOptions, self.options)
-        if options.score == "magnitude" and weight is not None and not weight.is_meta and not is_quantized(weight):
+        weight: Tensor | None = module._parameters.get("weight")
+        if cast(ElementsOptions, self.options).score != "magnitude" or weight is None or weight.is_meta:
+            return
+        if is_quantized(weight) and is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize"):
+            weight = weight.dequantize()
+        if not is_quantized(weight) and weight.dim() == 2:
             self.choose_by(weight.detach().abs())
 
     @torch.no_grad()

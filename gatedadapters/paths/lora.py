@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
+from gatedadapters.config.base import Units
 from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
 from gatedadapters.paths.low_rank import looked_up, low_rank
 from gatedadapters.paths.placing import map_sites
@@ -32,7 +32,7 @@ class LoRAOptions(PathOptions):
     """
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
 
     @property
     def size(self) -> int:

@@ -23,11 +23,11 @@ from typing import Literal, Self
 
 import torch
 from einops import rearrange
-from pydantic import Field
 from torch import Tensor
 
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
+from gatedadapters.config.base import Units
 from gatedadapters.errors import PathError
 from gatedadapters.paths.base import Path, does_not_fit, new_parameter
 from gatedadapters.paths.lora import LoRA
@@ -49,7 +49,7 @@ class WeightLoRAOptions(PathOptions):
     """
 
     kind: Literal["weight_lora"] = "weight_lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
     experts: tuple[int, ...] | None = None
 
     @property

@@ -40,12 +40,14 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
         (tasks, units) of 0 and 1.
 
     Raises:
-        BudgetError: the budget does not pay for the cheapest unit, or the scores have another shape.
+        BudgetError: the budget does not pay for the cheapest unit, or the scores have another shape or hold NaN.
+        AttachError: a gate is NaN.
 
     References:
         Hu et al. 2022 (S3Delta), arXiv 2206.07382: the greedy choice by probability under a budget.
     """
     gates = bank.deterministic()
+    _check_gates(bank, gates)
     if budget is None and scores is None:
         return (gates > 0).float()
     if scores is not None and scores.shape != gates.shape:
@@ -55,6 +57,14 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
             got=f"shape {tuple(scores.shape)}",
             where="discretize(scores=)",
             fix="score the units in the order of the gate bank",
+        )
+    if scores is not None and bool(scores.isnan().any()):
+        raise BudgetError(
+            "some scores are not numbers",
+            expected="a number for each unit and task",
+            got=f"nan for {int(scores.isnan().sum())} of {scores.numel()}",
+            where="discretize(scores=)",
+            fix="look for a division by zero or an overflow where they are computed",
         )
     values = bank.open_probability() if scores is None else scores.to(gates)
     if budget is None:
@@ -81,6 +91,19 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
         left, paid[unit] = left - price, True
         task_left[task] -= cost[unit]
     return kept
+
+
+def _check_gates(bank: GateBank, gates: Tensor) -> None:
+    broken = (gates.isnan() | bank.open_probability().isnan()).any(0).nonzero().flatten().tolist()
+    if broken:
+        keys = [key for key, where in bank.slices.items() if any(where.start <= unit < where.stop for unit in broken)]
+        raise AttachError(
+            "some gates are not numbers",
+            expected="a number for each gate",
+            got=f"nan for {len(broken)} of {bank.n_units} units",
+            where=", ".join([*keys[:3], *(["..."] if len(keys) > 3 else [])]),
+            fix="the training diverged: train again with a lower rate, or from an earlier checkpoint",
+        )
 
 
 def kept_mask(structure: Structure, bank: GateBank, paths: Iterable[tuple[str, Path]], tasks: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Reads and writes the folder that compact adapters are saved in.
 
-`structure.json` is the Structure; `adapters.safetensors` holds `paths.<key>.<parameter>` (routing included) and
-`heads.<parameter of the model>`, all in float32 or all in bfloat16.
+`structure.json` is the Structure and digests; `adapters.safetensors` holds `paths.<key>.<parameter>` (routing included)
+and `heads.<parameter of the model>`, all in float32 or all in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint
+from gatedadapters.artefact_files import (
+    DTYPES,
+    RecordFile,
+    check_finite,
+    read_record_file,
+    read_tensors,
+    with_digests,
+    write_tensors,
+)
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
-from gatedadapters.safe_files import DTYPES, leftovers, read_tensors, whole_folder, write_tensors
-from gatedadapters.structure.structure import Structure
+from gatedadapters.safe_files import leftovers, whole_folder
+from gatedadapters.structure.structure import VERSIONS, Structure
 
 STRUCTURE, WEIGHTS = "structure.json", "adapters.safetensors"
 FILES = frozenset({STRUCTURE, WEIGHTS})
@@ -53,6 +62,7 @@ def write(
     dtype: torch.dtype,
     overwrite: bool,
     beside: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write compact adapters, whole or not at all.
 
@@ -64,9 +74,10 @@ def write(
         dtype: of what is stored, float32 or bfloat16.
         overwrite: replace an artefact that the folder holds, in one step.
         beside: other files that the folder holds stay; an earlier artefact in it is replaced.
+        allow_nonfinite: also write infinities and NaN.
 
     Raises:
-        ArtifactError: another dtype, or the folder is not free.
+        ArtifactError: another dtype, values that are not finite, or the folder is not free.
     """
     if dtype not in DTYPES.values():
         raise ArtifactError(
@@ -79,37 +90,82 @@ def write(
     own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in _values(path).items()}
     tensors = own | {f"heads.{name}": value for name, value in heads.items()}
     stored = {name: value.detach().to(dtype) for name, value in tensors.items()}
+    if not allow_nonfinite:
+        fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
+        check_finite(stored, where=folder, fix=fix)
     with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
-        (new / STRUCTURE).write_text(structure.to_json(), encoding="utf-8")
-        write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
+        digest = write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
+        (new / STRUCTURE).write_text(with_digests(structure.to_json(), {WEIGHTS: digest}), encoding="utf-8")
 
 
-def read(model: nn.Module, folder: str | FilePath, *, base: Base = "same") -> Saved:
+def read(
+    model: nn.Module,
+    folder: str | FilePath,
+    *,
+    base: Base = "same",
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+) -> Saved:
     """Read a folder that `write` wrote, and check it against a model, which is not changed.
 
     Args:
         model: with the backbone and the heads that the adapters were made for.
         folder: the folder.
         base: `"updated"` accepts a backbone of the same layout with other weights.
+        verify: check the digests of the files.
+        allow_nonfinite: also read infinities and NaN.
 
     Raises:
-        ArtifactError: the folder is not an artefact, a file is truncated or foreign, or the backbone is another one;
-            the message says whether its class, its shapes or its values differ.
+        ArtifactError: the folder is not an artefact, a file is truncated, foreign or damaged, a value is not finite, or
+            the backbone is another one; the message says whether its class, its shapes or its values differ.
     """
     path = FilePath(folder)
-    structure = Structure.load(_existing(path) / STRUCTURE)
+    record, structure = _structure(_existing(path) / STRUCTURE, verify)
     found = _check_backbone(model, structure, path, updated=base == "updated")
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
     shapes = {
         f"paths.{key}.{name}": tuple(value.shape) for key, own in paths.items() for name, value in _values(own).items()
     }
-    tensors = read_tensors(path / WEIGHTS, shapes | {f"heads.{name}": shape for name, shape in heads.items()})
+    tensors = read_tensors(
+        path / WEIGHTS,
+        shapes | {f"heads.{name}": shape for name, shape in heads.items()},
+        digest=record.digest(WEIGHTS),
+        allow_nonfinite=allow_nonfinite,
+    )
     if found.values != structure.fingerprint.values:
         structure = structure.carried_to(found)
     return Saved(
         structure, _filled(paths, structure, tensors), {name: tensors[f"heads.{name}"] for name in heads}, found
     )
+
+
+def _structure(file: FilePath, verify: bool) -> tuple[RecordFile, Structure]:
+    try:
+        record = read_record_file(file, verify=verify, what="a Structure", versions=VERSIONS)
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            "the structure cannot be read",
+            expected="a Structure as JSON",
+            got=str(error),
+            where=file,
+            fix="the file is truncated or foreign: copy or save it again",
+        ) from error
+    structure = Structure.of_record(record.data, where=file)
+    names = [point.module for path in structure.paths for point in (path.site.tap, path.site.write)]
+    names += [path.site.host for path in structure.paths] + list(structure.fingerprint.heads)
+    foreign = [name for name in names if is_own(name)]
+    if foreign:
+        raise ArtifactError(
+            "the structure names a part of the library instead of one of the backbone",
+            expected="modules of the backbone",
+            got=foreign[0],
+            where=file,
+            fix="restore the file",
+        )
+    return record, structure
 
 
 def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:

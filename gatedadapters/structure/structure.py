@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
@@ -11,14 +12,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gatedadapters.artefact_files import DIGESTS, MOST_RECORD_BYTES, check_inside, split_record
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, SearchSpace
-from gatedadapters.config.base import Config
+from gatedadapters.config.base import Config, parse_record
 from gatedadapters.config.space import AnyPathOptions
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import Path, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.safe_files import read_text
+from gatedadapters.untrusted import load_json
+
+VERSIONS = (1, 2)
 
 
 class PointRecord(Config):
@@ -306,59 +312,67 @@ class Structure(Config):
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, *, where: str = "structure") -> Self:
-        """Inverse of `to_json`.
+    def from_json(cls, text: str | bytes, *, where: str = "structure", verify: bool = True) -> Self:
+        """Inverse of `to_json`; also reads what `Adapters.save` wrote.
 
         Args:
             text: JSON.
             where: its origin, for errors.
+            verify: check the digest that a saved structure has.
 
         Raises:
-            ArtifactError: the text is not JSON, is of another version, or has unknown or missing keys.
+            ArtifactError: the text is not JSON, is of another version, was changed since it was saved, or has unknown
+                or missing keys.
         """
         try:
-            data = json.loads(text)
-            version = data.get("version") if isinstance(data, dict) else None
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ArtifactError(
-                "this is not JSON",
-                expected="a Structure as JSON",
-                got=str(error),
-                where=where,
-                fix="the file is truncated or foreign: copy or save it again",
-            ) from error
-        if version not in (1, 2):
-            raise ArtifactError(
-                "this version of a Structure is unknown",
-                expected="a Structure of version 1 or 2",
-                got=f"version {version!r}",
-                where=where,
-                fix="read it with the release that wrote it",
-            )
-        try:
-            return cls.parse(data, where=where)
+            data = load_json(text)
+            if not isinstance(data, dict):
+                raise ValueError(f"a JSON {type(data).__name__} instead of an object")
         except ValueError as error:
-            raise ArtifactError(str(error), where=where) from None
+            raise _no_structure(error, where) from error
+        saved = DIGESTS in data  # a structure alone has no digest
+        data = split_record(data, where, verify=verify and saved, what="a Structure", versions=VERSIONS).data
+        return cls.of_record(data, where=where)
 
     @classmethod
-    def load(cls, file: str | FilePath) -> Self:
-        """Read a JSON file, or the one in the folder of a saved artefact.
+    def of_record(cls, data: Mapping[str, Any], *, where: str | FilePath) -> Self:
+        """The structure that a record (plain data without digests) describes.
 
         Raises:
-            ArtifactError: the file is missing, truncated or foreign.
+            ArtifactError: unknown or missing keys, or values of another type.
+        """
+        return parse_record(cls, data, what="a Structure", where=where)
+
+    @classmethod
+    def load(cls, file: str | FilePath, *, verify: bool = True) -> Self:
+        """Read a JSON file, or the one in the folder of a saved artefact.
+
+        Args:
+            file: the file or the folder.
+            verify: check the digest that a saved structure has.
+
+        Raises:
+            ArtifactError: the file is missing, truncated, foreign or damaged.
         """
         path = FilePath(file)
         path = path / "structure.json" if path.is_dir() else path
+        check_inside(path)
         try:
-            return cls.from_json(path.read_bytes(), where=str(path))
-        except OSError as error:
-            raise ArtifactError(
-                "the structure cannot be read",
-                expected="a structure.json",
-                got=str(error),
-                where=str(path),
-                fix="give the folder of a saved adapter",
-            ) from error
+            return cls.from_json(read_text(path, most=MOST_RECORD_BYTES), where=str(path), verify=verify)
+        except ArtifactError:
+            raise
+        except (OSError, ValueError) as error:
+            raise _no_structure(error, path) from error
+
+
+def _no_structure(error: Exception, where: object) -> ArtifactError:
+    return ArtifactError(
+        "the structure cannot be read",
+        expected="a Structure as JSON",
+        got=str(error),
+        where=where,
+        fix="give the folder of a saved adapter; if it is one, structure.json is truncated: copy or save it again",
+    )
 
 
 def column(sublayer: str, role: str, kind: str) -> str:

@@ -10,6 +10,7 @@ from gatedadapters.config import CorruptionConfig, SearchConfig
 from gatedadapters.config.study import StudySide
 from gatedadapters.data import kind_of
 
+REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation score
 ReportProgress = Callable[[int, float], None]  # (optimiser step, validation score)
 
 
@@ -48,6 +49,16 @@ LOSS = Metric("loss", False, 1, 4, "loss per token")
 def metric_of(search: SearchConfig) -> Metric:
     """What the scores of a search are: accuracies of classification tasks, losses where a language model answers."""
     return ACCURACY if all(kind_of(task) == "classification" for task in search.tasks) else LOSS
+
+
+def report_steps(search: SearchConfig) -> set[int]:
+    """The optimiser steps at which a trial reports its validation score: after the prune, before the last step.
+
+    Before the prune, the structure may still change.
+    """
+    total, prune = search.training.steps, search.schedule.prune
+    found = {round(share * total) for share in REPORTS if prune is not None and share > prune}
+    return found & set(range(1, total))
 
 
 @dataclass(frozen=True)

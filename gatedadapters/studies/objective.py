@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +17,11 @@ from gatedadapters.config.study import StudySide
 from gatedadapters.data import AnyTask
 from gatedadapters.experiments.arms import ArmRunner
 from gatedadapters.experiments.evaluation import Scores, accuracies
+from gatedadapters.experiments.models import load_config_and_tokenizer
 from gatedadapters.experiments.progress import silence_transformers
 from gatedadapters.experiments.sides import trained_side
 from gatedadapters.experiments.task_models import load_tasks
-from gatedadapters.studies.measured import ACCURACY, Measured, ReportProgress, metric_of
-
-REPORTS = (0.25, 0.5, 0.75)  # shares of the steps after which a trial reports its validation score
+from gatedadapters.studies.measured import ACCURACY, Measured, ReportProgress, metric_of, report_steps
 
 
 def measure(
@@ -61,6 +60,23 @@ def measure(
         return Measured(scores, perturbed, trained.params, trained.seconds)
 
 
+def check_inputs(searches: Iterable[SearchConfig]) -> None:
+    """Read what trials of these searches will read: each table, and the settings and tokenizer of each model.
+
+    Raises:
+        GatedAdaptersError: one cannot be read, or a model does not read texts of the length.
+    """
+    silence_transformers()
+    seen = set()
+    for search in searches:
+        tasks = tuple(task.model_copy(update={"max_train": None, "max_test": None}) for task in search.tasks)
+        key = search.model, tasks, search.training.max_length
+        if key not in seen:
+            seen.add(key)
+            load_config_and_tokenizer(search.model, search.training.max_length)
+            _tasks(search.model, search.tasks, search.training.seed)
+
+
 def _in_metric(scores: Scores, search: SearchConfig) -> dict[str, float]:
     """Accuracies or losses by task."""
     if metric_of(search) is ACCURACY:
@@ -74,14 +90,12 @@ def _tasks(model: str, tasks: tuple[TaskConfig, ...], seed: int) -> tuple[AnyTas
 
 
 class _ReportScore(TrainerCallback):
-    """Reports the mean validation score at a few steps after the prune: before it, the structure may still change."""
+    """Reports the mean validation score at `report_steps`."""
 
     runner: ArmRunner
 
     def __init__(self, report: ReportProgress, search: SearchConfig) -> None:
-        self.report, self.search = report, search
-        total, prune = search.training.steps, search.schedule.prune
-        self.steps = {round(share * total) for share in REPORTS if prune is not None and share > prune}
+        self.report, self.search, self.steps = report, search, report_steps(search)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report if this is one of the steps."""

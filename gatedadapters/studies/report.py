@@ -15,13 +15,15 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from gatedadapters.config import StudyConfig
+from gatedadapters.config.base import read_yaml
 from gatedadapters.config.study import differing
-from gatedadapters.errors import StudyError
+from gatedadapters.errors import ConfigError, StudyError
 from gatedadapters.inspection.picture import png_bytes
 from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, html_page, markdown_page
 from gatedadapters.reporting.versions import versions
-from gatedadapters.safe_files import whole_folder
+from gatedadapters.safe_files import check_free, check_writable, whole_folder
 from gatedadapters.studies import plots, queue, results
+from gatedadapters.studies.measured import ACCURACY, metric_of
 from gatedadapters.studies.results import MEAN, Curve, CurvePoint
 
 HTML, MARKDOWN, STUDY = "report.html", "report.md", "study.yaml"
@@ -32,7 +34,9 @@ FILES = frozenset(
 )
 
 
-def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str) -> Path:
+def save_report(
+    config: StudyConfig, study: optuna.Study, folder: Path, *, overwrite: bool, where: str, unpruned: str | None
+) -> Path:
     """Write the report into `folder`, whole or not at all, and return the HTML file; see `Study.report`.
 
     Args:
@@ -41,6 +45,7 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
         folder: a new folder, or one with an earlier report of this study.
         overwrite: replace the report of another study, too.
         where: names the study in errors.
+        unpruned: the reason why no trial could be stopped early, if pruning was asked for.
 
     Raises:
         StudyError: no trial is complete.
@@ -55,7 +60,7 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
             fix=_advice(study),
         )
     best = results.front(config, study)[:_MOST]
-    parts = _parts(config, study, best)
+    parts = _parts(config, study, best, unpruned)
     with whole_folder(folder, files=FILES, overwrite=overwrite or _is_report_of(config, folder)) as new:
         for part in parts:
             if isinstance(part, Picture):
@@ -69,6 +74,12 @@ def save_report(config: StudyConfig, study: optuna.Study, folder: Path, *, overw
     return folder / HTML
 
 
+def check_folder(config: StudyConfig, folder: Path, *, overwrite: bool) -> None:
+    """Check that `save_report` may write into `folder`; for arguments and errors see there."""
+    check_free(folder.resolve(), FILES, overwrite or _is_report_of(config, folder))
+    check_writable(folder.parent)
+
+
 def summary_html(config: StudyConfig, study: optuna.Study) -> str:
     """A study in a notebook: its progress, curves and best trials."""
     head = f"<p><b>Study {escape(config.name)}</b>: {escape(results.progress(study))}</p>"
@@ -80,18 +91,19 @@ def summary_html(config: StudyConfig, study: optuna.Study) -> str:
 def _is_report_of(config: StudyConfig, folder: Path) -> bool:
     """Whether `folder` holds an earlier report of this study."""
     try:
-        earlier = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        earlier = read_yaml(folder / STUDY)
+    except ConfigError:
         return False
     mine = yaml.safe_load(config.to_yaml(folder.absolute()))
     return isinstance(earlier, dict) and not differing(earlier, mine)
 
 
-def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial]) -> list[Part]:
+def _parts(config: StudyConfig, study: optuna.Study, best: Sequence[FrozenTrial], unpruned: str | None) -> list[Part]:
     """Everything in a report, in its order."""
     parts: list[Part] = [Text(config.description)] if config.description else []
     parts += [
         Text(f"Trials: {results.progress(study)}. Every score is taken after pruning."),
+        *([] if unpruned is None else [Text(f"No trial was stopped early: {unpruned}.")]),
         *_findings(config, study),
         Heading("Best configurations"),
         Text(_how_the_best_were_chosen(config)),
@@ -140,9 +152,7 @@ def _findings(config: StudyConfig, study: optuna.Study) -> list[Part]:
         rows = [[c.factor, c.side, metric.text(c.drop)] for c in curves if c.task == MEAN]
         parts += [
             Heading("Importance"),
-            Text(
-                f"One factor at a time: the highest minus the lowest mean {metric.name} along its curve, in {points}."
-            ),
+            Text(f"One factor at a time: the highest minus the lowest mean score along its curve, in {points}."),
             Table(["factor", "side", points], sorted(rows, key=lambda row: -float(row[2]))),
         ]
     trials = results.complete_trials(study)

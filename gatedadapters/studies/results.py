@@ -298,6 +298,7 @@ def _best_settings(config: StudyConfig, study: optuna.Study) -> list[FrozenTrial
 def study_table(config: StudyConfig, study: optuna.Study) -> str:
     """The curves of a sensitivity study, or the best trials of an optimisation, as plain text."""
     metric = metric_of(config.search)
+    what = "score, % (95 %)" if metric is ACCURACY else f"{metric.name} (95 %)"
     if config.mode == "sensitivity":
         rows = [
             [
@@ -312,17 +313,7 @@ def study_table(config: StudyConfig, study: optuna.Study) -> str:
             if curve.task == MEAN
             for point in curve.points
         ]
-        return format_table(
-            [
-                "factor",
-                "side",
-                "value",
-                f"{'score, %' if metric is ACCURACY else metric.name} (95 %)",
-                "seeds",
-                "parameters",
-            ],
-            rows,
-        )
+        return format_table(["factor", "side", "value", what, "seeds", "parameters"], rows)
     rows = [
         [str(trial.number), *(f"{v:.4g}" for v in trial.values), *(format_value(v) for v in trial.params.values())]
         for trial in front(config, study)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -12,19 +12,20 @@ from typing import Any, Literal, Self, cast
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gatedadapters.config import CorruptionConfig, Factor, SearchConfig, StudyConfig
 from gatedadapters.config.plugins import load_plugins
 from gatedadapters.config.study import Value, differing, value_of
 from gatedadapters.errors import StudyError
+from gatedadapters.experiments.progress import say
 from gatedadapters.reporting.versions import versions
 from gatedadapters.robustness import Perturbation, corruption
 from gatedadapters.studies import queue, results
 from gatedadapters.studies.cells import Training, parameters, trainings
-from gatedadapters.studies.measured import Measure, ReportProgress, metric_of
-from gatedadapters.studies.storage import check_workers, open_storage
-from gatedadapters.studies.workers import work, work_together
+from gatedadapters.studies.measured import Measure, ReportProgress, metric_of, report_steps
+from gatedadapters.studies.storage import check_workers, open_storage, told_of_storage
+from gatedadapters.studies.workers import quiet_end, work, work_together
 
 CONFIG = "gatedadapters"  # user attribute of the Optuna study, which holds the configuration
 
@@ -96,6 +97,7 @@ class Study:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
+    @told_of_storage
     def run(self, n_trials: int | None = None, *, workers: int = 1) -> Self:
         """Run the trials that are missing, and wait until they are done.
 
@@ -106,16 +108,63 @@ class Study:
 
         Raises:
             StudyError: several workers with SQLite or with a storage in memory, or workers that die again and again.
+            Nothing that the storage raises is chained to it: it may show a password.
+        GatedAdaptersError: a table, a model or the storage cannot be used, before anything is computed.
         """
         check_workers(self.storage, workers)
-        queue.Watch().collect(self.optuna, self.config.retries)
-        for job in queue.missing(self.optuna, self._jobs(), self.config.retries)[:n_trials]:
+        # Whoever runs a study again has stopped it, or lost power: that a process is gone is not the trial's fault.
+        queue.Watch().collect(self.optuna, self.config.retries, uncounted=True)
+        missing = queue.missing(self.optuna, self._jobs(), self.config.retries)[:n_trials]
+        if missing or queue.trials_of(self.optuna, TrialState.WAITING):
+            self._check_inputs()
+            if (reason := self.unpruned) is not None:
+                say(f"Study {self.config.name}: no trial will be stopped early, because {reason}")
+        for job in missing:
             queue.enqueue(self.optuna, job)
         if workers == 1:
-            work(self.optuna, self._run_trial, self.config)
+            self._work()
         else:
             work_together(_worker, (self.config, self.storage, self._measure), self.optuna, self.config, workers)
         return self
+
+    def _check_inputs(self) -> None:
+        """Read what every trial will read, so that a table that cannot be read does not fail in each of them.
+
+        Raises:
+            GatedAdaptersError: one cannot be read.
+        """
+        if self._measure is None:
+            from gatedadapters.studies.objective import check_inputs  # training takes seconds to import
+
+            check_inputs(self._searches())
+
+    def _searches(self) -> Iterator[SearchConfig]:
+        """Searches with every value of a factor that a trial may have, or the ends of its range."""
+        for side in self.config.sides:
+            yield self.config.search_of(side, {})
+            for path, factor in self.config.factors.items():
+                if side in self.config.sides_of(path):
+                    yield from (self.config.search_of(side, {path: value}) for value in factor.ends())
+
+    @property
+    def unpruned(self) -> str | None:
+        """The reason why no trial can be stopped early, although `prune` asks for it; None if trials can."""
+        config = self.config
+        if config.mode != "optimise" or not config.prune:
+            return None
+        if len(config.objectives) > 1:
+            return "Optuna prunes studies of one objective only"
+        if config.objectives != ("score",):
+            return "only the score is reported during a run"
+        if not any(report_steps(search) for search in self._searches()):
+            prune = config.search.schedule.prune
+            if prune is None:
+                return "the schedule has no prune, after which scores are reported"
+            steps = config.search.training.steps
+            return f"runs of {steps} steps with the prune at {prune:g} have no step at which a score is reported"
+        if config.trials <= (first := _trials_before_pruning(config)):
+            return f"the first {first} trials are what others are compared with, and there are {config.trials} in all"
+        return None
 
     @property
     def measure(self) -> Measure:
@@ -134,6 +183,11 @@ class Study:
         if self.config.mode == "optimise":
             return [queue.Job(f"trial-{index}", {}) for index in range(self.config.trials)]
         return [queue.Job(key, parameters(self.config, t.cell)) for key, t in self._trainings.items()]
+
+    @told_of_storage
+    def _work(self) -> None:
+        """Run trials in this process until none is left."""
+        work(self.optuna, self._run_trial, self.config)
 
     def _run_trial(self, study: optuna.Study, trial: Trial) -> list[float]:
         return self._optimise(trial) if self.config.mode == "optimise" else self._score(study, trial)
@@ -183,28 +237,34 @@ class Study:
     # -- results -------------------------------------------------------------------------------------------------------
 
     @property
+    @told_of_storage
     def trials(self) -> list[FrozenTrial]:
         """Every trial. A failed one has its `error` in the user attributes."""
         return queue.trials_of(self.optuna)
 
+    @told_of_storage
     def curves(self) -> list[results.Curve]:
         """For each factor and side, the scores over its values, by task and as the mean over tasks, with 95 % intervals
         over seeds.
         """
         return results.curves(self.config, self.optuna)
 
+    @told_of_storage
     def importances(self) -> dict[str, dict[str, float]]:
         """The share of each factor in the best trials, by target (`score`, `params`, `gap`): `results.importances`."""
         return results.importances(self.config, self.optuna)
 
+    @told_of_storage
     def front(self) -> list[FrozenTrial]:
         """The Pareto front: feasible trials that no other trial beats. With one objective, the best trial."""
         return results.front(self.config, self.optuna)
 
+    @told_of_storage
     def best(self) -> list[SearchConfig]:
         """The searches of the front, ready to run."""
         return [results.search_of(trial, self.config.search.folder) for trial in self.front()]
 
+    @told_of_storage
     def report(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `report.html` (self-contained), `report.md` with its pictures, the study and its best searches.
 
@@ -222,8 +282,22 @@ class Study:
         from gatedadapters.studies.report import save_report  # matplotlib takes a second to import
 
         where = f"study {self.config.name!r} in {self.storage}"
-        return save_report(self.config, self.optuna, Path(folder), overwrite=overwrite, where=where)
+        return save_report(
+            self.config, self.optuna, Path(folder), overwrite=overwrite, where=where, unpruned=self.unpruned
+        )
 
+    def check_report(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Check that `report` may write into `folder`, before trials are run; see there for arguments.
+
+        Raises:
+            ArtifactError: the folder holds something else.
+            FileAccessError: it cannot be written.
+        """
+        from gatedadapters.studies.report import check_folder  # matplotlib takes a second to import
+
+        check_folder(self.config, Path(folder), overwrite=overwrite)
+
+    @told_of_storage
     def tensorboard(self, folder: str | Path) -> None:
         """Write every complete trial as a TensorBoard run of its own, for the page that compares runs.
 
@@ -246,12 +320,16 @@ class Study:
                 with TensorBoardWriter(run) as writer:
                     writer.hparams({**columns, **values}, results.metrics(trial))
 
+    @told_of_storage
     def __repr__(self) -> str:
         return f"Study({self.config.name!r}: {results.progress(self.optuna)})"
 
+    @told_of_storage
     def __str__(self) -> str:
-        return f"{self!r}\n{results.study_table(self.config, self.optuna)}"
+        note = "" if self.unpruned is None else f"\nNo trial was stopped early: {self.unpruned}."
+        return f"{self!r}\n{results.study_table(self.config, self.optuna)}{note}"
 
+    @told_of_storage
     def _repr_html_(self) -> str:
         from gatedadapters.studies.report import summary_html  # matplotlib takes a second to import
 
@@ -259,6 +337,7 @@ class Study:
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
+    @told_of_storage
     def _open(self, create: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         config, where = self.config, self.storage
@@ -288,10 +367,17 @@ class Study:
             study = optuna.create_study(storage=storage, study_name=self.config.name, directions=directions)
         except DuplicatedStudyError:  # another machine was faster
             return
+        self._describe(study)
+
+    def _describe(self, study: optuna.Study) -> None:
+        """Store what the study is, beside its trials."""
         study.set_user_attr(CONFIG, {"config": self.config.as_written(), "versions": versions()})
 
     def _check_same(self, study: optuna.Study) -> None:
         stored = _stored_config(study)
+        if stored is None and not study.get_trials(deepcopy=False):  # whoever made it was killed before it wrote it
+            self._describe(study)
+            stored = _stored_config(study)
         if stored is None:
             raise StudyError(
                 "a study of this name is there already, and is not one of ours",
@@ -314,13 +400,11 @@ class Study:
 
 def _worker(config: StudyConfig, storage: str | Path, measure: Measure | None, index: int) -> None:
     """The work of one of several processes."""
-    load_plugins()
-    study = Study(config, storage=storage, measure=measure)
-    study.optuna.sampler = _sampler(config, index)
-    try:
-        work(study.optuna, study._run_trial, config)
-    except KeyboardInterrupt:
-        return
+    with quiet_end():
+        load_plugins()
+        study = Study(config, storage=storage, measure=measure)
+        study.optuna.sampler = _sampler(config, index)
+        study._work()
 
 
 def _stored_config(study: optuna.Study) -> dict[str, Any] | None:
@@ -372,7 +456,11 @@ def _sampler(config: StudyConfig, worker: int) -> optuna.samplers.BaseSampler:
 def _pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
     if config.mode == "sensitivity" or not config.prune or len(config.objectives) > 1:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=max(3, min(8, config.trials // 4)))
+    return optuna.pruners.MedianPruner(n_startup_trials=_trials_before_pruning(config))
+
+
+def _trials_before_pruning(config: StudyConfig) -> int:
+    return max(3, min(8, config.trials // 4))
 
 
 def _choose(trial: Trial, path: str, factor: Factor) -> Value:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import multiprocessing
 import os
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +17,8 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from gatedadapters.config import StudyConfig
-from gatedadapters.errors import StudyError
+from gatedadapters.errors import GatedAdaptersError, StudyError
+from gatedadapters.redaction import redacted
 from gatedadapters.studies import queue
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -57,7 +61,7 @@ def _run_one(study: optuna.Study, trial: Trial, run: RunTrial, config: StudyConf
         raise
     except Exception:  # one trial that fails must not stop the others
         current = study.get_trials(deepcopy=False)[trial.number]
-        if queue.fail(study, trial, traceback.format_exc(limit=-6)):
+        if queue.fail(study, trial, redacted(traceback.format_exc(limit=-6))):
             queue.retry(study, current, config.retries)
 
 
@@ -115,6 +119,36 @@ def work_together(
             process.join()
         if processes:
             queue.Watch().collect(study, config.retries, uncounted=True)
+
+
+@contextmanager
+def quiet_end() -> Iterator[None]:
+    """A context for the work of a process: it ends with the process that started it, and prints no secret.
+
+    If the parent is gone, the work is interrupted, which puts a running trial back into the queue. The process ends in
+    any case a little later.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        return
+    except GatedAdaptersError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception:
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    parent.join()
+    _thread.interrupt_main()
+    time.sleep(_SHUTDOWN)
+    os._exit(1)
 
 
 def _finished(study: optuna.Study) -> int:

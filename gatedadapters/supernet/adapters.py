@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gatedadapters.artefact_files import is_finite
 from gatedadapters.backbone.attached import apply_requires_grad
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config import Budget, Penalty, Schedule, SearchSpace
@@ -22,6 +23,7 @@ from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Elements, Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
 from gatedadapters.runtime.steps import CLOCK
+from gatedadapters.safe_files import listed
 from gatedadapters.structure import Structure
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
 from gatedadapters.structure.folder import write
@@ -157,6 +159,7 @@ class Adapters(Supernet):
             raise AttachError(
                 "these adapters are compact: their gates are folded into the weights",
                 fix="attach the search space anew",
+                where="adapters",
             )
         return self.bank
 
@@ -173,7 +176,8 @@ class Adapters(Supernet):
             scores: (tasks, units), higher is kept first; e.g. random numbers for a control at equal budget.
 
         Raises:
-            BudgetError: the budget is below the smallest candidate.
+            BudgetError: the budget is below the smallest candidate, or the scores hold NaN.
+            AttachError: a gate is NaN.
         """
         bank = self._gates()
         if budget is None and self.pressure is not None and isinstance(self.pressure.penalty, Budget):
@@ -205,9 +209,13 @@ class Adapters(Supernet):
         the largest gate of each unit moves into the weights, and each task keeps its ratio to it as routing. A unit
         that is kept with a gate of 0 starts from a zero contribution. If another task's gate is open there, it starts
         from that task's contribution instead, because a routing of 0 would get no gradient.
+
+        Raises:
+            AttachError: the structure names other candidates, or a weight or gate is not finite.
         """
         bank = self._gates()
         kept = kept_mask(structure, bank, self.typed_paths(), self.tasks)
+        self._check_finite()
         gates = bank.deterministic()
         values = gates * kept
         top = values.amax(0)
@@ -223,6 +231,23 @@ class Adapters(Supernet):
         else:
             bank.fix(torch.where(values > 0, values / top.clamp(min=1e-30), kept))
         self.structure = structure
+
+    def _check_finite(self) -> None:
+        """Check that weights and gates are finite, as folding one into the other needs.
+
+        Raises:
+            AttachError: naming the first paths that hold something else.
+        """
+        named = [*self.paths.named_parameters(), ("the gates", self._gates().log_alpha)]
+        broken = [name for name, value in named if not is_finite(value.detach())]
+        if broken:
+            raise AttachError(
+                "adapters with values that are not finite are neither pruned nor compacted",
+                expected="finite weights and gates",
+                got=f"inf or nan in {len(broken)} tensors",
+                where=listed(broken),
+                fix="the training diverged: train again with a lower rate, or from an earlier checkpoint",
+            )
 
     def prune_if_due(self) -> None:
         """Fix the Structure that the penalty asks for, if the schedule says so; called between two steps."""
@@ -242,7 +267,7 @@ class Adapters(Supernet):
             The structure that is now in place.
 
         Raises:
-            AttachError: already compact, or the structure names other candidates.
+            AttachError: already compact, the structure names other candidates, or a weight or gate is not finite.
         """
         self._gates()
         model = self.model
@@ -397,19 +422,22 @@ class Adapters(Supernet):
         dtype: torch.dtype = torch.float32,
         overwrite: bool = False,
         beside: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
 
-        The folder holds `structure.json` and `adapters.safetensors`. It appears complete or not at all.
+        The folder holds `structure.json`, with digests of both files, and `adapters.safetensors`. It appears complete
+        or not at all.
 
         Args:
             folder: a new or an empty folder.
             dtype: of what is stored, float32 or bfloat16.
             overwrite: replace an artefact that the folder holds, in one step.
             beside: other files that the folder holds stay; an earlier artefact in it is replaced.
+            allow_nonfinite: also write infinities and NaN.
 
         Raises:
-            ArtifactError: the adapters are not compact, or the folder is not free.
+            ArtifactError: the adapters are not compact, a value is not finite, or the folder is not free.
         """
         if self.bank is not None or self.structure is None:
             raise ArtifactError(
@@ -420,8 +448,16 @@ class Adapters(Supernet):
                 fix="call adapters.compact() first, or save adapters.compacted() to go on training",
             )
         heads = dict(zip(self.head_names, self.head_parameters(), strict=True))
-        paths = dict(self.typed_paths())
-        write(folder, self.structure, paths, heads, dtype=dtype, overwrite=overwrite, beside=beside)
+        write(
+            folder,
+            self.structure,
+            dict(self.typed_paths()),
+            heads,
+            dtype=dtype,
+            overwrite=overwrite,
+            beside=beside,
+            allow_nonfinite=allow_nonfinite,
+        )
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 

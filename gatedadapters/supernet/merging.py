@@ -98,6 +98,12 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
     return Merged(task, drift, sum(t.numel() * t.element_size() for t in originals.values()), originals)
 
 
+@torch.no_grad()
+def merged_values(model: nn.Module, paths: Mapping[str, Path], index: int) -> dict[str, Tensor]:
+    """What a merge would store, by parameter; nothing is changed. Arguments and errors are those of `merge`."""
+    return {name: value for place in _places(model, paths) for name, value, _ in place.results(index)}
+
+
 def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
     for name, other in others.items():
         parameter = parameter_of(model, name)
@@ -180,7 +186,7 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
             if isinstance(own[0], Norm):
                 stored_out_first, offset = True, _gain_offset(module, name)
             elif own[0].site.reads_ids:
-                stored_out_first, factor = False, _table_factor(module, name)
+                stored_out_first, factor = False, table_factor(module, name)
             else:
                 stored_out_first = _stored_out_first(module, name)
         for part in (leaf, "bias"):
@@ -285,7 +291,7 @@ def _gain_offset(module: nn.Module, name: str) -> int:
     )
 
 
-def _table_factor(module: nn.Module, name: str) -> float:
+def table_factor(module: nn.Module, name: str) -> float:
     """What a table of token ids multiplies its rows with, found by asking it: 1, or a number for all rows."""
     weight = _check_plain(module._parameters.get("weight"), f"{name}.weight")
     row = int(weight.abs().sum(1).argmax())  # the first row may be zero, for padding

@@ -245,7 +245,9 @@ class Supernet(nn.Module, StepListener):
             AttachError: they are detached.
         """
         if not self._model:
-            raise AttachError("these adapters are detached", fix="attach again, or load a saved structure")
+            raise AttachError(
+                "these adapters are detached", fix="attach again, or load a saved structure", where="adapters"
+            )
         return self._model[0]
 
     @property

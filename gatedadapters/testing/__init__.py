@@ -1,5 +1,5 @@
 """For tests of this package and of yours: tiny backbones of many families, and a contract for each kind of extension:
-paths, importance scores, noises and perturbations, strategies of continual tuning.
+paths, importance and placement scores, noises and perturbations, strategies of continual tuning.
 """
 
 from importlib import import_module
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from gatedadapters.testing.backbones import FAMILIES, tiny
 from gatedadapters.testing.contracts import PathContract
+from gatedadapters.testing.placement_contract import PlacementScoreContract
 from gatedadapters.testing.robustness_contract import CorruptionContract
 from gatedadapters.testing.score_contract import ScoreContract
 
 if TYPE_CHECKING:
     from gatedadapters.testing.strategy_contract import StrategyContract
 
-__all__ = ["FAMILIES", "CorruptionContract", "PathContract", "ScoreContract", "StrategyContract", "tiny"]
+__all__ = ["FAMILIES", "CorruptionContract", "PathContract", "PlacementScoreContract", "ScoreContract", "StrategyContract", "tiny"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from abc import abstractmethod
@@ -18,8 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key
+from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.loss_scale import divides_by_count
+from gatedadapters.training.resumable import check_resumable
 
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
@@ -47,7 +50,8 @@ class CheckedTrainer(Trainer):
         """The task loss.
 
         Raises:
-            TrainingError: the loss of a training step is not finite.
+            TrainingError: the loss of a training step is not finite, a token id lies outside the vocabulary, or labels
+                are text.
             TaskError: a label is not below the head's number of classes.
         """
         try:
@@ -55,8 +59,12 @@ class CheckedTrainer(Trainer):
                 num_items_in_batch = self._count_for(model, inputs, num_items_in_batch)
             # Some Trainers of TRL cannot return outputs, or pay for them with another forward pass.
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except ValueError as error:  # the default collator leaves text out, so a label that is text is none
+            check_labels(self.train_dataset, error)
+            raise
         except IndexError as error:
             if "Target" not in str(error):
+                check_vocabulary(model, inputs, self.state.global_step)
                 raise
             width = getattr(getattr(self.model, "config", None), "num_labels", None)
             raise TaskError(
@@ -67,7 +75,8 @@ class CheckedTrainer(Trainer):
                 fix="check the label column and the model's num_labels",
             ) from error
         if model.training:
-            check_finite_loss(found[0] if return_outputs else found, self.state.global_step)
+            loss = found[0] if isinstance(found, tuple) else found
+            check_finite_loss(loss, self.state.global_step)
         return found
 
     def _count_for(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> Tensor | int | None:
@@ -95,7 +104,53 @@ class CheckedTrainer(Trainer):
         divides, ignores = self.accelerator.gather(votes).view(-1, 2).any(0).tolist()
         return True if divides else False if ignores else None
 
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's loader.
+
+        Raises:
+            TrainingError: there are no examples.
+        """
+        check_examples(self.train_dataset, "train_dataset")
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's loader.
+
+        Raises:
+            TrainingError: there are no examples.
+        """
+        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
+        chosen = self.eval_dataset[eval_dataset] if named else eval_dataset
+        check_examples(self.eval_dataset if chosen is None else chosen, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next step.
+
+        Raises:
+            TrainingError: labels are text, which no tensor can hold.
+        """
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            check_labels(self.train_dataset, error)
+            raise
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with file_errors("write the checkpoint", str(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained; see the Trainer.
+
+        Raises:
+            FileAccessError: the file system refuses.
+        """
+        with file_errors("write the model", output_dir or str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_resumable(resume_from_checkpoint)
         self._check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -114,7 +169,7 @@ class CheckedTrainer(Trainer):
         part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
         save_file(trained, part, metadata={"format": "pt", **self._origin()})
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        torch.save(_without_tokens(self.args), os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         self._write_artifact(folder)
@@ -193,6 +248,70 @@ def named_arguments(trainer: type[CheckedTrainer], args: Sequence[Any], kwargs: 
     if left:
         raise TypeError(f"{trainer.__name__} got {len(left)} positional arguments too many")
     return named
+
+
+def _without_tokens(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the arguments that holds no token of the hub: a checkpoint is given to others."""
+    shown = copy.copy(args)
+    for name in vars(shown):
+        if name.endswith("_token") and isinstance(getattr(shown, name), str):
+            setattr(shown, name, None)
+    return shown
+
+
+def check_examples(data: Any, where: str) -> None:
+    """Check that a data set of known length has examples.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    if data is not None and hasattr(data, "__len__") and not isinstance(data, Mapping) and len(data) == 0:
+        raise TrainingError(
+            "there is nothing to train or evaluate on",
+            expected="at least one example",
+            got="an empty data set",
+            where=where,
+            fix="check what was filtered out of it, or leave it out",
+        )
+
+
+def check_labels(data: Any, error: Exception) -> None:
+    """Check that the labels of a data set, which did not collate, are numbers.
+
+    Raises:
+        TrainingError: the first label is text; it comes from `error`.
+    """
+    first = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+    for name in ("labels", "label", "label_ids"):
+        if isinstance(first, Mapping) and isinstance(first.get(name), str):
+            raise TrainingError(
+                "a label is text, and a loss needs numbers",
+                expected="the number of its class: 0, 1, ...",
+                got=repr(first[name])[:80],
+                where=f"train_dataset, column {name!r}",
+                fix="number the classes: dataset.class_encode_column, or gatedadapters.data.read_task",
+            ) from error
+
+
+def check_vocabulary(model: nn.Module, inputs: Mapping[str, Any], step: int) -> None:
+    """Check that the token ids of a batch, which the model could not look up, are those of its vocabulary.
+
+    Raises:
+        TrainingError: one is not.
+    """
+    ids = inputs.get("input_ids")
+    sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    if not isinstance(ids, Tensor) or not ids.numel() or not sizes:
+        return
+    largest, vocabulary = int(ids.max()), max(sizes)
+    if largest >= vocabulary or int(ids.min()) < 0:
+        raise TrainingError(
+            "a token id lies outside the model's vocabulary",
+            expected=f"0..{vocabulary - 1}",
+            got=largest if largest >= vocabulary else int(ids.min()),
+            where=f"input_ids, optimiser step {step}",
+            fix="take the model's own tokenizer; after adding tokens, model.resize_token_embeddings(len(tokenizer))",
+        )
 
 
 def check_finite_loss(loss: Tensor, step: int) -> None:

@@ -121,7 +121,7 @@ def _combined(ours: type[CheckedTrainer], trainer: Any, prefix: str) -> type:
 def _importable_kind(trainer: type) -> type[type]:
     """A metaclass for one combined class, whose pickle is a call of `_combined`: no module holds it under its name."""
     kind = type("_Combined", (type(trainer),), {})
-    copyreg.pickle(kind, _reduced)  # type: ignore[arg-type]
+    copyreg.pickle(kind, _reduced)
     return kind
 
 

@@ -41,7 +41,7 @@ class AdaptersOff(nn.Module):
         """The same as a call."""
         return self(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The backbone's values: TRL stores reference scores under a digest of them."""
         state: dict[str, Tensor] = self._model[0].state_dict()
         return {name: value for name, value in state.items() if not is_own(name)}

@@ -197,7 +197,12 @@ class SelectiveTrainer(CheckedTrainer):
             TrainingError: `train` has not run.
         """
         if len(self.measured) < 2:
-            raise TrainingError("there is nothing to report yet", expected="train() first", where="report")
+            raise TrainingError(
+                "there is nothing to report yet",
+                expected="train() first",
+                where="report",
+                fix="call train() before report()",
+            )
         delta = self.delta
         own = {id(p) for p in delta.parameters()}
         params = sum(p.numel() for p in self.module.parameters() if id(p) not in own)

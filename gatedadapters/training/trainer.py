@@ -197,7 +197,7 @@ class GatedTrainer(CheckedTrainer):
         finally:
             for parameter in (*learning, *apart):
                 parameter.requires_grad_(True)
-        self._path_groups = split_groups(optimizer, self.adapters.weight_parameters())
+        self._path_groups = self._split_by_factor(optimizer)
         if apart:
             rates = {"lr": self.delta_learning_rate, "weight_decay": self.args.weight_decay}
             optimizer.add_param_group({"params": apart, **rates})
@@ -205,6 +205,18 @@ class GatedTrainer(CheckedTrainer):
             self._gate_group = len(optimizer.param_groups)
             optimizer.add_param_group({"params": gates, "lr": self.gate_learning_rate or 0.0, "weight_decay": 0.0})
         return optimizer
+
+    def _split_by_factor(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """Give every kind of path its own multiple of the learning rate; returns the groups that hold paths."""
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter, factor in self.adapters.rate_factors().items():
+            by_factor.setdefault(factor, []).append(parameter)
+        found = []
+        for factor, parameters in by_factor.items():
+            for index in split_groups(optimizer, parameters):
+                optimizer.param_groups[index]["lr"] *= factor
+                found.append(index)
+        return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The Trainer's schedule, with a constant rate for gates. It also tells the pressure the number of steps."""

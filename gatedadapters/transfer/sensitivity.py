@@ -51,7 +51,11 @@ def knowledge_sensitivity(
     first = next(given, None)
     if first is None:
         raise DataError(
-            "a sensitivity is measured on batches of text", expected="at least one batch", got="none", where="batches"
+            "a sensitivity is measured on batches of text",
+            expected="at least one batch",
+            got="none",
+            where="batches",
+            fix="give at least one batch of token ids",
         )
     with adapters.disabled():
         layout = discover(model, first)
@@ -126,5 +130,7 @@ def weigh_by(adapters: Adapters, found: Mapping[str, float], *, strength: float 
 
 def _bank(adapters: Adapters) -> GateBank:
     if adapters.bank is None:
-        raise AttachError("these adapters are compact: no gate is left to weigh", fix="attach a search space")
+        raise AttachError(
+            "these adapters are compact: no gate is left to weigh", fix="attach a search space", where="adapters"
+        )
     return adapters.bank

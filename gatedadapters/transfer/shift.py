@@ -107,7 +107,11 @@ def activation_shift(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -
     first = next(given, None)
     if first is None:
         raise DataError(
-            "a shift is measured on batches of text", expected="at least one batch", got="none", where="batches"
+            "a shift is measured on batches of text",
+            expected="at least one batch",
+            got="none",
+            where="batches",
+            fix="give at least one batch of token ids",
         )
     layout = check_versions(old, new, first)
     points = list(_points(layout))

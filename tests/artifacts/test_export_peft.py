@@ -35,6 +35,95 @@ def config_of(folder: Path) -> dict[str, object]:
     return data
 
 
+# -- norms, tables of token ids, rows ---------------------------------------------------------------------------------
+
+NORM = {"kind": "norm"}
+LORA = {"kind": "lora", "rank": 4}
+TABLE = {"kind": "lora", "rank": 4, "at": {"sublayers": ["embedding"]}}
+ROWS = {"kind": "rows", "tokens": ["3-60"]}
+SCALES = {"kind": "scale"}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft says so of every norm, also of its own targets
+@pytest.mark.parametrize(
+    ("family", "head", "paths", "kind"),
+    [
+        ("bert", "classification", [NORM], "LN_TUNING"),
+        ("llama", "base", [NORM], "LN_TUNING"),  # the final norm's name ends like the others'
+        ("gemma", "lm", [NORM], "LN_TUNING"),  # it stores gains minus 1
+        ("qwen3", "lm", [NORM, LORA], "LORA"),
+        ("bert", "classification", [NORM, SCALES], "IA3"),
+        ("llama", "lm", [TABLE, LORA], "LORA"),
+        ("llama", "lm", [ROWS], "TRAINABLE_TOKENS"),
+        ("llama", "lm", [ROWS, LORA, NORM], "LORA"),
+    ],
+)
+def test_peft_computes_the_same_with_norms_tables_and_rows(
+    tmp_path: Path, family: str, head: str, paths: list[dict[str, object]], kind: str
+) -> None:
+    model, batch = tiny(family, head=head)
+    before = output(model, batch)
+    adapters = compacted(model, batch, *paths, share=0.7)
+    assert {path.kind for path in adapters.paths.values()} == {str(path["kind"]) for path in paths}
+    expected = output(model, batch)
+    assert (expected - before).abs().max() > 1e-3
+    ga.export_peft(adapters, tmp_path / "peft")
+    assert config_of(tmp_path / "peft")["peft_type"] == kind
+    found = output(loaded_by_peft(tiny(family, head=head)[0], tmp_path / "peft"), batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+class Scaled(nn.Embedding):
+    """As in Gemma 3; peft looks for the same attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(99, 32)
+        self.embed_scale = torch.tensor(5.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+@pytest.mark.parametrize("paths", [[TABLE], [ROWS]])
+def test_a_table_that_scales_what_it_looks_up_is_exported_for_what_it_is(
+    tmp_path: Path, paths: list[dict[str, object]]
+) -> None:
+    def built() -> tuple[nn.Module, dict[str, Tensor]]:
+        model, batch = tiny("llama", head="lm")
+        table = Scaled()
+        table.weight.data.copy_(model.model.embed_tokens.weight)
+        model.model.embed_tokens = table
+        return model.eval(), batch
+
+    model, batch = built()
+    adapters = compacted(model, batch, *paths, share=0.7)
+    expected = output(model, batch)
+    ga.export_peft(adapters, tmp_path / "peft")
+    found = output(loaded_by_peft(built()[0], tmp_path / "peft"), batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "paths", "words"),
+    [
+        ("bert", [{"kind": "bias"}], "no bias adapters(.|\n)*merge_and_detach"),
+        ("bert", [{"kind": "elements"}, LORA], "no elements adapters"),
+        ("bert", [LORA, SCALES], "of one kind"),
+        ("bart", [ROWS], "tied(.|\n)*untie"),
+        ("llama", [{"kind": "rows", "tokens": ["4-9"], "at": {"sublayers": ["outside"]}}], "no such rows"),
+        ("llama", [NORM, LORA], "name ends like one"),
+    ],
+)
+def test_what_peft_cannot_hold_of_the_small_kinds_is_refused_by_name(
+    tmp_path: Path, family: str, paths: list[dict[str, object]], words: str
+) -> None:
+    model, batch = tiny(family, head="lm" if "rows" in str(paths) else "base")
+    adapters = compacted(model, batch, *paths, share=0.9)
+    with pytest.raises(ArtifactError, match=words):
+        ga.export_peft(adapters, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 
 

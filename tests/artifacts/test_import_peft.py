@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -353,7 +357,7 @@ half_renamed = renamed(f"{QUERY}.lora_A", "layer.1.query.lora_A")
         (whole_numbers, ["no finite number", "torch.int32"]),
         (head_of_another_size, ["heads are not those", "classifier.bias (7,)", "(3,)", "number of classes"]),
         (configured(r=4), ["another rank", "A (4, in)", "A (3, 32)"]),
-        (configured(r=None), ["ranks and scales are missing"]),
+        (configured(r=None), ["r: Input should be a valid integer"]),
         (configured(peft_type="IA3"), ["only LoRA is imported", "IA3"]),
         (configured(bias="all"), ["more than a plain LoRA", "bias: 'all'", "part of the backbone"]),
         (configured(use_dora=True), ["more than a plain LoRA", "use_dora: True", "no low-rank map"]),
@@ -383,6 +387,33 @@ def test_a_foreign_or_damaged_folder_is_refused_and_the_model_left_alone(
     model, _ = tiny("bert", head="classification")
     refused(model, folder, says)
     assert not (folder / "exploded").exists()
+
+
+CATASTROPHIC = r"(.*|(\w|\.)+)+!"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": CATASTROPHIC},
+        {"target_modules": r"(a+)\1"},
+        {"rank_pattern": {CATASTROPHIC: 3}},
+        {"alpha_pattern": {CATASTROPHIC: 3}},
+        {"modules_to_save": [CATASTROPHIC]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_catastrophic_regular_expression_is_answered_at_once(
+    tmp_path: Path, bert_folder: tuple[Path, Tensor, dict[str, Tensor]], change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "lora"
+    shutil.copytree(bert_folder[0], folder)
+    configured(**change)(folder)
+    model, _ = tiny("bert", head="classification")
+    start = time.process_time()
+    with suppress(ArtifactError):  # a pattern that matches nothing is no mistake
+        ga.import_peft(model, folder)
+    assert time.process_time() - start < 2
 
 
 def refused(model: nn.Module, folder: Path, says: list[str]) -> None:

@@ -143,7 +143,8 @@ def test_half_precision_halves_the_file_and_rounds_the_values_once(
     again = ga.load_adapters(model, tmp_path / "half")
     assert {p.dtype for p in again.weight_parameters()} == {torch.float32}
     for name, value in again.paths.state_dict().items():
-        assert torch.equal(value, half[f"paths.{name}"].float())
+        if value.is_floating_point():  # positions of elements are in the structure
+            assert torch.equal(value, half[f"paths.{name}"].float())
 
 
 def test_one_task_of_several_is_saved_without_routing(tmp_path: Path) -> None:
@@ -288,6 +289,7 @@ def of_two_types(folder: Path) -> None:
 def edit(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
     path = folder / "structure.json"
     data = json.loads(path.read_text())
+    del data["digests"]  # as if another program had written it
     change(data)
     path.write_text(json.dumps(data))
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tiny_runs import configured, decoder, encoder, tables, width
+from tiny_runs import chat_decoder, configured, decoder, encoder, tables, texts, width
 
-__all__ = ["configured", "decoder", "encoder", "tables", "width"]
+__all__ = ["chat_decoder", "configured", "decoder", "encoder", "tables", "texts", "width"]

@@ -129,7 +129,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"budget": {}}, ["exactly one of params, fraction, flops"]),
         ({"budget": {"params": 3}}, ["BudgetError", "below the smallest candidate", "at least", "3"]),
         ({"tasks": []}, ["tasks", "at least 1"]),
-        ({"tasks": [{"text": "a"}]}, ["tasks.0", "train (a table) or bundled"]),
+        ({"tasks": [{"text": "a"}]}, ["tasks.0", "train (a file) or bundled"]),
         ({"tasks": [{"train": "mood.csv"}, {"train": "mood.csv"}]}, ["distinct names", "mood, mood"]),
         ({"tasks": [{"train": "nowhere.csv"}]}, ["DataError", "no such table", "nowhere.csv"]),
         ({"tasks": [{"train": "broken.csv"}]}, ["DataError", "malformed line", "line 3"]),

@@ -28,8 +28,8 @@ def config(decoder: Path, tmp_path: Path) -> Path:
         writer.writerows([["the film was good", f"long and {i} very short"] for i in range(12)])
     data = {
         "model": str(decoder),
-        "general": {"file": "general.txt"},
-        "domain": {"file": "domain.csv", "text": "question", "answer": "answer"},
+        "general": {"train": "general.txt"},
+        "domain": {"train": "domain.csv", "text": "question", "answer": "answer"},
         "selection": {"protect": 0.9, "batches": 2, "exclude": ["norm"]},
         "training": {"steps": 8, "batch_size": 4, "max_length": 16, "learning_rate": 0.02, "device": "cpu"},
     }
@@ -88,7 +88,7 @@ def test_the_example_configuration_validates() -> None:
     assert example.domain.answer == "answer"
     with pytest.raises(ConfigError, match="protect"):
         SelectConfig.parse(example.model_dump() | {"selection": {"protect": 1.0}}, where="here")
-    with pytest.raises(ConfigError, match="either file or bundled"):
+    with pytest.raises(ConfigError, match=r"either train .* or bundled"):
         SelectConfig.parse(example.model_dump() | {"domain": {}}, where="here")
 
 

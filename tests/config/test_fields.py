@@ -16,7 +16,7 @@ from gatedadapters.studies.cells import trainings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEARCH = {"model": "base", "tasks": [{"train": "a.csv"}]}
-SELECT = {"model": "base", "general": {"file": "a.csv"}, "domain": {"file": "b.csv"}}
+SELECT = {"model": "base", "general": {"train": "a.txt"}, "domain": {"train": "b.txt"}}
 STUDY = {
     "name": "x",
     "search": {**SEARCH, "noise": {"kind": "label", "ratio": 0}},
@@ -36,7 +36,7 @@ TRANSFER = {**SEARCH, "update": "new"}
         ),
         (SearchConfig, {**SEARCH, "noise": {"kind": "label"}}, "noise.ratio"),
         (SearchConfig, {**SEARCH, "perturbation": {"kind": "typos"}}, "perturbation.ratio"),
-        (SelectConfig, {**SELECT, "domain": {"file": "faq.TXT", "answer": "reply"}}, "leave answer out"),
+        (SelectConfig, {**SELECT, "domain": {"train": "faq.TXT", "answer": "reply"}}, "leave answer out"),
         (SelectConfig, {**SELECT, "domain": {"bundled": "xsum", "text": "body"}}, "leave text out"),
         (TransferConfig, {**TRANSFER, "budget": {"fraction": 0.05}}, "budget.*without search: true"),
         (TransferConfig, {**TRANSFER, "schedule": {"prune": 0.2}}, "schedule.*without search: true"),

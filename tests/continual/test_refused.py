@@ -147,7 +147,7 @@ def test_bad_tasks_are_refused_before_any_compute(name: str) -> None:
         ({"kind": "carried", "source": "x", "core": {"share": 0.2}}, ConfigError, "not selected anew"),
         ({"kind": "random", "elements": [1, 2]}, ConfigError, "3 numbers"),
         ({"kind": "gated", "space": "encoder-mixed"}, ConfigError, "merged into the weights"),
-        ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "no finished stream"),
+        ({"kind": "carried", "source": "/nowhere"}, ArtifactError, "not a finished stream"),
         ("none such", ConfigError, "no such strategy"),
         ({"kind": "ewc", "wieght": 3}, ConfigError, "wieght"),
         ({"kind": "per_task", "space": "none-such"}, ConfigError, "none-such"),

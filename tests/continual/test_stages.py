@@ -123,7 +123,7 @@ def test_what_merged_paths_touch_is_reported(finished: Any) -> None:
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, untrained: None) -> None:
     folder = tmp_path / "stream"
     (folder / "running").mkdir(parents=True)
-    (folder / ".stream.json.123").write_text("{")  # killed before there was anything else
+    (folder / ".stream.json.0123abcd").write_text("{")  # killed before there was anything else
     run(classifier(), "sequential", folder)
     shutil.rmtree(folder / "stages" / "002")
     (folder / "stages" / ".002.0123abcd" / MEMORY).mkdir(parents=True)

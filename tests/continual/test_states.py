@@ -106,5 +106,5 @@ def test_a_damaged_change_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ArtifactError):
         Change.load(tmp_path / "change")
-    with pytest.raises(ArtifactError, match="no stored change"):
+    with pytest.raises(ArtifactError, match="not a stored change"):
         Change.load(tmp_path / "nothing")

@@ -173,7 +173,7 @@ def test_custom_charts_name_tags_that_exist(run: tuple[EventAccumulator, ga.Adap
     tags = events.Tags()["scalars"]
     assert patterns
     assert all(any(re.fullmatch(pattern, tag) for tag in tags) for pattern in patterns)
-    assert [chart.title for chart in layout.category[1].chart] == [f"open block {i}" for i in range(3)]
+    assert [chart.title for chart in layout.category[1].chart] == [f"open block {i}" for i in range(4)]
 
 
 def test_many_places_are_averaged(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_many_places_are_averaged(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path, max_tags=10) as writer:
         writer.gates(adapters, 0)
     tags = read(tmp_path).Tags()["scalars"]
-    assert [tag for tag in tags if tag.startswith("open block/")] == [f"open block/{i}" for i in range(3)]
-    assert len([tag for tag in tags if tag.startswith("open place/")]) == 12
+    assert [tag for tag in tags if tag.startswith("open block/")] == [f"open block/{i}" for i in range(4)]
+    assert len([tag for tag in tags if tag.startswith("open place/")]) == 27
     assert not [tag for tag in tags if tag.startswith("open block 0")]
     assert "penalty/L0" in tags
 

@@ -305,7 +305,7 @@ def test_copies_of_a_model_prune_by_their_own_optimiser(how: str) -> None:
     for one, other in ((model, twin), (twin, model)):
         adapters, before = ga.get_adapters(one), ga.get_adapters(other).structure
         optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
-        one.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        (one.train()(**batch, labels=batch["input_ids"]).loss + adapters.penalty()).backward()
         optimizer.step()
         assert adapters.structure is not None
         assert ga.get_adapters(other).structure is before

@@ -292,8 +292,8 @@ def test_each_example_sees_its_own_tasks_gates(two_tasks: tuple[nn.Module, dict[
             torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0, atol=1e-5)
         structure = adapters.compact(adapters.discretize())
         torch.testing.assert_close(hidden(model(**batch, task_ids=ids)), mixed, rtol=0, atol=1e-5)
-    stored = sum(t.numel() for t in (*adapters.paths.parameters(), *adapters.paths.buffers()))
-    assert stored == structure.params
+    held = (*adapters.paths.parameters(), *adapters.paths.buffers())
+    assert sum(t.numel() for t in held if t.is_floating_point()) == structure.params  # positions are not counted
 
 
 @pytest.mark.parametrize(

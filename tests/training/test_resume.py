@@ -155,3 +155,67 @@ def test_loading_a_state_dict_decides_whether_there_is_a_structure(whole: Any) -
         model.load_state_dict(load_file(folder / f"checkpoint-{at}" / "model.safetensors"), strict=False)
         assert adapters.bank.frozen is is_pruned
         assert adapters.structure == (original.adapters.structure if is_pruned else None)
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    return damage
+
+
+def flipped(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(cut(name, share) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") for share in (0, 0.5, 0.99)),
+        *(cut("trainer_state.json", share) for share in (0, 0.5)),
+        *(flipped(name) for name in ("optimizer.pt", "rng_state.pth")),
+        *(without(name) for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors")),
+        *(written("trainer_state.json", text) for text in ("[]", '{"a": 1}', "[" * 5000, "null")),
+    ],
+)
+def test_a_checkpoint_with_a_damaged_file_is_refused_and_nothing_is_changed(
+    damage: Callable[[Path], None], whole: Any, tmp_path: Path
+) -> None:
+    _, folder = whole("budget")
+    copy = tmp_path / "checkpoint-4"
+    shutil.copytree(folder / "checkpoint-4", copy)
+    damage(copy)
+    model = gated_classifier(CLASSES)
+    before = trained(model)
+    with pytest.raises(TrainingError, match=r"(?s)checkpoint.*where:.*checkpoint-4.*fix:"):
+        run(tmp_path, PENALTIES["budget"], model=model, resume=copy)
+    after = trained(model)
+    assert_same({key: after[key] for key in before}, before)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"(?s)no checkpoint.*no such folder.*nowhere"):
+        run(tmp_path, PENALTIES["budget"], resume=tmp_path / "nowhere")
+
+
+def test_a_checkpoint_holds_no_token(tmp_path: Path) -> None:
+    run(tmp_path, PENALTIES["budget"], hub_token="hf_MARKEDmarkedMARKED", max_steps=1)
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"MARKEDmarked" not in file.read_bytes(), file

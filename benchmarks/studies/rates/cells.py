@@ -8,7 +8,7 @@ from benchmarks.common.store import Store
 
 STORE = Store("rates")
 WIDTHS = (128, 256, 512, 1024)
-RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
+RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1, 6.4e-1)
 KINDS: dict[str, dict[str, object]] = {
     "norm": {"kind": "norm"},
     "bias": {"kind": "bias"},

@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def climb(width: int, kind: str, seed: int = 0) -> None:
     """Compute rates from the middle of the grid towards the best, until both its neighbours are known."""
-    at = len(RATES) // 2
+    at = RATES.index(2e-2)
     while True:
         near = [i for i in (at - 1, at, at + 1) if 0 <= i < len(RATES)]
         cells = {i: Cell(width, kind, RATES[i], seed) for i in near}

@@ -44,8 +44,14 @@ def resolve(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
         return strategy
     data = {"kind": strategy} if isinstance(strategy, str) else dict(strategy)
     kind = data.pop("kind", None)
-    if kind not in _KINDS:
-        raise ConfigError("no such strategy", expected=", ".join(_KINDS), got=repr(kind), where="strategy")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ConfigError(
+            "no such strategy",
+            expected=", ".join(_KINDS),
+            got=repr(kind),
+            where="strategy",
+            fix="choose one of these, or import the module that registers it",
+        )
     return _KINDS[kind].parse(data, where=f"strategy {kind}")
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 
 from pydantic import Field
 
+from gatedadapters.config.base import Count
 from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.masking import ElasticPenalty, Scores, score
@@ -29,8 +30,8 @@ class EWC(Strategy):
 
     kind = "ewc"
     weight: float = Field(1e4, gt=0)
-    fisher_batches: int = Field(16, gt=0)
-    fisher_batch_size: int = Field(16, gt=0)
+    fisher_batches: Count = 16
+    fisher_batch_size: Count = 16
 
     def tune(self, stage: Stage) -> TunedStage:
         """Train everything with the penalty, then store the sum of the Fisher informations up to this task."""

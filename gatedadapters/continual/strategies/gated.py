@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from gatedadapters.config import Budget, Schedule, SearchSpace
+from gatedadapters.config.base import Count
 from gatedadapters.continual.stage import Stage, StreamSetup
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.errors import ConfigError
@@ -17,6 +18,7 @@ from gatedadapters.safe_files import write_text
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import get_adapters
 from gatedadapters.supernet.attach import detach
+from gatedadapters.untrusted import load_json
 
 
 class Searching(Strategy):
@@ -84,7 +86,7 @@ class Gated(Searching):
     """
 
     kind = "gated"
-    search_steps: int | None = Field(None, gt=0)
+    search_steps: Count | None = None
 
     def check(self, setup: StreamSetup) -> None:
         """Check that the paths of the space can be merged.
@@ -117,7 +119,7 @@ class Gated(Searching):
         """What the search finds, and the seconds that it took; read where the search was finished before a kill."""
         file = stage.running / "structure.json"
         if file.exists():
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = load_json(file.read_text(encoding="utf-8"))
             return Structure.from_json(data["structure"]), float(data["seconds"])
         snapshot = stage.snapshot("searched")
         seconds = self.search(stage, phase="search", steps=self.search_steps)

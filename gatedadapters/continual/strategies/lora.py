@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from gatedadapters.config import SearchSpace
+from gatedadapters.config.base import Units
 from gatedadapters.continual.result import AttachedAdapters
 from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
@@ -24,7 +23,7 @@ class SequentialLoRA(Strategy):
     """
 
     kind = "lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
 
     def begin(self, stage: Stage) -> None:
         """Attach the LoRA to the untrained model."""

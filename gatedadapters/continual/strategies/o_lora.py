@@ -6,11 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gatedadapters.artefact_files import write_tensors
+from gatedadapters.config.base import Units
+from gatedadapters.continual.result import read_memory
 from gatedadapters.continual.stage import Stage
 from gatedadapters.continual.strategies.base import Strategy, TunedStage
 from gatedadapters.continual.strategies.lora import uniform_lora
 from gatedadapters.paths.lora import LoRA
-from gatedadapters.safe_files import read_all, write_tensors
 
 DIRECTIONS = "directions.safetensors"
 
@@ -30,12 +32,12 @@ class OLoRA(Strategy):
     """
 
     kind = "o_lora"
-    rank: int = Field(8, gt=0)
+    rank: Units = 8
     orthogonality: float = Field(0.5, ge=0)
 
     def tune(self, stage: Stage) -> TunedStage:
         """Train a new LoRA on the model that earlier ones are merged into, merge it, and store the A of all tasks."""
-        earlier = read_all(stage.earlier[-1].memory / DIRECTIONS)[0] if stage.index else {}
+        earlier = read_memory(stage.earlier[-1].memory, DIRECTIONS) if stage.index else {}
         adapters = stage.attach(uniform_lora(stage, self.rank), seed=stage.seed_for("draw"))
         paths = {key: path for key, path in adapters.typed_paths() if isinstance(path, LoRA)}
         stage.train_heads()

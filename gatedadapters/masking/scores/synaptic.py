@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from gatedadapters.artefact_files import write_tensors
 from gatedadapters.masking.scores.base import Batch, Score, ScoringRun, gradients
-from gatedadapters.safe_files import write_tensors
 
 
 class Synaptic(Score):

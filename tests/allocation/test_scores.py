@@ -1,0 +1,186 @@
+"""Placement scores: the contract, and what each of them ranks first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import gatedadapters as ga
+from gatedadapters.allocation import PlacementScore, place, placement_score, register, score_kinds
+from gatedadapters.allocation.closing import shrunk
+from gatedadapters.allocation.gradients import leading_singular_values
+from gatedadapters.errors import AllocationError, BudgetError
+from gatedadapters.testing import PlacementScoreContract
+from gatedadapters.testing.placement_contract import SPACE, probed
+
+
+class TestEveryScore(PlacementScoreContract):
+    scores = [*score_kinds().values(), lambda: placement_score("mas")]
+
+
+def space(*paths):
+    return ga.SearchSpace.parse({"paths": list(paths)}, where="test")
+
+
+LORA = space({"kind": "lora", "rank": 4})
+
+
+def only_one_map_learns():
+    """A model whose loss depends on the input of one map alone: gradients elsewhere are 0."""
+    model, batches = probed("llama")
+    target = "model.layers.1.mlp.down_proj"
+
+    def loss(model, batch):
+        seen = {}
+        handle = model.get_submodule(target).register_forward_hook(lambda m, a, out: seen.update(out=out))
+        try:
+            model(input_ids=batch["input_ids"])
+        finally:
+            handle.remove()
+        rows = seen["out"].flatten(0, 1)
+        return cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none").view(
+            len(batch["input_ids"]), -1
+        ).mean(1)
+
+    return model, batches, loss, target
+
+
+@pytest.mark.parametrize("kind", ["moved", "closing", "consistency", "gradient", "fisher", "taylor", "gora"])
+def test_scores_that_read_gradients_ignore_maps_that_the_loss_does_not_depend_on(kind):
+    model, batches, loss, target = only_one_map_learns()
+    found = place(model, LORA, batches, score=kind, loss=loss)
+    after = [key for key in found.worth if "layers/1/mlp" not in key and "layers/1" in key and "o_proj" not in key]
+    assert all(float(found.worth[key].abs().max()) >= 0 for key in after)
+    last = found.worth[f"{target.replace('.', '/')}:lora"]
+    assert float(last[0, 0]) > 0
+
+
+def test_gradient_of_a_weight_is_judged_by_its_singular_values():
+    model, batches = probed("llama")
+    found = place(model, LORA, batches, score="gradient")
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    total = torch.zeros_like(weight)
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        each = cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
+        total += torch.autograd.grad(each.mean(), weight)[0]
+    expected = torch.linalg.svdvals(total / len(batches))[:4]
+    torch.testing.assert_close(found.worth["model/layers/0/mlp/up_proj:lora"][0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_consistency_estimates_the_squared_norm_of_the_true_gradient_without_bias():
+    model, batches = probed("llama")
+    norms = space({"kind": "norm"})
+    grads = []
+    adapters = ga.attach(model, norms)
+    key, path = next(iter(adapters.typed_paths()))
+    for batch in batches:
+        model.eval()
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        each = cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(each.mean(), list(path.parameters()))]))
+    ga.detach(model)
+    pairs = [float(a @ b) for i, a in enumerate(grads) for j, b in enumerate(grads) if i != j]
+    expected = max(0.0, sum(pairs) / len(pairs)) ** 0.5
+    found = place(model, norms, batches, score="consistency")
+    assert float(found.worth[key][0, 0]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_closing_is_the_mean_of_the_last_and_the_first_marginal_loss():
+    model, batches = probed("llama")
+    two = space({"kind": "norm"}, {"kind": "lora", "rank": 1, "at": {"roles": ["up"]}})
+    found = place(model, two, batches, score="closing", seed=3)
+    by_kind = {
+        kind: sum(float(v.sum()) for k, v in found.worth.items() if k.endswith(f":{kind}")) for kind in ("norm", "lora")
+    }
+    # With two groups the four marginals of both add up to twice what all candidates together gain, so worths (before
+    # shrinkage, which keeps the mean per parameter) add up to that gain.
+    assert all(value == value for value in by_kind.values())
+
+
+def test_shrinkage_leaves_clear_differences_and_removes_noise():
+    generator = torch.Generator().manual_seed(0)
+    clear = torch.tensor([0.0, 1.0, 5.0])[:, None] + 0.01 * torch.randn(3, 50, generator=generator)
+    torch.testing.assert_close(shrunk(clear), clear.mean(1), rtol=1e-3, atol=1e-3)
+    noise = torch.randn(6, 50, generator=generator)
+    assert shrunk(noise).std() < 0.5 * noise.mean(1).std()
+
+
+def test_leading_singular_values_are_those_of_each_expert():
+    stack = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(1))
+    expected = torch.linalg.svdvals(stack)[:, :2].flatten()
+    torch.testing.assert_close(leading_singular_values(stack, 2, 0), expected, rtol=2e-2, atol=0)
+
+
+def test_several_tasks_have_worths_of_their_own():
+    model, batches = probed("bert")
+    other = [{**batch, "labels": 1 - batch["labels"]} for batch in batches[:4]]
+    structure = ga.allocate(model, SPACE, {"a": batches, "b": other}, budget=ga.Budget(fraction=0.2))
+    assert structure.tasks == ("a", "b")
+    adapters = ga.attach(model, structure, tasks=("a", "b"))
+    assert adapters.tasks == ("a", "b")
+
+
+def test_a_score_of_ones_own_is_found_by_name_and_given_as_object():
+    class First(PlacementScore):
+        kind = "first-of-all"
+
+        def worth(self, probe):
+            keys = list(probe.paths)
+            return {key: torch.tensor([1.0 if key == keys[0] else 0.1]) for key in keys}
+
+    register(First)
+    model, batches = probed("llama")
+    for score in ("first-of-all", First()):
+        assert place(model, LORA, batches, score=score).score == "first-of-all"
+
+
+class Broken(PlacementScore):
+    kind = "broken"
+
+    def __init__(self, change):
+        self.change = change
+
+    def worth(self, probe):
+        return self.change({key: torch.ones(1) for key in probe.paths})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {k: v * float("nan") for k, v in w.items()}, "not finite"),
+        (lambda w: {k: 0 * v for k, v in w.items()}, "worth anything"),
+        (lambda w: dict(list(w.items())[1:]), "other candidates"),
+        (lambda w: {k: torch.ones(3) for k in w}, "other units"),
+    ],
+)
+def test_numbers_that_cannot_be_ranked_are_refused_and_nothing_stays_attached(change, message):
+    model, batches = probed("llama")
+    with pytest.raises(AllocationError, match=message):
+        place(model, LORA, batches, score=Broken(change))
+    ga.attach(model, LORA)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"score": "astrology"}, AllocationError, "no such placement score"),
+        ({"batches": []}, AllocationError, "nothing to probe with"),
+        ({"budget": ga.Budget(params=1)}, BudgetError, "."),
+        ({"budget": ga.Budget(params=10**9)}, BudgetError, "larger than all candidates"),
+    ],
+)
+def test_bad_arguments_are_refused_and_nothing_stays_attached(arguments, error, message):
+    model, batches = probed("llama")
+    given = {"batches": batches, "budget": ga.Budget(fraction=0.5), **arguments}
+    with pytest.raises(error, match=message):
+        ga.allocate(model, LORA, given.pop("batches"), **given)
+    ga.attach(model, LORA)
+
+
+def test_labels_that_are_all_ignored_are_a_probe_without_gradient():
+    model, batches = probed("llama")
+    blank = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+    with pytest.raises(AllocationError, match=r"learns nothing|worth anything"):
+        place(model, LORA, blank, score="moved")

@@ -1,0 +1,118 @@
+"""Does the same many times, and looks at the memory: `python tests/attack --long 10000`."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from mutate_artefacts import decoder, encoder, tuned, tuned_elements
+
+import gatedadapters as ga
+
+BYTES = 2 * 2**20  # growth of resident memory over the second half that still counts as none
+OBJECTS = 100  # the same for objects of Python
+
+
+def training() -> Iterator[None]:
+    """Steps of a gated training in a loop of one's own."""
+    model = encoder().train()
+    space = ga.SearchSpace.parse({"name": "small", "paths": [{"kind": "lora", "rank": 2}]}, where="long runs")
+    adapters = ga.attach(model, space, penalty=ga.L0(weight=0.1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.tensor([0, 1])}
+    while True:
+        optimizer.zero_grad()
+        (model(**batch).loss + adapters.penalty()).backward()
+        optimizer.step()
+        yield
+
+
+def attaching() -> Iterator[None]:
+    """Adapters are attached, run and detached; then elements are made trainable, and put back."""
+    model = encoder()
+    space = ga.SearchSpace.parse({"name": "small", "paths": [{"kind": "lora", "rank": 2}]}, where="long runs")
+    while True:
+        ga.attach(model, space)
+        with torch.no_grad():
+            model(input_ids=torch.arange(6)[None])
+        ga.detach(model)
+        tuned_elements(model, 1.0).remove()
+        yield
+
+
+def shelves() -> Iterator[None]:
+    """A shelf adds adapters, runs with them and removes them."""
+    model = decoder()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a", "b"):
+            tuned(model, 1.0).save(Path(folder) / name)
+            ga.detach(model)
+        shelf = ga.Shelf.load(model, {"a": Path(folder) / "a"})
+        while True:
+            shelf.add("b", Path(folder) / "b")
+            with torch.no_grad():
+                model(input_ids=torch.arange(12).reshape(2, 6), adapter_names=["b", None])
+            shelf.remove("b")
+            yield
+
+
+def saving() -> Iterator[None]:
+    """Adapters are overwritten and loaded."""
+    model, other = encoder(), encoder()
+    adapters = tuned(model, 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            adapters.save(Path(folder) / "out", overwrite=True)
+            ga.load_adapters(other, Path(folder) / "out").detach()
+            yield
+
+
+LOOPS: dict[str, tuple[Callable[[], Iterator[None]], int]] = {  # and how many steps make one turn
+    "training steps": (training, 1),
+    "attached and detached": (attaching, 10),
+    "added to a shelf": (shelves, 10),
+    "saved and loaded": (saving, 10),
+}
+
+
+def run(steps: int) -> int:
+    """Run all loops, and print a line for each.
+
+    Args:
+        steps: of training; of what is slower a tenth.
+
+    Returns:
+        How many loops took ever more memory.
+    """
+    growing = 0
+    for name, (loop, divisor) in LOOPS.items():
+        count, turns = steps // divisor, loop()
+        used = []
+        for part in (count - count // 2, count // 2):
+            for _ in range(part):
+                next(turns)
+            used.append(_memory())
+        turns.close()
+        grown, objects = used[1][0] - used[0][0], used[1][1] - used[0][1]
+        grows = grown > BYTES or objects > OBJECTS
+        growing += grows
+        print(
+            f"{name}: {count:,} times, in the second half {grown / 2**10:+,.0f} kB and {objects:+,} objects"
+            + (": GROWS" if grows else ""),
+            flush=True,
+        )
+    return growing
+
+
+def _memory() -> tuple[int, int]:
+    """Resident bytes and Python objects; 0 bytes where the system does not tell."""
+    gc.collect()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0, len(gc.get_objects())
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
