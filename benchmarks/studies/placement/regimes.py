@@ -20,6 +20,7 @@ from transformers import Trainer, set_seed
 import gatedadapters as ga
 from benchmarks.common.store import SCRATCH, locked
 from benchmarks.common.training import training_arguments
+from benchmarks.studies.placement.precision import precision
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
 from gatedadapters.data.bundled import load_corpus, load_encoder, load_smollm2, load_task
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_examples
@@ -252,16 +253,23 @@ def shifted(shift: str) -> Problem:
 
 def tuned_on(task: TextTask) -> nn.Module:
     """MiniLM-L6 with a head, both tuned on a task; computed once and kept."""
-    backbone, tokenizer = load_encoder("minilm-l6")
-    set_seed(0)
-    model = ga.MultiTaskClassifier(backbone, {task.name: task.n_classes})
+
+    def fresh() -> tuple[nn.Module, Any]:
+        backbone, tokenizer = load_encoder("minilm-l6")
+        set_seed(0)
+        return ga.MultiTaskClassifier(backbone, {task.name: task.n_classes}), tokenizer
+
     file = SCRATCH / "placement" / f"minilm-l6-{task.name}.safetensors"
     with locked(file.with_suffix(".lock")):
         if not file.exists():
-            args = training_arguments(steps=400, batch=32, rate=1e-4, seed=0)
+            model, tokenizer = fresh()
+            args = training_arguments(steps=400, batch=32, rate=1e-4, seed=0, bf16=precision() == "bf16")
             data = MixedTaskDataset([task], tokenizer, "train", WORDS)
             Trainer(model, args, train_dataset=data, data_collator=MixedTaskCollator(tokenizer)).train()
-            save_file(model.state_dict(), file)
+            part = file.with_suffix(".part")
+            save_file(model.state_dict(), part)
+            part.rename(file)
+    model, _ = fresh()
     model.load_state_dict(load_file(file))
     return model
 
