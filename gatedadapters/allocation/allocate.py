@@ -127,7 +127,8 @@ def place(
                 gates = adapters.bank
                 assert gates is not None
                 gates.fix(torch.ones_like(gates.kept))
-                ranks = {key: path.units // adapters.paths[key].units for key, path in whole.typed_paths()}
+                small_paths = dict(adapters.typed_paths())
+                ranks = {key: path.units // small_paths[key].units for key, path in whole.typed_paths()}
                 probe = Probe(
                     model,
                     adapters,
