@@ -33,4 +33,5 @@ class Consistency(GradientScore):
         norm = float(evidence.total.square().sum())
         agreed = max(0.0, (norm - evidence.squared) / (n * (n - 1)))
         share = agreed**0.5 / max(float(evidence.mean.norm()), torch.finfo(torch.float32).tiny)
-        return evidence.gains() * share
+        gains: Tensor = evidence.gains() * share
+        return gains

@@ -100,7 +100,7 @@ class Path(nn.Module, ABC):
         """
 
     def rate_factor(self, units: float) -> float:
-        """The factor on the common learning rate that suits this kind; one rate then serves all kinds, widths and ranks.
+        """The factor on the common learning rate that suits this kind; one rate then serves all kinds and sizes.
 
         Under Adam every parameter moves by about the rate in a step, whatever its gradient. So a kind's factor says how
         large its parameters are when they have learnt something, and how many of them add up in one output. The

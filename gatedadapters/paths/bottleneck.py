@@ -114,7 +114,7 @@ class Bottleneck(Path):
 
     def rate_factor(self, units: float) -> float:
         """2 / sqrt(width): as for ranks, twice as high because the activation lets about half of the inputs pass."""
-        return 2.0 * units**-0.5
+        return 2 / math.sqrt(units)
 
     @torch.no_grad()
     def learned(self) -> Tensor:

@@ -102,7 +102,7 @@ class LoRA(Path):
         References:
             Kalajdzievski 2023 (rsLoRA), arXiv 2312.03732: the scale alpha / sqrt(r) keeps learning stable in the rank.
         """
-        return units**-0.5
+        return 1 / math.sqrt(units)
 
     @torch.no_grad()
     def learned(self) -> Tensor:

@@ -108,7 +108,7 @@ class WeightLoRA(LoRA):
 
     def rate_factor(self, units: float) -> float:
         """1 / sqrt(rank of an expert): the ranks of different experts do not add up."""
-        return max(1.0, units / self.n_experts) ** -0.5
+        return 1 / math.sqrt(max(1.0, units / self.n_experts))
 
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,7 +18,7 @@ from gatedadapters.testing.placement_contract import SPACE, probed
 
 
 class TestEveryScore(PlacementScoreContract):
-    scores = [*score_kinds().values(), lambda: placement_score("mas")]
+    scores: ClassVar = [*score_kinds().values(), lambda: placement_score("mas")]
 
 
 def space(*paths):
@@ -39,9 +41,11 @@ def only_one_map_learns():
         finally:
             handle.remove()
         rows = seen["out"].flatten(0, 1)
-        return cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none").view(
-            len(batch["input_ids"]), -1
-        ).mean(1)
+        return (
+            cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none")
+            .view(len(batch["input_ids"]), -1)
+            .mean(1)
+        )
 
     return model, batches, loss, target
 
