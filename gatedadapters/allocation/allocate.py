@@ -141,7 +141,7 @@ def place(
         space = space.model_copy(update={"paths": tuple(_smallest(options) for options in space.paths)})
     rows, frontiers = [], []
     for number, stream in enumerate(read.values()):
-        with restored(model, head_names):
+        with restored(model, head_names, seed + number):
             adapters = attach(model, space, sample, heads=head_names or None, seed=seed)
             try:
                 probe = Probe(
@@ -158,7 +158,8 @@ def place(
                     if number == 0:
                         choose_elements(whole, probe)
                     stand_alike(adapters, whole)
-                    rows.append(judged(probe, method, whole))
+                    rows.append(_checked(method.worth(probe), dict(whole.typed_paths()), method))
+                    _check_useful(rows[-1], method)
                     if frontier:
                         frontiers.append(_frontier(probe, method, rows[-1], frontier, within))
             finally:
@@ -181,28 +182,19 @@ def place_attached(
 ) -> Placement:
     """Score candidates that are attached already; weights and heads are restored, gates are not touched.
 
-    All tasks get the same worths, those of the mixed batches. The arguments are those of `place`.
+    All tasks get the same worths, those of the mixed batches; none need be above 0. The arguments are those of `place`.
     """
     began = time.perf_counter()
     method = placement_score(score) if isinstance(score, str) else score
     own = [name for name, p in model.named_parameters() if p.requires_grad or is_own(name)]
-    with restored(model, own):
+    with restored(model, own, seed):
         probe = Probe(model, adapters, batches, loss=loss, learning_rate=learning_rate, seed=seed, progress=progress)
         with probe.all_open():
             choose_elements(adapters, probe)
-            worth = judged(probe, method, adapters)
+            worth = _checked(method.worth(probe), dict(adapters.typed_paths()), method)
             found = (_frontier(probe, method, worth, frontier, within),) if frontier else ()
     each = {key: values.expand(len(adapters.tasks), -1) for key, values in worth.items()}
     return Placement(method.kind, each, adapters, time.perf_counter() - began, found)
-
-
-def judged(probe: Probe, method: PlacementScore, whole: Adapters) -> dict[str, Tensor]:
-    """The worths of all units of the candidates `whole` for one task, (units,) by key.
-
-    Raises:
-        AllocationError: see `allocate`.
-    """
-    return _checked(method.worth(probe), dict(whole.typed_paths()), method)
 
 
 def _frontier(
@@ -300,7 +292,11 @@ def _checked(worth: Mapping[str, Tensor], paths: Mapping[str, Path], method: Pla
                 fix="probe in fp32 or bf16, with a lower learning_rate or without broken examples",
             )
         found[key] = spread_over_units(values, units)
-    if all(float(values.max()) <= 0 for values in found.values()):
+    return found
+
+
+def _check_useful(worth: Mapping[str, Tensor], method: PlacementScore) -> None:
+    if all(float(values.max()) <= 0 for values in worth.values()):
         raise AllocationError(
             "no candidate is worth anything by this score",
             expected="at least one worth above 0",
@@ -308,4 +304,3 @@ def _checked(worth: Mapping[str, Tensor], paths: Mapping[str, Path], method: Pla
             where=f"allocate(score={method.kind!r})",
             fix="pass more batches, or another score",
         )
-    return found

@@ -230,11 +230,15 @@ def taken(batches: Any, count: int) -> list[Batch]:
 
 
 @contextmanager
-def restored(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """A context that restores these parameters' values, the mode of every module, and the random state."""
+def restored(model: nn.Module, names: Collection[str], seed: int) -> Iterator[None]:
+    """A context that restores these parameters' values, the mode of every module, and the random state.
+
+    What is drawn inside, such as dropout, follows from the seed.
+    """
     values = {name: model.get_parameter(name).detach().clone() for name in names}
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
+        torch.manual_seed(seed)
         try:
             yield
         finally:

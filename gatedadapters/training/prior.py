@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from gatedadapters.allocation import Placement, PlacementScore
 from gatedadapters.allocation.allocate import FRONTIER_POINTS, place_attached
@@ -62,7 +62,8 @@ def start_gates(
     model = trainer.model
     assert isinstance(model, nn.Module)
     if trainer.args.gradient_checkpointing:  # as the Trainer does when it begins
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs)
+        options = trainer.args.gradient_checkpointing_kwargs
+        cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's trainers note metrics whenever they see a loss
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
@@ -85,9 +86,10 @@ def start_gates(
             within=budget.within if budget is not None else None,
         )
     if metrics is not None:
-        trainer._metrics = metrics
+        setattr(trainer, "_metrics", metrics)  # noqa: B010 - not every Trainer has them
     bank = placement.bank
-    worth = (placement.units() / bank.cost("params").clamp(min=1e-12).float()).to(bank.log_alpha)
+    # A probe that helps nowhere says nothing, and equal worths leave the gates even.
+    worth = (placement.units() / bank.cost("params").clamp(min=1e-12).float()).to(bank.log_alpha).clamp(min=0.0)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(worth)
     bank.start_from(worth)

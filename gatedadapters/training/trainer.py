@@ -69,8 +69,8 @@ class GatedTrainer(CheckedTrainer):
         penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
         prior: the placement score from which the gates start, after a probe on the first batches of the training (a
-            twentieth of its steps, from 8 to 24); None for even gates. Trainings below 32 steps, and trainers that
-            generate their examples, start from even gates.
+            twentieth of its steps, from 8 to 24); None for even gates. Without a budget, below 32 steps, and
+            in trainers that generate their examples, gates start even.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
@@ -193,6 +193,8 @@ class GatedTrainer(CheckedTrainer):
         bank, penalty = self.adapters.bank, self.adapters.pressure
         if bank is None or bank.frozen or penalty is None or int(bank.step) > 0 or self.prior is None:
             return
+        if not isinstance(penalty.penalty, Budget):
+            return  # an L0 weight has no size to fill: what starts closed would stay closed
         steps = self.args.max_steps
         if steps <= 0:
             each = max(1, len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
