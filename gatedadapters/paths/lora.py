@@ -106,9 +106,9 @@ class LoRA(Path):
 
     @torch.no_grad()
     def learned(self) -> Tensor:
-        """Norm of the rank-one map of each unit."""
+        """Norm of the rank-one map of each unit; at a table of token ids, of what it adds to a token on average."""
         size: Tensor = self.up.norm(dim=0) * self.down.norm(dim=1)
-        return size
+        return size / math.sqrt(self.site.width_in) if self.site.reads_ids else size
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
