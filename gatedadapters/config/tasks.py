@@ -85,9 +85,13 @@ class TaskConfig(Config):
     @classmethod
     def _read_old_names(cls, data: Any) -> Any:
         """Corpora of version 0.1 say `file` and `max_texts`, and are text without saying so."""
-        if not isinstance(data, Mapping) or not {"file", "max_texts"} & data.keys():
+        if not isinstance(data, Mapping):
             return data
         given = dict(data)
+        if "messages" in given:  # said once and for all: the field may be left out of a copy where it is the default
+            given.setdefault("kind", "chat")
+        if not {"file", "max_texts"} & given.keys():
+            return given
         said = ", ".join(name for name in ("file", "max_texts") if name in given)
         if (file := given.pop("file", None)) is not None:
             if given.setdefault("train", file) != file:
@@ -117,7 +121,7 @@ class TaskConfig(Config):
             raise ValueError(
                 f"kind: {kind} does not read everything given here: leave {', '.join(unread)} out, or give another kind"
             )
-        if kind == "chat" and self.answer is not None and "messages" in self.model_fields_set:
+        if self.answer is not None and self.changed_fields({"messages"}):
             raise ValueError("give either messages (conversations), or text and answer (one question and its answer)")
         if self._is_txt and kind not in ("text", None):
             raise ValueError(f"a .txt file is running text: kind: {kind} needs a table")
@@ -128,8 +132,6 @@ class TaskConfig(Config):
         """The kind, as far as the configuration says it; None for a bundled task that names none."""
         if self.kind is not None or self.bundled is not None:
             return self.kind
-        if "messages" in self.model_fields_set:
-            return "chat"
         if self.choices is not None:
             return "choice"
         return "text" if self.answer is not None or self._is_txt else "classification"
@@ -140,7 +142,7 @@ class TaskConfig(Config):
 
     @staticmethod
     def _of_files() -> set[str]:
-        return {"validation", "test", "text", "held_out", *_every_column() - {"packing"}}
+        return {"validation", "test", "text", "held_out", *_every_column()}
 
     def _unread(self, kind: Kind) -> set[str]:
         unread = set(_every_column() - _COLUMNS[kind])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatedadapters.experiments.arms import Arm
+    from gatedadapters.experiments.evaluation import TaskScore
     from gatedadapters.experiments.run_compress import CompressResult, compress
     from gatedadapters.experiments.run_continual import ContinualResult, continual
     from gatedadapters.experiments.run_plan import BudgetPlan, PlacePlan, Plan, plan
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "SearchResult",
     "SelectResult",
+    "TaskScore",
     "TransferResult",
     "compress",
     "continual",
@@ -48,6 +50,7 @@ __all__ = [
 # A training run imports transformers' Trainer, TensorBoard and matplotlib; `show` and `plan` need none of them.
 _FILES = {
     "arms": ("Arm",),
+    "evaluation": ("TaskScore",),
     "run_compress": ("CompressResult", "compress"),
     "run_continual": ("ContinualResult", "continual"),
     "run_plan": ("BudgetPlan", "PlacePlan", "Plan", "plan"),

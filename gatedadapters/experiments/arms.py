@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
 from gatedadapters.config.search import Rival
-from gatedadapters.data import AnyTask, ChoiceTask, TextTask, collator
+from gatedadapters.data import AnyTask, ChoiceTask, MixedTaskDataset, TextTask, collator, predicts_tokens
 from gatedadapters.data.measures import EXACT_MATCH
 from gatedadapters.errors import BudgetError
 from gatedadapters.experiments.evaluation import Scores, accuracies, mean_loss, score_tasks
@@ -46,6 +46,7 @@ from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.training import GatedTrainer
+from gatedadapters.training.devices import chosen_device
 
 SEARCHED = "searched"
 ACCURACY, LOSS = "test/accuracy", "test/loss"  # the TensorBoard tags that arms are compared by
@@ -128,7 +129,11 @@ class ArmRunner:
         self.vocabulary = Vocabulary.of(self.tokenizer, self.model if needs_embeddings else None)
         length = config.training.max_length
         self.train_data = corrupted_dataset(tasks, self.tokenizer, "train", length, self.noise, self.vocabulary)
+        if predicts_tokens(tasks):  # what cannot be scored after a training is refused before it
+            for split in ("validation", "test"):
+                MixedTaskDataset(tasks, self.tokenizer, split, length)
         self.bf16 = use_bf16(config)
+        self.model.to(chosen_device(config.training.device))  # a model is also scored before any Trainer has it
         self.first_heads: dict[str, Tensor] = {}  # by name: the values that every arm's heads start from
 
     # -- arms ----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,14 @@ def load_tasks(config: SearchConfig) -> list[AnyTask]:
         DataError: a file is missing, empty or malformed, a data package is not installed, or tasks do not mix.
     """
     for task in config.tasks:
+        if task.measures and kind_of(task) == "classification":
+            raise ConfigError(
+                "classification has its own measure",
+                expected="no measures: accuracy and loss are reported",
+                got=", ".join(task.measures),
+                where=f"task {task.title!r}: measures",
+                fix="leave measures out",
+            )
         for name in set(task.measures) - {EXACT_MATCH}:
             measure(name, where=f"task {task.title!r}: measures")
     tasks = [load_task(task, config.training.seed) for task in config.tasks]

@@ -7,6 +7,13 @@ import torch
 from gatedadapters.errors import ConfigError
 
 
+def chosen_device(device: str) -> torch.device:
+    """The device that a run uses; see `on_cpu`."""
+    if on_cpu(device):
+        return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "mps")
+
+
 def on_cpu(device: str) -> bool:
     """Whether a run uses the CPU: `device` is "cpu", or it is "auto" and there is no GPU.
 

@@ -24,6 +24,7 @@ from gatedadapters.data import (
     TextTask,
     collator,
 )
+from gatedadapters.data.language import packed
 from gatedadapters.errors import DataError
 from gatedadapters.testing import tiny
 
@@ -65,6 +66,16 @@ def test_packed_conversations_lose_no_answer_and_see_no_other_conversation() -> 
     with torch.no_grad():
         alone, packed = (model(**batch, use_cache=False).loss for batch in batches)
     torch.testing.assert_close(packed, alone)
+
+
+def test_no_token_of_a_packed_row_is_predicted_from_another_text() -> None:
+    tokenizer = chat_tokenizer()
+    row = LanguageDataset([Passage("the dog runs today")] * 9, tokenizer, 8, packing=True)[0]
+    assert row["labels"][0] == -100
+    both = packed([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}], 8)
+    assert both == [
+        {"input_ids": [7, 8, 9, 5, 6], "position_ids": [0, 1, 2, 0, 1], "labels": [-100, 8, 9, -100, 6]},
+    ]
 
 
 def test_tasks_of_a_language_model_share_a_batch_and_classification_does_not_mix_with_them() -> None:

@@ -85,7 +85,9 @@ def test_a_kind_follows_from_what_is_given(tmp_path: Path) -> None:
         ({"bundled": "xsum"}, "text"),
         ({"bundled": "tweets"}, "classification"),
     ):
-        assert kind_of(TaskConfig(**data)) == kind  # type: ignore[arg-type]
+        task = TaskConfig(**data)  # type: ignore[arg-type]
+        assert kind_of(task) == kind
+        assert kind_of(TaskConfig.parse(task.model_dump(exclude_defaults=True), where="a copy")) == kind
     with pytest.raises(ConfigError, match=r"(?s)another kind.*kind: choice.*leave kind out"):
         kind_of(TaskConfig(bundled="piqa", kind="chat"))
 
@@ -179,6 +181,7 @@ def test_data_that_cannot_be_read_are_refused(
         ({"train": "a.csv", "kind": "chat", "label": "b"}, "leave label out"),
         ({"train": "a.csv", "kind": "chat", "text": "b"}, "leave text out"),
         ({"train": "a.csv", "kind": "text", "packing": True}, "leave packing out"),
+        ({"bundled": "xsum", "packing": True}, "leave packing out"),
         ({"train": "a.csv", "measures": ["exact_match"]}, "leave measures out"),
         ({"train": "a.csv", "kind": "chat", "answer": "b", "messages": "m"}, "either messages .* or text and answer"),
         ({"train": "a.txt", "kind": "chat"}, "needs a table"),

@@ -45,7 +45,15 @@ from gatedadapters.testing import tiny
 ROOT = Path(__file__).parents[2]
 START = ROOT / "docs" / "guides" / "index.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("bert", "base"), "HuggingFaceTB/SmolLM2-135M": ("llama", "lm")}
+MODELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": ("bert", "base"),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", "lm"),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", "lm"),
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[BOS] {{ message.role }} {{ message.content }} [EOS] {% endfor %}"
+    "{% if add_generation_prompt %}[BOS] assistant {% endif %}"
+)
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 
 
@@ -85,6 +93,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (family, head) in MODELS.items():
         model, _ = tiny(family, head=head)
         model.save_pretrained(folder / name)
+        tokenizer.chat_template = CHAT_TEMPLATE if name.endswith("Instruct") else None
         tokenizer.save_pretrained(folder / name)
     return folder
 

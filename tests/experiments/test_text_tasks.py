@@ -28,7 +28,7 @@ from gatedadapters.config import (
     TransferConfig,
 )
 from gatedadapters.continual.measures import token_scores
-from gatedadapters.data import LanguageCollator, load_task, register_measure
+from gatedadapters.data import LanguageCollator, LanguageDataset, load_task, register_measure
 from gatedadapters.data import measures as measures_by_name
 from gatedadapters.errors import ConfigError, DataError, GatedAdaptersError
 from gatedadapters.experiments.evaluation import TaskScore, score_tasks
@@ -121,6 +121,21 @@ def test_the_loss_is_that_of_a_token_and_an_exact_match_is_what_generation_gives
     assert loss == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_loss_of_choices_is_that_of_the_right_ones_as_answers(texts: Path, chat_decoder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_decoder), AutoTokenizer.from_pretrained(chat_decoder)
+    texts.joinpath("long.jsonl").write_text(  # answers of different lengths
+        "\n".join(
+            json.dumps({"text": f"the cat {n}", "options": ["runs", "sleeps and runs", "today"], "label": n % 3})
+            for n in range(12)
+        )
+    )
+    task = load_task(TaskConfig(train=str(texts / "long.jsonl"), choices="options"))
+    answers = LanguageDataset(task.split("test") + task.split("train"), tokenizer, 64)
+    whole = replace(task, test=task.split("test") + task.split("train"))
+    loss, _ = token_scores(model.eval(), [answers[i] for i in range(len(answers))], LanguageCollator(tokenizer))
+    assert score_tasks(model, [whole], tokenizer, 64)["long"].loss == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.usefixtures("nothing_stays_registered")
 def test_a_measure_of_ones_own_sees_the_gates_of_its_task(search: Callable[..., Path], texts: Path) -> None:
     seen: list[tuple[str | None, int]] = []
@@ -152,6 +167,7 @@ def test_a_measure_of_ones_own_sees_the_gates_of_its_task(search: Callable[..., 
         ([{**CHOICES, "measures": ["exact_match"]}], "no answers to match"),
         ([{**STORY, "measures": ["exact_match"]}], "no answers to match"),
         ([{**CHAT, "measures": ["bleu"]}], r"(?s)no such measure.*exact_match.*register_measure"),
+        ([{"bundled": "tweets", "measures": ["exact_match"]}], "classification has its own measure"),
         ([CHAT, CHAT], "distinct names"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,47 @@ def test_optimising_several_objectives_finds_the_feasible_front(tmp_path: Path) 
     page = found.report(tmp_path / "report").read_text()
     assert "Pareto front" in page
     assert (tmp_path / "report" / "pareto.png").exists()
+
+
+def losses(*args: Any, report: Any = None, **options: Any) -> Measured:
+    """The closed form as a loss: what raises the score lowers it."""
+
+    def turned(scores: Mapping[str, float]) -> dict[str, float]:
+        return {task: 2 - value for task, value in scores.items()}
+
+    told = None if report is None else lambda step, value: report(step, 2 - value)
+    found = measure(*args, report=told, **options)
+    return replace(found, scores=turned(found.scores), perturbed=tuple(map(turned, found.perturbed)))
+
+
+TEXTS = {"tasks": [{"train": "a.txt"}, {"train": "b.jsonl", "kind": "chat"}]}
+
+
+def test_a_study_of_texts_minimises_the_loss(tmp_path: Path) -> None:
+    search = OPTIMISE["search"] | TEXTS
+    found = study(tmp_path, losses, **OPTIMISE | {"search": search}, trials=30).run()
+    assert [trial.state for trial in found.trials].count(TrialState.PRUNED) > 0
+    (best,) = found.best()
+    assert best.training.learning_rate == pytest.approx(0.002, abs=0.0015)
+    assert found.importances()["score"]["training.learning_rate"] > 0.5
+
+    limits = {"score": 1.13, "gap": 0.1}
+    several = {**OPTIMISE, "search": search, "objectives": ["score", "gap"], "constraints": limits}
+    front = study(tmp_path, losses, **several, name="several", trials=24).run()
+    assert all(trial.values[1] == pytest.approx(0.04) for trial in front.trials)  # the loss is higher under typos
+    assert all(trial.values[0] <= 1.13 for trial in front.front())
+    assert any(trial.values[0] > 1.13 for trial in front.trials)
+
+
+def test_the_report_of_a_study_of_texts_speaks_of_losses(tmp_path: Path) -> None:
+    found = study(tmp_path, losses, search=SEARCH | TEXTS).run()
+    assert found.best()[0].noise is None  # without noise the loss is lowest
+    page = found.report(tmp_path / "report").read_text()
+    for text in ("Loss per token, mean and 95 % t interval", "Loss by factor", "loss per token, "):
+        assert text in page
+    assert "ccuracy" not in page.partition("<h2>Environment")[0]
+    (clean, *_) = curve(found, "noise.ratio", "gated").points
+    assert f"{clean.score:.4f} ±" in str(found)
 
 
 def test_the_public_name_is_the_class() -> None:
