@@ -17,6 +17,7 @@ _NAME = (
     r"|(?:(?:hub|hf|hugging\w*|access|auth|api|push_to_hub)_)?token)"
 )
 _USER = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<user>[^\s:@/'\"]*)(?P<password>:[^\s'\"]*)?@")
+_NO_HOST = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://[^\s:@/'\"]*):(?!\d+(?:[/?\s'\"]|$))[^\s@/'\"]+(?![^\s'\"]*@)")
 _FIELD = re.compile(
     r"(?P<field>(?:^|[?&;\s,{(])['\"]?" + _NAME + r"['\"]?(?:\s*=\s*|:\s+)['\"]?)(?P<value>[^\s&;,'\"})]+)",
     re.IGNORECASE,
@@ -31,6 +32,8 @@ def remember(url: str) -> None:
     """Remember the secrets of an address, so that `redacted` finds them wherever another library repeats them."""
     text = url.partition("://")[2]
     login = text.rpartition("@")[0]
+    if not login and not (port := text.rpartition(":")[2].partition("/")[0]).isdigit():
+        login = f":{port}"  # the host is missing
     found = {login.partition(":")[2]} | {login.rpartition(":")[2] if ":" in login else ""}
     found |= {match["value"] for match in _FIELD.finditer(text)}
     found |= {unquote(secret) for secret in found}
@@ -48,6 +51,7 @@ def redacted(text: str) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _USER.sub(_without_password, text)
+    text = _NO_HOST.sub(rf"\g<scheme>:{HIDDEN}", text)
     text = _FIELD.sub(lambda match: f"{match['field']}{HIDDEN}", text)
     text = _BEARER.sub(lambda match: f"{match['field']}{HIDDEN}", text)
     text = _HUB.sub(HIDDEN, text)

@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_TEMPORARY = ".tmp"  # how files begin that safetensors is writing
 _HELD: set[int] = set()  # handles of the locks of this process
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give a folder on another disk",
@@ -37,6 +38,8 @@ _REMEDIES = {
     errno.EMFILE: "close other files, or raise the limit (ulimit -n)",
     errno.EIO: "check the disk, or give a folder on another one",
 }
+
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "file write failed")  # it names no number
 
 
 @contextmanager
@@ -82,7 +85,7 @@ def _code_of_writer(error: Exception) -> int | None:
     found = re.search(r"\(os error (\d+)\)", text)
     if found is not None:
         return int(found[1])
-    return errno.ENOSPC if "PytorchStreamWriter" in text or "file write failed" in text else None
+    return errno.ENOSPC if any(part in text for part in _TORCH_WRITER) else None
 
 
 def read_text(path: str | Path, *, most: int | None = None) -> str:
@@ -202,7 +205,7 @@ def remove_leftovers(path: str | Path, files: Collection[str] = ()) -> None:
         try:
             if left.is_file():
                 left.unlink(missing_ok=True)
-            elif {held.name for held in left.iterdir()} <= set(files):
+            elif all(held.name in files or held.name.startswith(_TEMPORARY) for held in left.iterdir()):
                 shutil.rmtree(left, ignore_errors=True)
         finally:
             _release(lock)

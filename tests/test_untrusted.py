@@ -151,6 +151,11 @@ def test_numbers_out_of_range_are_refused_by_name(field: str, value: Any) -> Non
     assert len(str(caught.value)) < 1000
 
 
+def test_a_name_longer_than_any_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model: String should have at most 4096 characters"):
+        SearchConfig.parse({"model": "x" * 100_000, "tasks": [{"train": "a.csv"}]}, where="test")
+
+
 @pytest.mark.parametrize("rank", [10**30, 2**16 + 1])
 def test_a_rank_wider_than_any_layer_is_refused(rank: int) -> None:
     with pytest.raises(ConfigError, match=r"paths\.0\.rank"):

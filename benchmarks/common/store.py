@@ -111,5 +111,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process is the one that works on something until the block ends; False if another one already does.
+
+    Args:
+        path: a file that stands for the work; it is gone afterwards.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        path.unlink()
+
+
 def _read(file: Path) -> Result:
     return dict(json.loads(file.read_text(encoding="utf-8")))

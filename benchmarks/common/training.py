@@ -14,7 +14,7 @@ import gatedadapters as ga
 from benchmarks.common.store import SCRATCH
 
 
-def training_arguments(*, steps: int, batch: int, rate: float, seed: int) -> TrainingArguments:
+def training_arguments(*, steps: int, batch: int, rate: float, seed: int, bf16: bool = False) -> TrainingArguments:
     """A run without logs, checkpoints and evaluation; the learning rate warms up for 6 % of the steps."""
     return TrainingArguments(
         output_dir=str(SCRATCH / "trainer" / str(os.getpid())),
@@ -24,6 +24,7 @@ def training_arguments(*, steps: int, batch: int, rate: float, seed: int) -> Tra
         warmup_steps=round(0.06 * steps),
         weight_decay=0.0,
         seed=seed,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",

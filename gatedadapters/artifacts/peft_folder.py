@@ -20,7 +20,7 @@ from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside, is_fin
 from gatedadapters.artifacts.export_peft import BACKBONE, COMPUTED, CONFIG, PREFIX, TENSORS, WEIGHTS, config_digest
 from gatedadapters.errors import ArtifactError
 from gatedadapters.patterns import Pattern
-from gatedadapters.safe_files import read_text
+from gatedadapters.safe_files import file_errors, read_text
 from gatedadapters.untrusted import load_json
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -123,6 +123,7 @@ class PeftFolder:
             return [name for name in names if name not in self.maps and _targets(self.config, name)]
 
 
+@file_errors("read the peft adapter", "its folder")
 def read_peft(folder: str | Path, *, verify: bool = True) -> PeftFolder:
     """Read a LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
 

@@ -21,6 +21,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch both take
 Count = Annotated[int, Field(gt=0, le=10**9)]  # steps, examples, batches: more than anyone runs
 Units = Annotated[int, Field(gt=0, le=2**16)]  # ranks and widths: wider than the layers of any model
 
+Place = Annotated[str, Field(max_length=4096)]  # a path or the id of a model; no system takes longer paths
+
 
 class Config(BaseModel):
     """A frozen configuration.

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from gatedadapters.config.base import Count, FileConfig, found_in
+from gatedadapters.config.base import Count, FileConfig, Place, found_in
 from gatedadapters.config.penalty import Budget, Schedule
 from gatedadapters.config.search import SearchConfig, TrainingConfig
 from gatedadapters.config.tasks import TaskConfig
@@ -36,10 +36,10 @@ class CompressConfig(FileConfig):
     """
 
     version: Literal[1] = 1
-    lora: str
+    lora: Place
     budget: Budget
     task: TaskConfig
-    model: str | None = None
+    model: Place | None = None
     classes: tuple[str, ...] | None = None
     training: CompressTrainingConfig = CompressTrainingConfig()
 

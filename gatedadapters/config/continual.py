@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Place, Seed, found_in
 from gatedadapters.config.select import TuningConfig
 from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
@@ -95,7 +95,7 @@ class ContinualConfig(FileConfig):
     """
 
     version: Literal[1] = 1
-    model: str
+    model: Place
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     strategy: str | dict[str, Any] = "l2_fisher"
     compare: tuple[str | dict[str, Any], ...] = ()

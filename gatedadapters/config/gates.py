@@ -23,6 +23,9 @@ class GateConfig(Config):
         init: initial log alpha. Near 2 to 3, samples still carry gradient.
         init_spread: standard deviation of log alpha around `init`, which breaks ties.
         epsilon: the uniform noise is drawn from (epsilon, 1 - epsilon).
+        prior: how far log alpha starts from `init` for a unit that the evidence before training ranks one standard
+            deviation above or below the others; see `GateBank.start_from`.
+        shrink: whether gates follow the loss only as far as its evidence agrees between odd and even steps.
         stochastic: whether training samples gates; otherwise it uses the deterministic gate, as evaluation does.
 
     References:
@@ -38,6 +41,8 @@ class GateConfig(Config):
     init_spread: float = Field(0.01, ge=0)
     epsilon: float = Field(1e-6, gt=0, lt=0.5)
     stochastic: bool = True
+    prior: float = Field(2.0, ge=0)
+    shrink: bool = True
 
     @property
     def bounds(self) -> tuple[float, float]:

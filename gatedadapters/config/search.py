@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Place, Seed, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.space import SearchSpace
@@ -67,7 +67,7 @@ class SearchConfig(FileConfig):
     """
 
     version: Literal[1] = 1
-    model: str
+    model: Place
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     space: str | SearchSpace = "encoder-mixed"
     budget: Budget = Budget(fraction=0.125)

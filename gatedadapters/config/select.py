@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config, Count, FileConfig, Seed, found_in
+from gatedadapters.config.base import Config, Count, FileConfig, Place, Seed, found_in
 from gatedadapters.config.tasks import TaskConfig
 
 
@@ -96,7 +96,7 @@ class SelectConfig(FileConfig):
     """
 
     version: Literal[1] = 1
-    model: str
+    model: Place
     general: TaskConfig
     domain: TaskConfig
     selection: SelectionConfig = SelectionConfig()

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from gatedadapters.config.base import Config, Count, Seed, found_in
+from gatedadapters.config.base import Config, Count, Place, Seed, found_in
 from gatedadapters.config.search import SearchConfig
 from gatedadapters.config.space import SearchSpace
 
@@ -92,8 +92,8 @@ class TransferConfig(SearchConfig):
         shift_texts: number of test texts on which the shift of activations is measured.
     """
 
-    update: str
-    adapter: str | None = None
+    update: Place
+    adapter: Place | None = None
     space: str | SearchSpace = "lora-all-linear"
     search: bool = False
     prefer_transferable: bool = False

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from gatedadapters.reporting.html import INK, NOTHING, SHADES
+from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
 
 Panel = tuple[str, dict[tuple[int, str], tuple[int, int]]]
@@ -85,7 +86,9 @@ def quiet(bar: Colorbar, label: str = "") -> None:
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
     """Write a figure as a PNG file. The file is opened after drawing, so an error while drawing leaves no file."""
-    Path(path).write_bytes(png_bytes(figure, dpi=dpi))
+    data = png_bytes(figure, dpi=dpi)
+    with file_errors("write the picture", path):
+        Path(path).write_bytes(data)
 
 
 def png_bytes(figure: Figure, *, dpi: int) -> bytes:

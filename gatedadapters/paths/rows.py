@@ -143,6 +143,11 @@ class Rows(Path):
         return (rows + added.to(target.dtype)).view(target.shape)
 
     @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Norm of each token's values."""
+        return self.effective().norm(dim=1)
+
+    @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the values."""
         self.values.mul_(scale.to(self.values)[:, None])

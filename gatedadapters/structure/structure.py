@@ -21,7 +21,7 @@ from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import Path, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
-from gatedadapters.safe_files import read_text
+from gatedadapters.safe_files import file_errors, read_text
 from gatedadapters.untrusted import load_json
 
 VERSIONS = (1, 2)
@@ -355,7 +355,8 @@ class Structure(Config):
             ArtifactError: the file is missing, truncated, foreign or damaged.
         """
         path = FilePath(file)
-        path = path / "structure.json" if path.is_dir() else path
+        with file_errors("read the structure", path):
+            path = path / "structure.json" if path.is_dir() else path
         check_inside(path)
         try:
             return cls.from_json(read_text(path, most=MOST_RECORD_BYTES), where=str(path), verify=verify)

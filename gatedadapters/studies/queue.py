@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 KEY, OWNER, HEARTBEAT, ERROR, UNCOUNTED = "key", "owner", "heartbeat", "error", "not counted as a failure"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 BEAT = 15.0  # seconds between heartbeats
+_running_here: set[tuple[str, int]] = set()  # (study, trial) of what threads of this process work on
 _SILENCE = 6  # missing heartbeats after which a process counts as gone
 
 
@@ -69,10 +70,13 @@ def claim(study: optuna.Study) -> Trial | None:
     """Claim a waiting trial for this process; None if no trial is waiting."""
     storage = _storage(study)
     for waiting in trials_of(study, TrialState.WAITING):
+        _running_here.add(_name(study, waiting))
         try:
             if not storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
+                release(study, waiting)
                 continue
         except UpdateFinishedTrialError:
+            release(study, waiting)
             continue
         trial = Trial(study, waiting._trial_id)
         owner = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -82,7 +86,17 @@ def claim(study: optuna.Study) -> Trial | None:
             return trial
         # Two machines that started the study at the same moment have both filled the queue.
         fail(study, waiting, f"the same as trial {first}", uncounted=True)
+        release(study, waiting)
     return None
+
+
+def release(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
+    """Say that this process works on a claimed trial no longer, whatever has become of it."""
+    _running_here.discard(_name(study, trial))
+
+
+def _name(study: optuna.Study, trial: Trial | FrozenTrial) -> tuple[str, int]:
+    return study.study_name, trial.number
 
 
 def _first_of_its_key(study: optuna.Study, trial: FrozenTrial) -> int:
@@ -143,15 +157,20 @@ class Watch:
                 since = now
             owner = trial.user_attrs.get(OWNER, {})
             here = owner.get("host") == socket.gethostname()
-            if (here and not _alive(owner["pid"])) or now - since > self.silence:
+            gone = here and not (_alive(owner["pid"]) if owner["pid"] != os.getpid() else _is_mine(study, trial))
+            if gone or now - since > self.silence:
                 found.append(trial)
         return found
 
     def collect(self, study: optuna.Study, retries: int, *, uncounted: bool = False) -> int:
-        """Mark lost trials as failed, queue their jobs again, and return how many there were; see `fail`."""
+        """Mark lost trials as failed, queue their jobs again, and return how many there were; see `fail`.
+
+        A trial without an owner was claimed by a process that was killed before it began: that is no failure of it.
+        """
         count = 0
         for trial in self.lost(study):
-            if fail(study, trial, "the process that worked on it is gone", uncounted=uncounted):
+            begun = OWNER in trial.user_attrs
+            if fail(study, trial, "the process that worked on it is gone", uncounted=uncounted or not begun):
                 retry(study, trial, retries)
                 count += 1
         return count
@@ -183,6 +202,11 @@ class Heartbeat:
                 return  # another process marked the trial as failed; `work` finds out at the end of the trial
             except Exception:  # a network that fails for a while costs one heartbeat
                 continue
+
+
+def _is_mine(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether this process is at work on a trial that it owns; not if an error of the storage has ended that work."""
+    return _name(study, trial) in _running_here
 
 
 def _alive(pid: int) -> bool:

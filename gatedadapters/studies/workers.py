@@ -48,6 +48,13 @@ def work(study: optuna.Study, run: RunTrial, config: StudyConfig) -> None:
 
 
 def _run_one(study: optuna.Study, trial: Trial, run: RunTrial, config: StudyConfig) -> None:
+    try:
+        _run_claimed(study, trial, run, config)
+    finally:
+        queue.release(study, trial)
+
+
+def _run_claimed(study: optuna.Study, trial: Trial, run: RunTrial, config: StudyConfig) -> None:
     frozen = study.get_trials(deepcopy=False)[trial.number]
     try:
         with queue.Heartbeat(study, trial):

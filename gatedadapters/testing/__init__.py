@@ -14,7 +14,15 @@ from gatedadapters.testing.score_contract import ScoreContract
 if TYPE_CHECKING:
     from gatedadapters.testing.strategy_contract import StrategyContract
 
-__all__ = ["FAMILIES", "CorruptionContract", "PathContract", "PlacementScoreContract", "ScoreContract", "StrategyContract", "tiny"]
+__all__ = [
+    "FAMILIES",
+    "CorruptionContract",
+    "PathContract",
+    "PlacementScoreContract",
+    "ScoreContract",
+    "StrategyContract",
+    "tiny",
+]
 
 
 def __getattr__(name: str) -> Any:

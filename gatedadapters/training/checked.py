@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
-from gatedadapters.gates.bank import current_key
+from gatedadapters.gates.bank import current_key, is_new
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.loss_scale import divides_by_count
@@ -120,7 +120,7 @@ class CheckedTrainer(Trainer):
             TrainingError: there are no examples.
         """
         named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
-        chosen = self.eval_dataset[eval_dataset] if named else eval_dataset
+        chosen = cast(Any, self.eval_dataset)[eval_dataset] if named else eval_dataset
         check_examples(self.eval_dataset if chosen is None else chosen, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
@@ -196,7 +196,7 @@ class CheckedTrainer(Trainer):
         wrong = [
             f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
             for key in sorted(wanted.keys() | found.keys())
-            if found.get(key) != wanted.get(key)
+            if found.get(key) != wanted.get(key) and not (key not in found and is_new(key))
         ]
         # Different masks may choose equally many elements of every tensor; only their digests tell them apart.
         wrong = wrong or [f"values of another {k}" for k, own in self._origin().items() if metadata.get(k) != own]
@@ -338,7 +338,8 @@ def check_launch(args: TrainingArguments) -> None:
     """Check how the arguments or the launcher will wrap the model.
 
     Raises:
-        TrainingError: the wrapper copies or shards modules, which breaks hooks and gates.
+        TrainingError: the wrapper copies or shards modules, which breaks hooks and gates; or it cannot follow
+            re-entrant checkpointing.
     """
     wrapped = {
         "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
@@ -354,6 +355,22 @@ def check_launch(args: TrainingArguments) -> None:
                 where="TrainingArguments",
                 fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
             )
+    if args.world_size > 1 and _checkpoints_reentrantly(args):
+        raise TrainingError(
+            "several processes cannot train gates under re-entrant checkpointing: each block's backward counts alone",
+            expected="checkpointing that is not re-entrant",
+            got="use_reentrant=True",
+            where="TrainingArguments",
+            fix='gradient_checkpointing_kwargs={"use_reentrant": False}',
+        )
+
+
+def _checkpoints_reentrantly(args: TrainingArguments) -> bool:
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and the old one
+        options = getattr(args, f"{name}_kwargs", None)
+        if getattr(args, name, False) and isinstance(options, dict) and options.get("use_reentrant"):
+            return True
+    return False
 
 
 def _is_set(variable: str) -> bool:

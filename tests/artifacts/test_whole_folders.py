@@ -175,3 +175,27 @@ def test_loading_points_at_what_an_interrupted_save_left(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match=r"interrupted save left .*\.out\.0123abcd: rename it"):
         ga.load_adapters(tiny("bert")[0], tmp_path / "out")
     assert safe_files.leftovers(tmp_path / "nowhere" / "x") == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_two_who_write_one_folder_one_wins_and_the_other_is_told(existing: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def write(text: str) -> None:
+        with whole_folder(target, files={"a"}, overwrite=True) as new:
+            (new / "a").write_text(text)
+
+    if existing:
+        write("before")
+
+    def write_slowly() -> None:
+        with whole_folder(target, files={"a"}, overwrite=True) as slow:
+            (slow / "a").write_text("slow")
+            write("quick")
+
+    with pytest.raises(ArtifactError, match="another process has written this folder meanwhile"):
+        write_slowly()
+    assert (target / "a").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write("next")
+    assert (target / "a").read_text() == "next"

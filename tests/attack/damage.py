@@ -17,7 +17,7 @@ VALUES: list[Any] = [
     10**30, 2**63, 2**40, 2**31, -1, 0, 1, 3, 0.5, 1e308, float("inf"), float("nan"), "", " ", "no", "1", "x" * 5000,
     "..", "../../etc/passwd", "/etc/passwd", "/dev/zero", "\0", "\ud800", "(a|aa)+$", "(", ".*", None, True, False, [],
     {}, [None], [[[]]], {"": ""}, {"kind": "x"}, ["x"] * 3000, "gated_adapters", "sparse_delta.tuned", "__class__",
-    "forward", "lora", "gaps8", "bits", "U8", "F32", "BF16", "F16", "I64", "F64", "crc32:00", "sha256:00",
+    "forward", "lora", "gaps8", "bits", "U8", "F32", "BF16", "F16", "I64", "F64", "block-crc32:00", "sha256:00",
 ]  # fmt: skip
 TEXTS = [
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"NaN", b"1e999", b"-", b'"',

@@ -143,10 +143,11 @@ def shelves(killer: Killer, folder: Path, kills: int) -> Iterator[str]:
 
 def streams(killer: Killer, folder: Path, kills: int) -> Iterator[str]:
     """Streams are killed while they train and while a stage ends, and go on until they are finished."""
-    whole = {kind: _stream(folder / f"{kind}-whole", kind) for kind in STRATEGIES}
+    kinds = STRATEGIES[: max(1, kills // 10)]
+    whole = {kind: _stream(folder / f"{kind}-whole", kind) for kind in kinds}
     goal, number = killer.kills + kills, 0
     while killer.kills < goal:
-        kind = STRATEGIES[number % len(STRATEGIES)]
+        kind = kinds[number % len(kinds)]
         number += 1
         place = folder / f"{kind}-{number}"
         within = killer.random.choice([0.02, 0.3])
@@ -167,7 +168,6 @@ def streams(killer: Killer, folder: Path, kills: int) -> Iterator[str]:
 
 def _stream(folder: Path, kind: str, say: Callable[[], None] | None = None) -> Any:
     options = {"kind": kind, "core": {"granularity": "element"}} if kind == "random" else {"kind": kind}
-    options |= {"search_steps": 2} if kind == "gated" else {}
     with _said_at_stage_ends(say):
         training = TRAINING.model_copy(update={"checkpoint_steps": 1})
         model: nn.Module = tiny_classifier()

@@ -14,6 +14,7 @@ from mutate_artefacts import decoder, encoder, tuned, tuned_elements
 import gatedadapters as ga
 
 BYTES = 2 * 2**20  # growth of resident memory over the second half that still counts as none
+SETTLED = 500  # turns after which caches and the allocator's pools are full; memory of fewer is not judged
 OBJECTS = 100  # the same for objects of Python
 
 
@@ -98,7 +99,7 @@ def run(steps: int) -> int:
             used.append(_memory())
         turns.close()
         grown, objects = used[1][0] - used[0][0], used[1][1] - used[0][1]
-        grows = grown > BYTES or objects > OBJECTS
+        grows = objects > OBJECTS or (count >= 2 * SETTLED and grown > BYTES)
         growing += grows
         print(
             f"{name}: {count:,} times, in the second half {grown / 2**10:+,.0f} kB and {objects:+,} objects"

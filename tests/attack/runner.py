@@ -37,7 +37,7 @@ from gatedadapters.errors import GatedAdaptersError
 HERE = Path(__file__).parent
 PARTS = ("where", "fix")  # of a message: the place and the remedy
 SECONDS = 2.0  # of processor time: other programs on the machine do not count
-SILENCE = 30.0  # seconds of wall time after which a process that does not answer counts as hanging
+SILENCE = 120.0  # seconds of wall time after which a process that does not answer counts as hanging
 MEMORY = 200 * 2**20  # bytes above what the process held when the case began
 _CEILING = 4 * 2**30  # bytes of address space beyond the start that the system grants at most: spares the machine
 

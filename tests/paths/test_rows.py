@@ -166,3 +166,14 @@ def test_new_tokens_from_an_id_on() -> None:
     (path,) = adapters.paths.values()
     assert path.values.shape == (5, 32)
     assert adapters.discretize().params == 5 * 32
+
+
+def test_what_a_token_has_learnt_is_the_size_of_what_is_added_to_it() -> None:
+    """So that a table of any vocabulary compares with maps."""
+    model, batch = decoder(tied=False)
+    adapters = attached(model, batch, RowsOptions(tokens=(4, 9)), LoRAOptions(rank=1, at=TABLE))
+    rows, lora = sorted(adapters.paths.values(), key=lambda path: path.kind, reverse=True)
+    torch.testing.assert_close(rows.learned(), rows.values.detach().norm(dim=1))
+    ids, nothing = torch.arange(99), torch.zeros(99, 32)
+    added = lora(ids, nothing, None).square().sum(1).mean().sqrt()
+    torch.testing.assert_close(lora.learned(), added.detach()[None])

@@ -11,7 +11,7 @@ from typing import Any
 
 from gatedadapters.config import CorruptionConfig, SearchConfig, StudyConfig
 from gatedadapters.config.study import StudySide
-from gatedadapters.studies import Measured
+from gatedadapters.studies import Measured, Study
 from gatedadapters.studies.measured import ReportProgress
 
 SEARCH: dict[str, Any] = {
@@ -72,6 +72,16 @@ def measure(
 def slow(*args: Any, **kwargs: Any) -> Measured:
     time.sleep(0.05)
     return measure(*args, **kwargs)
+
+
+def slower(*args: Any, **kwargs: Any) -> Measured:
+    time.sleep(0.4)
+    return measure(*args, **kwargs)
+
+
+def run(storage: Path, workers: int) -> None:
+    """A whole study in a process of its own, with trials that take a while."""
+    Study(config(retries=0), storage=storage, measure=slower).run(workers=workers)
 
 
 def deadly(marker: Path, search: SearchConfig, *args: Any, **kwargs: Any) -> Measured:

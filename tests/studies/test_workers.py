@@ -89,6 +89,24 @@ def test_many_threads_claim_every_trial_once(tmp_path: Path) -> None:
     assert len(first.trials) == 70
 
 
+def test_a_trial_that_a_storage_error_ended_in_this_process_is_given_up() -> None:
+    study = running(socket.gethostname(), os.getpid())
+    assert not queue.Watch().lost(study)
+    queue.release(study, study.trials[0])
+    assert queue.Watch().lost(study)
+
+
+def test_a_claim_that_was_killed_before_it_began_is_no_failure() -> None:
+    study = optuna.create_study()
+    queue.enqueue(study, queue.Job("k", {"x": 1}))
+    study._storage.set_trial_state_values(study.trials[0]._trial_id, state=TrialState.RUNNING)
+    watch = queue.Watch(silence=0.1)
+    assert not watch.lost(study)
+    time.sleep(0.2)
+    assert watch.collect(study, retries=0) == 1
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
 def running(host: str, pid: int) -> optuna.Study:
     study = optuna.create_study()
     queue.enqueue(study, queue.Job("k", {"x": 1}))

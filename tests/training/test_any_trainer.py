@@ -120,6 +120,17 @@ def test_loss_scaling_is_refused(tmp_path: Path) -> None:
         ga.gated(Counting)("mine", gated_classifier(), args)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_reentrant_checkpointing_on_several_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    for option in ("activation_checkpointing", "gradient_checkpointing"):
+        settings = {option: True, f"{option}_kwargs": {"use_reentrant": True}}
+        with pytest.raises(TrainingError, match=r"re-entrant checkpointing(.|\n)*\"use_reentrant\": False"):
+            ga.GatedTrainer(gated_classifier(), arguments(tmp_path, **settings))
+
+
 def test_a_trainer_whose_penalty_another_one_replaced_does_not_train(tmp_path: Path) -> None:
     model, data = gated_classifier(), labelled([40])
     first = ga.GatedTrainer(model, arguments(tmp_path), train_dataset=data, budget=BUDGET)

@@ -49,7 +49,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(token: int, tmp_path: Path
     ids = data[0]["input_ids"]
     wrong = [token] * len(ids)
     with pytest.raises(TrainingError, match=rf"(?s)outside the model's vocabulary.*got: +{token}.*optimiser step 0"):
-        trainer(tmp_path, Changed(data, input_ids=ids.new_tensor(wrong) if hasattr(ids, "new_tensor") else wrong)).train()
+        trainer(
+            tmp_path, Changed(data, input_ids=ids.new_tensor(wrong) if hasattr(ids, "new_tensor") else wrong)
+        ).train()
 
 
 def test_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path, full_disk: Any) -> None:

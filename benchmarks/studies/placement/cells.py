@@ -1,0 +1,61 @@
+"""What there is to run: one cell for each structure and seed, and one for each score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.common.store import Result, Store
+
+STORE = Store("placement")
+COMMON_RATE = 1e-2  # of all kinds of path
+SEEDS = (0, 1, 2, 3, 4)
+REPEATED = 10  # structures that are trained with every seed; all others with the first
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One structure, trained once: everything its result depends on."""
+
+    regime: str
+    structure: str
+    seed: int = 0
+    rate: float = COMMON_RATE
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"{self.regime}_{self.structure.replace(':', '-')}_{self.rate:g}_{self.seed}"
+
+
+@dataclass(frozen=True)
+class ScoreCell:
+    """One score, found once: the worth that it predicts for every structure of a regime."""
+
+    regime: str
+    score: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"score_{self.regime}_{self.score}_{self.seed}"
+
+
+def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:
+    """The cells of a regime, in an order of which any beginning says something.
+
+    Args:
+        regime: its name.
+        structures: names, in the order of `structures.made`.
+        rate: of learning.
+    """
+    half = len(structures) // 2
+    once = [Cell(regime, name, SEEDS[0], rate) for name in structures]
+    again = [[Cell(regime, name, seed, rate) for name in structures[:REPEATED]] for seed in SEEDS[1:]]
+    return [*once[:half], *again[0], *once[half:], *(cell for cells in again[1:] for cell in cells)]
+
+
+def read(cell: Cell | ScoreCell) -> Result | None:
+    """A stored result, if there is one."""
+    return STORE.read(cell.name)

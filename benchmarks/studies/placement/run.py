@@ -1,0 +1,168 @@
+"""Which structure of a given size is best, and which score knows it beforehand?
+
+Claims under test: at sizes where structure matters, no fixed guess (a kind, a role, an even spread) is the best in
+every regime; and a score that is found in seconds, before any training, ranks structures of equal size by the loss that
+they reach (Kendall's tau of 0.5 or more, or 70 % of what two seeds agree on), so that its pick loses at most 20 % of
+what lies between a random structure and the best. Every structure is trained at one rate, which suits all kinds of
+path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regimes are the test.
+
+    python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
+    python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
+    python -m benchmarks placement table
+
+A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
+Two processes of one thread finish earlier than one process of two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+import gatedadapters as ga
+from benchmarks.common.command import carry_out, parser
+from benchmarks.common.store import Result, claimed
+from benchmarks.common.training import training_arguments
+from benchmarks.studies.placement.cells import COMMON_RATE, STORE, Cell, ScoreCell, cells_of, read
+from benchmarks.studies.placement.judging import packed, predictions
+from benchmarks.studies.placement.precision import autocast, precision
+from benchmarks.studies.placement.regimes import REGIMES, Problem, Regime
+from benchmarks.studies.placement.scores import names, placement
+from benchmarks.studies.placement.structures import made
+from benchmarks.studies.placement.table import tables
+from gatedadapters.reporting.versions import versions
+from gatedadapters.structure import Structure
+
+# -- one cell ----------------------------------------------------------------------------------------------------------
+
+
+def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
+    """Train one structure and measure it on all held-out texts; the model is left as it was."""
+    problem = regime.problem
+    problem.reset(cell.seed)
+    began, cpu = time.perf_counter(), time.process_time()
+    adapters = ga.attach(problem.model, structure, heads=problem.heads, seed=cell.seed)
+    try:
+        args = training_arguments(
+            steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=precision() == "bf16"
+        )
+        trainer = ga.GatedTrainer(
+            problem.model,
+            args,
+            train_dataset=problem.items(cell.seed),
+            data_collator=problem.collate,
+            compute_loss_func=problem.trainer_loss,
+        )
+        trainer.train()
+        trainer.accelerator.unwrap_model(problem.model, keep_fp32_wrapper=False)  # it wraps `forward` in autocast
+        trained = time.perf_counter()
+        losses, right = measured(problem)
+    finally:
+        ga.detach(problem.model)
+        problem.model.zero_grad()
+    return {
+        "cell": asdict(cell),
+        "loss": float(losses.mean()),
+        "accuracy": None if right is None else float(right.float().mean()),
+        "params": adapters.structure.params,
+        "kinds": params_by_kind(structure),
+        "seconds": {
+            "train": round(trained - began, 1),
+            "measure": round(time.perf_counter() - trained, 1),
+            "cpu": round(time.process_time() - cpu, 1),
+        },
+        "precision": precision(),
+        "losses": packed(losses.numpy()),
+        "versions": versions(),
+    }
+
+
+@torch.no_grad()
+def measured(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The loss of every held-out text, in float64, and whether the model is right."""
+    problem.model.eval()
+    with autocast():
+        parts = [problem.measure(problem.model, batch) for batch in problem.held_out]
+    right = [part for _, part in parts if part is not None]
+    return torch.cat([losses for losses, _ in parts]).double(), torch.cat(right) if right else None
+
+
+def params_by_kind(structure: Structure) -> dict[str, int]:
+    """What a structure spends on each kind."""
+    found: dict[str, int] = {}
+    for path in structure.paths:
+        found[path.kind] = found.get(path.kind, 0) + path.params
+    return found
+
+
+def compute_score(cell: ScoreCell, regime: Regime, structures: dict[str, Structure]) -> Result:
+    """Score the candidates of a regime, and predict every structure from that."""
+    began = time.perf_counter()
+    with autocast():
+        found = placement(cell.score, regime, cell.seed)
+    seconds = time.perf_counter() - began
+    return {
+        "score": asdict(cell),
+        "values": predictions(found, structures),
+        "seconds": round(seconds, 1),
+        "precision": precision(),
+        "versions": versions(),
+    }
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Train the structures that are missing, regime by regime."""
+    for name in options.regimes:
+        regime = REGIMES[name]
+        structures = made(regime)
+        for cell in cells_of(name, list(structures), options.rate)[: options.limit]:
+            result = if_missing(cell, compute, cell, regime, structures[cell.structure])
+            if result is not None:
+                print(f"{name} {cell.structure} seed {cell.seed}: {result['loss']:.4f} {result['seconds']}", flush=True)
+
+
+def score_all(options: argparse.Namespace) -> None:
+    """Compute the scores that are missing."""
+    for name in options.regimes:
+        regime = REGIMES[name]
+        structures = made(regime)
+        for seed, score in itertools.product(options.seeds, options.scores or names()):
+            result = if_missing(
+                ScoreCell(name, score, seed), compute_score, ScoreCell(name, score, seed), regime, structures
+            )
+            if result is not None:
+                print(f"{name} {score} seed {seed}: {result['seconds']} s", flush=True)
+
+
+def if_missing(cell: Cell | ScoreCell, function: Callable[..., Result], *arguments: object) -> Result | None:
+    """The new result of a cell that nobody has computed and nobody computes now; None of any other."""
+    with claimed(STORE.loose / f"{cell.name}.lock") as ours:
+        if not ours or read(cell) is not None:
+            return None
+        return STORE.computed(cell.name, lambda: function(*arguments))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """See the module's docstring."""
+    made_parser = parser("placement", __doc__, "score", threads=1)
+    made_parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
+    made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
+    made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
+    made_parser.add_argument("--scores", nargs="+", help="default: all")
+    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores; default: 0")
+    options = made_parser.parse_args(arguments)
+    if options.command == "score":
+        torch.set_num_threads(options.threads)
+        score_all(options)
+        print(tables())
+    else:
+        carry_out(options, run=lambda: run_all(options), table=tables, pack=STORE.pack)

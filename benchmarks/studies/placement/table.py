@@ -1,0 +1,137 @@
+"""The tables, from the stored cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+
+from benchmarks.common.store import Result
+from benchmarks.common.tables import markdown
+from benchmarks.studies.placement.cells import COMMON_RATE, STORE
+from benchmarks.studies.placement.judging import Judgement, ceiling, judge
+
+GROUPS = {  # what tables show of several regimes together
+    **dict.fromkeys(("shift-pieces", "shift-leet", "shift-reviews"), "shifts"),
+}
+Losses = dict[str, dict[int, dict[str, float]]]  # by regime, seed and structure
+FIXED = ("even", "kind", "depth", "part", "role")  # what somebody may guess without looking at the data
+
+
+def tables() -> str:
+    """How well scores predict, and which guess is the best where."""
+    results = STORE.results()
+    found = losses(results)
+    return f"{judgements(results, found)}\n\n{guesses(found)}"
+
+
+def losses(results: Mapping[str, Result]) -> Losses:
+    """The measured losses at the common rate."""
+    found: Losses = {}
+    for result in results.values():
+        cell = result.get("cell")
+        if cell is not None and cell["rate"] == COMMON_RATE:
+            found.setdefault(cell["regime"], {}).setdefault(cell["seed"], {})[cell["structure"]] = result["loss"]
+    return found
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def judgements(results: Mapping[str, Result], found: Losses) -> str:
+    """Each score in each regime: means over its seeds, and over the regimes of a group."""
+    by_place: dict[tuple[str, str], list[tuple[Judgement, float]]] = {}
+    for result in results.values():
+        score = result.get("score")
+        measured = found.get(score["regime"], {}).get(0, {}) if score is not None else {}
+        if len(measured.keys() & result.get("values", {}).keys()) > 2:
+            place = group_of(score["regime"]), score["score"]
+            by_place.setdefault(place, []).append((judge(result["values"], measured), result["seconds"]))
+    ceilings: dict[str, list[float]] = {}
+    for regime, seeds in found.items():
+        ceilings.setdefault(group_of(regime), []).append(ceiling(seeds.values()))
+    order = list(dict.fromkeys(map(group_of, found)))
+    rows = []
+    for (group, score), pairs in sorted(by_place.items(), key=lambda item: (order.index(item[0][0]), -_tau(item[1]))):
+        top, tau = fmean(ceilings[group]), _tau(pairs)
+        picks = list(dict.fromkeys(judgement.pick for judgement, _ in pairs))
+        rows.append(
+            [
+                *(group, score, f"{tau:.2f}", _number(top), _number(tau / top)),
+                *(", ".join(picks[:2]) + (" ..." if len(picks) > 2 else ""),),
+                f"{fmean(judgement.regret for judgement, _ in pairs):.4f}",
+                _number(fmean(judgement.share for judgement, _ in pairs)),
+                *(str(pairs[0][0].structures), str(len(pairs)), f"{fmean(seconds for _, seconds in pairs):.0f}"),
+            ]
+        )
+    header = ["regime", "score", "tau", "tau of two seeds", "share of it", "picks", "regret"]
+    return markdown([*header, "share of random - best", "structures", "runs", "seconds"], rows)
+
+
+def group_of(regime: str) -> str:
+    """The name under which tables show a regime."""
+    return GROUPS.get(regime, regime)
+
+
+def _tau(pairs: Iterable[tuple[Judgement, float]]) -> float:
+    return fmean(judgement.tau for judgement, _ in pairs)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+# -- fixed guesses -----------------------------------------------------------------------------------------------------
+
+
+def guesses(found: Losses) -> str:
+    """The loss of every guess that several regimes share, minus that of the mean random structure; the lowest is bold.
+
+    Losses of a group are means over its regimes.
+    """
+    columns = {group: values for group, values in by_group(found).items() if any(map(is_random, values))}
+    excess = {group: _above_random(values) for group, values in columns.items()}
+    fixed = {name for values in excess.values() for name in values if name.partition(":")[0] in FIXED}
+    shared = [name for name in fixed if sum(name in values for values in excess.values()) > 1 or len(excess) == 1]
+    rows: list[list[str | None]] = []
+    for name in sorted(shared, key=lambda name: (FIXED.index(name.partition(":")[0]), name)):
+        cells = [values.get(name) for values in excess.values()]
+        lowest = [min(values[n] for n in shared if n in values) for values in excess.values()]
+        shown = [
+            None if cell is None else f"**{cell:+.4f}**" if cell == low else f"{cell:+.4f}"
+            for cell, low in zip(cells, lowest, strict=True)
+        ]
+        rows.append([name, *shown])
+    for title, of in (("best of all", min), ("worst of all", max)):
+        rows.append([title, *(_named(values, of(values, key=values.__getitem__)) for values in excess.values())])
+    rows.append(["mean random loss", *(f"{_mean_random(values):.4f}" for values in columns.values())])
+    return markdown(["guess", *columns], rows)
+
+
+def by_group(found: Losses) -> dict[str, dict[str, float]]:
+    """Losses of the first seed by group and structure; of structures that all regimes of a group have measured."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for regime, seeds in found.items():
+        groups.setdefault(group_of(regime), []).append(seeds.get(0, {}))
+    return {
+        group: {name: fmean(part[name] for part in parts) for name in parts[0] if all(name in part for part in parts)}
+        for group, parts in groups.items()
+    }
+
+
+def is_random(name: str) -> bool:
+    """Whether a structure was drawn from everything by chance."""
+    return name.startswith("random:")
+
+
+def _mean_random(values: Mapping[str, float]) -> float:
+    return fmean(loss for name, loss in values.items() if is_random(name))
+
+
+def _above_random(values: Mapping[str, float]) -> dict[str, float]:
+    middle = _mean_random(values)
+    return {name: loss - middle for name, loss in values.items()}
+
+
+def _named(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:+.4f} {name}"
