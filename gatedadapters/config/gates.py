@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,8 @@ class GateConfig(Config):
         Louizos, Welling, Kingma 2018 (arXiv 1712.01312), section 3 and appendix: beta = 2/3, gamma = -0.1, zeta = 1.1,
         log alpha kept in [log 1e-2, log 1e2].
     """
+
+    added: ClassVar = ("prior", "shrink")
 
     levels: tuple[Level, ...] = ("rank",)
     temperature: float = Field(2 / 3, gt=0)
