@@ -14,13 +14,14 @@ from gatedadapters.allocation.placement import Placement, spread_over_units, sta
 from gatedadapters.allocation.probe import Probe, restored, taken
 from gatedadapters.allocation.registry import placement_score
 from gatedadapters.backbone import discover
-from gatedadapters.backbone.fingerprint import backbone_fingerprint
+from gatedadapters.backbone.fingerprint import backbone_fingerprint, is_own
 from gatedadapters.config import Budget, PathOptions, SearchSpace
 from gatedadapters.errors import AllocationError
 from gatedadapters.masking.scores.base import Batch, Loss
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.paths import Elements, Path
 from gatedadapters.structure import Structure
+from gatedadapters.structure.frontier import Frontier
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import (
     DEFAULT_TASK,
@@ -31,9 +32,11 @@ from gatedadapters.supernet.attach import (
     find_heads,
     gated_candidates,
 )
+from gatedadapters.supernet.frontier import measure
 
 Batches = Iterable[Batch]
 PROBE_BATCHES = 24
+FRONTIER_POINTS = 8
 
 
 def allocate(
@@ -77,6 +80,8 @@ def allocate(
         model,
         space,
         batches,
+        frontier=FRONTIER_POINTS if budget.within is not None else 0,
+        within=budget.within,
         score=score,
         probe_batches=probe_batches,
         learning_rate=learning_rate,
@@ -93,6 +98,8 @@ def place(
     space: SearchSpace | str,
     batches: Batches | Mapping[str, Batches],
     *,
+    frontier: int = 0,
+    within: float | None = None,
     score: str | PlacementScore = "moved",
     probe_batches: int = PROBE_BATCHES,
     learning_rate: float = 1e-2,
@@ -103,7 +110,19 @@ def place(
 ) -> Placement:
     """Score every candidate unit; structures of any number of budgets follow from the result without another probe.
 
-    The arguments and errors are those of `allocate`.
+    Args:
+        model: see `allocate`, as for all other arguments and errors.
+        space: see there.
+        batches: see there.
+        frontier: number of budgets at which to measure the held-out loss of the probe's candidates.
+        within: look more closely at budgets that keep this share of the gain.
+        score: see `allocate`.
+        probe_batches: see there.
+        learning_rate: see there.
+        loss: see there.
+        heads: see there.
+        seed: see there.
+        progress: see there.
     """
     began = time.perf_counter()
     method = placement_score(score) if isinstance(score, str) else score
@@ -118,16 +137,13 @@ def place(
     found, skipped_sites = candidates(space, layout)
     whole = gated_candidates(found, space, layout, tasks=tuple(streams), identity=identity, seed=seed)
     whole.skipped_sites = skipped_sites
-    small = space.model_copy(update={"paths": tuple(_smallest(options) for options in space.paths)})
-    rows: list[dict[str, Tensor]] = []
+    if frontier == 0:  # the smallest candidates cost least, but say nothing of large budgets
+        space = space.model_copy(update={"paths": tuple(_smallest(options) for options in space.paths)})
+    rows, frontiers = [], []
     for number, stream in enumerate(read.values()):
-        with restored(model, head_names):
-            adapters = attach(model, small, sample, heads=head_names or None, seed=seed)
+        with restored(model, head_names, seed + number):
+            adapters = attach(model, space, sample, heads=head_names or None, seed=seed)
             try:
-                gates = adapters.bank
-                assert gates is not None
-                gates.fix(torch.ones_like(gates.kept))
-                ranks = {key: path.units // adapters.paths[key].units for key, path in whole.typed_paths()}
                 probe = Probe(
                     model,
                     adapters,
@@ -135,17 +151,67 @@ def place(
                     loss=loss or task_losses,
                     learning_rate=learning_rate,
                     seed=seed + number,
-                    ranks=ranks,
+                    whole=whole,
                     progress=progress,
                 )
-                if number == 0:
-                    choose_elements(whole, probe)
-                stand_alike(adapters, whole)
-                worth = method.worth(probe)
+                with probe.all_open():
+                    if number == 0:
+                        choose_elements(whole, probe)
+                    stand_alike(adapters, whole)
+                    rows.append(_checked(method.worth(probe), dict(whole.typed_paths()), method))
+                    _check_useful(rows[-1], method)
+                    if frontier:
+                        frontiers.append(_frontier(probe, method, rows[-1], frontier, within))
             finally:
                 detach(model)
-        rows.append(_checked(worth, dict(whole.typed_paths()), method))
-    return Placement(method.kind, stack(rows), whole, time.perf_counter() - began)
+    return Placement(method.kind, stack(rows), whole, time.perf_counter() - began, tuple(frontiers))
+
+
+def place_attached(
+    model: nn.Module,
+    adapters: Adapters,
+    batches: Sequence[Batch],
+    *,
+    score: str | PlacementScore,
+    learning_rate: float,
+    loss: Loss,
+    seed: int,
+    progress: bool,
+    frontier: int,
+    within: float | None,
+) -> Placement:
+    """Score candidates that are attached already; weights and heads are restored, gates are not touched.
+
+    All tasks get the same worths, those of the mixed batches; none need be above 0. The arguments are those of `place`.
+    """
+    began = time.perf_counter()
+    method = placement_score(score) if isinstance(score, str) else score
+    own = [name for name, p in model.named_parameters() if p.requires_grad or is_own(name)]
+    with restored(model, own, seed):
+        probe = Probe(model, adapters, batches, loss=loss, learning_rate=learning_rate, seed=seed, progress=progress)
+        with probe.all_open():
+            choose_elements(adapters, probe)
+            worth = _checked(method.worth(probe), dict(adapters.typed_paths()), method)
+            found = (_frontier(probe, method, worth, frontier, within),) if frontier else ()
+    each = {key: values.expand(len(adapters.tasks), -1) for key, values in worth.items()}
+    return Placement(method.kind, each, adapters, time.perf_counter() - began, found)
+
+
+def _frontier(
+    probe: Probe, method: PlacementScore, worth: Mapping[str, Tensor], points: int, within: float | None
+) -> Frontier:
+    """The frontier of one task's worths on the candidates as the probe left them."""
+    probe.warm_start()
+    tasks = len(probe.adapters.tasks)
+    own = Placement(method.kind, {key: values.expand(tasks, -1) for key, values in worth.items()}, probe.adapters)
+    return measure(
+        probe.adapters,
+        probe.bank,
+        own.structure,
+        lambda: float(probe.losses().mean()),
+        points=points,
+        within=within,
+    )
 
 
 def choose_elements(whole: Adapters, probe: Probe) -> None:
@@ -226,7 +292,11 @@ def _checked(worth: Mapping[str, Tensor], paths: Mapping[str, Path], method: Pla
                 fix="probe in fp32 or bf16, with a lower learning_rate or without broken examples",
             )
         found[key] = spread_over_units(values, units)
-    if all(float(values.max()) <= 0 for values in found.values()):
+    return found
+
+
+def _check_useful(worth: Mapping[str, Tensor], method: PlacementScore) -> None:
+    if all(float(values.max()) <= 0 for values in worth.values()):
         raise AllocationError(
             "no candidate is worth anything by this score",
             expected="at least one worth above 0",
@@ -234,4 +304,3 @@ def _checked(worth: Mapping[str, Tensor], paths: Mapping[str, Path], method: Pla
             where=f"allocate(score={method.kind!r})",
             fix="pass more batches, or another score",
         )
-    return found

@@ -32,5 +32,6 @@ class Consistency(GradientScore):
             )
         norm = float(evidence.total.square().sum())
         agreed = max(0.0, (norm - evidence.squared) / (n * (n - 1)))
-        gains = evidence.gains()
-        return gains * (agreed**0.5 / max(float(evidence.mean.norm()), torch.finfo(torch.float32).tiny))
+        share = agreed**0.5 / max(float(evidence.mean.norm()), torch.finfo(torch.float32).tiny)
+        gains: Tensor = evidence.gains() * share
+        return gains

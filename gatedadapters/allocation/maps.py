@@ -30,7 +30,7 @@ class MapScore(PlacementScore):
             name = str(path.site.write)
             if name not in rates:
                 weight = probe.weight_of(path)
-                rates[name] = 0.0 if weight is None else self.rate(probe, path, as_matrix(weight.detach().float()))
+                rates[name] = 0.0 if weight is None else self.rate(probe, path, as_matrix(weight, path))
             found[key] = torch.tensor([rates[name] * probe.unit_params[key]])
         if not any(rates.values()):
             raise AllocationError(
@@ -51,6 +51,10 @@ class MapScore(PlacementScore):
         """The worth of one parameter at the map of `path`, whose weight is (out, in), float32."""
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """Gains as a diagonal matrix, a stack of experts as one tall matrix."""
-    return torch.diag(weight) if weight.dim() == 1 else weight.reshape(-1, weight.shape[-1])
+def as_matrix(weight: Tensor, path: Path) -> Tensor:
+    """The weight that a path goes to, (out, in), float32: gains as a diagonal, a stack of experts as a tall matrix."""
+    weight = weight.detach().float()
+    if weight.dim() == 1:
+        return torch.diag(weight)
+    weight = weight.mT if path.site.transposed else weight
+    return weight.reshape(-1, weight.shape[-1])

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from gatedadapters.allocation.maps import MapScore
+from gatedadapters.allocation.maps import MapScore, as_matrix
 from gatedadapters.allocation.probe import Probe
 from gatedadapters.paths import Path
 
@@ -43,9 +43,9 @@ class NormalizedFeatureNorm(MapScore):
         self._norms: dict[tuple[str, str], float] = {}
         for path in probe.paths.values():
             weight, inputs = probe.weight_of(path), self._inputs.get(path.site.write.module)
-            if weight is None or inputs is None:
+            if weight is None or inputs is None or path.site.reads_ids:
                 continue
-            found[_role(path)].append(_alignment(weight.detach().float(), torch.cat(inputs)))
+            found[_role(path)].append(_alignment(as_matrix(weight, path), torch.cat(inputs)))
         for role, values in found.items():
             self._norms[role] = sum(values) / len(values)
 
@@ -61,12 +61,5 @@ def _role(path: Path) -> tuple[str, str]:
 
 def _alignment(weight: Tensor, inputs: Tensor) -> float:
     """The mean over `inputs`, (tokens, in) of unit length, of the norm of the output against a random input's."""
-    if weight.dim() == 1:
-        outputs, size = inputs * weight, weight.norm()
-    elif weight.shape[-1] == inputs.shape[-1]:
-        weight = weight.reshape(-1, weight.shape[-1])
-        outputs, size = inputs @ weight.t(), weight.norm()
-    else:  # stored as (in, out)
-        outputs, size = inputs @ weight, weight.norm()
-    expected = size / inputs.shape[-1] ** 0.5
-    return float(outputs.norm(dim=-1).mean() / expected) if float(expected) else 0.0
+    expected = weight.norm() / inputs.shape[-1] ** 0.5
+    return float((inputs @ weight.t()).norm(dim=-1).mean() / expected) if float(expected) else 0.0

@@ -12,6 +12,7 @@ from gatedadapters.config import Budget
 from gatedadapters.errors import AllocationError, BudgetError
 from gatedadapters.gates import GateBank
 from gatedadapters.structure import Structure
+from gatedadapters.structure.frontier import Frontier
 from gatedadapters.supernet.adapters import Adapters
 
 
@@ -23,13 +24,16 @@ class Placement:
         score: kind of the score that found it.
         worth: by key of the path, (tasks, units): how much each unit adds for each task. Larger is better; units of 0
             and below are useless.
+        candidates: of the search space, not in the model.
         seconds: time that the score took.
+        frontiers: of each task, if `place` was asked for them.
     """
 
     score: str
     worth: Mapping[str, Tensor]
     candidates: Adapters
     seconds: float = 0.0
+    frontiers: tuple[Frontier, ...] = ()
 
     def structure(self, budget: Budget) -> Structure:
         """The Structure that spends the budget on what is worth most for its cost.
@@ -37,8 +41,11 @@ class Placement:
         Raises:
             BudgetError: the budget does not pay for the cheapest unit, or exceeds the cost of all candidates.
         """
-        bank = self._bank()
+        bank = self.bank
         dense = bank.dense_cost(budget.unit)
+        if budget.within is not None and self.frontiers:
+            size = max(frontier.within(budget.within).params for frontier in self.frontiers)
+            budget = Budget(params=size, per_task=budget.per_task)
         if budget.resolve(dense) > dense:
             raise BudgetError(
                 "this budget is larger than all candidates together, so nothing is left to choose",
@@ -52,7 +59,7 @@ class Placement:
 
     def units(self) -> Tensor:
         """The worth of all units in the order of the gate bank, (tasks, units)."""
-        bank = self._bank()
+        bank = self.bank
         found = torch.zeros(bank.tasks, bank.n_units)
         for key, where in bank.slices.items():
             values = self.worth[key]
@@ -81,7 +88,9 @@ class Placement:
                 total += float(values[tasks.index(task), list(units)].sum())
         return total
 
-    def _bank(self) -> GateBank:
+    @property
+    def bank(self) -> GateBank:
+        """The gates of the candidates."""
         bank = self.candidates.bank
         assert bank is not None
         return bank

@@ -26,7 +26,7 @@ class Probe:
 
     Attributes:
         model: with `adapters` attached.
-        adapters: the candidates; all gates are 1 and do not learn.
+        adapters: the candidates; their gates are held at 1 (`all_open`).
         learn: batches to learn from.
         held_out: batches to judge by; the last quarter of what was given.
         loss: see `masking.scores.Loss`.
@@ -46,7 +46,7 @@ class Probe:
         loss: Loss,
         learning_rate: float,
         seed: int,
-        ranks: Mapping[str, int],
+        whole: Adapters | None = None,
         progress: bool = True,
     ) -> None:
         count = max(1, round(HELD_OUT_SHARE * len(batches))) if len(batches) > 1 else 0
@@ -54,7 +54,8 @@ class Probe:
         self.model, self.adapters, self.loss = model, adapters, loss
         self.learning_rate, self.seed, self.progress = learning_rate, seed, progress
         self.bank = cast(GateBank, adapters.bank)
-        self.ranks = dict(ranks)
+        small = self.paths
+        self.ranks = {key: path.units // small[key].units for key, path in (whole or adapters).typed_paths()}
         self.unit_params = {group.key: group.params for group in self.bank.groups}
         self.params = {group.key: group.params * group.units for group in self.bank.groups}
         self._is_warm = False
@@ -63,6 +64,12 @@ class Probe:
     def paths(self) -> dict[str, Path]:
         """The candidates by key."""
         return dict(self.adapters.typed_paths())
+
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """A context in which all gates are 1 and do not learn."""
+        with self.bank.held(torch.ones_like(self.bank.kept)):
+            yield
 
     # -- a short training ----------------------------------------------------------------------------------------------
 
@@ -101,13 +108,17 @@ class Probe:
     def held_out_losses(self, closed: Collection[str] = ()) -> Tensor:
         """The loss of each held-out example, (examples,), with the paths `closed` switched off."""
         self.model.eval()
-        gates = self.bank.kept.clone()
-        try:
-            for key in closed:
-                self.bank.kept[:, self.bank.slices[key]] = 0.0
-            return torch.cat([self._losses(batch).detach().float() for batch in self.held_out or self.learn])
-        finally:
-            self.bank.kept.copy_(gates)
+        kept = torch.ones_like(self.bank.kept)
+        for key in closed:
+            kept[:, self.bank.slices[key]] = 0.0
+        with self.bank.held(kept):
+            return self.losses()
+
+    @torch.no_grad()
+    def losses(self) -> Tensor:
+        """The loss of each held-out example, (examples,), with the gates as they are now."""
+        self.model.eval()
+        return torch.cat([self._losses(batch).detach().float() for batch in self.held_out or self.learn])
 
     # -- gradients at the start ----------------------------------------------------------------------------------------
 
@@ -219,11 +230,15 @@ def taken(batches: Any, count: int) -> list[Batch]:
 
 
 @contextmanager
-def restored(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """A context that restores these parameters' values, the mode of every module, and the random state."""
+def restored(model: nn.Module, names: Collection[str], seed: int) -> Iterator[None]:
+    """A context that restores these parameters' values, the mode of every module, and the random state.
+
+    What is drawn inside, such as dropout, follows from the seed.
+    """
     values = {name: model.get_parameter(name).detach().clone() for name in names}
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
+        torch.manual_seed(seed)
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,12 +23,17 @@ class GateConfig(Config):
         init: initial log alpha. Near 2 to 3, samples still carry gradient.
         init_spread: standard deviation of log alpha around `init`, which breaks ties.
         epsilon: the uniform noise is drawn from (epsilon, 1 - epsilon).
+        prior: how far log alpha starts from `init` for a unit that the evidence before training ranks one standard
+            deviation above or below the others; see `GateBank.start_from`.
+        shrink: whether gates follow the loss only as far as its evidence agrees between odd and even steps.
         stochastic: whether training samples gates; otherwise it uses the deterministic gate, as evaluation does.
 
     References:
         Louizos, Welling, Kingma 2018 (arXiv 1712.01312), section 3 and appendix: beta = 2/3, gamma = -0.1, zeta = 1.1,
         log alpha kept in [log 1e-2, log 1e2].
     """
+
+    added: ClassVar = ("prior", "shrink")
 
     levels: tuple[Level, ...] = ("rank",)
     temperature: float = Field(2 / 3, gt=0)
@@ -38,6 +43,8 @@ class GateConfig(Config):
     init_spread: float = Field(0.01, ge=0)
     epsilon: float = Field(1e-6, gt=0, lt=0.5)
     stochastic: bool = True
+    prior: float = Field(2.0, ge=0)
+    shrink: bool = True
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gatedadapters.config.base import Config
+from gatedadapters.errors import BudgetError
 
 Unit = Literal["params", "flops"]
 
@@ -30,24 +31,29 @@ class L0(Config):
 
 
 class Budget(Config):
-    """The most that the final Structure may cost. Give exactly one of `params`, `fraction`, `flops`.
+    """The most that the final Structure may cost. Give exactly one of `params`, `fraction`, `flops`, `within`.
 
     Attributes:
         params: number of adapter parameters that are stored.
         fraction: share of the parameters of all candidates, in (0, 1].
         flops: twice the multiply-adds of the adapters in a forward pass, per token.
+        within: keep the smallest structure that gains at least `1 - within` of what all candidates gain on held-out
+            data. `ga.allocate` and `GatedTrainer` turn it into a number of parameters, by a probe before training.
         per_task: the most that any one task may use, in the unit of the budget (a share with `fraction`).
     """
+
+    added: ClassVar = ("within",)
 
     params: int | None = Field(None, gt=0, lt=2**63)
     fraction: float | None = Field(None, gt=0, le=1)
     flops: float | None = Field(None, gt=0)
+    within: float | None = Field(None, gt=0, lt=1)
     per_task: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Budget:
-        if sum(value is not None for value in (self.params, self.fraction, self.flops)) != 1:
-            raise ValueError("give exactly one of params, fraction, flops")
+        if sum(value is not None for value in (self.params, self.fraction, self.flops, self.within)) != 1:
+            raise ValueError("give exactly one of params, fraction, flops, within")
         return self
 
     @classmethod
@@ -70,7 +76,19 @@ class Budget(Config):
         return "flops" if self.flops is not None else "params"
 
     def resolve(self, dense: float) -> float:
-        """The budget in parameters or flops, given the cost of all candidates (`dense`)."""
+        """The budget in parameters or flops, given the cost of all candidates (`dense`).
+
+        Raises:
+            BudgetError: it is relative to a held-out gain that nobody has measured yet.
+        """
+        if self.within is not None:
+            raise BudgetError(
+                "this budget becomes a size only after a probe",
+                expected="params, fraction or flops",
+                got=f"Budget(within={self.within})",
+                where="discretize / set_penalty",
+                fix="pass it to ga.allocate or GatedTrainer, or take adapters.frontier(batches).within(share)",
+            )
         if self.fraction is not None:
             return self.fraction * dense
         return float(self.params if self.params is not None else self.flops or 0.0)

@@ -5,7 +5,8 @@ The values are read from the device once a step, to learn which paths are closed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,8 @@ from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 LEVELS = ("block", "point", "path", "rank")
 RENAMED = {"evidence": "saliency", "pulse": "gate_gradient"}
 """Buffers that had other names in release 0.1: the old name, the new one."""
+NEW = {"halves"}
+"""Buffers that release 0.1 did not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,25 @@ class GateGroup:
     units: int
     params: float
     flops: float
+
+
+def normal_scores(values: Tensor) -> Tensor:
+    """The standard normal quantiles of the ranks of `values` in each row; equal values get equal scores.
+
+    References:
+        Van der Waerden 1952: scores Phi^-1(rank / (n + 1)).
+    """
+    n = values.shape[-1]
+    order = values.argsort(dim=-1, stable=True)
+    ranks = torch.empty_like(values).scatter_(
+        -1, order, torch.arange(1.0, n + 1, device=values.device).expand_as(values)
+    )
+    for row, own in zip(values, ranks, strict=True):
+        _, inverse = row.unique(return_inverse=True)
+        sums, counts = (own.new_zeros(int(inverse.max()) + 1).index_add_(0, inverse, v) for v in (own, own.new_ones(n)))
+        own.copy_((sums / counts)[inverse])
+    scores: Tensor = torch.special.ndtri(ranks / (n + 1))
+    return scores
 
 
 def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -81,8 +103,10 @@ class GateBank(nn.Module, StepListener):
     # State of training.
     step: Tensor
     noise: Tensor  # (tasks, gates), of this step
+    trust: Tensor  # (tasks, units): factor on the gradient that the loss sends to the gates
     gate_gradient: Tensor  # (tasks, units): gradient times gate, summed over the backward passes of this step
     saliency: Tensor  # (tasks, units): the absolute value of `gate_gradient`, smoothed over steps
+    halves: Tensor  # (2, tasks, units): sums of `gate_gradient` over odd and over even steps
     kept: Tensor  # (tasks, units): the constant gates of a fixed structure
     fixed: Tensor
     # Computed by `refresh`.
@@ -129,8 +153,10 @@ class GateBank(nn.Module, StepListener):
         self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
         self.register_buffer("kept", torch.ones(tasks, self.n_units))
         self.register_buffer("saliency", torch.zeros(tasks, self.n_units))
+        self.register_buffer("halves", torch.zeros(2, tasks, self.n_units))
         self._constant("noise", torch.zeros(tasks, self.n_gates))
         self.register_buffer("gate_gradient", torch.zeros(tasks, self.n_units))
+        self._constant("trust", torch.ones(tasks, self.n_units))
         self._moved = True
         self._values_of: tuple[Any, ...] | None = None
         self._is_fixed = False
@@ -220,7 +246,9 @@ class GateBank(nn.Module, StepListener):
         if self.frozen or not torch.is_grad_enabled():
             return values
         gate_gradient = self.gate_gradient[:, where]
-        return _with_derivative(self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], gate_gradient)
+        return _with_derivative(
+            self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], gate_gradient, self.trust[:, where]
+        )
 
     # -- the end of the step -------------------------------------------------------------------------------------------
 
@@ -245,12 +273,66 @@ class GateBank(nn.Module, StepListener):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.gate_gradient)
             self.gate_gradient /= dist.get_world_size()  # DDP averages gradients too
-        self.saliency.mul_(decay).add_(self.gate_gradient.abs().nan_to_num(0.0, 0.0, 0.0), alpha=1 - decay)
+        seen = self.gate_gradient.nan_to_num(0.0, 0.0, 0.0)
+        self.saliency.mul_(decay).add_(seen.abs(), alpha=1 - decay)
+        self.halves[int(self.step) % 2] += seen
         self.gate_gradient.zero_()
+        self._set_trust()
+
+    @torch.no_grad()
+    def _set_trust(self) -> None:
+        """How far the evidence for each unit agrees between odd and even steps, in [0, 1]; 1 before there is some."""
+        if not self.config.shrink:
+            return
+        a, b = self.halves
+        seen = (a != 0) & (b != 0)
+        agreement = (a * b).clamp(min=0.0) / ((a * a + b * b) / 2).clamp(min=1e-30)
+        self.trust = torch.where(seen, agreement, torch.ones_like(agreement))
 
     def next_step(self) -> None:
         """Report a step of an optimiser that is not a `torch.optim.Optimizer`; the clock sees all others itself."""
         CLOCK.stepped([self.log_alpha])
+
+    # -- from evidence outside training --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_from(self, worth: Tensor) -> None:
+        """Start the gates from a prior, before training.
+
+        The worths are replaced by normal scores (so only their order counts) times `prior`, and added to the initial
+        log alpha. Each level takes the mean over its units, and the next level what is left: a block whose paths are
+        all useful opens as a whole.
+
+        Args:
+            worth: (tasks, units), larger is more useful for its cost.
+        """
+        log_alpha = torch.full_like(self.log_alpha, self.config.init)
+        rest = self.config.prior * normal_scores(worth.to(log_alpha))
+        for level in range(self.ancestry.shape[1]):
+            gate = self.ancestry[:, level]
+            sums = torch.zeros(self.tasks, self.n_gates + 1, device=log_alpha.device)
+            counts = torch.zeros(self.n_gates + 1, device=log_alpha.device)
+            sums.index_add_(1, gate, rest)
+            counts.index_add_(0, gate, torch.ones_like(rest[0]))
+            means = sums / counts.clamp(min=1)
+            means[:, -1] = 0.0  # the gate that is always 1
+            log_alpha += means[:, :-1]
+            rest = rest - means[:, gate]
+        self.log_alpha.copy_(log_alpha.clamp(*self.config.bounds))
+
+    @contextmanager
+    def held(self, kept: Tensor) -> Iterator[None]:
+        """A context in which the gates are the constants `kept`, (tasks, units), and do not learn."""
+        before, was_fixed = self.kept.clone(), bool(self.fixed)
+        grad = self.log_alpha.grad
+        self.fix(kept)
+        try:
+            yield
+        finally:
+            self.kept.copy_(before)
+            self.fixed.fill_(was_fixed)
+            self._apply_fixed()
+            self.log_alpha.grad = grad
 
     # -- closed forms --------------------------------------------------------------------------------------------------
 
@@ -365,8 +447,11 @@ class GateBank(nn.Module, StepListener):
         for old, new in RENAMED.items():
             if f"{prefix}{old}" in state_dict:
                 state_dict[f"{prefix}{new}"] = state_dict.pop(f"{prefix}{old}")
+        for name in NEW:
+            state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(self.get_buffer(name)))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_fixed()
+        self._set_trust()
         self._moved = True
 
 
@@ -374,6 +459,11 @@ def current_key(key: str) -> str:
     """The present name of a bank's entry in a state dict, from the name that any release gave it."""
     owner, dot, name = key.rpartition(".")
     return f"{owner}{dot}{RENAMED.get(name, name)}"
+
+
+def is_new(key: str) -> bool:
+    """Whether checkpoints of release 0.1 lack this entry of a state dict, which then starts at zero."""
+    return key.rpartition(".")[2] in NEW
 
 
 class _WithDerivative(torch.autograd.Function):
@@ -392,22 +482,24 @@ class _WithDerivative(torch.autograd.Function):
         slopes: Tensor,
         ancestry: Tensor,
         gate_gradient: Tensor,
+        trust: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(values, padded, slopes, ancestry)
+        ctx.save_for_backward(values, padded, slopes, ancestry, trust)
         ctx.gate_gradient = gate_gradient
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        values, padded, slopes, ancestry = ctx.saved_tensors
+        values, padded, slopes, ancestry, trust = ctx.saved_tensors
         ctx.gate_gradient += grad * values
+        grad = grad * trust
         factors, local = padded[:, ancestry], slopes[:, ancestry]  # (tasks, units, levels)
         total = torch.zeros_like(padded)
         for level in range(ancestry.shape[1]):
             others = torch.cat([factors[..., :level], factors[..., level + 1 :]], -1).prod(-1)
             total.index_add_(1, ancestry[:, level], grad * others * local[..., level])
-        return total[:, :-1], None, None, None, None, None
+        return total[:, :-1], None, None, None, None, None, None
 
 
 _with_derivative: Callable[..., Tensor] = _WithDerivative.apply

@@ -60,6 +60,10 @@ class Affine(Path):
             scale, shift = (None if value is None else gate * value for value in (scale, shift))
         return None if scale is None else 1 + scale, shift
 
+    def rate_factor(self, units: float) -> float:
+        """5: a factor or a shift acts alone in its output, and becomes larger than the entries of a map."""
+        return 5.0
+
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the parameters."""

@@ -99,12 +99,17 @@ class Path(nn.Module, ABC):
             A tensor of target's shape and dtype.
         """
 
-    def rate_factors(self) -> dict[str, float]:
-        """Factors on the common learning rate, by name of the parameter; 1 for those that are missing.
+    def rate_factor(self, units: float) -> float:
+        """The factor on the common learning rate that suits this kind; one rate then serves all kinds and sizes.
 
-        They are chosen so that one learning rate, about 1e-2 with Adam, suits every kind, width and rank.
+        Under Adam every parameter moves by about the rate in a step, whatever its gradient. So a kind's factor says how
+        large its parameters are when they have learnt something, and how many of them add up in one output. The
+        factors were measured; `docs/results.md` shows the best rates by kind, width and rank.
+
+        Args:
+            units: number of units that learn together; for gated candidates, of those that the budget will keep.
         """
-        return {}
+        return 1.0
 
     @property
     def weight_added_to(self) -> str | None:

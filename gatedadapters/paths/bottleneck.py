@@ -112,10 +112,15 @@ class Bottleneck(Path):
                 target.shape
             )
 
+    def rate_factor(self, units: float) -> float:
+        """2 / sqrt(width): as for ranks, twice as high because the activation lets about half of the inputs pass."""
+        return 2 / math.sqrt(units)
+
     @torch.no_grad()
     def learned(self) -> Tensor:
         """Norms of the input and the output weights of each hidden unit, multiplied."""
-        return self.up.norm(dim=0) * self.down.norm(dim=1)
+        size: Tensor = self.up.norm(dim=0) * self.down.norm(dim=1)
+        return size
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

@@ -150,7 +150,8 @@ class Elements(Path):
     @torch.no_grad()
     def learned(self) -> Tensor:
         """Norm of each unit's values."""
-        return self.effective().view(-1, self.chunk).norm(dim=1)
+        size: Tensor = self.effective().view(-1, self.chunk).norm(dim=1)
+        return size
 
     def choose_by(self, scores: Tensor) -> None:
         """Set the elements to those of the highest scores; see `choose`.

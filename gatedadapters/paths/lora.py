@@ -96,10 +96,18 @@ class LoRA(Path):
         """The weight of the map."""
         return f"{self.site.write.module}.{self.site.write.parameter or 'weight'}"
 
+    def rate_factor(self, units: float) -> float:
+        """1 / sqrt(rank): the outputs of the ranks add up.
+
+        References:
+            Kalajdzievski 2023 (rsLoRA), arXiv 2312.03732: the scale alpha / sqrt(r) keeps learning stable in the rank.
+        """
+        return 1 / math.sqrt(units)
+
     @torch.no_grad()
     def learned(self) -> Tensor:
         """Norm of the rank-one map of each unit; at a table of token ids, of what it adds to a token on average."""
-        size = self.up.norm(dim=0) * self.down.norm(dim=1)
+        size: Tensor = self.up.norm(dim=0) * self.down.norm(dim=1)
         return size / math.sqrt(self.site.width_in) if self.site.reads_ids else size
 
     @torch.no_grad()

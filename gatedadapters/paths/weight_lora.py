@@ -106,6 +106,10 @@ class WeightLoRA(LoRA):
             index = torch.tensor(values, device=self.down.device)
             self.register_buffer(name, index, persistent=False)  # the options hold it too
 
+    def rate_factor(self, units: float) -> float:
+        """1 / sqrt(rank of an expert): the ranks of different experts do not add up."""
+        return 1 / math.sqrt(max(1.0, units / self.n_experts))
+
     @classmethod
     def sites(cls, options: PathOptions, layout: Layout) -> Iterator[Site | SkippedSite]:
         """Every selected map without a module of its own, where `lora` cannot go."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any, Protocol, cast
@@ -27,6 +27,8 @@ from gatedadapters.safe_files import listed
 from gatedadapters.structure import Structure
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
 from gatedadapters.structure.folder import write
+from gatedadapters.structure.frontier import Frontier
+from gatedadapters.supernet.frontier import mean_loss, measure
 from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding, point_hooks, register_hook
 from gatedadapters.supernet.merging import Merged, merge
 from gatedadapters.supernet.own_saving import OwnSaving
@@ -183,6 +185,27 @@ class Adapters(Supernet):
         if budget is None and self.pressure is not None and isinstance(self.pressure.penalty, Budget):
             budget = self.pressure.penalty
         return self._structure(choose_units(bank, budget, scores), budget)
+
+    def frontier(
+        self, batches: Iterable[Mapping[str, Any]], *, points: int = 8, loss: Callable[[nn.Module], float] | None = None
+    ) -> Frontier:
+        """Size against held-out loss for several budgets, each with its structure; nothing is changed.
+
+        The structures are those of `discretize` as the gates are now, so call it during a search, or after one that
+        did not prune.
+
+        Args:
+            batches: held-out batches, each `model(**batch)` with a loss; read once.
+            points: number of budgets, in equal ratios from a 128th of all candidates to all of them.
+            loss: the held-out loss of the model, instead of the mean of its own over `batches`.
+
+        Raises:
+            AttachError: the adapters are compact.
+            BudgetError: fewer than two points.
+        """
+        bank, model, read = self._gates(), self.model, list(batches)
+        held_out = loss if loss is not None else (lambda model: mean_loss(model, read))
+        return measure(self, bank, self.discretize, lambda: held_out(model), points=points)
 
     def _structure(self, kept: Tensor, budget: Budget | None) -> Structure:
         paths = cast(Mapping[str, Path], self.paths)

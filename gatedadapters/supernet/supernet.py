@@ -291,10 +291,11 @@ class Supernet(nn.Module, StepListener):
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         """The factor on the common learning rate for every parameter of the paths that is trained."""
+        share = 1.0 if self.pressure is None else self.pressure.kept_share(0.0)
         found = {}
         for _, path in self.typed_paths():
-            factors = path.rate_factors()
-            found.update({p: factors.get(name, 1.0) for name, p in path.named_parameters() if p.requires_grad})
+            factor = path.rate_factor(max(1.0, share * path.units))
+            found.update({parameter: factor for parameter in path.parameters() if parameter.requires_grad})
         return found
 
     def parameter_groups(
@@ -304,7 +305,7 @@ class Supernet(nn.Module, StepListener):
 
         Args:
             learning_rate: the common rate of all kinds of path and of heads, about 1e-2 for Adam; each kind gets its
-                factor of it (`Path.rate_factors`).
+                factor of it (`Path.rate_factor`).
             gate_learning_rate: of the gates, which have no weight decay.
             weight_decay: of paths and heads.
         """

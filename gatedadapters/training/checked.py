@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
-from gatedadapters.gates.bank import current_key
+from gatedadapters.gates.bank import current_key, is_new
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.loss_scale import divides_by_count
@@ -196,7 +196,7 @@ class CheckedTrainer(Trainer):
         wrong = [
             f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
             for key in sorted(wanted.keys() | found.keys())
-            if found.get(key) != wanted.get(key)
+            if found.get(key) != wanted.get(key) and not (key not in found and is_new(key))
         ]
         # Different masks may choose equally many elements of every tensor; only their digests tell them apart.
         wrong = wrong or [f"values of another {k}" for k, own in self._origin().items() if metadata.get(k) != own]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import Trainer
 
+from gatedadapters.allocation import PlacementScore
 from gatedadapters.config import Budget, Penalty, Schedule, SelectionConfig
 from gatedadapters.errors import TrainingError
 from gatedadapters.masking import Mask
@@ -30,6 +31,7 @@ class GatedClass(Protocol[AnyTrainer_co]):
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
+        prior: str | PlacementScore | None = "closing",
         gate_learning_rate: float | None = None,
         delta_learning_rate: float | None = None,
         task_temperature: float | None = None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
+from gatedadapters.allocation import Placement, PlacementScore
 from gatedadapters.artifacts import save_joint
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
@@ -23,7 +26,10 @@ from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 from gatedadapters.training.multitask import MultiTaskClassifier
+from gatedadapters.training.prior import can_be_probed, probe_batches, start_gates
 from gatedadapters.training.reference import reference_by_switching_off
+
+logger = logging.getLogger(__name__)
 
 _LATEST: WeakKeyDictionary[Adapters, ref[GatedTrainer]] = WeakKeyDictionary()
 """The trainer that was made last for each model's adapters."""
@@ -62,6 +68,9 @@ class GatedTrainer(CheckedTrainer):
             `flops`, or as a fraction of the candidates, limits the adapters, because a delta costs no flops.
         penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
+        prior: the placement score from which the gates start, after a probe on the first batches of the training (a
+            twentieth of its steps, from 8 to 24); None for even gates. Without a budget, below 32 steps, and
+            in trainers that generate their examples, gates start even.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
@@ -80,6 +89,7 @@ class GatedTrainer(CheckedTrainer):
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
+        prior: str | PlacementScore | None = "closing",
         gate_learning_rate: float | None = None,
         delta_learning_rate: float | None = None,
         task_temperature: float | None = None,
@@ -110,11 +120,17 @@ class GatedTrainer(CheckedTrainer):
                 where=type(self).__name__,
                 fix="drop one",
             )
+        self._relative: Budget | None = None
+        self.prior = prior
+        self.placement: Placement | None = None
         chosen = budget if budget is not None else penalty
         if chosen is None and schedule is not None and self.adapters.pressure is not None:
             chosen = self.adapters.pressure.penalty
         if chosen is not None:
             steps = 1 if settings is None else max(1, settings.max_steps)  # until the Trainer has computed them
+            if isinstance(chosen, Budget) and chosen.within is not None:
+                self._relative = chosen
+                chosen = Budget(fraction=1.0)  # until the probe before the training has found the size
             self.adapters.set_penalty(chosen, schedule=schedule, total_steps=steps)
         elif schedule is not None:
             raise TrainingError(
@@ -160,7 +176,47 @@ class GatedTrainer(CheckedTrainer):
                 where="train",
                 fix="make each trainer when the one before has trained, or train copies of the model",
             )
+        if not (kwargs.get("resume_from_checkpoint") or (args and args[0])):
+            self._start_gates()
+        elif self._relative is not None:
+            raise TrainingError(
+                "a run whose budget is relative to a held-out gain cannot resume: its size was found before it began",
+                expected="Budget(params=...), the size that the first run logged as gates/budget",
+                got=f"{self._relative!r}",
+                where="train(resume_from_checkpoint=)",
+                fix="give that number of parameters as the budget",
+            )
         return super().train(*args, **kwargs)
+
+    def _start_gates(self) -> None:
+        """Let fresh gates start from a probe, and turn a budget that is relative to its result into a size."""
+        bank, penalty = self.adapters.bank, self.adapters.pressure
+        if bank is None or bank.frozen or penalty is None or int(bank.step) > 0 or self.prior is None:
+            return
+        if not isinstance(penalty.penalty, Budget):
+            return  # an L0 weight has no size to fill: what starts closed would stay closed
+        steps = self.args.max_steps
+        if steps <= 0:
+            each = max(1, len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+            steps = math.ceil(self.args.num_train_epochs * each)
+        if not can_be_probed(self) or (probe_batches(steps) == 0 and self._relative is None):
+            return
+        loss_of = super().compute_loss
+        placement = start_gates(
+            self,
+            self.adapters,
+            lambda model, inputs: cast(Tensor, loss_of(model, inputs)),
+            steps=steps,
+            score=self.prior,
+            budget=self._relative,
+        )
+        self.placement = placement
+        if self._relative is not None:
+            size = placement.structure(self._relative).params
+            exact = Budget(params=size, per_task=self._relative.per_task)
+            self.adapters.set_penalty(exact, schedule=penalty.schedule, total_steps=penalty.total_steps)
+            self._pressure = self.adapters.pressure
+            logger.info("the smallest structure within %s of the gain has %d parameters", self._relative.within, size)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. The gates are drawn first: a Trainer may generate its examples before it computes a loss."""

@@ -222,7 +222,7 @@ def test_what_a_budget_keeps_is_what_the_loss_values_most_later_units_of_a_path_
 def test_units_go_to_paths_in_proportion_to_what_they_gain_not_all_to_the_steepest() -> None:
     gains = {"steep": 3.0, "flat": 1.0}
     groups = [GateGroup(key, key, key, units=8, params=10, flops=1.0) for key in gains]
-    bank = GateBank(groups, GateConfig(), tasks=1, seed=0)
+    bank = GateBank(groups, GateConfig(shrink=False), tasks=1, seed=0)
     pressure = Pressure(bank, Budget(fraction=0.5), NO_PRUNE, total_steps=300)
     stepper = torch.optim.Adam(bank.parameters(), lr=0.05)
     for _ in range(300):

@@ -103,7 +103,8 @@ def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> 
         callbacks=[watch],
     )
     trainer.train()
-    assert {rate for weights, _, _ in watch.seen for rate in weights} == {1e-2}
+    factors = set(trainer.adapters.rate_factors().values())
+    assert {rate for weights, _, _ in watch.seen for rate in weights} == {1e-2 * factor for factor in factors} | {1e-2}
 
 
 def test_a_plateau_lowers_the_rate_of_weights_only(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, object]] = {
     "lora, rank 1": {"kind": "lora", "rank": 1},
     "lora, rank 8": {"kind": "lora", "rank": 8},
     "lora, rank 64": {"kind": "lora", "rank": 64},
+    "elements, 64 a map": {"kind": "elements", "k": 64},
     "parallel, width 8": {"kind": "parallel", "width": 8, "activation": "silu"},
     "serial, width 8": {"kind": "serial", "width": 8, "activation": "silu"},
 }

@@ -1,0 +1,96 @@
+"""Where gates start from: a probe on batches of the training, judged by a placement score."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from gatedadapters.allocation import Placement, PlacementScore
+from gatedadapters.allocation.allocate import FRONTIER_POINTS, place_attached
+from gatedadapters.config import Budget
+from gatedadapters.supernet.adapters import Adapters
+
+FEWEST_STEPS = 32
+FEWEST_BATCHES, MOST_BATCHES = 8, 24
+
+
+def probe_batches(steps: int) -> int:
+    """Batches of the probe before a training of `steps`: a twentieth of them, from 8 to 24.
+
+    0 below 32 steps: so short a training starts from even gates, because a probe would cost more than it can win.
+    """
+    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, max(FEWEST_BATCHES, steps // 20))
+
+
+def can_be_probed(trainer: Trainer) -> bool:
+    """Whether a Trainer's batches are its data: one that generates its examples from the model has no others."""
+    return type(trainer)._prepare_inputs is Trainer._prepare_inputs
+
+
+def start_gates(
+    trainer: Trainer,
+    adapters: Adapters,
+    loss_of: Callable[[nn.Module, dict[str, Any]], Tensor],
+    *,
+    steps: int,
+    score: str | PlacementScore,
+    budget: Budget | None,
+) -> Placement:
+    """Let gates start from what a score says of the candidates, after a probe on the first batches of the training.
+
+    Weights, heads, random state and the trainer's metrics are as before. All processes start from the mean of what
+    they found.
+
+    Args:
+        trainer: gives the batches and their preparation.
+        adapters: the candidates, in the trainer's model.
+        loss_of: the task's loss of a prepared batch, a scalar.
+        steps: length of the training.
+        score: see `allocate`.
+        budget: the frontier is measured if it is relative to the held-out gain.
+
+    Raises:
+        AllocationError: see `allocate`.
+    """
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    if trainer.args.gradient_checkpointing:  # as the Trainer does when it begins
+        options = trainer.args.gradient_checkpointing_kwargs
+        cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's trainers note metrics whenever they see a loss
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            return loss_of(model, trainer._prepare_inputs(dict(batch))).float().view(1)
+
+    relative = budget is not None and budget.within is not None
+    with torch.random.fork_rng():
+        batches = list(itertools.islice(trainer.get_train_dataloader(), probe_batches(steps) or FEWEST_BATCHES))
+        placement = place_attached(
+            model,
+            adapters,
+            batches,
+            score=score,
+            learning_rate=trainer.args.learning_rate,
+            loss=losses,
+            seed=adapters.seed,
+            progress=not trainer.args.disable_tqdm,
+            frontier=FRONTIER_POINTS if relative else 0,
+            within=budget.within if budget is not None else None,
+        )
+    if metrics is not None:
+        setattr(trainer, "_metrics", metrics)  # noqa: B010 - not every Trainer has them
+    bank = placement.bank
+    # A probe that helps nowhere says nothing, and equal worths leave the gates even.
+    worth = (placement.units() / bank.cost("params").clamp(min=1e-12).float()).to(bank.log_alpha).clamp(min=0.0)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(worth)
+    bank.start_from(worth)
+    return placement
