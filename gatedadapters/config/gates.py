@@ -25,7 +25,8 @@ class GateConfig(Config):
         epsilon: the uniform noise is drawn from (epsilon, 1 - epsilon).
         prior: how far log alpha starts from `init` for a unit that the evidence before training ranks one standard
             deviation above or below the others; see `GateBank.start_from`.
-        shrink: whether gates follow the loss only as far as its evidence agrees between odd and even steps.
+        shrink: whether, under a budget, gates follow the loss only as far as its evidence agrees between odd and even
+            steps.
         stochastic: whether training samples gates; otherwise it uses the deterministic gate, as evaluation does.
 
     References:

@@ -196,7 +196,8 @@ def _database(url: str) -> BaseStorage:
 def _proxy(text: str) -> BaseStorage:
     host, _, port = text.removeprefix(GRPC).rstrip("/").rpartition(":")
     if not host or not port.isdigit():
-        raise StudyError(expected="grpc:// with a host and its port, as in grpc://localhost:13000", got=text, where="storage", fix="name both")
+        expected = "grpc:// with a host and its port, as in grpc://localhost:13000"
+        raise StudyError(expected=expected, got=text, where="storage", fix="name both")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna may still change how a proxy is made
         proxy = GrpcStorageProxy(host=host, port=int(port))
