@@ -151,6 +151,24 @@ def test_a_second_training_of_the_same_gates_is_not_probed(tmp_path: Path) -> No
     assert torch.equal(trainer.adapters.bank.log_alpha, log_alpha)
 
 
+def test_a_run_that_resumes_is_not_probed_again_and_ends_the_same(tmp_path: Path) -> None:
+    saving: Any = {"save_strategy": "steps", "save_steps": 28}
+    runs = []
+    for resume in (False, True):
+        torch.manual_seed(99 if resume else 0)
+        trainer = ga.GatedTrainer(
+            gated_classifier({"a": 3, "b": 2}, dropout=0.2),
+            arguments(tmp_path, max_steps=32, **saving),
+            train_dataset=labelled([24, 24], [3, 2]),
+            budget=ga.Budget(fraction=0.3),
+            schedule=ga.Schedule(warmup=0.2, ramp=0.9, prune=0.95),  # gates learn before and after step 28
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-28") if resume else None)
+        assert (trainer.placement is None) == resume
+        runs.append(trained(trainer.model))
+    assert_same(runs[1], runs[0])
+
+
 def test_metrics_that_a_trainer_notes_by_itself_do_not_show_the_probe(tmp_path: Path) -> None:
     class Noting(ga.GatedTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
