@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -40,13 +41,13 @@ def frontier_picture(
             point = frontier.within(within)
             axes.plot([point.params], [point.loss], color=_CHOSEN, marker="o", markersize=8, fillstyle="none")
             axes.annotate(
-                f"{point.params:,}: {frontier.share(point):.0%} of the gain", (point.params, point.loss),
-                xytext=(0, 9), textcoords="offset points", ha="center", fontsize=7, color=_CHOSEN,
+                f"{point.params:,} parameters:\n{frontier.share(point):.0%} of the gain", (0.97, 0.66),
+                xycoords="axes fraction", ha="right", va="top", fontsize=7, color=_CHOSEN,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(sizes[:: max(1, len(sizes) // 5)])
+        axes.set_xticks(_apart(sizes))
         axes.margins(x=0.12, y=0.15)
         axes.tick_params(labelsize=7, colors=INK, length=2)
         axes.set_xlabel("adapter parameters", fontsize=8, color=INK)
@@ -68,6 +69,16 @@ def save_frontier_png(
 ) -> None:
     """Write `frontier_picture(frontiers)` as a PNG file."""
     save_figure(frontier_picture(frontiers, within=within, title=title), path, dpi=dpi)
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """Those of ascending sizes whose labels do not run into each other on a logarithmic axis."""
+    room = 0.12 * math.log(max(sizes[-1] / sizes[0], 2.0))
+    found = [sizes[0]]
+    for size in sizes[1:]:
+        if math.log(size / found[-1]) >= room:
+            found.append(size)
+    return found
 
 
 def _short(size: float, position: int | None = None) -> str:

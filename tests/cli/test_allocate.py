@@ -84,7 +84,7 @@ def test_the_file_of_a_search_will_do_and_a_relative_budget_leaves_its_frontier(
         ("allocate", {"probe_batches": 0}, ["probe_batches", "greater than 0"]),
         ("allocate", {"budget": {"params": 10**9}}, ["BudgetError", "larger than all candidates"]),
         ("search", {"prior": "astrology"}, ["AllocationError", "no such placement score", "closing", "prior"]),
-        ("search", {"structure": "nowhere.json"}, ["FileAccessError", "nowhere.json"]),
+        ("search", {"structure": "nowhere.json"}, ["ArtifactError", "the structure cannot be read", "nowhere.json"]),
         ("search", {"score": "moved"}, ["ConfigError", "score"]),
     ],
 )

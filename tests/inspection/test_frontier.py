@@ -31,7 +31,7 @@ def test_the_picture_shows_every_point_and_marks_the_one_that_is_within() -> Non
     line, mark = (line for line in left.lines if line.get_marker() == "o")
     assert line.get_xydata().tolist() == [[float(p.params), p.loss] for p in KNEE.points]
     assert mark.get_xydata().tolist() == [[57_600.0, 2.02]]
-    assert "57,600: 98% of the gain" in [text.get_text() for text in left.texts]
+    assert "57,600 parameters:\n98% of the gain" in [text.get_text() for text in left.texts]
     assert left.get_xscale() == "log"
     assert [axes.get_title() for axes in (left, right)] == ["en", "id"]
     assert len([line for line in right.lines if line.get_marker() == "o"]) == 1  # without a gain nothing is marked
