@@ -53,7 +53,7 @@ def sharing_table(structure: Structure) -> str:
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """The folder of the adapter that a run saved in `folder`, the structure of an allocation, or else `folder` itself."""
+    """The folder of the adapter that a run saved in `folder`, the file of an allocation, or else `folder` itself."""
     if (folder / ALLOCATE_CONFIG).is_file():
         return folder / STRUCTURE
     return folder / ADAPTER if (folder / ADAPTER / STRUCTURE).is_file() else folder
