@@ -6,12 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gatedadapters.cli import compress, continual, plan, quickstart, report, search, select, show, study, transfer
+from gatedadapters.cli import (
+    compress,
+    continual,
+    plan,
+    predict,
+    quickstart,
+    report,
+    search,
+    select,
+    show,
+    study,
+    transfer,
+)
 from gatedadapters.config.plugins import load_plugins
 from gatedadapters.errors import GatedAdaptersError
 from gatedadapters.safe_files import file_errors
 
-COMMANDS = (quickstart, search, compress, select, continual, transfer, study, report, plan, show)
+COMMANDS = (quickstart, search, compress, select, continual, transfer, predict, study, report, plan, show)
 
 
 def parser() -> argparse.ArgumentParser:
