@@ -21,6 +21,7 @@ MOST_CHARACTERS = 2**16  # of an expression; one that names 1,000 modules has 40
 MOST_PLACES = 20_000  # in an expression, with all counted repeats written out
 MOST_STEPS = 1_000_000  # of matches of one expression, in a row: about half a second
 _STEPS_BACK = 50  # that each character of a text gives back: ordinary expressions take fewer, and never run out
+_MANY = 1_000
 _SHORT = 256  # characters of a text; names of modules have about 60
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 _CHARACTERS = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN)
@@ -59,9 +60,8 @@ class Pattern:
         Raises:
             ValueError: matching takes too long.
         """
-        return (
-            self._fast.search(text) is not None if self._is_fast(text) else self._run(text, anywhere=True, whole=False)
-        )
+        fast = self._fast_for(text)
+        return self._run(text, anywhere=True, whole=False) if fast is None else fast.search(text) is not None
 
     def fullmatch(self, text: str) -> bool:
         """Whether it matches the whole of `text`.
@@ -69,14 +69,12 @@ class Pattern:
         Raises:
             ValueError: matching takes too long.
         """
-        return (
-            self._fast.fullmatch(text) is not None
-            if self._is_fast(text)
-            else self._run(text, anywhere=False, whole=True)
-        )
+        fast = self._fast_for(text)
+        return self._run(text, anywhere=False, whole=True) if fast is None else fast.fullmatch(text) is not None
 
-    def _is_fast(self, text: str) -> bool:
-        return self._fast is not None and len(text) <= _SHORT
+    def _fast_for(self, text: str) -> re.Pattern[str] | None:
+        """What `re` makes of the expression, if it matches this text at once."""
+        return self._fast if len(text) <= _SHORT else None
 
     def _run(self, text: str, *, anywhere: bool, whole: bool) -> bool:
         self._program = self._program or _Program(self._tree)
@@ -97,7 +95,7 @@ def _tries_few_ways(tree: Iterable[Any], room: int = 2) -> bool:
 
 
 def _varying(tree: Iterable[Any]) -> int:
-    """The most repeats that vary on one way through the expression; a large number for what may try many ways."""
+    """The most repeats that vary on one way through the expression; `_MANY` for what may try many ways."""
     found = 0
     for kind, value in tree:
         if kind in _REPEATS:
@@ -108,7 +106,7 @@ def _varying(tree: Iterable[Any]) -> int:
             elif (low, high) == (0, 1):
                 found += 1 + _varying(body)
             else:
-                return _constants.MAXREPEAT
+                return _MANY
         elif kind is _constants.SUBPATTERN:
             found += _varying(value[3])
         elif kind is _constants.BRANCH:
@@ -116,7 +114,7 @@ def _varying(tree: Iterable[Any]) -> int:
         elif kind in (_constants.ASSERT, _constants.ASSERT_NOT):
             found += _varying(value[1])
         elif kind not in (*_CHARACTERS, _constants.AT):
-            return _constants.MAXREPEAT
+            return _MANY
     return found
 
 
@@ -151,7 +149,8 @@ class _Program:
         if kind is _constants.BRANCH:
             return self._add("branch", None, *(self._sequence(body, state, flags, then) for body in value[1]))
         if kind in _REPEATS:
-            return self._repeat(*value, state, flags, then)
+            low, high, body = value
+            return self._repeat(low, high, body, state, flags, then)
         if kind in (_constants.ASSERT, _constants.ASSERT_NOT):
             direction, body = value
             back = body.getwidth()[0] if direction < 0 else 0

@@ -122,20 +122,16 @@ def _check_yaml_size(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 what = "itself" if any(part[0] == event.anchor for part in open_) else "nothing"
-                raise yaml.composer.ComposerError(
-                    None, None, f"the alias {_short(event.anchor)!r} stands for {what}", event.start_mark
-                )
+                raise _error_at(event, f"the alias {_short(str(event.anchor))!r} stands for {what}")
             values, depth = sizes[event.anchor]
         else:
             continue
         open_[-1][1] += values
         open_[-1][2] = max(open_[-1][2], depth)
         if open_[-1][1] > MOST_YAML_VALUES:
-            raise yaml.composer.ComposerError(
-                None, None, f"more than {MOST_YAML_VALUES:,} values, with all aliases replaced", event.start_mark
-            )
+            raise _error_at(event, f"more than {MOST_YAML_VALUES:,} values, with all aliases replaced")
         if len(open_) + depth > MOST_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MOST_DEPTH} levels", event.start_mark)
+            raise _error_at(event, f"nested deeper than {MOST_DEPTH} levels")
 
 
 def _distinct_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class MapScore(PlacementScore):
 
 
 def as_matrix(weight: Tensor, path: Path) -> Tensor:
-    """The weight that a path goes to as (out, in), float32: gains as a diagonal, a stack of experts as a tall matrix."""
+    """The weight that a path goes to, (out, in), float32: gains as a diagonal, a stack of experts as a tall matrix."""
     weight = weight.detach().float()
     if weight.dim() == 1:
         return torch.diag(weight)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -528,12 +528,20 @@ def _watch(model: nn.Module, batch: dict[str, Any], weights: dict[Map, Tensor], 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are restored afterwards."""
+    """Evaluation mode without gradients; training flags and random states are restored afterwards.
+
+    Autocast is off: it replaces weights by copies, and by the same ones again in a second run, so that a layout found
+    under it would depend on what ran before.
+    """
     training = {module: module.training for module in model.modules()}
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        device = device_of(model).type
+        whole: AbstractContextManager[object] = nullcontext()
+        if device != "meta":
+            whole = torch.autocast(device, enabled=False)
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda), whole:
             yield
     finally:
         for module, flag in training.items():

@@ -7,10 +7,18 @@ import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from gatedadapters.artefact_files import RecordFile, read_record_file
 from gatedadapters.errors import ArtifactError, ConfigError
@@ -28,7 +36,13 @@ class Config(BaseModel):
     """A frozen configuration.
 
     Unknown keys and values out of range raise `ConfigError`, both in the constructor and in `parse`.
+
+    Attributes:
+        added: fields that release 0.1 did not have. They are written only where they differ from their default, so that
+            structures, studies and streams of 0.1 compare equal to the same ones made now.
     """
+
+    added: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 
@@ -42,6 +56,12 @@ class Config(BaseModel):
     # Tells pydantic that this is not a custom constructor. It then validates nested fields itself instead of calling
     # the constructor of each, and errors name the whole path of a key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = write(self)
+        silent = set(self.added) - set(self.changed_fields(self.added))
+        return {name: value for name, value in data.items() if name not in silent} if silent else data
 
     def changed_fields(self, names: Collection[str]) -> list[str]:
         """The fields among `names` whose value is not the default, sorted."""

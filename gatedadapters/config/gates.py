@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,13 +25,16 @@ class GateConfig(Config):
         epsilon: the uniform noise is drawn from (epsilon, 1 - epsilon).
         prior: how far log alpha starts from `init` for a unit that the evidence before training ranks one standard
             deviation above or below the others; see `GateBank.start_from`.
-        shrink: whether gates follow the loss only as far as its evidence agrees between odd and even steps.
+        shrink: whether, under a budget, gates follow the loss only as far as its evidence agrees between odd and even
+            steps.
         stochastic: whether training samples gates; otherwise it uses the deterministic gate, as evaluation does.
 
     References:
         Louizos, Welling, Kingma 2018 (arXiv 1712.01312), section 3 and appendix: beta = 2/3, gamma = -0.1, zeta = 1.1,
         log alpha kept in [log 1e-2, log 1e2].
     """
+
+    added: ClassVar = ("prior", "shrink")
 
     levels: tuple[Level, ...] = ("rank",)
     temperature: float = Field(2 / 3, gt=0)

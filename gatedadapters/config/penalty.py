@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,8 @@ class Budget(Config):
             data. `ga.allocate` and `GatedTrainer` turn it into a number of parameters, by a probe before training.
         per_task: the most that any one task may use, in the unit of the budget (a share with `fraction`).
     """
+
+    added: ClassVar = ("within",)
 
     params: int | None = Field(None, gt=0, lt=2**63)
     fraction: float | None = Field(None, gt=0, le=1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gatedadapters.config.base import Config, Count
 from gatedadapters.config.rows import Rows
@@ -62,6 +62,8 @@ class TaskConfig(Config):
         max_train: the most training examples to use; more are sampled by seed, stratified by label.
         max_test: the same for test examples.
     """
+
+    added: ClassVar = ("kind", "answer", "messages", "choices", "packing", "measures", "held_out")
 
     name: str | None = None
     kind: Kind | None = None
@@ -163,17 +165,6 @@ class TaskConfig(Config):
         """A copy in which relative paths of files are resolved against `folder`."""
         files = {part: given for part in _PARTS if isinstance(given := getattr(self, part), str)}
         return self.model_copy(update={part: str(folder / file) for part, file in files.items()})
-
-    @model_serializer(mode="wrap")
-    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Fields that 0.1 did not have are written where they say something: its studies and runs stay the same."""
-        data: dict[str, Any] = write(self)
-        silent = set(self._added()) - set(self.changed_fields(self._added()))
-        return {name: value for name, value in data.items() if name not in silent}
-
-    @classmethod
-    def _added(cls) -> tuple[str, ...]:
-        return ("kind", "answer", "messages", "choices", "packing", "measures", "held_out")
 
 
 def _every_column() -> frozenset[str]:

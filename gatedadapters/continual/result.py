@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gatedadapters.artefact_files import read_all, with_digests
 from gatedadapters.artifacts import Shelf
 from gatedadapters.config.base import Config, Record, read_record
-from gatedadapters.continual.core import CORE, Core, load_core
+from gatedadapters.continual.core import Core, load_core
 from gatedadapters.continual.metrics import METRIC_LABELS, Metrics
 from gatedadapters.continual.states import Change, apply_changes, digest, read_change_record
 from gatedadapters.errors import ArtifactError
@@ -292,11 +292,14 @@ class StreamResult:
         """Names of the tasks and their cores: what each task was allowed to move, or what merged paths changed.
 
         Empty where the strategy selects no cores, or the stream was run without a folder.
+
+        Raises:
+            ArtifactError: the files of a core are missing or damaged.
         """
         if self.folder is None:
             return []
-        folders = [(stage.task, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
-        return [(task, load_core(folder)) for task, folder in folders if (folder / CORE).exists()]
+        folders = [(stage, stage_folder(self.folder, i) / MEMORY) for i, stage in enumerate(self.stages)]
+        return [(stage.task, load_core(folder)) for stage, folder in folders if stage.tensors is not None]
 
     def table(self) -> str:
         """R with the untrained scores, the costs of each stage, and the metrics."""

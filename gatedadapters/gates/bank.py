@@ -157,6 +157,7 @@ class GateBank(nn.Module, StepListener):
         self._constant("noise", torch.zeros(tasks, self.n_gates))
         self.register_buffer("gate_gradient", torch.zeros(tasks, self.n_units))
         self._constant("trust", torch.ones(tasks, self.n_units))
+        self.shrinks = False  # a budget's pressure sets it; see `GateConfig.shrink`
         self._moved = True
         self._values_of: tuple[Any, ...] | None = None
         self._is_fixed = False
@@ -282,7 +283,7 @@ class GateBank(nn.Module, StepListener):
     @torch.no_grad()
     def _set_trust(self) -> None:
         """How far the evidence for each unit agrees between odd and even steps, in [0, 1]; 1 before there is some."""
-        if not self.config.shrink:
+        if not self.shrinks:
             return
         a, b = self.halves
         seen = (a != 0) & (b != 0)

@@ -59,6 +59,8 @@ class Pressure(nn.Module):
             check_budget(bank, penalty)
             self._ramps = _ramps(bank, penalty)
         self.penalty, self.schedule, self.total_steps = penalty, schedule, total_steps
+        # Under an L0 weight, which does not give way, gates that heed the loss less would just close.
+        bank.shrinks = bank.config.shrink and isinstance(penalty, Budget)
         self.asked_for = False
         self.register_buffer("multipliers", torch.ones(1 + bank.tasks, device=bank.log_alpha.device))
         self.register_buffer("start", bank.step.detach().clone())

@@ -145,7 +145,8 @@ class Rows(Path):
     @torch.no_grad()
     def learned(self) -> Tensor:
         """Norm of each token's values."""
-        return self.effective().norm(dim=1)
+        size: Tensor = self.effective().norm(dim=1)
+        return size
 
     @torch.no_grad()
     def scale_units(self, scale: Tensor) -> None:

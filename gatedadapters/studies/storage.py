@@ -107,7 +107,7 @@ def open_storage(where: str | Path, *, create: bool = True) -> BaseStorage:
     except Exception as error:  # every back end and driver raises its own kinds of error
         raise StudyError(
             "the storage cannot be reached",
-            expected="a file, grpc://HOST:PORT, or the URL of a database",
+            expected="a file, grpc://localhost:13000, or the URL of a database",
             got=f"{type(error).__name__}: {_first_line(error)}",
             where=f"storage {text}",
             fix="check the address, the server, and that its driver is installed (gatedadapters[postgresql])",
@@ -196,7 +196,8 @@ def _database(url: str) -> BaseStorage:
 def _proxy(text: str) -> BaseStorage:
     host, _, port = text.removeprefix(GRPC).rstrip("/").rpartition(":")
     if not host or not port.isdigit():
-        raise StudyError(expected="grpc://HOST:PORT", got=text, where="storage", fix="name both")
+        expected = "grpc:// with a host and its port, as in grpc://localhost:13000"
+        raise StudyError(expected=expected, got=text, where="storage", fix="name both")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna may still change how a proxy is made
         proxy = GrpcStorageProxy(host=host, port=int(port))

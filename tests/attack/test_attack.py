@@ -22,6 +22,7 @@ def test_every_answer_is_as_promised(name: str) -> None:
     assert answers.refused > CASES / 2, str(answers)
 
 
+@pytest.mark.filterwarnings("ignore:TaskConfig. file:FutureWarning")
 def test_whole_configurations_get_as_far_as_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mutate_yaml
 

@@ -70,10 +70,13 @@ def test_a_folder_has_one_user_whatever_workers_it_forks(tmp_path: Path) -> None
         told = pytest.raises(ArtifactError, match=r"another process is writing this stream[\s\S]*wait")
         with told, safe_files.sole_user(tmp_path, what="stream"):
             pass
+        ready = os.pipe()
         child = os.fork()  # as data loaders do
         if not child:
+            os.write(ready[1], b"1")  # Python lets go of inherited locks before os.fork returns here
             time.sleep(30)
             os._exit(0)
+        os.read(ready[0], 1)
     try:
         with safe_files.sole_user(tmp_path, what="stream"):
             pass  # the worker lives, and does not hold the folder

@@ -81,6 +81,17 @@ def _refuse(*_: object) -> None:
     raise RuntimeError("no")
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_layout_found_under_autocast_is_the_layout(family: str) -> None:
+    model, sample = tiny(family)
+    alone = discover(model, sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**sample)  # autocast keeps its copies of the weights from here on
+        first, second = discover(model, sample), discover(model, sample)
+    assert _roles(first) == _roles(second) == _roles(alone)
+    assert first == second == alone
+
+
 def test_random_numbers_drawn_by_the_model_are_given_back() -> None:
     model, batch = tiny("bert")
     model.encoder.layer[0].register_forward_hook(lambda _, args, out: (torch.rand(3), None)[1])

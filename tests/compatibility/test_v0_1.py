@@ -218,7 +218,9 @@ def expect_states(result: Any, model: nn.Module, kind: str) -> None:
         for index, task in enumerate(CLASSES):
             with shelf.using(task):
                 found = logits(model, task_ids=torch.full_like(TASK_IDS, index))
-                assert_as_expected(f"streams/{kind}/{task}", found, atol=1e-3)
+                assert_as_expected(
+                    f"streams/{kind}/{task}", found, atol=5e-3
+                )  # gates now start from a probe, ranks learn at 1 / sqrt(r)
         return
     for state in (1, 0, len(CLASSES)):
         result.restore(model, state)
@@ -273,6 +275,7 @@ KINDS: dict[str, Any] = {
 
 @pytest.mark.filterwarnings("ignore:SelectionConfig:FutureWarning")
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore:TaskConfig. file will not be read any more:FutureWarning")
 def test_every_field_of_a_configuration_is_still_known(name: str) -> None:
     found = KINDS[name].load(STORED / "configurations" / f"{name}.yaml")
     assert (found.search if name == "study" else found).model == "nowhere"

@@ -165,3 +165,10 @@ def test_earlier_directions_follow_the_model_to_its_device(monkeypatch: pytest.M
     with pytest.raises(Moved):
         ga.run_stream(classifier(), tasks(), resolve("o_lora"), training=TRAINING)
     assert found == ["meta"]
+
+
+def test_a_core_that_is_missing_is_told(tmp_path: Path, untrained: None) -> None:
+    result = run(classifier(), "random", tmp_path / "stream")
+    (stage_folder(tmp_path / "stream", 0) / MEMORY / "core.json").unlink()
+    with pytest.raises(ga.errors.ArtifactError, match=r"not a stored core"):
+        result.cores()

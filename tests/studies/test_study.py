@@ -180,7 +180,7 @@ def test_storages_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch: p
         open_storage(tmp_path / "text")
     with pytest.raises(StudyError, match="cannot be reached"):
         open_storage("nonsense://x")
-    with pytest.raises(StudyError, match="HOST:PORT"):
+    with pytest.raises(StudyError, match="a host and its port"):
         open_storage("grpc://x")
     with pytest.raises(StudyError, match="cannot be reached"):
         open_storage("grpc://localhost:1")

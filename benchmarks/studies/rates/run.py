@@ -1,7 +1,7 @@
 """Does one learning rate suit every kind of path, at every width and rank?
 
-The claim: after `Path.rate_factor` the best rate of every kind lies within a factor of 2 of one value, at widths from
-128 to 1,024 and ranks from 1 to 64.
+Claim under test: after `Path.rate_factor` the best rate of every kind lies within a factor of 2 of one value, at widths
+from 128 to 1,024 and ranks from 1 to 64.
 
 Llama-like backbones of two blocks learn English bytes first, then 40 steps of Indonesian with one kind of path
 everywhere, at rates that differ by factors of 2. A cell stores the loss per byte on held-out Indonesian. The rate of a
