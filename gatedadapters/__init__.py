@@ -37,6 +37,7 @@ from gatedadapters.transfer import weaken_knowledge
 if TYPE_CHECKING:
     from gatedadapters import experiments
     from gatedadapters.continual import StreamResult, Task, TaskStream, probe, run_stream, select_core
+    from gatedadapters.experiments import load
     from gatedadapters.studies import Study
     from gatedadapters.training import (
         FollowOptimizer,
@@ -85,6 +86,7 @@ __all__ = [
     "get_adapters",
     "get_delta",
     "import_peft",
+    "load",
     "load_adapters",
     "load_delta",
     "load_joint",
@@ -110,6 +112,7 @@ _ON_USE = {
         ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"
     ),
     "Study": "gatedadapters.studies",
+    "load": "gatedadapters.experiments",
 }
 
 

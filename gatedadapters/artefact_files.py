@@ -87,8 +87,13 @@ def with_digests(text: str, tensors: Mapping[str, str] | None = None) -> str:
         tensors: what `write_tensors` returned, by the name of the file.
     """
     tensors = dict(tensors or {})
-    digests = {RECORD: record_digest(load_json(text), tensors), **tensors}
-    return f"{text.rstrip().removesuffix('}').rstrip()},\n {json.dumps(DIGESTS)}: {json.dumps(digests)}\n}}\n"
+    return with_entry(text, DIGESTS, {RECORD: record_digest(load_json(text), tensors), **tensors})
+
+
+def with_entry(text: str, name: str, value: Any) -> str:
+    """The text of a JSON object with one more entry at its end."""
+    entry = f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+    return f"{text.rstrip().removesuffix('}').rstrip()},\n {entry}\n}}\n"
 
 
 def own_digest(text: str) -> str:

@@ -78,7 +78,7 @@ def export_peft(
     """
     paths = _of_task(adapters, task)
     kinds = {type(path) for path, _ in paths}
-    if not any(kinds <= {*one, *beside} and kinds & {*one} for one, beside in _TOGETHER):
+    if not peft_has(kinds):
         raise _foreign_kinds([path for path, _ in paths])
     if dtype not in DTYPES.values():
         expected = "torch.float32 or torch.bfloat16"
@@ -170,6 +170,12 @@ def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | 
             fix="search with a larger budget; without paths the backbone alone computes the same",
         )
     return paths
+
+
+def peft_has(kinds: Collection[type[Path]]) -> bool:
+    """Whether one peft adapter can be of paths of these kinds together."""
+    found = set(kinds)
+    return any(found <= one | beside and found & one for one, beside in _TOGETHER)
 
 
 # What one peft adapter can be of, and what it can hold beside.

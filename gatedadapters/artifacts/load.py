@@ -28,7 +28,7 @@ def load_adapters(
 
     Args:
         model: with the same backbone and heads, no adapters attached.
-        folder: what `Adapters.save` wrote.
+        folder: what `Adapters.save` wrote, or the output folder of a run that saved an adapter.
         base: `"updated"` accepts a backbone of the same layout with other weights, a newer release of it, and records
             the one they came from in `Structure.lineage`. An artefact does not hold the configuration of its backbone:
             that two of equal shapes differ in their heads or non-linearities is what
@@ -49,6 +49,7 @@ def load_adapters(
     saved = read(model, folder, base=base, verify=verify, allow_nonfinite=allow_nonfinite)
     check_gradients_pass(model)
     adapters = install(adapters_of(model, saved.structure, saved.paths), model, find_heads(model, list(saved.heads)))
+    adapters.origin = saved.origin
     with torch.no_grad():
         for name, parameter in zip(adapters.head_names, adapters.head_parameters(), strict=True):
             parameter.copy_(saved.heads[name])

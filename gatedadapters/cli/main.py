@@ -11,6 +11,7 @@ from gatedadapters.cli import (
     compress,
     continual,
     plan,
+    predict,
     quickstart,
     report,
     search,
@@ -23,7 +24,20 @@ from gatedadapters.config.plugins import load_plugins
 from gatedadapters.errors import GatedAdaptersError
 from gatedadapters.safe_files import file_errors
 
-COMMANDS = (quickstart, search, allocate, compress, select, continual, transfer, study, report, plan, show)
+COMMANDS = (
+    quickstart,
+    search,
+    allocate,
+    compress,
+    select,
+    continual,
+    transfer,
+    predict,
+    study,
+    report,
+    plan,
+    show,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gatedadapters.cli import study
 from gatedadapters.cli.arguments import add_study_arguments
+from gatedadapters.errors import ArtifactError, ConfigError
+from gatedadapters.structure.folder import adapter_folder
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the report, and the runs for TensorBoard where they are asked for."""
+    _check_is_study(Path(options.config))
     found = study.load(options, create=False)
     if options.tensorboard is not None:
         found.tensorboard(options.tensorboard)
     study.write_report(found, options)
+
+
+def _check_is_study(given: Path) -> None:
+    """Raise if this is the folder of a run or of an adapter, which have their results beside them already."""
+    if not given.is_dir():
+        return
+    try:
+        adapter_folder(given)
+    except ArtifactError:
+        return  # what is wrong with it, reading the study says
+    table = given / "table.txt"
+    raise ConfigError(
+        "this is a search, not a study",
+        expected="the YAML file of a study, or the name of a preset",
+        got="the folder of a saved adapter",
+        where=given,
+        fix=f"gatedadapters show {given} prints the structure"
+        + (f"; the scores are in {table}" if table.is_file() else ""),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path as FilePath
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from gatedadapters.config.base import Config, Count, FileConfig, Place, Seed, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
@@ -14,6 +14,7 @@ from gatedadapters.config.space import SearchSpace
 from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
 Rival = Literal["uniform", "random"]
+Ability = Literal["merge", "peft"]
 BUNDLED = "bundled:"
 
 
@@ -67,6 +68,8 @@ class SearchConfig(FileConfig):
         training: how long and how fast adapters are trained.
         compare: rivals to train in the same run, with as many parameters and steps: `uniform` LoRA ranks at every
             linear map, a `random` structure out of the same space.
+        requires: what the result must be able to do: `merge` into the model's weights, be exported to `peft`. A space
+            with kinds that cannot is refused before the search.
     """
 
     version: Literal[1] = 1
@@ -82,6 +85,7 @@ class SearchConfig(FileConfig):
     perturbation: CorruptionConfig | None = None
     training: TrainingConfig = TrainingConfig()
     compare: tuple[Rival, ...] = ()
+    requires: tuple[Ability, ...] = ()
 
     @field_validator("tasks")
     @classmethod
@@ -107,6 +111,12 @@ class SearchConfig(FileConfig):
             ConfigError: there is no such preset, or the file is not valid.
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without requirements the field is left out, so that studies and runs of earlier releases stay the same."""
+        data: dict[str, Any] = write(self)
+        return data if self.requires else {name: value for name, value in data.items() if name != "requires"}
 
     def _yaml_data(self, folder: FilePath | None) -> dict[str, Any]:
         data = super()._yaml_data(folder)

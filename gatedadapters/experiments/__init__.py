@@ -8,7 +8,8 @@ folder and returns a small frozen result, whose text is what the command prints:
     result = experiments.search("search.yaml", out="runs/first")
     print(result.table())
 
-`plan` and `show` train nothing: they take a model and a search space, or a saved adapter, and write no folder.
+`plan`, `show`, `load` and `predict` train nothing: they take a model and a search space, or a saved adapter, and write
+no folder.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gatedadapters.experiments.run_compress import CompressResult, compress
     from gatedadapters.experiments.run_continual import ContinualResult, continual
     from gatedadapters.experiments.run_plan import BudgetPlan, PlacePlan, Plan, plan
+    from gatedadapters.experiments.run_predict import Loaded, Prediction, Predictions, load, predict
     from gatedadapters.experiments.run_search import SearchResult, search
     from gatedadapters.experiments.run_select import SelectResult, select
     from gatedadapters.experiments.run_transfer import TransferResult, transfer
@@ -34,8 +36,11 @@ __all__ = [
     "BudgetPlan",
     "CompressResult",
     "ContinualResult",
+    "Loaded",
     "PlacePlan",
     "Plan",
+    "Prediction",
+    "Predictions",
     "SearchResult",
     "SelectResult",
     "TaskScore",
@@ -43,7 +48,9 @@ __all__ = [
     "allocate",
     "compress",
     "continual",
+    "load",
     "plan",
+    "predict",
     "search",
     "select",
     "show",
@@ -58,6 +65,7 @@ _FILES = {
     "run_compress": ("CompressResult", "compress"),
     "run_continual": ("ContinualResult", "continual"),
     "run_plan": ("BudgetPlan", "PlacePlan", "Plan", "plan"),
+    "run_predict": ("Loaded", "Prediction", "Predictions", "load", "predict"),
     "run_search": ("SearchResult", "search"),
     "run_select": ("SelectResult", "select"),
     "run_transfer": ("TransferResult", "transfer"),

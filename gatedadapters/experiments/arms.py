@@ -28,7 +28,7 @@ from gatedadapters.errors import BudgetError
 from gatedadapters.experiments.evaluation import Scores, accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import StepProgress
 from gatedadapters.experiments.rivals import RIVAL_NAMES, random_scores, uniform_scores, uniform_space
-from gatedadapters.experiments.task_models import build_model
+from gatedadapters.experiments.task_models import build_model, origin_of
 from gatedadapters.experiments.training import MixedTaskTrainer, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.robustness import (
@@ -147,6 +147,7 @@ class ArmRunner:
         adapters = self.attach(self.given or self.config.resolved_space())
         seconds = self.train(adapters, name, progress, searching=self.given is None)
         self.compact(adapters)
+        adapters.origin = origin_of(self.config, self.tasks)
         adapters.save(folder, overwrite=overwrite)
         return self.test_and_detach(adapters, name, seconds, progress)
 

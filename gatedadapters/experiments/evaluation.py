@@ -103,7 +103,7 @@ def score_tasks(
             for task in tasks:
                 assert isinstance(task, LanguageTask)
                 asked = (measures or {}).get(task.name, ())
-                with _set_task(model, task.name):
+                with set_task(model, task.name):
                     found[task.name] = _language(
                         model, task, tokenizer, max_length, split, perturbation, vocabulary, asked
                     )
@@ -168,7 +168,7 @@ def _language(
 
 
 @contextmanager
-def _set_task(model: nn.Module, name: str) -> Iterator[None]:
+def set_task(model: nn.Module, name: str) -> Iterator[None]:
     """A context in which adapters of several tasks open the gates of one: choices share a cache across calls, and a
     user's measure generates.
     """

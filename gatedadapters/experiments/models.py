@@ -71,12 +71,15 @@ def reading_model(
         ) from error
 
 
-def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def load_config_and_tokenizer(
+    name: str, max_length: int, revision: str | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The transformers configuration and the tokenizer of a model, without its weights.
 
     Args:
         name: a folder, a hub id, or `bundled:NAME`.
         max_length: tokens of the longest text that the model is to read.
+        revision: commit of the model on the hub; None takes the newest.
 
     Raises:
         ConfigError: they cannot be read, the tokenizer knows no words, cannot pad, or knows tokens that the model does
@@ -85,8 +88,8 @@ def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedCon
     """
     folder = locate_model(name)
     with reading_model(name):
-        model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder, revision=revision or "main")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision or "main")
     # For a folder without a tokenizer, transformers makes one that knows special tokens (and "▁", a space) only.
     if not {token for token in tokenizer.get_vocab() if token.strip("▁")} - set(tokenizer.all_special_tokens):
         raise ConfigError(
@@ -111,14 +114,16 @@ def load_config_and_tokenizer(name: str, max_length: int) -> tuple[PreTrainedCon
     return model_config, tokenizer
 
 
-def load_causal_model(name: str) -> nn.Module:
-    """A causal language model with its weights in fp32.
+def load_causal_model(name: str, revision: str | None = None) -> nn.Module:
+    """A causal language model with its weights in fp32; `revision` is its commit on the hub.
 
     Raises:
         ConfigError: it cannot be read.
     """
     with reading_model(name):
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(locate_model(name), dtype=torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            locate_model(name), dtype=torch.float32, revision=revision or "main"
+        )
     return model
 
 

@@ -14,8 +14,8 @@ from gatedadapters.config.base import FileConfig
 from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import check_writable, file_errors
+from gatedadapters.structure.folder import ADAPTER as ADAPTER
 from gatedadapters.structure.folder import STRUCTURE
-from gatedadapters.transfer.evaluate import ADAPTER as ADAPTER
 from gatedadapters.transfer.evaluate import TRANSFER_TRAINED as TRANSFER_TRAINED
 
 METRICS = "metrics.json"

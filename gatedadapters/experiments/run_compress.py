@@ -129,7 +129,7 @@ def compress(
         task = with_classes_in_order(task, config.classes)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
     silence_transformers()
-    built = build_classifier(search, task.n_classes) if isinstance(task, TextTask) else build_model(search, [task])
+    built = build_classifier(search, task.classes) if isinstance(task, TextTask) else build_model(search, [task])
     shutil.rmtree(folder / outputs.LOGS, ignore_errors=True)
     runner = ArmRunner(search, [task], folder / outputs.LOGS, built)
     model, seed = runner.model, search.training.seed

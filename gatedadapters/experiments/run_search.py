@@ -6,12 +6,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
+from gatedadapters.artifacts.export_peft import peft_has
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import AnyTask, TextTask
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import BudgetError, ConfigError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
 from gatedadapters.experiments.evaluation import Scores, majority_accuracy, mean_loss
@@ -20,6 +21,7 @@ from gatedadapters.experiments.rivals import RIVAL_NAMES
 from gatedadapters.experiments.saved import sharing_table
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.inspection import save_png
+from gatedadapters.paths import Path, path_class
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 
@@ -39,7 +41,7 @@ class SearchResult:
     """
 
     config: SearchConfig
-    folder: Path
+    folder: FilePath
     arms: tuple[Arm, ...]
     baseline: dict[str, float]
     seconds: float
@@ -136,7 +138,7 @@ class SearchResult:
             parts.append(f"{sharing_table(searched)}\n")
         parts.append(f"{self.seconds:.0f} s in all. In {self.folder}:")
         contents = {
-            f"{outputs.ADAPTER}/": 'the trained adapter; gatedadapters.load_adapters(model, "...")',
+            f"{outputs.ADAPTER}/": f"the trained adapter; gatedadapters predict {self.folder} --text ...",
             outputs.STRUCTURE_PICTURE: "its structure as a picture",
             f"{outputs.LOGS}/": f"tensorboard --logdir {self.folder / outputs.LOGS}",
             outputs.METRICS: "every number",
@@ -147,7 +149,7 @@ class SearchResult:
 
 @file_errors("read or write a file of the run", "search")
 def search(
-    config: SearchConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
+    config: SearchConfig | str | FilePath, out: str | FilePath | None = None, *, overwrite: bool = False
 ) -> SearchResult:
     """Search a structure and compare it with its rivals, as `gatedadapters search` does.
 
@@ -165,6 +167,7 @@ def search(
     """
     config, folder = outputs.config_and_folder(SearchConfig, config, out)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
+    check_required(config)
     silence_transformers()
     start = time.perf_counter()
     tasks = load_tasks(config)
@@ -195,6 +198,32 @@ def search(
             result = written()
         progress.set_description("done")
     return result
+
+
+def check_required(config: SearchConfig) -> None:
+    """Check that every kind of path in the search space can do what the configuration requires of the result.
+
+    Raises:
+        ConfigError: some cannot; they are named.
+    """
+    kinds = {options.kind: path_class(options) for options in config.resolved_space().paths}
+    lasting = sorted(kind for kind, path in kinds.items() if path.merge_into is Path.merge_into)
+    if "merge" in config.requires and lasting:
+        raise ConfigError(
+            "the search space holds kinds of path that cannot be merged into weights",
+            expected="kinds that are linear maps, such as lora, scale and norm",
+            got=", ".join(lasting),
+            where="requires: merge, and space",
+            fix="leave these kinds out of the space, or merge out of requires",
+        )
+    if "peft" in config.requires and not peft_has(kinds.values()):
+        raise ConfigError(
+            "the search space holds kinds of path that no peft adapter holds together",
+            expected="lora with norm and rows, scale with norm, norm alone, or rows alone",
+            got=", ".join(sorted(kinds)),
+            where="requires: peft, and space",
+            fix="leave the other kinds out of the space, or peft out of requires",
+        )
 
 
 def _size(arm: Arm) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from gatedadapters.errors import ArtifactError
-from gatedadapters.experiments.outputs import ADAPTER, ALLOCATE_CONFIG
+from gatedadapters.experiments.outputs import ALLOCATE_CONFIG
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
-from gatedadapters.structure.folder import STRUCTURE, WEIGHTS
+from gatedadapters.structure.folder import ADAPTER, STRUCTURE, WEIGHTS, read_origin
+from gatedadapters.structure.origin import Origin
 
 
 @file_errors("read or write a file", "show")
@@ -66,6 +67,9 @@ def _facts(folder: Path, structure: Structure) -> str:
         f"made with   {', '.join(f'{name} {version}' for name, version in structure.created_with.items())}",
         f"flops       {structure.flops:,.0f} per token, forward",
     ]
+    origin = read_origin(folder)[1] if folder.is_dir() else None
+    if origin is not None:
+        lines += _origin_lines(origin)
     if structure.fingerprint.heads:
         lines.append(f"heads       {', '.join(structure.fingerprint.heads)}")
     if folder.is_dir():
@@ -81,3 +85,15 @@ def _facts(folder: Path, structure: Structure) -> str:
         sizes = {path.name: path.stat().st_size for path in (weights, folder / STRUCTURE)}
         lines.append("files       " + ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
     return "\n".join(lines)
+
+
+def _origin_lines(origin: Origin) -> list[str]:
+    """Lines about the base, the labels of the tasks, and the training, as far as they are known."""
+    lines = []
+    if origin.base_model_name_or_path is not None:
+        revision = f", revision {origin.revision}" if origin.revision else ""
+        lines.append(f"base        {origin.base_model_name_or_path}{revision}")
+    lines += [f"labels      {task.name}: {', '.join(task.labels)}" for task in origin.tasks if task.labels]
+    if origin.training:
+        lines.append("training    " + ", ".join(f"{name} {value}" for name, value in origin.training.items()))
+    return lines

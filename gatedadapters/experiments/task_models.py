@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -40,6 +40,8 @@ from gatedadapters.experiments.models import (
     locate_model,
     reading_model,
 )
+from gatedadapters.structure.origin import Origin, OriginTask, commit_of
+from gatedadapters.structure.origin import named as named_model
 from gatedadapters.training import MultiTaskClassifier
 
 
@@ -120,21 +122,92 @@ def build_model(config: SearchConfig, tasks: Sequence[AnyTask]) -> tuple[nn.Modu
         DataError: the package that carries a bundled model is not installed.
     """
     torch.manual_seed(config.training.seed)
-    model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
-    if predicts_tokens(tasks):
-        check_causal(model_config, config.model)
-        model = load_causal_model(config.model)
-        if any(isinstance(task, ChatTask) and task.packing for task in tasks):
-            check_packing(model, config.model)
-        return model, tokenizer
-    classes = {task.name: task.n_classes for task in tasks if isinstance(task, TextTask)}
-    if len(tasks) == 1 and is_causal(model_config):
-        return _load_classifier(config.model, model_config, tokenizer, classes[tasks[0].name]), tokenizer
-    backbone = _load_backbone(config.model, model_config)
-    return MultiTaskClassifier(backbone, classes, pooling=config.training.pooling), tokenizer
+    training = config.training
+    model, tokenizer = model_for(
+        config.model,
+        {task.name: task.classes for task in tasks if isinstance(task, TextTask)},
+        generates=predicts_tokens(tasks),
+        several=None,
+        pooling=training.pooling,
+        max_length=training.max_length,
+    )
+    if any(isinstance(task, ChatTask) and task.packing for task in tasks):
+        check_packing(model, config.model)
+    return model, tokenizer
 
 
-def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def model_for(
+    name: str,
+    labels: Mapping[str, Sequence[str]],
+    *,
+    generates: bool,
+    several: bool | None,
+    pooling: Literal["mean", "first"],
+    max_length: int,
+    revision: str | None = None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that `build_model` builds, from what saved adapters say of it, and its tokenizer.
+
+    Args:
+        name: a folder, a hub id, or `bundled:NAME`.
+        labels: names of the classes by task.
+        generates: whether it is a causal language model.
+        several: whether it is a `MultiTaskClassifier`; None chooses as `build_model` says.
+        pooling: of a `MultiTaskClassifier`.
+        max_length: tokens of the longest text that the model is to read.
+        revision: commit of the model on the hub; None takes the newest.
+
+    Raises:
+        ConfigError: the model cannot be loaded, does not run on texts alone, or is no causal language model.
+        DataError: the package that carries a bundled model is not installed.
+    """
+    model_config, tokenizer = load_config_and_tokenizer(name, max_length, revision)
+    if generates:
+        check_causal(model_config, name)
+        return load_causal_model(name, revision), tokenizer
+    if several is None:
+        several = len(labels) > 1 or not is_causal(model_config)
+    if not several:
+        (classes,) = labels.values()
+        return _load_classifier(name, model_config, tokenizer, classes, revision), tokenizer
+    return MultiTaskClassifier(_load_backbone(name, model_config, revision), labels, pooling=pooling), tokenizer
+
+
+def origin_of(config: SearchConfig, tasks: Sequence[AnyTask]) -> Origin:
+    """What the adapters of a run say of their base, their tasks and their training."""
+    training, base = config.training, named_model(config.model)
+    return Origin(
+        base_model_name_or_path=base,
+        revision=commit_of(config.model),
+        tokenizer=base,
+        task_type="text-generation" if predicts_tokens(tasks) else "text-classification",
+        tasks=tuple(
+            OriginTask(name=task.name, kind=kind_of(given), labels=_labels(task), text=given.text, pair=given.pair)
+            for given, task in zip(config.tasks, tasks, strict=True)
+        ),
+        pooling=training.pooling,
+        max_length=training.max_length,
+        training={
+            "steps": training.steps,
+            "learning_rate": training.learning_rate,
+            "batch_size": training.batch_size,
+            "seed": training.seed,
+            **{f"examples of {task.name}": len(task.train) for task in tasks},
+        },
+    )
+
+
+def _labels(task: AnyTask) -> tuple[str, ...]:
+    """Names of the classes; of choices, those that every question has."""
+    if isinstance(task, TextTask):
+        return task.classes
+    if isinstance(task, ChoiceTask):
+        offered = {example.choices for example in task.train}
+        return offered.pop() if len(offered) == 1 else ()
+    return ()
+
+
+def build_classifier(config: SearchConfig, classes: Sequence[str]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Transformers' own classification model in fp32, and its tokenizer; its head depends on the seed alone.
 
     Raises:
@@ -143,7 +216,7 @@ def build_classifier(config: SearchConfig, n_classes: int) -> tuple[nn.Module, P
     """
     torch.manual_seed(config.training.seed)
     model_config, tokenizer = load_config_and_tokenizer(config.model, config.training.max_length)
-    return _load_classifier(config.model, model_config, tokenizer, n_classes), tokenizer
+    return _load_classifier(config.model, model_config, tokenizer, classes), tokenizer
 
 
 def check_causal(model_config: PreTrainedConfig, name: str) -> None:
@@ -195,12 +268,14 @@ def check_packing(model: nn.Module, name: str) -> None:
         )
 
 
-def _load_backbone(name: str, model_config: PreTrainedConfig) -> PreTrainedModel:
+def _load_backbone(name: str, model_config: PreTrainedConfig, revision: str | None = None) -> PreTrainedModel:
     """A model without a head. Of models like T5 it is the encoder, because the decoder would need input of its own."""
     encodes = model_config.is_encoder_decoder and type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     kind = AutoModelForTextEncoding if encodes else AutoModel
     with reading_model(name):
-        backbone: PreTrainedModel = kind.from_pretrained(locate_model(name), dtype=torch.float32)
+        backbone: PreTrainedModel = kind.from_pretrained(
+            locate_model(name), dtype=torch.float32, revision=revision or "main"
+        )
     if model_config.is_encoder_decoder and not encodes:
         sample = default_sample(backbone)
         sample.pop("decoder_input_ids", None)
@@ -219,11 +294,17 @@ def _load_backbone(name: str, model_config: PreTrainedConfig) -> PreTrainedModel
 
 
 def _load_classifier(
-    name: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, n_classes: int
+    name: str,
+    model_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    revision: str | None = None,
 ) -> nn.Module:
-    model_config.num_labels, model_config.pad_token_id = n_classes, tokenizer.pad_token_id
+    model_config.id2label = dict(enumerate(classes))
+    model_config.label2id = {label: index for index, label in enumerate(classes)}
+    model_config.pad_token_id = tokenizer.pad_token_id
     with reading_model(name):
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            locate_model(name), config=model_config, dtype=torch.float32
+            locate_model(name), config=model_config, dtype=torch.float32, revision=revision or "main"
         )
     return model

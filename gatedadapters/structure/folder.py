@@ -1,7 +1,7 @@
 """Reads and writes the folder that compact adapters are saved in.
 
-`structure.json` is the Structure and digests; `adapters.safetensors` holds `paths.<key>.<parameter>` (routing included)
-and `heads.<parameter of the model>`, all in float32 or all in bfloat16.
+`structure.json` is the Structure, the Origin and digests; `adapters.safetensors` holds `paths.<key>.<parameter>`
+(routing included) and `heads.<parameter of the model>`, all in float32 or all in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from gatedadapters.artefact_files import (
     read_record_file,
     read_tensors,
     with_digests,
+    with_entry,
     write_tensors,
 )
 from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
+from gatedadapters.config.base import parse_record
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
 from gatedadapters.safe_files import leftovers, whole_folder
+from gatedadapters.structure.origin import ORIGIN, Origin
 from gatedadapters.structure.structure import VERSIONS, Structure
 
 STRUCTURE, WEIGHTS = "structure.json", "adapters.safetensors"
 FILES = frozenset({STRUCTURE, WEIGHTS})
+ADAPTER = "adapter"
+"""Name of the folder that a run saves its adapter in, within its own folder."""
 
 Base = Literal["same", "updated"]
 """The backbone that saved adapters may be loaded on: the one they were trained on, or also an update of it."""
@@ -45,12 +50,14 @@ class Saved:
         paths: by key, with the weights that were saved.
         heads: values of the model's task heads, by parameter.
         identity: fingerprint of the backbone that they were read for.
+        origin: base, tasks and training, as the folder names them; None in artefacts of releases 0.1 and 0.2.
     """
 
     structure: Structure
     paths: dict[str, Path]
     heads: dict[str, Tensor]
     identity: Fingerprint
+    origin: Origin | None
 
 
 def write(
@@ -61,6 +68,7 @@ def write(
     *,
     dtype: torch.dtype,
     overwrite: bool,
+    origin: Origin | None = None,
     beside: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -73,6 +81,7 @@ def write(
         heads: the model's task heads, by parameter.
         dtype: of what is stored, float32 or bfloat16.
         overwrite: replace an artefact that the folder holds, in one step.
+        origin: base, tasks and training, to name them in the folder.
         beside: other files that the folder holds stay; an earlier artefact in it is replaced.
         allow_nonfinite: also write infinities and NaN.
 
@@ -95,7 +104,10 @@ def write(
         check_finite(stored, where=folder, fix=fix)
     with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
         digest = write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
-        (new / STRUCTURE).write_text(with_digests(structure.to_json(), {WEIGHTS: digest}), encoding="utf-8")
+        text = structure.to_json()
+        if origin is not None:
+            text = with_entry(text, ORIGIN, origin.model_dump(mode="json", exclude_none=True))
+        (new / STRUCTURE).write_text(with_digests(text, {WEIGHTS: digest}), encoding="utf-8")
 
 
 def read(
@@ -119,8 +131,8 @@ def read(
         ArtifactError: the folder is not an artefact, a file is truncated, foreign or damaged, a value is not finite, or
             the backbone is another one; the message says whether its class, its shapes or its values differ.
     """
-    path = FilePath(folder)
-    record, structure = _structure(_existing(path) / STRUCTURE, verify)
+    path = adapter_folder(folder)
+    record, structure = _structure(path / STRUCTURE, verify)
     found = _check_backbone(model, structure, path, updated=base == "updated")
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
@@ -135,9 +147,29 @@ def read(
     )
     if found.values != structure.fingerprint.values:
         structure = structure.carried_to(found)
-    return Saved(
-        structure, _filled(paths, structure, tensors), {name: tensors[f"heads.{name}"] for name in heads}, found
-    )
+    values = {name: tensors[f"heads.{name}"] for name in heads}
+    return Saved(structure, _filled(paths, structure, tensors), values, found, _origin(record))
+
+
+def read_origin(folder: str | FilePath, *, verify: bool = True) -> tuple[Structure, Origin | None]:
+    """The structure of saved adapters, and their origin, without a model; arguments and errors are those of `read`."""
+    record, structure = _structure(adapter_folder(folder) / STRUCTURE, verify)
+    return structure, _origin(record)
+
+
+def _origin(record: RecordFile) -> Origin | None:
+    data = record.data.get(ORIGIN)
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise ArtifactError(
+            "the origin of the adapters cannot be read",
+            expected="a JSON object",
+            got=type(data).__name__,
+            where=f"{ORIGIN} in {record.where}",
+            fix="copy the folder again as it was saved",
+        )
+    return parse_record(Origin, data, what="an origin", where=f"{ORIGIN} in {record.where}")
 
 
 def _structure(file: FilePath, verify: bool) -> tuple[RecordFile, Structure]:
@@ -208,21 +240,31 @@ def _values(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in path.state_dict().items() if value.is_floating_point()}
 
 
-def _existing(folder: FilePath) -> FilePath:
-    if (folder / STRUCTURE).is_file():
-        return folder
+def adapter_folder(folder: str | FilePath) -> FilePath:
+    """The folder of a saved adapter: `folder` itself, or the one that a run saved in `folder`.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    folder = FilePath(folder)
+    for place in (folder, folder / ADAPTER):
+        if (place / STRUCTURE).is_file():
+            return place
     if not folder.exists():
         interrupted = [left for left in leftovers(folder) if (left / STRUCTURE).is_file()]
         fix = f"an interrupted save left {interrupted[0]}: rename it" if interrupted else "check the path"
         raise ArtifactError("no such folder", expected="a saved adapter", got="nothing there", where=folder, fix=fix)
     held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
     peft = "adapter_config.json" in held
+    fix = "import it as a peft adapter" if peft else "give the folder that Adapters.save wrote"
+    if held and set(held) <= {"tensorboard", ADAPTER}:
+        fix = "the run that writes it has not saved an adapter yet: let it finish, or start it again"
     raise ArtifactError(
         "this is not a saved adapter",
         expected=f"a folder with {STRUCTURE} and {WEIGHTS}",
         got="a peft adapter" if peft else ", ".join(held[:4]) or "an empty folder",
         where=folder,
-        fix="import it as a peft adapter" if peft else "give the folder that Adapters.save wrote",
+        fix=fix,
     )
 
 

@@ -22,6 +22,7 @@ from gatedadapters.paths import Path, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors, read_text
+from gatedadapters.structure.origin import ORIGIN
 from gatedadapters.untrusted import load_json
 
 VERSIONS = (1, 2)
@@ -341,7 +342,8 @@ class Structure(Config):
         Raises:
             ArtifactError: unknown or missing keys, or values of another type.
         """
-        return parse_record(cls, data, what="a Structure", where=where)
+        own = {key: value for key, value in data.items() if key != ORIGIN}  # it says what the structure is not
+        return parse_record(cls, own, what="a Structure", where=where)
 
     @classmethod
     def load(cls, file: str | FilePath, *, verify: bool = True) -> Self:

@@ -28,6 +28,7 @@ from gatedadapters.structure import Structure
 from gatedadapters.structure.discretize import build_structure, choose_units, kept_mask
 from gatedadapters.structure.folder import write
 from gatedadapters.structure.frontier import Frontier
+from gatedadapters.structure.origin import Origin
 from gatedadapters.supernet.frontier import mean_loss, measure
 from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding, point_hooks, register_hook
 from gatedadapters.supernet.merging import Merged, merge
@@ -46,13 +47,18 @@ class ScoresOfElements(Protocol):
 class Adapters(Supernet):
     """All trainable state that `attach` puts into a model, registered there as `gated_adapters`.
 
-    The attributes are those of `Supernet`, which is what hooks call while the model runs.
+    The other attributes are those of `Supernet`, which is what hooks call while the model runs.
+
+    Attributes:
+        origin: base, tasks and training, which `save` writes into the folder; None takes what the model tells of
+            itself.
     """
 
     def __init__(
         self, paths: Mapping[str, Path], *, tasks: Sequence[str], space: SearchSpace, identity: Fingerprint, seed: int
     ) -> None:
         super().__init__(paths, tasks=tasks, space=space, identity=identity, seed=seed)
+        self.origin: Origin | None = None
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_gates)
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -314,7 +320,7 @@ class Adapters(Supernet):
             identity=self.identity,
             seed=self.seed,
         )
-        twin.bank, twin.structure = copy.deepcopy(self.bank), self.structure
+        twin.bank, twin.structure, twin.origin = copy.deepcopy(self.bank), self.structure, self.origin
         twin.head_names, twin._model = self.head_names, self._model
         twin._fold(self.structure or self.discretize(), None)
         return twin
@@ -478,6 +484,7 @@ class Adapters(Supernet):
             heads,
             dtype=dtype,
             overwrite=overwrite,
+            origin=self.origin or Origin.of(self._model[0] if self._model else None, self.tasks),
             beside=beside,
             allow_nonfinite=allow_nonfinite,
         )

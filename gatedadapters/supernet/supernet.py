@@ -95,14 +95,19 @@ class Supernet(nn.Module, StepListener):
     def call_for(self, task_ids: Tensor | None, batch: int | None = None) -> Call:
         """The call that these arguments ask for; raises as `begin_forward` does."""
         given = task_ids if self.follows_ids else None
-        task = self._task if given is None else checked_ids(self._model, self.tasks, given, batch)
+        task = self._default_task() if given is None else checked_ids(self._model, self.tasks, given, batch)
         if self.merged is not None:
             self._check_merged(self.merged, task)
         return Call(runs=self._runs(), task=task)
 
     def call_outside(self) -> Call:
         """What holds for a part of the model that is called by itself: the task that is set."""
-        return Call(runs=self._runs(), task=self._task)
+        return Call(runs=self._runs(), task=self._default_task())
+
+    def _default_task(self) -> int | None:
+        """The task of a call without task ids: what is set here, or in a classifier before these were attached."""
+        named = self._classifier() if self._task is None else None
+        return self.tasks.index(named.task) if named is not None and named.task in self.tasks else self._task
 
     def end_forward(self) -> None:
         """Called after each forward of the model, also where it raised."""
@@ -278,6 +283,14 @@ class Supernet(nn.Module, StepListener):
                 fix="name a task",
             )
         self._task = cast("int | None", number)
+        name, classifier = None if number is None else self.tasks[cast(int, number)], self._classifier()
+        if classifier is not None and (name is None or name in classifier.tasks):
+            classifier.task = name
+
+    def _classifier(self) -> Any:
+        """The model, if it has a head per task and a task that is set, as a `MultiTaskClassifier` has; else None."""
+        model: Any = self._model[0] if self._model else None
+        return model if isinstance(getattr(model, "tasks", None), tuple) and hasattr(model, "task") else None
 
     # -- what is trained -----------------------------------------------------------------------------------------------
 

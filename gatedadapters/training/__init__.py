@@ -2,7 +2,7 @@
 
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.gated import GatedClass, SelectiveClass, gated, selective
-from gatedadapters.training.multitask import MultiTaskClassifier
+from gatedadapters.training.multitask import MultiTaskClassifier, MultiTaskConfig
 from gatedadapters.training.selective import SelectiveTrainer
 from gatedadapters.training.trainer import GatedTrainer
 
@@ -11,6 +11,7 @@ __all__ = [
     "GatedClass",
     "GatedTrainer",
     "MultiTaskClassifier",
+    "MultiTaskConfig",
     "SelectiveClass",
     "SelectiveTrainer",
     "gated",

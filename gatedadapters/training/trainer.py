@@ -22,6 +22,7 @@ from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
+from gatedadapters.structure.origin import Origin
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
@@ -417,6 +418,7 @@ class GatedTrainer(CheckedTrainer):
 
     def _write_artifact(self, folder: str) -> None:
         if self.delta is None:
+            self._describe_training()
             self.adapters.compacted().save(folder, beside=True)
         else:
             save_joint(self.adapters.model, folder, beside=True)
@@ -598,3 +600,15 @@ def gate_scalars(adapters: Any) -> Mapping[str, float]:
             scalars["gates/target"] = pressure.target(bank)
             scalars["gates/multiplier"] = float(pressure.multipliers[0])
     return scalars
+
+    def _describe_training(self) -> None:
+        """Let the saved adapters say how they were trained."""
+        adapters, args = self.adapters, self.args
+        origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
+        told: dict[str, str | int | float] = {
+            "steps": self.state.global_step,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+            "seed": args.seed,
+        }
+        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}})

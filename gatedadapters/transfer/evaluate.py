@@ -19,6 +19,7 @@ from gatedadapters.config import WeakeningConfig
 from gatedadapters.reporting import html
 from gatedadapters.reporting.intervals import Interval, t_quantile
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.structure.folder import ADAPTER
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import detach, find_heads
 from gatedadapters.supernet.supernet import NAME
@@ -31,7 +32,7 @@ Train = Callable[[nn.Module, int], Adapters]
 ScoreFunction = Callable[[nn.Module], float]
 """From a model with adapters to a score, of which the report is told whether higher or lower is better."""
 
-ADAPTER, TRANSFER_TRAINED = "adapter", "transfer-trained"  # names of the two arms, and of their folders
+TRANSFER_TRAINED = "transfer-trained"  # name of the second arm and of its folder; the first is ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
