@@ -143,6 +143,7 @@ def place(
     for number, stream in enumerate(read.values()):
         with restored(model, head_names, seed + number):
             adapters = attach(model, space, sample, heads=head_names or None, seed=seed)
+            adapters.follows_ids = False  # task ids of a batch are those of the model's heads
             try:
                 probe = Probe(
                     model,

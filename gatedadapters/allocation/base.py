@@ -6,7 +6,7 @@ To add a score:
    measured and cites the source.
 2. Write `worth`, or for a score from gradients at the start the two methods of `GradientScore`, or for a score from
    weights and inputs the one method of `MapScore`.
-3. Register the class in `allocation/__init__.py`, or outside this package with `@gatedadapters.allocation.register`.
+3. Add the class to the list in `allocation/registry.py`, or register it from outside with `@allocation.register`.
 4. Test it with a subclass of `gatedadapters.testing.PlacementScoreContract`.
 """
 

@@ -12,7 +12,8 @@ class Moved(PlacementScore):
     """The size of what a unit has learnt when all candidates have trained together for a few steps (`Path.learned`).
 
     First-order worths of trained units are stable and yet wrong: after fast steps their sign is that of overshoot. How
-    far a unit was pushed is not.
+    far a unit was pushed is not. A budget is filled in the order of these sizes, not of sizes per parameter, which
+    ranked worse.
 
     References:
         Ours, after the warm start of TRACE, arXiv 2605.31025, which selects tensors by their displacement.
@@ -23,4 +24,4 @@ class Moved(PlacementScore):
     def worth(self, probe: Probe) -> dict[str, Tensor]:
         """See `PlacementScore.worth`."""
         probe.warm_start()
-        return {key: path.learned().float().cpu() for key, path in probe.paths.items()}
+        return {key: probe.unit_params[key] * path.learned().float().cpu() for key, path in probe.paths.items()}

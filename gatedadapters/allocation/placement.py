@@ -11,8 +11,11 @@ from torch import Tensor
 from gatedadapters.config import Budget
 from gatedadapters.errors import AllocationError, BudgetError
 from gatedadapters.gates import GateBank
+from gatedadapters.reporting import html
+from gatedadapters.reporting.tables import format_table
 from gatedadapters.structure import Structure
 from gatedadapters.structure.frontier import Frontier
+from gatedadapters.structure.structure import column
 from gatedadapters.supernet.adapters import Adapters
 
 
@@ -87,6 +90,48 @@ class Placement:
             for task, units in record.units.items():
                 total += float(values[tasks.index(task), list(units)].sum())
         return total
+
+    def table(self, structure: Structure | None = None) -> str:
+        """What candidates are worth, by sub-layer, role and kind, the most useful for its parameters first.
+
+        Worths are summed over tasks. Those below 0 count as 0.
+
+        Args:
+            structure: show how many parameters it keeps of each row.
+        """
+        return format_table(*self._table(structure)[:2])
+
+    def _repr_html_(self) -> str:
+        header, rows, shares = self._table(None)
+        bars = {(row, header.index("of the worth")): share for row, share in enumerate(shares)}
+        return html.table(header, rows, title=f"Worth by the score {self.score}", bars=bars)
+
+    def _table(self, structure: Structure | None) -> tuple[list[str], list[list[str]], list[float]]:
+        """Header, rows, and the share of all worth in each row."""
+        paths = dict(self.candidates.typed_paths())
+        places = {key: column(path.site.sublayer, path.site.role, path.kind) for key, path in paths.items()}
+        worth, params, kept = (dict.fromkeys(places.values(), 0.0) for _ in range(3))
+        for group in self.bank.groups:
+            worth[places[group.key]] += float(self.worth[group.key].clamp(min=0.0).sum())
+            params[places[group.key]] += group.params * group.units
+        for record in () if structure is None else structure.paths:
+            kept[places[record.key]] += record.params
+        total = sum(worth.values()) or 1.0
+        rate = {place: worth[place] / params[place] for place in worth}
+        best = max(rate.values()) or 1.0
+        order = sorted(worth, key=lambda place: rate[place], reverse=True)
+        header = ["place", "parameters", "of the worth", "for its size", *(["kept"] if structure is not None else [])]
+        rows = [
+            [
+                place,
+                f"{params[place]:,.0f}",
+                f"{worth[place] / total:.1%}",
+                f"{rate[place] / best:.3f}",
+                *([f"{kept[place]:,.0f}"] if structure is not None else []),
+            ]
+            for place in order
+        ]
+        return header, rows, [worth[place] / total for place in order]
 
     @property
     def bank(self) -> GateBank:

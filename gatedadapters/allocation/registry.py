@@ -27,8 +27,12 @@ def register(score: type[PlacementScore]) -> type[PlacementScore]:
     return score
 
 
-def placement_score(kind: str) -> PlacementScore:
+def placement_score(kind: str, *, where: str = "allocate(score=)") -> PlacementScore:
     """The score of a kind: one of `score_kinds`, or an importance score of `masking`.
+
+    Args:
+        kind: name of the score.
+        where: where the name was given, for the error.
 
     Raises:
         AllocationError: an unknown kind.
@@ -41,7 +45,7 @@ def placement_score(kind: str) -> PlacementScore:
         "no such placement score",
         expected=", ".join((*_KINDS, *(k for k in importance_kinds() if k not in _KINDS))),
         got=repr(kind),
-        where="allocate(score=)",
+        where=where,
         fix="name one of these, or register your own",
     )
 

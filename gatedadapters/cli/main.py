@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gatedadapters.cli import (
+    allocate,
     compress,
     continual,
     plan,
@@ -23,7 +24,20 @@ from gatedadapters.config.plugins import load_plugins
 from gatedadapters.errors import GatedAdaptersError
 from gatedadapters.safe_files import file_errors
 
-COMMANDS = (quickstart, search, compress, select, continual, transfer, predict, study, report, plan, show)
+COMMANDS = (
+    quickstart,
+    search,
+    allocate,
+    compress,
+    select,
+    continual,
+    transfer,
+    predict,
+    study,
+    report,
+    plan,
+    show,
+)
 
 
 def parser() -> argparse.ArgumentParser:

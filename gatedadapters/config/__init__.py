@@ -1,5 +1,6 @@
 """Configuration as frozen, validated, versioned data: one file a concern."""
 
+from gatedadapters.config.allocate import AllocateConfig
 from gatedadapters.config.compress import CompressConfig, CompressTrainingConfig
 from gatedadapters.config.continual import ContinualConfig, CoreConfig, ProbeConfig, StreamTrainingConfig
 from gatedadapters.config.deprecation import renamed
@@ -17,6 +18,7 @@ from gatedadapters.config.transfer import Ramp, TransferConfig, WeakeningConfig
 __all__ = [
     "L0",
     "QUICKSTART_TASKS",
+    "AllocateConfig",
     "Budget",
     "CompressConfig",
     "CompressTrainingConfig",

@@ -60,6 +60,9 @@ class SearchConfig(FileConfig):
         budget: the most that the structure may cost.
         penalty: a weight on the L0 penalty, in place of a budget.
         schedule: when the penalty acts, and when the structure is fixed.
+        prior: the placement score from which the gates start; null for even gates. See `GatedTrainer`.
+        structure: a structure to train as it is, in place of a search: a JSON file, or a folder that holds
+            `structure.json`, such as `allocate` leaves. Space, budget and schedule then matter to rivals alone.
         noise: noise that training meets; any kind of `gatedadapters.robustness`.
         perturbation: perturbation of test texts; scores on them are reported beside those on clean texts.
         training: how long and how fast adapters are trained.
@@ -76,6 +79,8 @@ class SearchConfig(FileConfig):
     budget: Budget = Budget(fraction=0.125)
     penalty: L0 | None = None
     schedule: Schedule = Schedule()
+    prior: str | None = "moved"
+    structure: Place | None = None
     noise: CorruptionConfig | None = None
     perturbation: CorruptionConfig | None = None
     training: TrainingConfig = TrainingConfig()
@@ -125,6 +130,8 @@ class SearchConfig(FileConfig):
             "tasks": tuple(task.from_folder(folder) for task in self.tasks),
             "model": found_in(folder, self.model),
         }
+        if self.structure is not None:
+            changes["structure"] = str(folder / self.structure)
         if isinstance(self.space, str) and self.space.endswith((".yaml", ".yml")):
             changes["space"] = str(folder / self.space)
         return self.model_copy(update=changes)

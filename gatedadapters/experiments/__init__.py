@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatedadapters.experiments.arms import Arm
     from gatedadapters.experiments.evaluation import TaskScore
+    from gatedadapters.experiments.run_allocate import AllocateResult, allocate
     from gatedadapters.experiments.run_compress import CompressResult, compress
     from gatedadapters.experiments.run_continual import ContinualResult, continual
     from gatedadapters.experiments.run_plan import BudgetPlan, PlacePlan, Plan, plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gatedadapters.experiments.saved import show
 
 __all__ = [
+    "AllocateResult",
     "Arm",
     "BudgetPlan",
     "CompressResult",
@@ -43,6 +45,7 @@ __all__ = [
     "SelectResult",
     "TaskScore",
     "TransferResult",
+    "allocate",
     "compress",
     "continual",
     "load",
@@ -58,6 +61,7 @@ __all__ = [
 _FILES = {
     "arms": ("Arm",),
     "evaluation": ("TaskScore",),
+    "run_allocate": ("AllocateResult", "allocate"),
     "run_compress": ("CompressResult", "compress"),
     "run_continual": ("ContinualResult", "continual"),
     "run_plan": ("BudgetPlan", "PlacePlan", "Plan", "plan"),

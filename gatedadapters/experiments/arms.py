@@ -51,6 +51,7 @@ from gatedadapters.training import GatedTrainer
 from gatedadapters.training.devices import chosen_device
 
 SEARCHED = "searched"
+GIVEN = "given structure"
 ACCURACY, LOSS = "test/accuracy", "test/loss"  # the TensorBoard tags that arms are compared by
 
 
@@ -106,6 +107,7 @@ class ArmRunner:
         callbacks: callbacks of every training.
 
     Raises:
+        ArtifactError: the configured structure cannot be read.
         ConfigError: the model cannot be loaded, or the kind of a noise or a perturbation is unknown.
     """
 
@@ -121,6 +123,7 @@ class ArmRunner:
     ) -> None:
         self.config, self.tasks, self.logs, self.callbacks = config, tasks, logs, callbacks
         self.names = tuple(task.name for task in tasks)
+        self.given = None if config.structure is None else Structure.load(config.structure)
         self.measures = {task.title: task.measures for task in config.tasks}
         if perturbations is None:
             perturbations = () if config.perturbation is None else (config.perturbation,)
@@ -141,18 +144,19 @@ class ArmRunner:
     # -- arms ----------------------------------------------------------------------------------------------------------
 
     def run_search(self, progress: tqdm[Any], folder: Path, *, overwrite: bool) -> Arm:
-        """Search, compact, save to `folder`, and test.
+        """Search, or train the structure that is configured; compact, save to `folder`, and test.
 
         Raises:
             ConfigError: the candidates cannot do what the configuration requires of the result.
         """
-        adapters = self.attach(self.config.resolved_space())
+        name = SEARCHED if self.given is None else GIVEN
+        adapters = self.attach(self.given or self.config.resolved_space())
         check_required(self.config.requires, adapters)
-        seconds = self.train(adapters, SEARCHED, progress, searching=True)
+        seconds = self.train(adapters, name, progress, searching=self.given is None)
         self.compact(adapters)
         adapters.origin = origin_of(self.config, self.tasks)
         adapters.save(folder, overwrite=overwrite)
-        return self.test_and_detach(adapters, SEARCHED, seconds, progress)
+        return self.test_and_detach(adapters, name, seconds, progress)
 
     def run_rival(self, kind: Rival, size: int, progress: tqdm[Any]) -> Arm:
         """Train and test a structure that nobody searched, of at most `size` parameters.
@@ -285,6 +289,7 @@ class ArmRunner:
             budget=config.limit if searching else None,
             penalty=config.penalty if searching else None,
             schedule=config.schedule if searching else None,
+            prior=config.prior if searching else None,
             gate_learning_rate=training.gate_learning_rate,
         )
 
@@ -316,7 +321,7 @@ class ArmRunner:
         Structures that nobody searched have no gates: they are compact already.
         """
         if adapters.bank is not None:
-            adapters.compact(adapters.structure or adapters.discretize(self.config.limit))
+            adapters.compact()
 
     @staticmethod
     def _log_folder(logs: Path, name: str) -> Path:

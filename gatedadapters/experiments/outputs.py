@@ -15,11 +15,13 @@ from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import check_writable, file_errors
 from gatedadapters.structure.folder import ADAPTER as ADAPTER
+from gatedadapters.structure.folder import STRUCTURE
 from gatedadapters.transfer.evaluate import TRANSFER_TRAINED as TRANSFER_TRAINED
 
 METRICS = "metrics.json"
 TABLE = "table.txt"
 REPORT = "report.txt"
+WORTH = "worth.json"
 LOGS = "tensorboard"
 
 PEFT = "peft"
@@ -27,15 +29,18 @@ DELTA = "delta"
 STREAMS = "streams"
 
 STRUCTURE_PICTURE = "structure.png"
+FRONTIER_PICTURE = "frontier.png"
 SHIFT_PICTURE = "shift.png"
 PICTURES = "pictures"
 
 SEARCH_CONFIG = "search.yaml"
+ALLOCATE_CONFIG = "allocate.yaml"
 CONTINUAL_CONFIG = "continual.yaml"
 TRANSFER_CONFIG = "transfer.yaml"
 
 # Names that each run writes, and may therefore replace. A search and a compression may replace each other's results.
 OF_SEARCH = frozenset({ADAPTER, PEFT, STRUCTURE_PICTURE, METRICS, TABLE, SEARCH_CONFIG, LOGS})
+OF_ALLOCATE = frozenset({STRUCTURE, STRUCTURE_PICTURE, FRONTIER_PICTURE, WORTH, METRICS, TABLE, ALLOCATE_CONFIG})
 OF_SELECT = frozenset({DELTA, METRICS, REPORT, LOGS})
 OF_CONTINUAL = frozenset({STREAMS, PICTURES, METRICS, TABLE, CONTINUAL_CONFIG, LOGS})
 OF_TRANSFER = frozenset({ADAPTER, TRANSFER_TRAINED, SHIFT_PICTURE, METRICS, TABLE, TRANSFER_CONFIG})

@@ -136,7 +136,7 @@ class SearchResult:
             parts.append(f"{sharing_table(searched)}\n")
         parts.append(f"{self.seconds:.0f} s in all. In {self.folder}:")
         contents = {
-            f"{outputs.ADAPTER}/": f"the searched adapter; gatedadapters predict {self.folder} --text ...",
+            f"{outputs.ADAPTER}/": f"the trained adapter; gatedadapters predict {self.folder} --text ...",
             outputs.STRUCTURE_PICTURE: "its structure as a picture",
             f"{outputs.LOGS}/": f"tensorboard --logdir {self.folder / outputs.LOGS}",
             outputs.METRICS: "every number",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gatedadapters.errors import ArtifactError
+from gatedadapters.experiments.outputs import ALLOCATE_CONFIG
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
@@ -53,7 +54,9 @@ def sharing_table(structure: Structure) -> str:
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """The folder of the adapter that a run saved in `folder`, or else `folder` itself."""
+    """The folder of the adapter that a run saved in `folder`, the file of an allocation, or else `folder` itself."""
+    if (folder / ALLOCATE_CONFIG).is_file():
+        return folder / STRUCTURE
     return folder / ADAPTER if (folder / ADAPTER / STRUCTURE).is_file() else folder
 
 

@@ -84,11 +84,11 @@ def _fully_trained(runner: ArmRunner, progress: tqdm[Any]) -> Iterator[TrainedSi
 def _budget_size(runner: ArmRunner) -> int:
     """The budget in parameters, resolved against the configured space."""
     limit = runner.config.limit
-    if limit is None or limit.unit != "params":
+    if limit is None or limit.unit != "params" or limit.within is not None:
         raise BudgetError(
             "uniform LoRA has the size of the budget",
             expected="a budget in parameters",
-            got="a penalty" if limit is None else limit.unit,
+            got="a penalty" if limit is None else repr(limit),
             where="uniform",
             fix="give params or fraction, or leave uniform LoRA out",
         )

@@ -23,6 +23,7 @@ from gatedadapters.config.base import Config
 from gatedadapters.continual import StreamResult
 from gatedadapters.gates import GateBank
 from gatedadapters.inspection.continual import core_picture, stream_picture
+from gatedadapters.inspection.frontier import frontier_picture
 from gatedadapters.inspection.gates import GateView
 from gatedadapters.inspection.heat_map import HeatMap
 from gatedadapters.inspection.matrix import matrix_picture
@@ -30,6 +31,7 @@ from gatedadapters.inspection.picture import pixels
 from gatedadapters.masking import Mask
 from gatedadapters.reporting.html import NOTHING
 from gatedadapters.structure import Structure
+from gatedadapters.structure.frontier import Frontier
 from gatedadapters.supernet.adapters import Adapters
 
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#b2182b", NOTHING, "#1f5fa6"])
@@ -118,6 +120,19 @@ class TensorBoardWriter:
             label = "change in the share kept (red: less)"
             frame = self._frame("change", blocks, columns, label, colours=_CHANGE, limits=(-1.0, 1.0))
             self._image("structure/changed", frame.paint(change), step)
+
+    def frontier(
+        self, frontier: Frontier, step: int = 0, *, within: float | None = None, tag: str = "frontier"
+    ) -> None:
+        """Write a frontier: its picture (see `frontier_picture`), its table as a text, and scalars of its points.
+
+        The scalars `<tag>/loss` and `<tag>/params` have one value for each point, whose step is its number, the
+        smallest first.
+        """
+        self._image(f"{tag}/picture", pixels(frontier_picture(frontier, within=within)), step)
+        self._text(f"{tag}/table", frontier.table().splitlines(), step)
+        for number, point in enumerate(frontier.points):
+            self.scalars({f"{tag}/loss": point.loss, f"{tag}/params": point.params}, number)
 
     def mask(self, mask: Mask, step: int = 0, *, tag: str = "mask") -> None:
         """Write a mask: its density by role as scalars, by block and role as an image, and its table as a text."""

@@ -207,7 +207,7 @@ class Adapters(Supernet):
 
         Raises:
             AttachError: the adapters are compact.
-            BudgetError: fewer than two points.
+            BudgetError: fewer than two points, or no batches.
         """
         bank, model, read = self._gates(), self.model, list(batches)
         held_out = loss if loss is not None else (lambda model: mean_loss(model, read))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gatedadapters.config import Budget
 from gatedadapters.errors import BudgetError
@@ -78,11 +78,24 @@ def measure(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
-    """The mean over batches of the model's own loss, in evaluation mode."""
-    was_training = model.training
+    """The mean over batches of the model's own loss, in evaluation mode.
+
+    Raises:
+        BudgetError: there are no batches.
+    """
+    was_training, home = model.training, next(model.parameters()).device
     model.eval()
     try:
-        losses = [float(model(**batch).loss) for batch in batches]
+        moved = ({k: v.to(home) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches)
+        losses = [float(model(**batch).loss) for batch in moved]
     finally:
         model.train(was_training)
+    if not losses:
+        raise BudgetError(
+            "there is nothing to measure the held-out loss on",
+            expected="at least one batch",
+            got="none",
+            where="frontier(batches=)",
+            fix="pass a DataLoader or a list of batches; a generator is used up after one pass",
+        )
     return sum(losses) / len(losses)

@@ -19,6 +19,8 @@ from gatedadapters.supernet.adapters import Adapters
 
 FEWEST_STEPS = 32
 FEWEST_BATCHES, MOST_BATCHES = 8, 24
+NOTED = frozenset({"_metrics", "_total_train_tokens"})
+"""What TRL's trainers count whenever they compute a loss."""
 
 
 def probe_batches(steps: int) -> int:
@@ -40,7 +42,7 @@ def start_gates(
     loss_of: Callable[[nn.Module, dict[str, Any]], Tensor],
     *,
     steps: int,
-    score: str | PlacementScore,
+    score: PlacementScore,
     budget: Budget | None,
 ) -> Placement:
     """Let gates start from what a score says of the candidates, after a probe on the first batches of the training.
@@ -64,7 +66,7 @@ def start_gates(
     if trainer.args.gradient_checkpointing:  # as the Trainer does when it begins
         options = trainer.args.gradient_checkpointing_kwargs
         cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's trainers note metrics whenever they see a loss
+    noted = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in NOTED}
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
@@ -85,8 +87,7 @@ def start_gates(
             frontier=FRONTIER_POINTS if relative else 0,
             within=budget.within if budget is not None else None,
         )
-    if metrics is not None:
-        setattr(trainer, "_metrics", metrics)  # noqa: B010 - not every Trainer has them
+    vars(trainer).update(noted)
     bank = placement.bank
     # A probe that helps nowhere says nothing, and equal worths leave the gates even.
     worth = (placement.units() / bank.cost("params").clamp(min=1e-12).float()).to(bank.log_alpha).clamp(min=0.0)
@@ -94,3 +95,11 @@ def start_gates(
         dist.all_reduce(worth)
     bank.start_from(worth)
     return placement
+
+
+def agreed_size(placement: Placement, budget: Budget) -> int:
+    """Parameters of the structure of a relative budget; the largest that any process found on its own batches."""
+    size = torch.tensor(placement.structure(budget).params, device=placement.bank.log_alpha.device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(size, op=dist.ReduceOp.MAX)
+    return int(size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
-from gatedadapters.allocation import Placement, PlacementScore
+from gatedadapters.allocation import Placement, PlacementScore, placement_score
 from gatedadapters.artifacts import save_joint
 from gatedadapters.config import Budget, Penalty, Schedule
 from gatedadapters.data import task_sampler
@@ -27,7 +27,7 @@ from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 from gatedadapters.training.multitask import MultiTaskClassifier
-from gatedadapters.training.prior import can_be_probed, probe_batches, start_gates
+from gatedadapters.training.prior import agreed_size, can_be_probed, probe_batches, start_gates
 from gatedadapters.training.reference import reference_by_switching_off
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class GatedTrainer(CheckedTrainer):
 
     Raises:
         AttachError: the model has no adapters.
+        AllocationError: there is no such prior.
         BudgetError: the budget does not pay for the cheapest unit, or the delta alone uses it up.
         TrainingError: both a budget and a penalty are given, or the arguments cannot give a correct result.
     """
@@ -90,7 +91,7 @@ class GatedTrainer(CheckedTrainer):
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
-        prior: str | PlacementScore | None = "closing",
+        prior: str | PlacementScore | None = "moved",
         gate_learning_rate: float | None = None,
         delta_learning_rate: float | None = None,
         task_temperature: float | None = None,
@@ -122,7 +123,7 @@ class GatedTrainer(CheckedTrainer):
                 fix="drop one",
             )
         self._relative: Budget | None = None
-        self.prior = prior
+        self.prior = placement_score(prior, where=f"{type(self).__name__}(prior=)") if isinstance(prior, str) else prior
         self.placement: Placement | None = None
         chosen = budget if budget is not None else penalty
         if chosen is None and schedule is not None and self.adapters.pressure is not None:
@@ -191,33 +192,55 @@ class GatedTrainer(CheckedTrainer):
 
     def _start_gates(self) -> None:
         """Let fresh gates start from a probe, and turn a budget that is relative to its result into a size."""
-        bank, penalty = self.adapters.bank, self.adapters.pressure
-        if bank is None or bank.frozen or penalty is None or int(bank.step) > 0 or self.prior is None:
-            return
-        if not isinstance(penalty.penalty, Budget):
-            return  # an L0 weight has no size to fill: what starts closed would stay closed
-        steps = self.args.max_steps
-        if steps <= 0:
-            each = max(1, len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
-            steps = math.ceil(self.args.num_train_epochs * each)
-        if not can_be_probed(self) or (probe_batches(steps) == 0 and self._relative is None):
+        reason, penalty = self._why_no_probe(), self.adapters.pressure
+        if reason is not None or penalty is None:
+            if self._relative is not None and self.placement is None:
+                raise TrainingError(
+                    "a budget that is relative to a held-out gain needs a probe before the training",
+                    expected="fresh gates, a prior, and a Trainer that reads its examples from a data set",
+                    got=reason,
+                    where=f"{type(self).__name__}(budget={self._relative!r})",
+                    fix="give a budget in params, such as that of adapters.frontier(batches).within(share)",
+                )
             return
         loss_of = super().compute_loss
         placement = start_gates(
             self,
             self.adapters,
             lambda model, inputs: cast(Tensor, loss_of(model, inputs)),
-            steps=steps,
-            score=self.prior,
+            steps=self._planned_steps(),
+            score=cast(PlacementScore, self.prior),
             budget=self._relative,
         )
         self.placement = placement
         if self._relative is not None:
-            size = placement.structure(self._relative).params
+            size = agreed_size(placement, self._relative)
             exact = Budget(params=size, per_task=self._relative.per_task)
             self.adapters.set_penalty(exact, schedule=penalty.schedule, total_steps=penalty.total_steps)
             self._pressure = self.adapters.pressure
             logger.info("the smallest structure within %s of the gain has %d parameters", self._relative.within, size)
+
+    def _planned_steps(self) -> int:
+        """Optimiser steps of the training, before the Trainer has computed them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        each = max(1, len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * each)
+
+    def _why_no_probe(self) -> str | None:
+        """The reason why gates start even; None if they start from a probe."""
+        bank, pressure = self.adapters.bank, self.adapters.pressure
+        if bank is None or bank.frozen or int(bank.step) > 0:
+            return "gates that have trained already"
+        if self.prior is None:
+            return "prior=None"
+        if pressure is None or not isinstance(pressure.penalty, Budget):
+            return "no budget"  # an L0 weight has no size to fill: what starts closed would stay closed
+        if not can_be_probed(self):
+            return f"a {type(self).__name__}, which generates its examples"
+        if self._relative is None and probe_batches(self._planned_steps()) == 0:
+            return "a short training"
+        return None
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. The gates are drawn first: a Trainer may generate its examples before it computes a loss."""

@@ -91,6 +91,28 @@ def test_consistency_estimates_the_squared_norm_of_the_true_gradient_without_bia
     assert float(found.worth[key][0, 0]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_moved_ranks_units_by_the_size_of_what_they_learnt_whatever_they_cost():
+    model, batches = probed("llama")
+    seen = {}
+
+    class Look(PlacementScore):
+        kind = "look"
+
+        def worth(self, probe):
+            probe.warm_start()
+            seen.update({key: float((path.up.norm() * path.down.norm()).detach()) for key, path in probe.paths.items()})
+            return {key: torch.ones(1) for key in probe.paths}
+
+    place(model, LORA, batches, score=Look())
+    found = place(model, LORA, batches, score="moved")
+    costs = {group.key: group.params for group in found.bank.groups}
+    assert len(set(costs.values())) > 1
+    for key, size in seen.items():
+        assert float(found.worth[key][0, 0]) == pytest.approx(float(size) * costs[key], rel=1e-5)
+    kept = found.structure(ga.Budget(params=int(max(costs.values())))).paths[0]
+    assert kept.key == max(seen, key=lambda key: float(seen[key]))
+
+
 def test_closing_is_the_mean_of_the_last_and_the_first_marginal_loss():
     model, batches = probed("llama")
     two = space({"kind": "norm"}, {"kind": "lora", "rank": 1, "at": {"roles": ["up"]}})

@@ -32,7 +32,7 @@ from cases import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.config import ContinualConfig, SearchConfig, SelectConfig, StudyConfig, TransferConfig
@@ -100,6 +100,21 @@ def test_adapters_compute_what_they_did_and_come_off(name: str) -> None:
     fresh = build()
     fresh.load_state_dict({name: model.get_parameter(name) for name in heads}, strict=False)  # what they learned stays
     assert_same_bits(model, fresh)
+
+
+def test_adapters_of_one_kind_train_on(tmp_path: Path) -> None:
+    model = encoder()
+    adapters = ga.load_adapters(model, STORED / "adapters" / "one-task")
+    assert len({path.kind for _, path in adapters.typed_paths()}) == 1
+    before = [p.detach().clone() for p in adapters.weight_parameters()]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=3, save_strategy="no", report_to=[], disable_tqdm=True,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    rows = [{"input_ids": list(range(3 + i, 9 + i)), "attention_mask": [1] * 6, "labels": i % 2} for i in range(8)]
+    ga.GatedTrainer(model, args, train_dataset=rows).train()
+    assert any(not torch.equal(p, old) for p, old in zip(adapters.weight_parameters(), before, strict=True))
+    assert all(bool(p.isfinite().all()) for p in adapters.weight_parameters())
 
 
 def test_adapters_that_were_carried_to_an_updated_base_know_where_they_come_from() -> None:

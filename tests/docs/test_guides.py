@@ -37,6 +37,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from gatedadapters import paths
+from gatedadapters.allocation import registry
 from gatedadapters.cli.main import main, parser
 from gatedadapters.config import PathOptions
 from gatedadapters.masking import scores
@@ -112,7 +113,7 @@ def made_for(texts: Any) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a guide registers and imports is gone afterwards."""
-    for module, name in ((paths, "_KINDS"), (scores, "_KINDS"), (PathOptions, "registry")):
+    for module, name in ((paths, "_KINDS"), (scores, "_KINDS"), (registry, "_KINDS"), (PathOptions, "registry")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     before = set(sys.modules)
     yield

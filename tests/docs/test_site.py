@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import gatedadapters
+from gatedadapters.allocation import score_kinds as placement_kinds
 from gatedadapters.cli.main import COMMANDS, parser
 from gatedadapters.continual import strategy_kinds
 from gatedadapters.masking.scores import score_kinds
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 PACKAGES = (
     *(
+        "allocation",
         "continual",
         "data",
         "errors",
@@ -119,6 +121,7 @@ def test_every_command_and_option_is_on_its_page() -> None:
     [
         ("paths.md", path_kinds),
         ("scores.md", score_kinds),
+        ("allocation.md", placement_kinds),
         ("continual.md", strategy_kinds),
         ("robustness.md", corruption_kinds),
     ],

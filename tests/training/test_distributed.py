@@ -10,7 +10,7 @@ import pytest
 import torch
 from recipes import assert_same
 from scales import MODELS, search
-from two_processes import PLAIN, SCENARIOS, plain_loop, scenario
+from two_processes import PLAIN, PROBED, SCENARIOS, plain_loop, scenario
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def outcomes(
     scales = [f"{name} in {pieces}" for name in MODELS for pieces in (1, 2)]
     return {
         name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]
-        for name in (*SCENARIOS, PLAIN, *scales)
+        for name in (*SCENARIOS, PLAIN, PROBED, *scales)
     }
 
 
@@ -81,6 +81,15 @@ def test_two_processes_prune_to_the_bits_of_one_process(outcomes: Any) -> None:
         assert shared["structure"] == single["structure"]
         assert shared["losses"] == single["losses"]
         assert_same(shared["state"], single["state"])
+
+
+def test_two_processes_start_from_the_gates_and_the_size_that_both_found(outcomes: Any) -> None:
+    first, second = outcomes[PROBED]
+    for name in ("fraction", "within"):
+        assert not torch.equal(first[f"{name} here"], second[f"{name} here"])  # each probes its own batches
+        assert torch.equal(first[name], second[name])
+        assert first[name].std() > 0
+    assert first["size"] == second["size"]
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

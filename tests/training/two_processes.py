@@ -94,6 +94,22 @@ def plain_loop(*, processes: int) -> dict[str, Any]:
     }
 
 
+def probed(folder: Path) -> dict[str, Any]:
+    """What the gates start from, and the size of a budget that is relative to the gain."""
+    found = {}
+    for name, budget in (("fraction", ga.Budget(fraction=0.3)), ("within", ga.Budget(within=0.1))):
+        model = gated_causal()
+        args = arguments(folder / name, per_device_train_batch_size=2, max_steps=32, learning_rate=3e-2)
+        trainer = ga.GatedTrainer(model, args, train_dataset=continued(4) * 16, budget=budget, schedule=SOON)
+        trainer._start_gates()
+        assert trainer.placement is not None
+        found[name] = ga.get_adapters(model).bank.log_alpha.detach().clone()
+        found[f"{name} here"] = trainer.placement.units()
+    found["size"] = ga.get_adapters(model).pressure.penalty.params
+    return found
+
+
+PROBED = "probed"
 PLAIN = "plain loop"
 SCENARIOS = (
     "classifier",
@@ -122,6 +138,7 @@ def main(folder: Path) -> None:
         for pieces in (1, 2):
             found = search(name, folder / name, batch=4 // pieces, pieces=pieces, processes=2)
             torch.save(found, folder / f"{name} in {pieces} of rank {torch.distributed.get_rank()}.pt")
+    torch.save(probed(folder / PROBED), folder / f"{PROBED} of rank {torch.distributed.get_rank()}.pt")
     torch.save(plain_loop(processes=2), folder / f"{PLAIN} of rank {torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

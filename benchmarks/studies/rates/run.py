@@ -35,12 +35,14 @@ PRETRAINING = 300
 
 def main(arguments: Sequence[str]) -> None:
     """Compute what is missing, and print the table."""
-    options = parser("rates", __doc__, threads=2).parse_args(list(arguments))
+    made = parser("rates", __doc__, threads=2)
+    made.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="default: all")
+    options = made.parse_args(list(arguments))
     carry_out(options, run=lambda: _run(options), table=tables, pack=STORE.pack)
 
 
 def _run(options: argparse.Namespace) -> None:
-    for width, kind in tqdm([(width, kind) for width in WIDTHS for kind in KINDS], "best rates"):
+    for width, kind in tqdm([(width, kind) for width in options.widths for kind in KINDS], "best rates"):
         climb(width, kind)
 
 
