@@ -20,17 +20,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
+from gatedadapters.artifacts.export_peft import peft_has
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
-from gatedadapters.config.search import Rival
+from gatedadapters.config.search import Ability, Rival
 from gatedadapters.data import AnyTask, ChoiceTask, MixedTaskDataset, TextTask, collator, predicts_tokens
 from gatedadapters.data.measures import EXACT_MATCH
-from gatedadapters.errors import BudgetError
+from gatedadapters.errors import BudgetError, ConfigError
 from gatedadapters.experiments.evaluation import Scores, accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import StepProgress
 from gatedadapters.experiments.rivals import RIVAL_NAMES, random_scores, uniform_scores, uniform_space
 from gatedadapters.experiments.task_models import build_model, origin_of
 from gatedadapters.experiments.training import MixedTaskTrainer, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
+from gatedadapters.paths import Path as AdapterPath
 from gatedadapters.robustness import (
     Corruption,
     EmbeddingNoise,
@@ -142,9 +144,14 @@ class ArmRunner:
     # -- arms ----------------------------------------------------------------------------------------------------------
 
     def run_search(self, progress: tqdm[Any], folder: Path, *, overwrite: bool) -> Arm:
-        """Search, or train the structure that is configured; compact, save to `folder`, and test."""
+        """Search, or train the structure that is configured; compact, save to `folder`, and test.
+
+        Raises:
+            ConfigError: the candidates cannot do what the configuration requires of the result.
+        """
         name = SEARCHED if self.given is None else GIVEN
         adapters = self.attach(self.given or self.config.resolved_space())
+        check_required(self.config.requires, adapters)
         seconds = self.train(adapters, name, progress, searching=self.given is None)
         self.compact(adapters)
         adapters.origin = origin_of(self.config, self.tasks)
@@ -319,3 +326,31 @@ class ArmRunner:
     @staticmethod
     def _log_folder(logs: Path, name: str) -> Path:
         return logs / name.replace(" ", "-")
+
+
+def check_required(requires: Sequence[Ability], adapters: Adapters) -> None:
+    """Check that every kind of candidate can do what is required of the result of a search.
+
+    Only kinds that this model has places for count: `weight_lora`, say, is offered at experts alone.
+
+    Raises:
+        ConfigError: some kinds cannot; they are named.
+    """
+    kinds = {path.kind: type(path) for _, path in adapters.typed_paths()}
+    lasting = sorted(kind for kind, path in kinds.items() if path.merge_into is AdapterPath.merge_into)
+    if "merge" in requires and lasting:
+        raise ConfigError(
+            "the search space holds kinds of path that cannot be merged into weights",
+            expected="kinds that are linear maps, such as lora, scale and norm",
+            got=", ".join(lasting),
+            where="requires: merge, and space",
+            fix="leave these kinds out of the space, or merge out of requires",
+        )
+    if "peft" in requires and not peft_has(kinds.values()):
+        raise ConfigError(
+            "the search space holds kinds of path that no peft adapter holds together",
+            expected="lora with norm and rows, scale with norm, norm alone, or rows alone",
+            got=", ".join(sorted(kinds)),
+            where="requires: peft, and space",
+            fix="leave the other kinds out of the space, or peft out of requires",
+        )

@@ -6,13 +6,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-from gatedadapters.artifacts.export_peft import peft_has
 from gatedadapters.config import SearchConfig
 from gatedadapters.data import AnyTask, TextTask
-from gatedadapters.errors import BudgetError, ConfigError
+from gatedadapters.errors import BudgetError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
 from gatedadapters.experiments.evaluation import Scores, majority_accuracy, mean_loss
@@ -21,7 +20,6 @@ from gatedadapters.experiments.rivals import RIVAL_NAMES
 from gatedadapters.experiments.saved import sharing_table
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.inspection import save_png
-from gatedadapters.paths import Path, path_class
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 
@@ -41,7 +39,7 @@ class SearchResult:
     """
 
     config: SearchConfig
-    folder: FilePath
+    folder: Path
     arms: tuple[Arm, ...]
     baseline: dict[str, float]
     seconds: float
@@ -149,7 +147,7 @@ class SearchResult:
 
 @file_errors("read or write a file of the run", "search")
 def search(
-    config: SearchConfig | str | FilePath, out: str | FilePath | None = None, *, overwrite: bool = False
+    config: SearchConfig | str | Path, out: str | Path | None = None, *, overwrite: bool = False
 ) -> SearchResult:
     """Search a structure and compare it with its rivals, as `gatedadapters search` does.
 
@@ -167,7 +165,6 @@ def search(
     """
     config, folder = outputs.config_and_folder(SearchConfig, config, out)
     outputs.check_output_folder(folder, outputs.OF_SEARCH, overwrite=overwrite)
-    check_required(config)
     silence_transformers()
     start = time.perf_counter()
     tasks = load_tasks(config)
@@ -198,32 +195,6 @@ def search(
             result = written()
         progress.set_description("done")
     return result
-
-
-def check_required(config: SearchConfig) -> None:
-    """Check that every kind of path in the search space can do what the configuration requires of the result.
-
-    Raises:
-        ConfigError: some cannot; they are named.
-    """
-    kinds = {options.kind: path_class(options) for options in config.resolved_space().paths}
-    lasting = sorted(kind for kind, path in kinds.items() if path.merge_into is Path.merge_into)
-    if "merge" in config.requires and lasting:
-        raise ConfigError(
-            "the search space holds kinds of path that cannot be merged into weights",
-            expected="kinds that are linear maps, such as lora, scale and norm",
-            got=", ".join(lasting),
-            where="requires: merge, and space",
-            fix="leave these kinds out of the space, or merge out of requires",
-        )
-    if "peft" in config.requires and not peft_has(kinds.values()):
-        raise ConfigError(
-            "the search space holds kinds of path that no peft adapter holds together",
-            expected="lora with norm and rows, scale with norm, norm alone, or rows alone",
-            got=", ".join(sorted(kinds)),
-            where="requires: peft, and space",
-            fix="leave the other kinds out of the space, or peft out of requires",
-        )
 
 
 def _size(arm: Arm) -> list[str]:

@@ -40,8 +40,9 @@ def test_a_new_process_predicts_the_labels_of_the_table(searched: Path, tmp_path
         csv.writer(file).writerows([("text",), ("the film was good",), ("the film was bad",)])
     loaded = ga.load(searched)
     expected = loaded.predict(["the film was good", "the film was bad"])
-    command = [sys.executable, "-m", "gatedadapters", "predict", str(searched / "adapter"), "--json", "--table"]
-    done = subprocess.run([*command, "new.csv"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "gatedadapters", "predict", str(searched / "adapter"), "--json"]
+    command += ["--table", "new.csv", "--column", "text"]  # the second table named it otherwise
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["label"] for row in rows] == [row.answer for row in expected]
     for row, known in zip(rows, expected, strict=True):
