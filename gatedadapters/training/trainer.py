@@ -416,6 +416,18 @@ class GatedTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def _describe_training(self) -> None:
+        """Let the saved adapters say how they were trained."""
+        adapters, args = self.adapters, self.args
+        origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
+        told: dict[str, str | int | float] = {
+            "steps": self.state.global_step,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+            "seed": args.seed,
+        }
+        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}})
+
     def _write_artifact(self, folder: str) -> None:
         if self.delta is None:
             self._describe_training()
@@ -600,15 +612,3 @@ def gate_scalars(adapters: Any) -> Mapping[str, float]:
             scalars["gates/target"] = pressure.target(bank)
             scalars["gates/multiplier"] = float(pressure.multipliers[0])
     return scalars
-
-    def _describe_training(self) -> None:
-        """Let the saved adapters say how they were trained."""
-        adapters, args = self.adapters, self.args
-        origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
-        told: dict[str, str | int | float] = {
-            "steps": self.state.global_step,
-            "learning_rate": args.learning_rate,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
-            "seed": args.seed,
-        }
-        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}})
