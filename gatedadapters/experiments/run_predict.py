@@ -162,9 +162,8 @@ class Loaded:
             (model if hasattr(model, "set_task") else self.adapters).set_task(name)
         if self.origin.task_type == "text-classification" and self.origin.max_length is not None:
             options = {"truncation": True, "max_length": self.origin.max_length} | options
-        return transformers.pipeline(
-            self.origin.task_type, model=self.model, tokenizer=self.tokenizer, device=self._device, **options
-        )
+        build: Any = transformers.pipeline
+        return build(self.origin.task_type, model=self.model, tokenizer=self.tokenizer, device=self._device, **options)
 
     def predict(
         self,
@@ -231,7 +230,9 @@ class Loaded:
             for index, row in enumerate(shares):
                 order = row.argsort(descending=True).tolist()
                 named = {task.labels[label]: float(row[label]) for label in order}
-                yield Prediction(task.name, part[index], others and others[index], named, task.labels[order[0]])
+                yield Prediction(
+                    task.name, part[index], None if others is None else others[index], named, task.labels[order[0]]
+                )
 
     @torch.no_grad()
     def _answered(
@@ -249,7 +250,7 @@ class Loaded:
                     do_sample=False,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-            answer = self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            answer = str(self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)).strip()
             yield Prediction(task.name, text, pair, {}, answer)
 
     def _question(self, task: OriginTask, text: str, pair: str | None) -> torch.Tensor:

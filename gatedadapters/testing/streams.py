@@ -87,4 +87,5 @@ def tiny_classifier(*, dropout: float = 0.1, seed: int = 0) -> MultiTaskClassifi
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    return model.eval()
+    model.train(False)
+    return model

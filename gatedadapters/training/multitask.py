@@ -21,7 +21,7 @@ _OF_THE_BACKBONE = frozenset(
 )
 
 
-class MultiTaskConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # it is made a dataclass
+class MultiTaskConfig(PreTrainedConfig):
     """The configuration of a `MultiTaskClassifier`, as `save_pretrained` writes it.
 
     `hidden_size`, `vocab_size` and the like are those of the backbone.
@@ -51,7 +51,7 @@ class MultiTaskConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # it 
         """Build the backbone's configuration, where a file gave it as a dictionary."""
         backbone = AutoConfig.for_model(**self.backbone) if isinstance(self.backbone, dict) else self.backbone
         self.backbone = None  # transformers would set its attention back to the default
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.backbone = backbone
 
     def __getattr__(self, name: str) -> Any:
@@ -124,7 +124,7 @@ class MultiTaskClassifier(PreTrainedModel):
             nn.init.zeros_(head.bias)
             self.heads[_module_name(name, self.heads)] = head
         self.task = config.task
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
         """Tie the backbone's weights. The backbone has initialised itself, and the heads are new."""
@@ -313,7 +313,7 @@ def _config(
         pooling=pooling,
         dropout=dropout,
         dtype=backbone.config.dtype,
-        name_or_path=backbone.config.name_or_path,
+        name_or_path=backbone.config.name_or_path,  # type: ignore[call-arg]  # the base class takes it
     )
 
 
