@@ -416,18 +416,6 @@ class GatedTrainer(CheckedTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _describe_training(self) -> None:
-        """Let the saved adapters say how they were trained."""
-        adapters, args = self.adapters, self.args
-        origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
-        told: dict[str, str | int | float] = {
-            "steps": self.state.global_step,
-            "learning_rate": args.learning_rate,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
-            "seed": args.seed,
-        }
-        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}})
-
     def _write_artifact(self, folder: str) -> None:
         if self.delta is None:
             self._describe_training()
