@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path as FilePath
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
@@ -71,6 +71,8 @@ class SearchConfig(FileConfig):
         requires: what the result must be able to do: `merge` into the model's weights, be exported to `peft`. A space
             with kinds that cannot is refused before the search.
     """
+
+    added: ClassVar = ("prior", "structure", "requires")
 
     version: Literal[1] = 1
     model: Place

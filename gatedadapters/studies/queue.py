@@ -24,7 +24,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 KEY, OWNER, HEARTBEAT, ERROR, UNCOUNTED = "key", "owner", "heartbeat", "error", "not counted as a failure"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 BEAT = 15.0  # seconds between heartbeats
-_running_here: set[tuple[str, int]] = set()  # (study, trial) of what threads of this process work on
+_running_here: Counter[tuple[str, int]] = Counter()  # (study, trial): threads of this process that claim or work on it
+_counting = threading.Lock()
 _SILENCE = 6  # missing heartbeats after which a process counts as gone
 
 
@@ -70,7 +71,8 @@ def claim(study: optuna.Study) -> Trial | None:
     """Claim a waiting trial for this process; None if no trial is waiting."""
     storage = _storage(study)
     for waiting in trials_of(study, TrialState.WAITING):
-        _running_here.add(_name(study, waiting))
+        with _counting:  # before the claim, so that no thread sees it claimed by nobody
+            _running_here[_name(study, waiting)] += 1
         try:
             if not storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
                 release(study, waiting)
@@ -92,7 +94,11 @@ def claim(study: optuna.Study) -> Trial | None:
 
 def release(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
     """Say that this process works on a claimed trial no longer, whatever has become of it."""
-    _running_here.discard(_name(study, trial))
+    with _counting:
+        name = _name(study, trial)
+        _running_here[name] -= 1  # another thread may have won the claim that this one lost
+        if _running_here[name] <= 0:
+            del _running_here[name]
 
 
 def _name(study: optuna.Study, trial: Trial | FrozenTrial) -> tuple[str, int]:

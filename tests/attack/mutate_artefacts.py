@@ -6,7 +6,6 @@ its digests were taken out: then only refusal and acceptance themselves are judg
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from gatedadapters.continual.states import Change, digest
 from gatedadapters.errors import ArtifactError
 from gatedadapters.testing import tiny
 from gatedadapters.testing.streams import TRAINING, CountingCollate, tiny_classifier, tiny_tasks
-
-logging.getLogger("gatedadapters").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,19 @@ def test_adapters_compute_what_they_did_and_come_off(name: str) -> None:
     assert_same_bits(model, fresh)
 
 
-def test_adapters_of_one_kind_train_on(tmp_path: Path) -> None:
+def test_adapters_train_on(tmp_path: Path) -> None:
     model = encoder()
     adapters = ga.load_adapters(model, STORED / "adapters" / "one-task")
-    assert len({path.kind for _, path in adapters.typed_paths()}) == 1
     before = [p.detach().clone() for p in adapters.weight_parameters()]
     args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=3, save_strategy="no", report_to=[], disable_tqdm=True,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=3,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
         learning_rate=1e-2,
-    )  # fmt: skip
+    )
     rows = [{"input_ids": list(range(3 + i, 9 + i)), "attention_mask": [1] * 6, "labels": i % 2} for i in range(8)]
     ga.GatedTrainer(model, args, train_dataset=rows).train()
     assert any(not torch.equal(p, old) for p, old in zip(adapters.weight_parameters(), before, strict=True))

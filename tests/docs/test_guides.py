@@ -174,8 +174,11 @@ def run_command(words: list[str], where: str) -> None:
         assert " passed" in printed, where
     elif words[:2] == ["pip", "install"]:
         check_installable(arguments[1:], where)
-    elif program == "bash":
-        assert (ROOT / arguments[0]).is_file(), where
+    elif program == "python" and arguments[0] == "-m":
+        assert find_spec(arguments[1]) is not None, where
+    elif program in ("bash", "python"):
+        script = ROOT / arguments[0]
+        assert script.is_file() or (script / "__main__.py").is_file(), where
     elif program == "tensorboard":
         assert find_spec("tensorboard") is not None, where
         folder = Path(arguments[arguments.index("--logdir") + 1])

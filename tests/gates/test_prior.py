@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_bank import GROUPS, HIERARCHIES, bank_of, everything, members
 
-from gatedadapters.gates import GateBank
+from gatedadapters.config import L0, Budget, Schedule
+from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.gates.bank import normal_scores
 
 WORTH = torch.tensor([[5.0, 1.0, 3.0, 0.5, 2.0, 4.0]])  # of the six units of GROUPS
@@ -107,7 +108,8 @@ def step(bank: GateBank, weights: torch.Tensor) -> torch.Tensor:
 
 
 def test_evidence_that_agrees_keeps_the_gradient_and_evidence_that_does_not_removes_it() -> None:
-    bank, plain = (bank_of(stochastic=False, shrink=on, init=1.5) for on in (True, False))
+    bank, plain = (bank_of(stochastic=False, init=1.5) for _ in range(2))
+    bank.shrinks = True  # as under a budget
     steady, changing = torch.tensor([[1.0] * 3 + [2.0] * 3]), torch.tensor([[1.0] * 3 + [-2.0] * 3])
     first = step(bank, steady)
     assert torch.equal(first, step(plain, steady))  # nothing is known yet
@@ -122,16 +124,17 @@ def test_evidence_that_agrees_keeps_the_gradient_and_evidence_that_does_not_remo
 
 def test_trust_between_is_the_product_of_halves_by_their_mean_square() -> None:
     bank = bank_of(stochastic=False, init=0.0)
+    bank.shrinks = True
     step(bank, torch.ones(1, 6))
     step(bank, torch.full((1, 6), 3.0))
     torch.testing.assert_close(bank.trust, torch.full((1, 6), 2 * 3.0 / (1 + 9)))
 
 
 def test_trust_is_that_of_the_saved_halves_when_a_bank_is_loaded() -> None:
-    bank = bank_of(stochastic=False)
+    bank, fresh = (bank_of(stochastic=False) for _ in range(2))
+    bank.shrinks = fresh.shrinks = True
     for sign in (1.0, -2.0, 0.5):
         step(bank, sign * torch.arange(1.0, 7.0)[None])
-    fresh = bank_of(stochastic=False)
     fresh.load_state_dict(copy.deepcopy(bank.state_dict()))
     assert torch.equal(fresh.trust, bank.trust)
     assert torch.equal(step(fresh, torch.ones(1, 6)), step(bank, torch.ones(1, 6)))
@@ -142,3 +145,14 @@ def test_a_bank_of_release_0_1_starts_without_evidence() -> None:
     state = {name: value for name, value in bank.state_dict().items() if name != "halves"}
     bank.load_state_dict(state)
     assert torch.equal(bank.trust, torch.ones(1, sum(group.units for group in GROUPS)))
+
+
+def test_only_a_budget_lets_gates_heed_the_loss_less() -> None:
+    for penalty, config, shrinks in (
+        (Budget(fraction=0.5), True, True),
+        (Budget(fraction=0.5), False, False),
+        (L0(weight=1.0), True, False),
+    ):
+        bank = bank_of(shrink=config)
+        Pressure(bank, penalty, Schedule(), total_steps=10)
+        assert bank.shrinks is shrinks

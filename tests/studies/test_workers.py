@@ -89,6 +89,17 @@ def test_many_threads_claim_every_trial_once(tmp_path: Path) -> None:
     assert len(first.trials) == 70
 
 
+def test_a_claim_that_another_thread_lost_does_not_look_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study()
+    queue.enqueue(study, queue.Job("k", {"x": 1}))
+    stale = queue.trials_of(study, TrialState.WAITING)
+    assert queue.claim(study) is not None
+    with monkeypatch.context() as patched:  # the other thread listed the waiting trials before
+        patched.setattr(queue, "trials_of", lambda study, *states: stale)
+        assert queue.claim(study) is None
+    assert queue.Watch().lost(study) == []
+
+
 def test_a_trial_that_a_storage_error_ended_in_this_process_is_given_up() -> None:
     study = running(socket.gethostname(), os.getpid())
     assert not queue.Watch().lost(study)

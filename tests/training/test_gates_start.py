@@ -204,7 +204,9 @@ def relative(folder: Path, budget: ga.Budget = WITHIN, **changes: Any) -> Any:
     """Ten steps on one text, again and again, so that candidates gain much."""
     torch.manual_seed(0)
     args = arguments(folder, **({"learning_rate": 3e-2} | changes))
-    return ga.GatedTrainer(gated_causal(), args, train_dataset=continued(1) * 64, budget=budget, schedule=LATE)
+    return ga.GatedTrainer(
+        gated_causal(), args, train_dataset=continued(1) * 64, budget=budget, schedule=LATE, prior="closing"
+    )
 
 
 def test_a_relative_budget_becomes_the_size_that_the_probe_found(tmp_path: Path) -> None:
