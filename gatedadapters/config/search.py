@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gatedadapters.config.base import Config, Count, FileConfig, Place, Seed, found_in
 from gatedadapters.config.penalty import L0, Budget, Schedule
@@ -113,12 +113,6 @@ class SearchConfig(FileConfig):
             ConfigError: there is no such preset, or the file is not valid.
         """
         return self.space if isinstance(self.space, SearchSpace) else SearchSpace.load(self.space)
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without requirements the field is left out, so that studies and runs of earlier releases stay the same."""
-        data: dict[str, Any] = write(self)
-        return data if self.requires else {name: value for name, value in data.items() if name != "requires"}
 
     def _yaml_data(self, folder: FilePath | None) -> dict[str, Any]:
         data = super()._yaml_data(folder)

@@ -166,7 +166,7 @@ def run_command(words: list[str], where: str) -> None:
             main(arguments)
     elif program == "gatedadapters":
         assert main(arguments) == 0, where
-        AcceleratorState._reset_state(True)  # elsewhere a command is a process of its own
+        AcceleratorState._reset_state()  # elsewhere a command is a process of its own
     elif program == "pytest":
         quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(Path.cwd())]
         tests = [str(Path(name).resolve()) for name in arguments]
