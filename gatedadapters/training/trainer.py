@@ -183,7 +183,7 @@ class GatedTrainer(CheckedTrainer):
         elif self._relative is not None:
             raise TrainingError(
                 "a run whose budget is relative to a held-out gain cannot resume: its size was found before it began",
-                expected="Budget(params=...), the size that the first run logged as gates/budget",
+                expected="Budget(params=...), the size that the logs of the first run end with as gates/target",
                 got=f"{self._relative!r}",
                 where="train(resume_from_checkpoint=)",
                 fix="give that number of parameters as the budget",
