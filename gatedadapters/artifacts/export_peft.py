@@ -128,7 +128,10 @@ def export_peft(
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """A digest of the fields of a peft configuration that say what it computes; others may be changed by users."""
-    return record_digest({field: config.get(field) for field in COMPUTED_FIELDS})
+    fields = {field: config.get(field) for field in COMPUTED_FIELDS}
+    if config.get("target_parameters"):  # exports of earlier releases have none, and digests without
+        fields["target_parameters"] = config["target_parameters"]
+    return record_digest(fields)
 
 
 def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:
