@@ -9,10 +9,12 @@ from gatedadapters.allocation import Placement, allocate, place
 from gatedadapters.artifacts import (
     Shelf,
     budget_report,
+    export_gguf,
     export_peft,
     import_peft,
     load_adapters,
     load_joint,
+    normalise,
     save_joint,
 )
 from gatedadapters.backbone import Layout, discover
@@ -81,6 +83,7 @@ __all__ = [
     "detach",
     "discover",
     "experiments",
+    "export_gguf",
     "export_peft",
     "gated",
     "get_adapters",
@@ -90,6 +93,7 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "normalise",
     "place",
     "probe",
     "run_stream",

@@ -1,5 +1,6 @@
 """Saved adapters and deltas: reading them back, one or several on a model, and exchanging adapters with peft."""
 
+from gatedadapters.artifacts.export_gguf import export_gguf
 from gatedadapters.artifacts.export_peft import export_peft
 from gatedadapters.artifacts.import_peft import import_peft, singular_values
 from gatedadapters.artifacts.joint import budget_report, load_joint, save_joint
@@ -11,6 +12,7 @@ __all__ = [
     "Normalised",
     "Shelf",
     "budget_report",
+    "export_gguf",
     "export_peft",
     "import_peft",
     "load_adapters",
