@@ -2,6 +2,7 @@
 
 from gatedadapters.artifacts.export_gguf import export_gguf
 from gatedadapters.artifacts.export_peft import export_peft
+from gatedadapters.artifacts.import_adapterhub import import_adapterhub
 from gatedadapters.artifacts.import_peft import import_peft, singular_values
 from gatedadapters.artifacts.joint import budget_report, load_joint, save_joint
 from gatedadapters.artifacts.load import load_adapters
@@ -14,6 +15,7 @@ __all__ = [
     "budget_report",
     "export_gguf",
     "export_peft",
+    "import_adapterhub",
     "import_peft",
     "load_adapters",
     "load_joint",
