@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gatedadapters as ga
+from gatedadapters.artifacts.adapterhub_folder import read_adapterhub
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.testing.backbones import tiny
 
@@ -271,6 +273,24 @@ def test_a_foreign_or_damaged_folder_is_one_error_and_the_model_is_left_alone(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not hasattr(model, "gated_adapters")
     assert not (folder / "exploded").exists()
+
+
+ODD: list[Any] = [None, -1, 1e308, "x" * 70_000, [[]], {"a": [1]}, True]
+
+
+@pytest.mark.parametrize(("case", "file"), [("bert-pfeiffer", CONFIG), ("bert-pfeiffer", HEAD), ("bert-lora", CONFIG)])
+def test_every_field_may_hold_anything_and_is_read_or_refused(tmp_path: Path, case: str, file: str) -> None:
+    folder = tmp_path / "given"
+    shutil.copytree(HERE / case, folder)
+    plain = json.loads((folder / file).read_text())
+    for place in ((), ("config",)):
+        for field in plain["config"] if place else plain:
+            for value in ODD:
+                data = json.loads(json.dumps(plain))
+                (data["config"] if place else data)[field] = value
+                (folder / file).write_text(json.dumps(data))
+                with suppress(GatedAdaptersError):
+                    read_adapterhub(folder)
 
 
 def test_an_adapter_that_reads_the_sum_after_the_attention_of_a_llama_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import gatedadapters as ga
 from gatedadapters.artifacts import singular_values
+from gatedadapters.artifacts.peft_folder import read_peft
 from gatedadapters.errors import ArtifactError
 from gatedadapters.testing.backbones import tiny
 
@@ -195,6 +197,31 @@ def test_damage_is_one_error_and_the_model_is_left_alone(
         assert part in str(caught.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not hasattr(model, "gated_adapters")
+
+
+ODD: list[Any] = [None, -1, 1e308, "(a|aa)+$", ["(a+)+$"], {"a": [1]}, True]
+    saved(tmp_path, family, config())
+    plain = json.loads((tmp_path / CONFIG).read_text())
+    for field in plain:
+        for value in ODD:
+            (tmp_path / CONFIG).write_text(json.dumps(plain | {field: value}))
+            with suppress(ArtifactError):
+                read_peft(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [17, 5000])
+def test_a_name_that_is_wrapped_over_and_over_costs_nothing(tmp_path: Path, depth: int) -> None:
+    _, batch = saved(tmp_path, "mixtral", ADAPTERS["experts"][1]())
+    found = {
+        n.replace("experts.base_layer", f"experts{'.base_layer' * depth}"): v for n, v in tensors(tmp_path).items()
+    }
+    save_file(found, tmp_path / WEIGHTS)
+    with pytest.raises(ArtifactError, match="another model"):
+        ga.import_peft(tiny("mixtral", head="lm")[0], tmp_path, batch)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
 
 
 def test_a_gain_of_zero_that_learnt_something_is_refused(tmp_path: Path) -> None:
