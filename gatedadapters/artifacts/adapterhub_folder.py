@@ -5,10 +5,10 @@ from __future__ import annotations
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_finite, check_inside, read_all
@@ -26,6 +26,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Parsed = TypeVar("_Parsed", bound=_Record)
 
 
@@ -55,18 +56,18 @@ class LoraRecord(_Record):
 class HeadRecord(_Record):
     """A prediction head of one or several linear maps."""
 
-    head_type: str
+    head_type: _Name
     layers: PositiveInt
-    activation_function: str | None = None
+    activation_function: _Name | None = None
     use_pooler: bool = False
     num_labels: PositiveInt | None = None
 
 
 class _Folder(_Record):
-    name: str
-    model_type: str
+    name: _Name
+    model_type: _Name
     config: dict[str, Any]
-    version: str = ""
+    version: Annotated[str, Field(max_length=200)] = ""
 
 
 # Fields that say how an adapter was made, or where; those of Compacter say nothing as long as phm_layer is unset.

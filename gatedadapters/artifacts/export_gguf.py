@@ -155,7 +155,8 @@ def _tensors(
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:
     """Rows (out, rank) in llama.cpp's order: of each head, one from the first half, one from the second, and so on."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _write(gguf: Any, file: FilePath, architecture: str, tensors: Mapping[str, Tensor], *, alpha: float) -> None:

@@ -244,7 +244,7 @@ def _bottleneck(
     elif norm_after:
         # It reads what the norm makes of its input, and adds to that input. Gains and shifts go into its own weights.
         module = model.get_submodule(norm)
-        if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None:
+        if not isinstance(module, nn.LayerNorm) or any(value is None for value in module._parameters.values()):
             raise _unfit(read, f"a LayerNorm at {norm}", type(module).__name__)
         gain, offset = module.weight.float(), module.bias.float()
         bias, down = bias + down @ offset, down * gain

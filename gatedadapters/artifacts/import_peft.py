@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,8 @@ def _prefix(model: nn.Module, adapter: PeftFolder) -> str:
 def _renamed(adapter: PeftFolder, prefix: str) -> PeftFolder:
     """The same with `prefix` before the names of its modules."""
     parts = ("maps", "tables", "parameters", "inputs", "outputs", "norms", "rows", "base", "heads")
-    return replace(adapter, **{part: {prefix + n: v for n, v in getattr(adapter, part).items()} for part in parts})
+    changes: dict[str, Any] = {part: {prefix + n: v for n, v in getattr(adapter, part).items()} for part in parts}
+    return replace(adapter, **changes)
 
 
 def _check_base(model: nn.Module, adapter: PeftFolder) -> None:

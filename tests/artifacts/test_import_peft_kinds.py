@@ -200,6 +200,12 @@ def test_damage_is_one_error_and_the_model_is_left_alone(
 
 
 ODD: list[Any] = [None, -1, 1e308, "(a|aa)+$", ["(a+)+$"], {"a": [1]}, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("name", ["experts", "ia3", "vera", "trainable_tokens"])
+def test_every_field_may_hold_anything_and_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    family, config, _ = ADAPTERS[name]
     saved(tmp_path, family, config())
     plain = json.loads((tmp_path / CONFIG).read_text())
     for field in plain:
