@@ -18,7 +18,7 @@ _NAME = (
 )
 _SCHEME = r"[a-zA-Z][\w+.-]{0,30}://"  # bounded: a long word would be tried from each of its letters to its end
 _USER = re.compile(rf"(?P<scheme>{_SCHEME})(?P<user>[^\s:@/'\"]*)(?P<password>:[^\s'\"]*)?@")
-_NO_HOST = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://[^\s:@/'\"]*):(?!\d+(?:[/?\s'\"]|$))[^\s@/'\"]+(?![^\s'\"]*@)")
+_NO_HOST = re.compile(rf"(?P<scheme>{_SCHEME}[^\s:@/'\"]*):(?!\d+(?:[/?\s'\"]|$))[^\s@/'\"]+(?![^\s'\"]*@)")
 _FIELD = re.compile(
     r"(?P<field>(?:^|[?&;\s,{(])['\"]?" + _NAME + r"['\"]?(?:\s*=\s*|:\s+)['\"]?)(?P<value>[^\s&;,'\"})]+)",
     re.IGNORECASE,
