@@ -247,11 +247,9 @@ def _take_lora(found: PeftFolder, name: str, own: dict[str, Tensor], where: str)
     table = own.keys() & {"table A", "table B"}
     sides = ("table A", "table B") if table else ("A", "B")
     if not own.keys() >= set(sides):
-        held = next(iter(own.keys() & set(sides)), "a magnitude")
+        held = next((f"lora_{side[-1]}" for side in sides if side in own), "a magnitude")
         other = next(side for side in sides if side not in own)
-        raise refused(
-            "half of a LoRA is missing", f"lora_{other[-1]}", f"{held.replace('table ', 'lora_')} alone", where
-        )
+        raise refused("half of a LoRA is missing", f"lora_{other[-1]}", f"{held} alone", where)
     down, up, magnitude = own.pop(sides[0]), own.pop(sides[1]), own.pop("magnitude", None)
     if own or (magnitude is not None) != bool(record.use_dora) or (table and magnitude is not None):
         got = "none" if magnitude is None else "a magnitude"
