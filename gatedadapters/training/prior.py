@@ -70,7 +70,8 @@ def start_gates(
     noted = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in NOTED}
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
-        with trainer.compute_loss_context_manager():
+        # The Trainer wraps the model in the accelerator's autocast only when the training begins.
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             return loss_of(model, trainer._prepare_inputs(dict(batch))).float().view(1)
 
     relative = budget is not None and budget.within is not None
