@@ -17,6 +17,7 @@ from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, te
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
+from gatedadapters.paths.peft_kinds import peft_has
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
@@ -170,21 +171,6 @@ def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | 
             fix="search with a larger budget; without paths the backbone alone computes the same",
         )
     return paths
-
-
-def peft_has(kinds: Collection[type[Path]]) -> bool:
-    """Whether one peft adapter can be of paths of these kinds together."""
-    found = set(kinds)
-    return any(found <= one | beside and found & one for one, beside in _TOGETHER)
-
-
-# What one peft adapter can be of, and what it can hold beside.
-_TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
-    ({LoRA}, {Norm, Rows}),
-    ({Scale}, {Norm}),
-    ({Norm}, set()),
-    ({Rows}, set()),
-)
 
 
 def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
