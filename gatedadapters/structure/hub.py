@@ -78,7 +78,7 @@ def card_of(repository: str, *, revision: str | None = None, token: str | None =
     Raises:
         ArtifactError: the hub cannot be reached or refuses.
     """
-    with hub_errors("read", repository, revision, token):
+    with hub_errors("write", repository, revision, token):  # whoever asks is about to
         try:
             path = hf_hub_download(repository, CARD, revision=revision, token=token)
         except (LocalEntryNotFoundError, GatedRepoError):
@@ -146,7 +146,8 @@ def _told(
     error: Exception, doing: Literal["read", "write"], repository: str, revision: str | None, *, known: bool
 ) -> ArtifactError:
     """What to say of an error; `known` tells whether the hub was given a token."""
-    got = next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    got = " ".join(next((line for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in causes)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, HFValidationError):
         return ArtifactError(
