@@ -246,6 +246,7 @@ def running_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     patch.setattr(f"{constants}HF_HUB_DISABLE_XET", True)
     patch.setattr(f"{constants}HF_HUB_CACHE", str(cache))
     patch.setattr(f"{constants}HF_TOKEN_PATH", str(cache / "token"))
+    patch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the first address that it was made with
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         patch.delenv(name, raising=False)
     try:
