@@ -12,7 +12,7 @@ To add a path kind:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -142,6 +142,17 @@ class Path(nn.Module, ABC):
     @abstractmethod
     def select_units(self, keep: Tensor) -> None:
         """Replace the parameters by new, smaller ones that hold only the units `keep` (indices)."""
+
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """As few paths as contribute the sum of what several contribute, of this kind and at one place.
+
+        By default they stay as they are. Kinds of which one path can hold several override this.
+
+        Args:
+            paths: one or more; they may be changed and returned.
+        """
+        return paths
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return one linear map that computes the same as the map at `site.write` together with this path.
@@ -287,6 +298,15 @@ def holds_examples(rows: Tensor, n: int) -> bool:
     """
     leading = rows.shape[:-1] if rows.dim() < 3 else rows.shape[:1]
     return leading.numel() % n == 0
+
+
+def join_units(paths: Sequence[Path], dims: Mapping[str, int]) -> Path:
+    """The first path with the units of all of them; `dims` is the dimension of each parameter that counts units."""
+    first = paths[0]
+    for name, dim in dims.items():
+        value = torch.cat([getattr(path, name) for path in paths], dim)
+        setattr(first, name, resized(getattr(first, name), value))
+    return first
 
 
 def resized(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

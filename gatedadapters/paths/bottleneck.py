@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.config.base import Units
-from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
+from gatedadapters.paths.base import (
+    Path,
+    check_widths,
+    join_gates,
+    join_parameters,
+    join_units,
+    new_parameter,
+    resized,
+)
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.placing import sublayer_sites
 from gatedadapters.paths.site import Site, SkippedSite
@@ -126,6 +134,14 @@ class Bottleneck(Path):
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the columns of `up`."""
         self.up.mul_(scale.to(self.up))
+
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """The hidden units of all paths of one activation, one after the other."""
+        by_activation: dict[Any, list[Path]] = {}
+        for path in paths:
+            by_activation.setdefault(cast(Bottleneck, path).activation, []).append(path)
+        return [join_units(own, {"down": 0, "bias": 0, "up": 1}) for own in by_activation.values()]
 
     def select_units(self, keep: Tensor) -> None:
         """Keep these rows of `down` and `bias` and columns of `up`."""

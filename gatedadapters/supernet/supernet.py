@@ -62,7 +62,7 @@ class Supernet(nn.Module, StepListener):
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
         self.merged: Merged | None = None
-        self.on_shelf = False
+        self.on_shelf = 0  # the number that a shelf gave them; 0 where they are on none
         self.heads = nn.ParameterList()  # on a shelf: their own values of the model's task heads
         self._task: int | None = 0 if len(self.tasks) == 1 else None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child
