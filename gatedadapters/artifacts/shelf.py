@@ -163,10 +163,11 @@ class Shelf(nn.Module):
     def combine(self, name: str, weights: Mapping[str, float], *, rank: int | None = None) -> Adapters:
         """Put the weighted sum of adapters on the shelf under a new name, without activating it; it can be saved.
 
-        Changes of weights (LoRA), factors, biases and gains at one place add up in one path, hidden units of bottlenecks
-        stand side by side, other kinds stay paths of their own. For LoRA this is the exact sum of the weighted maps, of all ranks
-        together (peft's `cat`; its `linear` adds the factors instead, so that each adapter's up meets the other's
-        down). With `rank`, every LoRA is cut to so many ranks by its singular values (peft's `svd`).
+        Changes of weights (LoRA), factors, biases and gains at one place add up in one path, hidden units of
+        bottlenecks stand side by side, other kinds stay paths of their own. For LoRA this is the exact sum of the
+        weighted maps, of all ranks together (peft's `cat`; its `linear` adds the factors instead, so that each
+        adapter's up meets the other's down). With `rank`, every LoRA is cut to so many ranks by its singular values
+        (peft's `svd`).
 
         Args:
             name: of the sum.
