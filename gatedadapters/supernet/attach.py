@@ -24,6 +24,7 @@ from gatedadapters.runtime.forward import OwnForward
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import InputHook, OutputHook
+from gatedadapters.supernet.reach import NOT_ASKED_FOR, Reach
 from gatedadapters.supernet.supernet import NAME
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def attach(
             )
         built = _from_scratch(model, space, identity, seed)
     else:
-        built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
+        built = _from_space(model, space, discover(model, sample), tasks, identity, head_names, seed)
         for _, path in built.typed_paths():
             path.start_from(model.get_submodule(path.site.write.module))
         if penalty is not None:
@@ -225,6 +226,7 @@ def gate_groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> 
 
 
 def _from_space(
+    model: nn.Module,
     space: SearchSpace,
     layout: Layout,
     tasks: Sequence[str],
@@ -245,8 +247,12 @@ def _from_space(
     adapters.skipped_sites = skipped_sites
     for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in skipped_sites]:
         logger.warning(text)
-    for unknown in (u for u in layout.unknown if u.name not in head_names):
-        logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
+    sites = [site for _, site in found.values()]
+    adapters.reach = Reach.of(model, layout, sites, skipped_sites, heads=head_names)
+    logger.info("%s %s", space.name, adapters.reach)
+    for left in adapters.reach.left:
+        if left.reason != NOT_ASKED_FOR:
+            logger.warning("not reached: %s (%d matrices): %s; %s", left.role, left.matrices, left.reason, left.remedy)
     return adapters
 
 

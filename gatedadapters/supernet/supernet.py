@@ -20,6 +20,7 @@ from gatedadapters.runtime.call import Call, begin, current, end, is_switched_of
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.merging import Merged
+from gatedadapters.supernet.reach import Reach
 from gatedadapters.supernet.routing import checked_ids
 
 NAME = "gated_adapters"
@@ -59,6 +60,7 @@ class Supernet(nn.Module, StepListener):
         self.tasks, self.space, self.identity, self.seed = tuple(tasks), space, identity, seed
         self.skipped_sites: tuple[SkippedSite, ...] = ()
         self.layout: Layout | None = None
+        self.reach: Reach | None = None
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
         self.merged: Merged | None = None
