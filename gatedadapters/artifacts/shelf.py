@@ -17,6 +17,12 @@ from gatedadapters.artifacts.combining import WHERE, combine
 from gatedadapters.artifacts.shelf_calls import Groups, Names, ShelfCall, check_known, fit, groups_of
 from gatedadapters.artifacts.shelf_hooks import Generate, HeadForward, SharedInput, SharedOutput, ShelfDone, ShelfHook
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
+from gatedadapters.backbone.fingerprint import (
+    Fingerprint,
+    backbone_fingerprint,
+    backbone_modules,
+    backbone_parameters,
+)
 from gatedadapters.errors import ArtifactError, AttachError, TaskError
 from gatedadapters.runtime.call import Call, begin, current, end, forget, is_switched_off, new_serial, switched_off
 from gatedadapters.structure.folder import Base, read
@@ -69,6 +75,7 @@ class Shelf(nn.Module):
         self._hooks: dict[tuple[str, type], tuple[SharedInput | SharedOutput, Any]] = {}
         self._heads: dict[str, HeadForward] = {}
         self._required_grad = trained_originally(model)
+        self._identities: dict[frozenset[str], tuple[Any, Fingerprint]] = {}  # by task heads left out
         self._placed = 0  # so far; a name may be given again
         self._calls = 0  # under way
         self._removed: list[Adapters] = []  # whose hooks calls under way may still need
@@ -146,6 +153,7 @@ class Shelf(nn.Module):
                 revision=revision,
                 verify=verify,
                 allow_nonfinite=allow_nonfinite,
+                identify=self._identify,
             )
             at_weight = [key for key, path in saved.paths.items() if path.site.at_weight]
             if at_weight:
@@ -192,6 +200,15 @@ class Shelf(nn.Module):
             name: sum(tensor.nbytes for tensor in (*member.parameters(), *member.buffers()))
             for name, member in self.typed_members().items()
         }
+
+    def _identify(self, heads: frozenset[str]) -> Fingerprint:
+        """The backbone's fingerprint, computed again where a parameter was exchanged or changed since."""
+        if self.model.training:  # a step of an optimiser may be under way
+            return backbone_fingerprint(self.model, skip=heads)
+        state = tuple((parameter.data_ptr(), parameter._version) for _, parameter in backbone_parameters(self.model))
+        if heads not in self._identities or self._identities[heads][0] != state:
+            self._identities[heads] = state, backbone_fingerprint(self.model, skip=heads)
+        return self._identities[heads][1]
 
     def _check_name(self, name: str, where: str) -> None:
         if not name or "." in name or hasattr(nn.ModuleDict, name):
@@ -246,7 +263,7 @@ class Shelf(nn.Module):
 
     def _own_head(self, parameter: nn.Parameter) -> None:
         """Let each module that uses this head run with the values that a call's adapters bring."""
-        for name, module in self.model.named_modules():
+        for name, module in backbone_modules(self.model):
             uses = any(own is parameter for own in module._parameters.values())
             if uses and name not in self._heads:
                 self._heads[name] = HeadForward(self, module, name)

@@ -8,7 +8,7 @@ card, which is never read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Literal
@@ -26,7 +26,7 @@ from gatedadapters.artefact_files import (
     with_entry,
     write_tensors,
 )
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_parameters, is_own
 from gatedadapters.config.base import parse_record
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
@@ -137,6 +137,7 @@ def read(
     revision: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
+    identify: Callable[[frozenset[str]], Fingerprint] | None = None,
 ) -> Saved:
     """Read a folder that `write` wrote, and check it against a model, which is not changed.
 
@@ -147,6 +148,7 @@ def read(
         revision: branch, tag or commit of the repository.
         verify: check the digests of the files.
         allow_nonfinite: also read infinities and NaN.
+        identify: gives the model's fingerprint without these task heads; None computes it.
 
     Raises:
         ArtifactError: the folder is not an artefact, a file is truncated, foreign or damaged, a value is not finite, or
@@ -155,7 +157,8 @@ def read(
     path = adapter_folder(folder, revision=revision)
     record, structure = _structure(path / STRUCTURE, verify)
     origin = _origin(record)
-    found = _check_backbone(model, structure, origin, path, updated=base == "updated")
+    identify = identify or (lambda heads: backbone_fingerprint(model, skip=heads))
+    found = _check_backbone(model, structure, origin, path, identify, updated=base == "updated")
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
     shapes = {
@@ -309,10 +312,16 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
 
 
 def _check_backbone(
-    model: nn.Module, structure: Structure, origin: Origin | None, folder: FilePath, *, updated: bool
+    model: nn.Module,
+    structure: Structure,
+    origin: Origin | None,
+    folder: FilePath,
+    identify: Callable[[frozenset[str]], Fingerprint],
+    *,
+    updated: bool,
 ) -> Fingerprint:
     saved = structure.fingerprint
-    present = dict(model.named_parameters())
+    present = {name for name, _ in backbone_parameters(model)} if saved.heads else set()
     missing = [name for name in saved.heads if name not in present]
     if missing:
         raise ArtifactError(
@@ -322,7 +331,7 @@ def _check_backbone(
             where=folder,
             fix="build the model with the same tasks, in the same class",
         )
-    found = backbone_fingerprint(model, skip=frozenset(saved.heads))
+    found = identify(frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
     if not differ or (updated and differ == ["values"]):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_modules, is_own
 from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
@@ -292,7 +292,7 @@ def adapters_of(model: nn.Module, structure: Structure, paths: Mapping[str, Path
     Raises:
         PathError: the structure names a module or a weight that the model lacks.
     """
-    modules = dict(model.named_modules())
+    modules = dict(backbone_modules(model))
     for record in structure.paths:
         site = paths[record.key].site
         for point in (site.tap, site.write):  # a host contains the weight's module
@@ -328,7 +328,7 @@ def _from_scratch(model: nn.Module, structure: Structure, identity: Fingerprint,
 
 def move_beside(adapters: Adapters, model: nn.Module) -> None:
     """Move each path to the device of the module it writes to, and the gates to that of the first path."""
-    modules = dict(model.named_modules())
+    modules = dict(backbone_modules(model))
     device = None
     for _, path in adapters.typed_paths():
         home = next((p.device for p in modules[path.site.write.module].parameters()), None)
