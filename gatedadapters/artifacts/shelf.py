@@ -27,7 +27,7 @@ from gatedadapters.errors import ArtifactError, AttachError, TaskError
 from gatedadapters.runtime.call import Call, begin, current, end, forget, is_switched_off, new_serial, switched_off
 from gatedadapters.structure.folder import Base, read
 from gatedadapters.supernet.adapters import Adapters
-from gatedadapters.supernet.attach import adapters_of, check_no_adapters, move_beside
+from gatedadapters.supernet.attach import adapters_of, check_no_adapters, move_beside, uncollected
 from gatedadapters.supernet.hooks import (
     InputHook,
     hook_embedding,
@@ -144,7 +144,7 @@ class Shelf(nn.Module):
         Raises:
             ArtifactError: the name is taken or cannot be one, or see `load_adapters`; nothing has changed then.
         """
-        with _CHANGING:
+        with _CHANGING, uncollected():
             self._check_name(name, "Shelf.add")
             saved = read(
                 self.model,

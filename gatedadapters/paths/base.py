@@ -320,6 +320,6 @@ def new_parameter(*shape: int, bound: float = 0.0, generator: torch.Generator | 
     It is drawn on the CPU, so that every device starts from the same values.
     """
     value = torch.zeros(shape)
-    if bound:
+    if bound and not value.is_meta:  # there a draw takes long, and gives nothing
         value.uniform_(-bound, bound, generator=generator)
     return nn.Parameter(value)

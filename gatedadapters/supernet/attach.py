@@ -33,7 +33,7 @@ DEFAULT_TASK = "default"
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Within this context Python does not collect garbage: searching ten thousand new paths took a third of the
     time.
     """
@@ -46,7 +46,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@uncollected()
 def attach(
     model: nn.Module,
     space: SearchSpace | Structure | str,
