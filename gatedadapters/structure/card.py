@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from gatedadapters.paths import path_class
 from gatedadapters.paths.peft_kinds import peft_has
 from gatedadapters.reporting.tables import markdown_table
-from gatedadapters.structure.origin import Origin, is_hub_id
+from gatedadapters.structure.origin import Origin, has_id_form
 from gatedadapters.structure.structure import Structure
 
 CARD, PICTURE = "README.md", "structure.png"
@@ -87,7 +87,7 @@ def _kinds(structure: Structure) -> list[str]:
 def _metadata(structure: Structure, origin: Origin, repository: str | None, license: str) -> ModelCardData:
     base = origin.base_model_name_or_path
     on_hub: dict[str, Any] = {}
-    if base is not None and is_hub_id(base):
+    if base is not None and has_id_form(base):  # folders are named by their whole path
         on_hub = {"base_model": base, "base_model_relation": "adapter"}
     results = [
         EvalResult(

@@ -90,9 +90,14 @@ class Origin(Config):
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def has_id_form(name: str) -> bool:
+    """Whether this could be the id of a repository on the hub."""
+    return _ID.fullmatch(name) is not None
+
+
 def is_hub_id(name: str) -> bool:
     """Whether this can only be the id of a repository on the hub: it has the form of one, and no such path exists."""
-    return _ID.fullmatch(name) is not None and not Path(name).exists()
+    return has_id_form(name) and not Path(name).exists()
 
 
 def named(model: str) -> str:

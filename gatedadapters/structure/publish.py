@@ -11,7 +11,7 @@ from gatedadapters.safe_files import write_text
 from gatedadapters.structure.card import CARD, PICTURE, UNKNOWN_LICENSE, by_hand, license_of, model_card
 from gatedadapters.structure.folder import STRUCTURE, WEIGHTS, read_origin
 from gatedadapters.structure.hub import card_of, pushed
-from gatedadapters.structure.origin import Origin, is_hub_id
+from gatedadapters.structure.origin import Origin, has_id_form
 from gatedadapters.structure.structure import Structure
 
 OnCard = Literal["write", "keep", "replace"]
@@ -79,7 +79,7 @@ def published(origin: Origin, base_model: str | None, *, fix: str | None = None)
         update = {"base_model_name_or_path": base_model, "revision": None, "tokenizer": base_model}
         origin = origin.model_copy(update=update)
     for what, name in (("base", origin.base_model_name_or_path), ("tokenizer", origin.tokenizer)):
-        if name is not None and not name.startswith(BUNDLED) and not is_hub_id(name):
+        if name is not None and not name.startswith(BUNDLED) and not has_id_form(name):
             raise ArtifactError(
                 f"the adapters name their {what} by a folder of this machine, which others do not have",
                 expected="the id of a model on the hub",
