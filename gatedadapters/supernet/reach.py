@@ -120,7 +120,9 @@ class Reach:
             (sum(block.name in hit for block in layout.blocks), len(layout.blocks)),
             (reached[0], reached[1]),
             (elements[0], elements[1]),
-            tuple(Unreached(role, *counts, reason, remedy) for (role, reason, remedy), counts in left.items()),
+            tuple(
+                Unreached(role, number, size, reason, remedy) for (role, reason, remedy), (number, size) in left.items()
+            ),
         )
 
     @property

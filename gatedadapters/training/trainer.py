@@ -457,27 +457,28 @@ class GatedTrainer(CheckedTrainer):
                 for start in (f"eval_{task}_", *(["eval_"] if alone else [])):
                     if key.startswith(start):
                         name = key.removeprefix(start)
-                        if isinstance(value, int | float) and not name.endswith(_OF_SPEED):
+                        if not name.endswith(_OF_SPEED):
                             found[name] = float(value)
                         break
         return found
 
-    def create_model_card(self, license: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> None:
         """Write the card of the adapters, in place of the Trainer's, which says nothing of them.
 
         A card in the output folder that somebody wrote or edited stays. With a sparse delta the card is the Trainer's.
 
         Args:
+            *args: what the Trainer's takes besides, which this card has from the adapters.
             license: id of the licence, such as `"apache-2.0"`.
-            **kwargs: what the Trainer's takes besides, which this card has from the adapters.
+            **kwargs: as `*args`.
         """
         if self.delta is not None:
-            super().create_model_card(license=license, **kwargs)
+            super().create_model_card(*args, license=license, **kwargs)
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         card = folder / CARD
         if self.is_world_process_zero() and not (card.is_file() and by_hand(card.read_text(encoding="utf-8"))):
-            self._describe_training()
+            self.describe_training()
             compact = self.adapters.compacted()
             assert compact.structure is not None
             write_card(folder, compact.structure, compact.origin, repository=self.hub_model_id, license=license)
@@ -498,7 +499,7 @@ class GatedTrainer(CheckedTrainer):
             None,
             fix='say how it is called on the hub: model.config.name_or_path = "user/base"',
         )
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         token = token or self.args.hub_token
         with hub_errors("write", name, token=token):
             super().init_hf_repo(token=token, private=private)
