@@ -473,7 +473,7 @@ class GatedTrainer(CheckedTrainer):
             **kwargs: as `*args`.
         """
         if self.delta is not None:
-            super().create_model_card(*args, license=license, **kwargs)
+            super().create_model_card(*args, **{**kwargs, "license": license})
             return
         folder = Path(str(self.args.output_dir))
         card = folder / CARD
