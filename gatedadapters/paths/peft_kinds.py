@@ -9,10 +9,11 @@ from gatedadapters.paths.lora import LoRA
 from gatedadapters.paths.norm import Norm
 from gatedadapters.paths.rows import Rows
 from gatedadapters.paths.scale import Scale
+from gatedadapters.paths.weight_lora import WeightLoRA
 
 # What one peft adapter can be of, and what it can hold beside.
 _TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
-    ({LoRA}, {Norm, Rows}),
+    ({LoRA, WeightLoRA}, {Norm, Rows}),
     ({Scale}, {Norm}),
     ({Norm}, set()),
     ({Rows}, set()),
