@@ -12,7 +12,7 @@ from gatedadapters.paths.scale import Scale
 from gatedadapters.paths.weight_lora import WeightLoRA
 
 # What one peft adapter can be of, and what it can hold beside.
-_TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
+TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
     ({LoRA, WeightLoRA}, {Norm, Rows}),
     ({Scale}, {Norm}),
     ({Norm}, set()),
@@ -23,4 +23,4 @@ _TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
 def peft_has(kinds: Collection[type[Path]]) -> bool:
     """Whether one peft adapter can be of paths of these kinds together."""
     found = set(kinds)
-    return any(found <= one | beside and found & one for one, beside in _TOGETHER)
+    return any(found <= one | beside and found & one for one, beside in TOGETHER)
