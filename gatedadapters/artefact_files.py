@@ -416,6 +416,7 @@ def _read(file: Any, names: list[str], path: str | Path, *, digest: str | None, 
     tensors: dict[str, Tensor] = {}
     checks: list[Future[tuple[dict[str, int], list[str]]]] = []
     part: dict[str, Tensor] = {}
+    size = 0  # bytes of `part`
 
     def check(part: dict[str, Tensor]) -> tuple[dict[str, int], list[str]]:
         sums = {} if digest is None else {name: _checksum(value) for name, value in part.items()}
@@ -424,9 +425,10 @@ def _read(file: Any, names: list[str], path: str | Path, *, digest: str | None, 
     with ThreadPoolExecutor(1) as beside:
         for name in names:
             part[name] = tensors[name] = file.get_tensor(name).clone()  # else it would stay mapped to the file
-            if sum(value.nbytes for value in part.values()) >= _PART:
+            size += part[name].nbytes
+            if size >= _PART:
                 checks.append(beside.submit(check, part))
-                part = {}
+                part, size = {}, 0
         checksums, broken = check(part)
         for found in checks:
             checksums |= found.result()[0]

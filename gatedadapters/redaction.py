@@ -41,6 +41,12 @@ def remember(url: str) -> None:
     _known.update(secret for secret in found if len(secret) >= _FEWEST)
 
 
+def remember_secret(secret: str) -> None:
+    """Remember a password or a token, for the same."""
+    if len(secret) >= _FEWEST:
+        _known.add(secret)
+
+
 def redacted(text: str) -> str:
     """`text` without passwords and tokens, and with control characters escaped.
 

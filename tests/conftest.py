@@ -27,6 +27,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from local_hub import OWNER, LocalHub, running_hub
 
 torch.set_num_threads(1)
 
@@ -142,3 +143,11 @@ def killed_at_checkpoint() -> Callable[[BaseProcess, Path, int], None]:
         assert process.exitcode == -signal.SIGKILL, f"it ended before it was killed, {len(seen)} of {moment} seen"
 
     return kill
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A server on this machine that the client takes for the Hugging Face Hub; its user anna is logged in."""
+    with running_hub(tmp_path / "hub cache", monkeypatch) as found:
+        monkeypatch.setenv("HF_TOKEN", OWNER)
+        yield found

@@ -144,6 +144,88 @@ parameters at every expert, chosen one by one. At stacks of experts, with the `e
 weights; with other implementations, under `torch.compile`, and at single matrices, one copy of the weight a
 call. A batch of several tasks runs through such modules one task after the other, each token once.
 
+## What is not reached, and what helps
+
+`gatedadapters plan` and `adapters.reach` say which share of the blocks and matrices a search space reaches. They list
+the rest by role, with the reason and a way that works:
+
+- Roles that the space leaves out: the path to add to it.
+- Maps that the sample does not call. LED and Longformer have maps of their own for global attention: attach with a
+  batch that holds a `global_attention_mask`.
+- Weights that are no matrix in a product. XLNet keeps its attention maps, and Funnel its maps of relative positions,
+  as raw parameters of other shapes. SqueezeBERT computes all maps by grouped 1 x 1 convolutions, on features that
+  come before the positions, so that `attach` finds no blocks in it. Elements of such weights are tuned by a mask,
+  which needs no layout:
+
+```python
+import torch
+from transformers import SqueezeBertConfig, SqueezeBertForSequenceClassification
+
+import gatedadapters as ga
+
+tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+model = SqueezeBertForSequenceClassification(SqueezeBertConfig(vocab_size=99, embedding_size=32, **tiny))
+batch = {"input_ids": torch.randint(99, (2, 8)), "labels": torch.tensor([0, 1])}
+scores = ga.score(model, [batch], kind="taylor")
+delta = ga.apply_mask(model, ga.select(scores, density=0.05, include=["*.attention.*.weight"]))
+model(**batch).loss.backward()
+assert all(parameter.grad is not None for parameter in delta.parameters())
+```
+
+## Vision and audio
+
+A model of images gets a blank one as its sample. For sound, and for images with text, give the batch that the processor
+makes. Convolutions before the blocks stay as they are.
+
+```python
+from transformers import ViTConfig, ViTForImageClassification
+
+images = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **tiny))
+adapters = ga.attach(images, "encoder-mixed")
+assert adapters.reach.blocks == (2, 2)
+print(adapters.reach)
+```
+
+```python
+from transformers import CLIPConfig, CLIPModel
+
+text = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **tiny}
+towers = {"text_config": text, "vision_config": {"image_size": 32, "patch_size": 8, **tiny}}
+pairs = CLIPModel(CLIPConfig(**towers, projection_dim=24))
+batch = {"input_ids": torch.randint(3, 99, (2, 8)), "pixel_values": torch.rand(2, 3, 32, 32)}
+adapters = ga.attach(pairs, "lora-all-linear", batch)
+assert adapters.reach.blocks == (4, 4)  # of the text tower and of the image tower
+```
+
+```python
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+sizes = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in sizes.items()}
+special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+frames = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+config = WhisperConfig(vocab_size=99, d_model=32, **sizes, **special, **frames)
+speech = WhisperForConditionalGeneration(config)
+batch = {"input_features": torch.rand(2, 8, 32), "labels": torch.randint(3, 99, (2, 6))}
+adapters = ga.attach(speech, "lora-all-linear", batch)
+assert adapters.reach.blocks == (4, 4)
+speech(**batch).loss.backward()
+```
+
+```python
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+layers = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "num_feat_extract_layers": 2}
+positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+sound = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**layers, **positions, **tiny))
+batch = {"input_values": torch.rand(2, 800), "labels": torch.tensor([0, 1])}
+adapters = ga.attach(sound, "encoder-mixed", batch)
+assert adapters.reach.blocks == (2, 2)
+sound(**batch).loss.backward()
+```
+
+## How it was measured
+
 Measured with the PyTorch code of transformers. Fused training kernels for Mamba (`mamba-ssm`) take the weights of
 `x_proj` and `out_proj` without calling these modules, so that what stands around them does nothing there.
 """

@@ -18,6 +18,7 @@ from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, te
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
+from gatedadapters.paths.peft_kinds import TOGETHER, peft_has
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
@@ -186,25 +187,10 @@ def paths_of_task(adapters: Adapters, task: str | None, *, where: str) -> list[t
     return paths
 
 
-def peft_has(kinds: Collection[type[Path]]) -> bool:
-    """Whether one peft adapter can be of paths of these kinds together."""
-    found = set(kinds)
-    return any(found <= one | beside and found & one for one, beside in _TOGETHER)
-
-
-# What one peft adapter can be of, and what it can hold beside.
-_TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
-    ({LoRA, WeightLoRA}, {Norm, Rows}),
-    ({Scale}, {Norm}),
-    ({Norm}, set()),
-    ({Rows}, set()),
-)
-
-
 def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
     """What peft has no words for, by name."""
     first = {path.kind: f"{path.kind} at {path.site.write}" for path in reversed(list(paths))}
-    known = {kind for one, beside in _TOGETHER for kind in one | beside}
+    known = {kind for one, beside in TOGETHER for kind in one | beside}
     foreign = {path.kind for path in paths if type(path) not in known}
     message = f"peft has no {' or '.join(sorted(foreign))} adapters" if foreign else "a peft adapter is of one kind"
     return ArtifactError(

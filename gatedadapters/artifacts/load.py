@@ -18,6 +18,7 @@ def load_adapters(
     folder: str | Path,
     *,
     base: Base = "same",
+    revision: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
 ) -> Adapters:
@@ -28,25 +29,29 @@ def load_adapters(
 
     Args:
         model: with the same backbone and heads, no adapters attached.
-        folder: what `Adapters.save` wrote, or the output folder of a run that saved an adapter.
+        folder: what `Adapters.save` wrote, the output folder of a run that saved an adapter, or the id of a repository
+            on the hub. Of a repository only these files are fetched, into the hub's cache, which also answers where
+            there is no network.
         base: `"updated"` accepts a backbone of the same layout with other weights, a newer release of it, and records
             the one they came from in `Structure.lineage`. An artefact does not hold the configuration of its backbone:
             that two of equal shapes differ in their heads or non-linearities is what
             `gatedadapters.transfer.check_versions(old, new)` finds, where the old one is at hand.
+        revision: branch, tag or commit of the repository; None takes the newest.
         verify: check the digests of the files, which tell damage. Artefacts of releases 0.1 and 0.2 have none; they
             load with a note in the log.
         allow_nonfinite: also load infinities and NaN.
 
     Raises:
-        ArtifactError: the folder is no artefact, a file is truncated, foreign or damaged, a value is not finite, or the
-            backbone is another one; it says whether its class, its shapes or its values differ.
+        ArtifactError: there is no such repository, or it cannot be reached; the folder is no artefact, a file is
+            truncated, foreign or damaged, a value is not finite, or the backbone is another one; it says whether its
+            class, its shapes or its values differ.
         AttachError: the model already has adapters.
         PathError: the structure names a module that the model lacks.
 
     The model is left untouched by all of them.
     """
     check_no_adapters(model)
-    saved = read(model, folder, base=base, verify=verify, allow_nonfinite=allow_nonfinite)
+    saved = read(model, folder, base=base, revision=revision, verify=verify, allow_nonfinite=allow_nonfinite)
     check_gradients_pass(model)
     adapters = install(adapters_of(model, saved.structure, saved.paths), model, find_heads(model, list(saved.heads)))
     adapters.origin = saved.origin

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gatedadapters.errors import PathError
+from gatedadapters.errors import ArtifactError, PathError, TaskError
 from gatedadapters.paths.base import holds_examples
 from gatedadapters.runtime.call import Call
+from gatedadapters.supernet.adapters import Adapters
 
 Names = str | Sequence[str | None] | None
 """Whose adapters work: one name for all examples, or one per example; None is the backbone alone."""
@@ -59,17 +60,22 @@ class Rows:
         return self.view(tensor)[self.on(tensor.device)]
 
 
+Groups = tuple[tuple[str, Adapters, Rows | None], ...]
+"""Adapters at work, by name, and the examples that they work on; None for all."""
+
+
 class ShelfCall(Call):
     """One forward call, as the shelf sees it.
 
     Attributes:
-        members: (name, rows, call) of each set of adapters at work: None for all rows, and what it sees of the call.
+        members: (adapters, rows, call) of each set of adapters at work: None for all rows, and what it sees of the
+            call. The adapters themselves, since a name may be given to others meanwhile.
         headed: whose task heads the model runs with; None for its own.
     """
 
     __slots__ = ("headed", "members")
 
-    def __init__(self, members: tuple[tuple[str, Rows | None, Call], ...], headed: str | None) -> None:
+    def __init__(self, members: tuple[tuple[Adapters, Rows | None, Call], ...], headed: Adapters | None) -> None:
         super().__init__(runs=bool(members))
         self.members, self.headed = members, headed
 
@@ -77,10 +83,10 @@ class ShelfCall(Call):
         """Whether another call has the same settings."""
         return (
             isinstance(other, ShelfCall)
-            and self.headed == other.headed
+            and self.headed is other.headed
             and len(self.members) == len(other.members)
             and all(
-                one[:2] == two[:2] and one[2].same_as(two[2])
+                one[0] is two[0] and one[1] == two[1] and one[2].same_as(two[2])
                 for one, two in zip(self.members, other.members, strict=True)
             )
         )
@@ -97,3 +103,56 @@ def put(old: Tensor, result: Tensor, rows: Rows, changed: Tensor) -> Tensor:
         result = old.clone(memory_format=torch.contiguous_format)
     rows.view(result)[rows.on(result.device)] = changed
     return result
+
+
+def groups_of(
+    names: Names, members: Mapping[str, Adapters], where: str = "adapter_names", batch: int | None = None
+) -> Groups:
+    """Who works on which examples.
+
+    Args:
+        names: one for all examples, or one per example.
+        members: the adapters by name.
+        where: what named them, for errors.
+        batch: number of examples, as far as it is known.
+
+    Raises:
+        ArtifactError: unknown name.
+        TaskError: a mixture with task heads.
+    """
+    distinct = dict.fromkeys([names] if names is None or isinstance(names, str) else names)
+    for name in distinct:
+        if name is not None:
+            check_known(name, where, members)
+    if names is None or isinstance(names, str) or len(distinct) == 1:
+        return tuple((name, members[name], None) for name in distinct if name is not None)
+    headed = [name for name in distinct if name is not None and members[name].head_names]
+    if headed:
+        raise TaskError(
+            "the model runs with one set of task heads at a time",
+            expected="adapters without task heads in a mixture",
+            got=f"{', '.join(headed)} with heads of their own",
+            where="adapter_names",
+            fix="give each its own batch with shelf.using(name); attach(heads=()) trains and saves none",
+        )
+    return tuple(
+        (name, members[name], Rows(len(names), tuple(i for i, other in enumerate(names) if other == name), batch))
+        for name in distinct
+        if name is not None
+    )
+
+
+def check_known(name: str, where: str, members: Mapping[str, Adapters]) -> None:
+    """Check that there are adapters of this name.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    if name not in members:
+        raise ArtifactError(
+            "no such adapters on the shelf",
+            expected=f"one of {', '.join(members) or 'none'}",
+            got=repr(name),
+            where=where,
+            fix="call shelf.add(name, folder) first",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from gatedadapters.artifacts.shelf_calls import Names, ShelfCall, put
 from gatedadapters.runtime.call import Call
 from gatedadapters.runtime.forward import OwnForward
-from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.hooks import Arguments, InputHook, ModelHook, OutputHook, batch_size
 
 
@@ -28,9 +26,6 @@ class OnModel(Protocol):
 
     def end_forward(self) -> None:
         """Called after each forward of the model, also where it raised."""
-
-    def typed_members(self) -> Mapping[str, Adapters]:
-        """The adapters by name."""
 
     def using(self, names: Names) -> AbstractContextManager[None]:
         """Within this context these adapters work."""
@@ -76,10 +71,9 @@ class HeadForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes for the call under way."""
-        name = self.shelf.call().headed
-        if name is None:
+        member = self.shelf.call().headed
+        if member is None:
             return self.run({}, args, kwargs)
-        member = self.shelf.typed_members()[name]
         values = dict(zip(member.head_names, member.heads, strict=True))
         return self.run({leaf: values[full] for leaf, full in self.tied.items() if full in values}, args, kwargs)
 
@@ -117,13 +111,13 @@ class SharedInput(InputHook):
 
     def __init__(self, shelf: OnModel) -> None:
         super().__init__(cast(Any, shelf), [], None)
-        self.hooks: dict[str, tuple[Any, ...]] = {}
+        self.hooks: dict[int, tuple[Any, ...]] = {}  # by `Adapters.on_shelf`
 
     def change(self, hidden: Tensor, call: Call) -> Tensor:
         """See `InputHook`."""
         result = hidden
-        for name, rows, seen in cast(ShelfCall, call).members:
-            own = self.hooks.get(name, ())
+        for member, rows, seen in cast(ShelfCall, call).members:
+            own = self.hooks.get(member.on_shelf, ())
             part = before = result if rows is None or not own else rows.take(hidden)
             for hook in own:
                 part = hook.change(part, seen)
@@ -139,13 +133,13 @@ class SharedOutput(OutputHook):
 
     def __init__(self, shelf: OnModel) -> None:
         super().__init__(cast(Any, shelf), [], [])
-        self.hooks: dict[str, tuple[Any, ...]] = {}
+        self.hooks: dict[int, tuple[Any, ...]] = {}  # by `Adapters.on_shelf`
 
     def change(self, hidden: Tensor, target: Tensor, call: Call) -> Tensor:
         """See `OutputHook`."""
         result = target
-        for name, rows, seen in cast(ShelfCall, call).members:
-            own = self.hooks.get(name, ())
+        for member, rows, seen in cast(ShelfCall, call).members:
+            own = self.hooks.get(member.on_shelf, ())
             part = before = result if rows is None or not own else rows.take(target)
             read = hidden if rows is None or not own else rows.take(hidden)
             for hook in own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -39,6 +40,31 @@ def is_own(name: str) -> bool:
     return any(part in OWN_MODULES for part in name.split("."))
 
 
+def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without what the library registered in the model, which may be a hundred adapters."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        for child_name, child in reversed(module._modules.items()):
+            if child is not None and child_name not in OWN_MODULES:
+                waiting.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters`, likewise."""
+    seen: set[nn.Parameter] = set()
+    for name, module in backbone_modules(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield f"{name}.{leaf}" if name else leaf, parameter
+
+
 def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
     """Digest names, shapes and 64 evenly spaced values of every parameter, except `skip` and the library's own.
 
@@ -47,8 +73,8 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
     because it reads a tiny share of a large model.
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name in skip or is_own(name):
+    for name, parameter in sorted(backbone_parameters(model)):
+        if name in skip:
             continue
         shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
         for part in parts(parameter.detach()):
@@ -68,7 +94,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
 def backbone_fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fingerprint:
     """The `fingerprint` of the model with the original values of all elements that a sparse delta tunes."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for _, module in backbone_modules(model):
             delta = module._modules.get(DELTA)
             if delta is not None:
                 stack.enter_context(cast(Any, delta).disabled())

@@ -5,6 +5,7 @@ No model family has a table here. Data flow decides, and common names (query, ke
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -492,8 +493,17 @@ class _Assembly:
             return self.reasons[key]
         if key in self.trace.seen:
             return "used, but not as one matrix in a product"
-        return "called, but its weight was not seen" if key.name in self.trace.called else "never called by the sample"
+        if key.name in self.trace.called:
+            return "called, but its weight was not seen"
+        takes = inspect.signature(self.model.forward).parameters
+        hint = f", which has no {_GLOBAL}" if "global" in key.name and _GLOBAL in takes else ""
+        return f"{NEVER_CALLED} by the sample{hint}"
 
+
+NEVER_CALLED = "never called"
+"""How the reason begins for a weight that the sample does not reach."""
+
+_GLOBAL = "global_attention_mask"  # LED and Longformer have maps of their own for tokens that it marks
 
 _SAYS_OTHER_IDS = re.compile("mask|type|position|label|task")
 """Names of a batch's integers that are no token ids."""
@@ -590,5 +600,6 @@ def _no_blocks(model: nn.Module, got: str) -> LayoutError:
         expected="a container of blocks, each adding to a hidden state of constant width",
         got=got,
         where=type(model).__name__,
-        fix="pass the backbone itself, or a sample= that runs through all of it",
+        fix="pass the backbone itself, or a sample= that runs through all of it; a model that keeps its features in "
+        "another dimension than the last (SqueezeBERT) is tuned by elements: ga.score, ga.select, ga.apply_mask",
     )

@@ -10,9 +10,9 @@ from gatedadapters import experiments
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a saved adapter, or the output folder of a search")
+    parser.add_argument("folder", metavar="DIR", help="a saved adapter, the output folder of a search, or a hub id")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="list what changes from DIR to OTHER instead")
+    parser.add_argument("--diff", metavar="OTHER", help="list what changes from DIR to OTHER instead")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-from gatedadapters.artifacts.export_peft import peft_has
 from gatedadapters.config import Budget, CorruptionConfig, SearchConfig, SearchSpace
 from gatedadapters.config.search import Ability, Rival
 from gatedadapters.data import AnyTask, ChoiceTask, MixedTaskDataset, TextTask, collator, predicts_tokens
@@ -33,6 +32,7 @@ from gatedadapters.experiments.task_models import build_model, origin_of
 from gatedadapters.experiments.training import MixedTaskTrainer, training_arguments, use_bf16
 from gatedadapters.inspection import TensorBoardInspector, TensorBoardWriter
 from gatedadapters.paths import Path as AdapterPath
+from gatedadapters.paths.peft_kinds import peft_has
 from gatedadapters.robustness import (
     Corruption,
     EmbeddingNoise,
@@ -156,7 +156,7 @@ class ArmRunner:
         self.compact(adapters)
         adapters.origin = origin_of(self.config, self.tasks)
         adapters.save(folder, overwrite=overwrite)
-        return self.test_and_detach(adapters, name, seconds, progress)
+        return self.test_and_detach(adapters, name, seconds, progress, folder)
 
     def run_rival(self, kind: Rival, size: int, progress: tqdm[Any]) -> Arm:
         """Train and test a structure that nobody searched, of at most `size` parameters.
@@ -177,12 +177,25 @@ class ArmRunner:
         seconds = self.train(adapters, name, progress, searching=False)
         return self.test_and_detach(adapters, name, seconds, progress)
 
-    def test_and_detach(self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any]) -> Arm:
-        """Test compact adapters, detach them, and log the scores; `seconds` is the duration of their training."""
+    def test_and_detach(
+        self, adapters: Adapters, name: str, seconds: float, progress: tqdm[Any], folder: Path | None = None
+    ) -> Arm:
+        """Test compact adapters, detach them, and log the scores.
+
+        Args:
+            adapters: the adapters.
+            name: name of the arm.
+            seconds: the duration of their training.
+            progress: a bar.
+            folder: where they are saved; they are saved once more, with their scores.
+        """
         progress.set_description(f"{name}: test data")
         scores = self.scores()
         perturbed = self.scores(perturbation=self.perturbations[0]) if self.perturbations else None
         structure = cast(Structure, adapters.structure)
+        if folder is not None:
+            adapters.origin = origin_of(self.config, self.tasks, scores)
+            adapters.save(folder, overwrite=True)
         detach(self.model)
         arm = Arm(name, scores, structure, seconds, perturbed)
         if self.logs is not None:

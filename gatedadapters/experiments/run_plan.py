@@ -20,6 +20,7 @@ from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import column
 from gatedadapters.supernet.attach import candidates, gate_groups
+from gatedadapters.supernet.reach import Reach
 
 _BYTES = {"fp32": 4, "bf16": 2}  # of one weight of the backbone
 _TRAINED, _GRADIENT, _ADAM = 4, 4, 8  # bytes of a trained fp32 value, its gradient, and AdamW's two moments
@@ -83,6 +84,7 @@ class Plan:
         flops: cost of all candidates in a forward pass, per token.
         skipped_sites: points where a candidate does not fit, with the reason.
         unknown: modules that discovery did not understand, with the reason.
+        reach: the share of blocks and matrices at which candidates stand, and what is left, with the way to it.
         budget: what the budget leaves; None if none was given.
     """
 
@@ -96,6 +98,7 @@ class Plan:
     flops: float
     skipped_sites: tuple[str, ...]
     unknown: tuple[str, ...]
+    reach: Reach
     budget: BudgetPlan | None
 
     @property
@@ -157,6 +160,7 @@ class Plan:
             "skipped_sites": list(self.skipped_sites),
             "misfits": list(self.skipped_sites),  # the name of 0.1, for one release
             "unknown": list(self.unknown),
+            "reach": self.reach.to_data(),
         }
         if self.budget is not None:
             data["budget"] = {
@@ -174,14 +178,15 @@ class Plan:
         parts = [
             f"{self.model}: {self.blocks} blocks, {self.weights:,} parameters\n"
             f"{self.space}: {self.paths:,} candidate paths, {self.gates:,} gates, "
-            f"{self.params:,} parameters when dense ({self.params / self.weights:.3%} of the model)",
+            f"{self.params:,} parameters when dense ({self.params / self.weights:.3%} of the model)\n"
+            f"{self.reach.summary}",
             self.table(),
+            *([self.reach.table()] if self.reach.left else []),
             format_table(["memory without activations, weights in", *_BYTES], rows),
         ]
         if self.budget is not None:
             parts.append(str(self.budget))
         parts += _listed("does not fit, left out", self.skipped_sites)
-        parts += _listed("not understood, left alone", self.unknown)
         return "\n\n".join(parts)
 
 
@@ -232,6 +237,7 @@ def plan(
         flops=bank.dense_cost("flops"),
         skipped_sites=tuple(f"{skipped.kind} at {skipped.module}: {skipped.reason}" for skipped in skipped_sites),
         unknown=tuple(f"{unknown.name}: {unknown.reason}" for unknown in layout.unknown),
+        reach=Reach.of(model, layout, [site for _, site in offered.values()], skipped_sites),
         budget=allowed,
     )
 

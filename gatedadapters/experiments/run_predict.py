@@ -269,15 +269,18 @@ def load(
     *,
     model: str | None = None,
     base: Base = "same",
+    revision: str | None = None,
     device: str = "auto",
     verify: bool = True,
 ) -> Loaded:
     """Load saved adapters together with the base that they name, ready to predict.
 
     Args:
-        folder: what `Adapters.save` wrote, or the output folder of a run that saved an adapter.
+        folder: what `Adapters.save` wrote, the output folder of a run that saved an adapter, or the id of a repository
+            on the hub.
         model: the base, in place of the one that the folder names: a folder, an id on the hub or `bundled:NAME`.
         base: `"updated"` accepts an update of the base; see `load_adapters`.
+        revision: branch, tag or commit of the repository; None takes the newest.
         device: `auto`, `cpu` or `cuda`.
         verify: check the digests of the files.
 
@@ -286,7 +289,7 @@ def load(
         ConfigError: the base cannot be read.
         DataError: the package that carries a bundled base is not installed.
     """
-    place = adapter_folder(folder)
+    place = adapter_folder(folder, revision=revision)
     structure, origin = read_origin(place, verify=verify)
     if origin is None or origin.task_type is None or not origin.tasks:
         raise ArtifactError(
@@ -343,19 +346,21 @@ def predict(
     text: str | None = None,
     pair: str | None = None,
     model: str | None = None,
+    revision: str | None = None,
     max_new_tokens: int = 64,
     device: str = "auto",
 ) -> Predictions:
     """Answer texts or the rows of a table with a saved adapter, as `gatedadapters predict` does.
 
     Args:
-        folder: a saved adapter, or the output folder of a run.
+        folder: a saved adapter, the output folder of a run, or the id of a repository on the hub.
         texts: the texts.
         table: a table in their place: CSV, TSV, JSON lines or parquet.
         task: name of the task; None answers for all of them.
         text: column of the text. Default: that of the table which was learned from.
         pair: column of the second text. Default: likewise.
         model: the base, in place of the one that the folder names.
+        revision: branch, tag or commit of the repository.
         max_new_tokens: tokens after which an answer in words is cut.
         device: `auto`, `cpu` or `cuda`.
 
@@ -371,7 +376,7 @@ def predict(
             fix="give --text or --table",
         )
     silence_transformers()
-    loaded = load(folder, model=model, device=device)
+    loaded = load(folder, model=model, revision=revision, device=device)
     if table is None:
         return loaded.predict(list(texts or ()), task=task, max_new_tokens=max_new_tokens)
     rows: list[Prediction] = []

@@ -9,7 +9,7 @@ from gatedadapters.experiments.outputs import ALLOCATE_CONFIG
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
-from gatedadapters.structure.folder import ADAPTER, STRUCTURE, WEIGHTS, read_origin
+from gatedadapters.structure.folder import STRUCTURE, WEIGHTS, adapter_folder, read_origin
 from gatedadapters.structure.origin import Origin
 
 
@@ -18,17 +18,18 @@ def show(folder: str | Path, *, png: str | Path | None = None, diff: str | Path 
     """Describe a saved adapter, as `gatedadapters show` does: its structure, what its tasks share, and its size.
 
     Args:
-        folder: folder of the adapter, output folder of a run that saved one, or a JSON file of a structure.
+        folder: folder of the adapter, output folder of a run that saved one, id of a repository on the hub, or a JSON
+            file of a structure.
         png: a file to draw the structure in.
         diff: another adapter. The text then lists what changes from the first to this one instead.
 
     Raises:
         ArtifactError: there is no readable structure, or the weights are missing.
     """
-    place = _adapter_folder(Path(folder))
+    place = _adapter_folder(folder)
     structure = Structure.load(place)
     if diff is not None:
-        other = _adapter_folder(Path(diff))
+        other = _adapter_folder(diff)
         changes = "\n".join(structure.diff(Structure.load(other))) or "the same paths and units"
         parts = [f"from {place}\n  to {other}", changes]
     else:
@@ -53,11 +54,11 @@ def sharing_table(structure: Structure) -> str:
     return format_table(["sharing", "parameters"], rows)
 
 
-def _adapter_folder(folder: Path) -> Path:
-    """The folder of the adapter that a run saved in `folder`, the file of an allocation, or else `folder` itself."""
-    if (folder / ALLOCATE_CONFIG).is_file():
-        return folder / STRUCTURE
-    return folder / ADAPTER if (folder / ADAPTER / STRUCTURE).is_file() else folder
+def _adapter_folder(folder: str | Path) -> Path:
+    """The folder of a saved adapter, the file of an allocation, or a file of a structure itself."""
+    if (Path(folder) / ALLOCATE_CONFIG).is_file():
+        return Path(folder) / STRUCTURE
+    return Path(folder) if Path(folder).is_file() else adapter_folder(folder)
 
 
 def _facts(folder: Path, structure: Structure) -> str:

@@ -33,6 +33,7 @@ from gatedadapters.data import (
 )
 from gatedadapters.data.measures import EXACT_MATCH, measure
 from gatedadapters.errors import ConfigError
+from gatedadapters.experiments.evaluation import Scores
 from gatedadapters.experiments.models import (
     is_causal,
     load_causal_model,
@@ -173,8 +174,8 @@ def model_for(
     return MultiTaskClassifier(_load_backbone(name, model_config, revision), labels, pooling=pooling), tokenizer
 
 
-def origin_of(config: SearchConfig, tasks: Sequence[AnyTask]) -> Origin:
-    """What the adapters of a run say of their base, their tasks and their training."""
+def origin_of(config: SearchConfig, tasks: Sequence[AnyTask], scores: Scores | None = None) -> Origin:
+    """What the adapters of a run say of their base, their tasks, their training, and their scores on test data."""
     training, base = config.training, named_model(config.model)
     return Origin(
         base_model_name_or_path=base,
@@ -182,7 +183,14 @@ def origin_of(config: SearchConfig, tasks: Sequence[AnyTask]) -> Origin:
         tokenizer=base,
         task_type="text-generation" if predicts_tokens(tasks) else "text-classification",
         tasks=tuple(
-            OriginTask(name=task.name, kind=kind_of(given), labels=_labels(task), text=given.text, pair=given.pair)
+            OriginTask(
+                name=task.name,
+                kind=kind_of(given),
+                labels=_labels(task),
+                text=given.text,
+                pair=given.pair,
+                metrics={} if scores is None else {"loss": scores[task.name].loss, **scores[task.name].measures},
+            )
             for given, task in zip(config.tasks, tasks, strict=True)
         ),
         pooling=training.pooling,

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from gatedadapters.continual import Core, StreamResult
 from gatedadapters.inspection.matrix import matrix_picture
-from gatedadapters.inspection.picture import quiet, save_figure
 from gatedadapters.reporting.html import INK
+from gatedadapters.structure.picture import quiet, save_figure
 
 
 def stream_picture(result: StreamResult, *, title: str | None = None) -> Figure:

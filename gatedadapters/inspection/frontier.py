@@ -9,9 +9,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from gatedadapters.inspection.picture import save_figure
 from gatedadapters.reporting.html import INK
 from gatedadapters.structure.frontier import Frontier
+from gatedadapters.structure.picture import save_figure
 
 _LINE, _FAINT, _CHOSEN = "#1f5fa6", "#8b949c", "#b2182b"
 

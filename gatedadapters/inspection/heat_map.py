@@ -11,8 +11,8 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gatedadapters.inspection.picture import COLOURS, pixels
 from gatedadapters.reporting.html import INK
+from gatedadapters.structure.picture import COLOURS, pixels
 
 _CELL, _TALLEST, _DPI, _POINTS = 0.2, 8.5, 100, 7  # inches of a cell, inches in all, dots per inch, size of letters
 _LEFT, _RIGHT, _TOP, _LETTER = 0.6, 0.6, 0.3, 0.075  # inches beside and above the cells, and of a letter

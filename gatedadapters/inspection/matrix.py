@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from gatedadapters.errors import DataError
-from gatedadapters.inspection.picture import COLOURS, quiet
 from gatedadapters.reporting.html import INK
+from gatedadapters.structure.picture import COLOURS, quiet
 
 
 def matrix_picture(

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from gatedadapters.inspection.picture import quiet, save_figure
 from gatedadapters.reporting.html import INK
+from gatedadapters.structure.picture import quiet, save_figure
 from gatedadapters.transfer import ActivationShift
 
 

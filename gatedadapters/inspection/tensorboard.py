@@ -27,11 +27,11 @@ from gatedadapters.inspection.frontier import frontier_picture
 from gatedadapters.inspection.gates import GateView
 from gatedadapters.inspection.heat_map import HeatMap
 from gatedadapters.inspection.matrix import matrix_picture
-from gatedadapters.inspection.picture import pixels
 from gatedadapters.masking import Mask
 from gatedadapters.reporting.html import NOTHING
 from gatedadapters.structure import Structure
 from gatedadapters.structure.frontier import Frontier
+from gatedadapters.structure.picture import pixels
 from gatedadapters.supernet.adapters import Adapters
 
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#b2182b", NOTHING, "#1f5fa6"])

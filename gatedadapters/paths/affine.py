@@ -92,6 +92,16 @@ class Affine(Path):
             bias = shift if bias is None else bias + shift
         return weight, bias
 
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """The sums of the factors' changes and of the shifts."""
+        whole = max(paths, key=lambda path: sum(1 for _ in path.parameters()))  # some norms have no shift of their own
+        with torch.no_grad():
+            for path in paths:
+                for name, value in path.named_parameters() if path is not whole else ():
+                    whole.get_parameter(name).add_(value)
+        return (whole,)
+
     def select_units(self, keep: Tensor) -> None:
         """Do nothing: there is one unit, and it is kept."""
 

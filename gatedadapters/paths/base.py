@@ -12,7 +12,7 @@ To add a path kind:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -142,6 +142,17 @@ class Path(nn.Module, ABC):
     @abstractmethod
     def select_units(self, keep: Tensor) -> None:
         """Replace the parameters by new, smaller ones that hold only the units `keep` (indices)."""
+
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """As few paths as contribute the sum of what several contribute, of this kind and at one place.
+
+        By default they stay as they are. Kinds of which one path can hold several override this.
+
+        Args:
+            paths: one or more; they may be changed and returned.
+        """
+        return paths
 
     def merge_into(self, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return one linear map that computes the same as the map at `site.write` together with this path.
@@ -289,6 +300,15 @@ def holds_examples(rows: Tensor, n: int) -> bool:
     return leading.numel() % n == 0
 
 
+def join_units(paths: Sequence[Path], dims: Mapping[str, int]) -> Path:
+    """The first path with the units of all of them; `dims` is the dimension of each parameter that counts units."""
+    first = paths[0]
+    for name, dim in dims.items():
+        value = torch.cat([getattr(path, name) for path in paths], dim)
+        setattr(first, name, resized(getattr(first, name), value))
+    return first
+
+
 def resized(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
     """A new parameter with a copy of `value`; it requires a gradient if `parameter` does."""
     return nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
@@ -300,6 +320,6 @@ def new_parameter(*shape: int, bound: float = 0.0, generator: torch.Generator | 
     It is drawn on the CPU, so that every device starts from the same values.
     """
     value = torch.zeros(shape)
-    if bound:
+    if bound and not value.is_meta:  # there a draw takes long, and gives nothing
         value.uniform_(-bound, bound, generator=generator)
     return nn.Parameter(value)

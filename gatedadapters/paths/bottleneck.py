@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -23,7 +23,15 @@ from torch.nn import functional as F
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.config.base import Units
-from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
+from gatedadapters.paths.base import (
+    Path,
+    check_widths,
+    join_gates,
+    join_parameters,
+    join_units,
+    new_parameter,
+    resized,
+)
 from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.paths.placing import sublayer_sites
 from gatedadapters.paths.site import Site, SkippedSite
@@ -143,6 +151,14 @@ class Bottleneck(Path):
     def scale_units(self, scale: Tensor) -> None:
         """Multiply the columns of `up`."""
         self.up.mul_(scale.to(self.up))
+
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """The hidden units of all paths that compute alike, one after the other."""
+        alike: dict[Any, list[Path]] = {}
+        for path in cast(Sequence[Bottleneck], paths):
+            alike.setdefault((path.activation, path.normalized), []).append(path)
+        return [join_units(own, {"down": 0, "bias": 0, "up": 1}) for own in alike.values()]
 
     def select_units(self, keep: Tensor) -> None:
         """Keep these rows of `down` and `bias` and columns of `up`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from gatedadapters.backbone import Layout
 from gatedadapters.config import PathOptions
 from gatedadapters.config.base import Units
-from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, new_parameter, resized
+from gatedadapters.paths.base import Path, check_widths, join_gates, join_parameters, join_units, new_parameter, resized
 from gatedadapters.paths.low_rank import looked_up, low_rank
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.precision import widened
@@ -140,6 +140,11 @@ class LoRA(Path):
         down[keep] = ((q_down @ v.t())[:, :count].t() * length).to(down)
         self.up.copy_(up)
         self.down.copy_(down)
+
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Sequence[Path]:
+        """The ranks of all paths, one after the other."""
+        return (join_units(paths, {"down": 0, "up": 1}),)
 
     def select_units(self, keep: Tensor) -> None:
         """Keep these rows of `down` and columns of `up`."""

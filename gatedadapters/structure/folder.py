@@ -1,12 +1,14 @@
 """Reads and writes the folder that compact adapters are saved in.
 
 `structure.json` is the Structure, the Origin and digests; `adapters.safetensors` holds `paths.<key>.<parameter>`
-(routing included) and `heads.<parameter of the model>`, all in float32 or all in bfloat16.
+(routing included) and `heads.<parameter of the model>`, all in float32 or all in bfloat16. `README.md` is the model
+card, which is never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Literal
@@ -24,18 +26,22 @@ from gatedadapters.artefact_files import (
     with_entry,
     write_tensors,
 )
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_parameters, is_own
 from gatedadapters.config.base import parse_record
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
 from gatedadapters.safe_files import leftovers, whole_folder
-from gatedadapters.structure.origin import ORIGIN, Origin
+from gatedadapters.structure.card import CARD, by_hand, model_card
+from gatedadapters.structure.hub import downloaded
+from gatedadapters.structure.origin import ORIGIN, Origin, is_hub_id
 from gatedadapters.structure.structure import VERSIONS, Structure
 
 STRUCTURE, WEIGHTS = "structure.json", "adapters.safetensors"
-FILES = frozenset({STRUCTURE, WEIGHTS})
+FILES = frozenset({STRUCTURE, WEIGHTS, CARD})
 ADAPTER = "adapter"
 """Name of the folder that a run saves its adapter in, within its own folder."""
+
+logger = logging.getLogger(__name__)
 
 Base = Literal["same", "updated"]
 """The backbone that saved adapters may be loaded on: the one they were trained on, or also an update of it."""
@@ -108,6 +114,19 @@ def write(
         if origin is not None:
             text = with_entry(text, ORIGIN, origin.model_dump(mode="json", exclude_none=True))
         (new / STRUCTURE).write_text(with_digests(text, {WEIGHTS: digest}), encoding="utf-8")
+        (new / CARD).write_bytes(_own_card(FilePath(folder)) or model_card(structure, origin).encode())
+
+
+def _own_card(folder: FilePath) -> bytes | None:
+    """The card in a folder that somebody wrote or edited, which a save leaves as it is; None if there is none."""
+    try:
+        found = (folder / CARD).read_bytes()
+    except FileNotFoundError:
+        return None
+    if not by_hand(found.decode("utf-8", errors="replace")):
+        return None
+    logger.info("%s was not written by gatedadapters, or was edited since: it stays as it is", folder / CARD)
+    return found
 
 
 def read(
@@ -115,25 +134,31 @@ def read(
     folder: str | FilePath,
     *,
     base: Base = "same",
+    revision: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
+    identify: Callable[[frozenset[str]], Fingerprint] | None = None,
 ) -> Saved:
     """Read a folder that `write` wrote, and check it against a model, which is not changed.
 
     Args:
         model: with the backbone and the heads that the adapters were made for.
-        folder: the folder.
+        folder: the folder, or the id of a repository on the hub.
         base: `"updated"` accepts a backbone of the same layout with other weights.
+        revision: branch, tag or commit of the repository.
         verify: check the digests of the files.
         allow_nonfinite: also read infinities and NaN.
+        identify: gives the model's fingerprint without these task heads; None computes it.
 
     Raises:
         ArtifactError: the folder is not an artefact, a file is truncated, foreign or damaged, a value is not finite, or
             the backbone is another one; the message says whether its class, its shapes or its values differ.
     """
-    path = adapter_folder(folder)
+    path = adapter_folder(folder, revision=revision)
     record, structure = _structure(path / STRUCTURE, verify)
-    found = _check_backbone(model, structure, path, updated=base == "updated")
+    origin = _origin(record)
+    identify = identify or (lambda heads: backbone_fingerprint(model, skip=heads))
+    found = _check_backbone(model, structure, origin, path, identify, updated=base == "updated")
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
     shapes = {
@@ -148,7 +173,7 @@ def read(
     if found.values != structure.fingerprint.values:
         structure = structure.carried_to(found)
     values = {name: tensors[f"heads.{name}"] for name in heads}
-    return Saved(structure, _filled(paths, structure, tensors), values, found, _origin(record))
+    return Saved(structure, _filled(paths, structure, tensors), values, found, origin)
 
 
 def read_origin(folder: str | FilePath, *, verify: bool = True) -> tuple[Structure, Origin | None]:
@@ -240,12 +265,28 @@ def _values(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in path.state_dict().items() if value.is_floating_point()}
 
 
-def adapter_folder(folder: str | FilePath) -> FilePath:
-    """The folder of a saved adapter: `folder` itself, or the one that a run saved in `folder`.
+def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> FilePath:
+    """The folder of a saved adapter: `folder` itself, the one that a run saved in `folder`, or one in the hub's cache.
+
+    Args:
+        folder: a folder; or, as text, the id of a repository on the hub. What begins with an existing folder is no id,
+            unless a revision is given: it is a path with a mistake in it.
+        revision: branch, tag or commit of the repository.
 
     Raises:
         ArtifactError: there is none.
     """
+    is_id = isinstance(folder, str) and "/" in folder and is_hub_id(folder)
+    if is_id and (revision is not None or not FilePath(folder).parent.exists()):
+        return downloaded(str(folder), (STRUCTURE, WEIGHTS), revision=revision, inside=(ADAPTER,))
+    if revision is not None:
+        raise ArtifactError(
+            "only repositories on the hub have revisions",
+            expected='the id of one, "user/name"',
+            got=f"revision {revision!r} of {folder}",
+            where="revision",
+            fix="leave revision out to load a folder",
+        )
     folder = FilePath(folder)
     for place in (folder, folder / ADAPTER):
         if (place / STRUCTURE).is_file():
@@ -253,6 +294,8 @@ def adapter_folder(folder: str | FilePath) -> FilePath:
     if not folder.exists():
         interrupted = [left for left in leftovers(folder) if (left / STRUCTURE).is_file()]
         fix = f"an interrupted save left {interrupted[0]}: rename it" if interrupted else "check the path"
+        if not interrupted and is_hub_id(str(folder)) and "/" in str(folder):
+            fix += '; if it is the id of a repository on the hub, say so with revision="main"'
         raise ArtifactError("no such folder", expected="a saved adapter", got="nothing there", where=folder, fix=fix)
     held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
     peft = "adapter_config.json" in held
@@ -268,9 +311,17 @@ def adapter_folder(folder: str | FilePath) -> FilePath:
     )
 
 
-def _check_backbone(model: nn.Module, structure: Structure, folder: FilePath, *, updated: bool) -> Fingerprint:
+def _check_backbone(
+    model: nn.Module,
+    structure: Structure,
+    origin: Origin | None,
+    folder: FilePath,
+    identify: Callable[[frozenset[str]], Fingerprint],
+    *,
+    updated: bool,
+) -> Fingerprint:
     saved = structure.fingerprint
-    present = dict(model.named_parameters())
+    present = {name for name, _ in backbone_parameters(model)} if saved.heads else set()
     missing = [name for name in saved.heads if name not in present]
     if missing:
         raise ArtifactError(
@@ -280,13 +331,14 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: FilePath, *,
             where=folder,
             fix="build the model with the same tasks, in the same class",
         )
-    found = backbone_fingerprint(model, skip=frozenset(saved.heads))
+    found = identify(frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
     if not differ or (updated and differ == ["values"]):
         return found
     what = " and ".join(parts[part] for part in differ)
-    fix = "load the backbone they were trained on"
+    named = origin.base_model_name_or_path if origin is not None else None
+    fix = "load the backbone they were trained on" + ("" if named is None else f", {named}")
     if differ == ["values"]:
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             fix = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +26,7 @@ class OriginTask(Config):
         labels: names of the classes, in the order of the outputs; of choices, those of every question.
         text: column of the text in the table that was learned from.
         pair: column of the second text; None where there is none.
+        metrics: scores on held-out data, by name.
     """
 
     name: str
@@ -32,6 +34,7 @@ class OriginTask(Config):
     labels: tuple[str, ...] = ()
     text: str = "text"
     pair: str | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class Origin(Config):
@@ -82,6 +85,19 @@ class Origin(Config):
             known = tuple(OriginTask(name=n, kind="text") for n in tasks)
             return cls(base_model_name_or_path=base, task_type="text-generation", tasks=known)
         return cls(base_model_name_or_path=base)
+
+
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def has_id_form(name: str) -> bool:
+    """Whether this could be the id of a repository on the hub."""
+    return _ID.fullmatch(name) is not None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can only be the id of a repository on the hub: it has the form of one, and no such path exists."""
+    return has_id_form(name) and not Path(name).exists()
 
 
 def named(model: str) -> str:

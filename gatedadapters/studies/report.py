@@ -18,10 +18,10 @@ from gatedadapters.config import StudyConfig
 from gatedadapters.config.base import read_yaml
 from gatedadapters.config.study import differing
 from gatedadapters.errors import ConfigError, StudyError
-from gatedadapters.inspection.picture import png_bytes
 from gatedadapters.reporting.pages import Heading, Part, Picture, Table, Text, html_page, markdown_page
 from gatedadapters.reporting.versions import versions
 from gatedadapters.safe_files import check_free, check_writable, whole_folder
+from gatedadapters.structure.picture import png_bytes
 from gatedadapters.studies import plots, queue, results
 from gatedadapters.studies.measured import ACCURACY, metric_of
 from gatedadapters.studies.results import MEAN, Curve, CurvePoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from gatedadapters.structure.discretize import build_structure, choose_units, ke
 from gatedadapters.structure.folder import write
 from gatedadapters.structure.frontier import Frontier
 from gatedadapters.structure.origin import Origin
+from gatedadapters.structure.publish import OnCard, publish, published
 from gatedadapters.supernet.frontier import mean_loss, measure
 from gatedadapters.supernet.hooks import ModelHook, OutputAnchor, hook_embedding, point_hooks, register_hook
 from gatedadapters.supernet.merging import Merged, merge
@@ -455,8 +457,8 @@ class Adapters(Supernet):
     ) -> None:
         """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
 
-        The folder holds `structure.json`, with digests of both files, and `adapters.safetensors`. It appears complete
-        or not at all.
+        The folder holds `structure.json`, with digests of both files, `adapters.safetensors`, and a model card,
+        `README.md`; a card that somebody wrote or edited stays. It appears complete or not at all.
 
         Args:
             folder: a new or an empty folder.
@@ -488,6 +490,62 @@ class Adapters(Supernet):
             beside=beside,
             allow_nonfinite=allow_nonfinite,
         )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        base_model: str | None = None,
+        license: str | None = None,
+        card: OnCard = "write",
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload adapters",
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Save compact adapters and task heads to a repository on the Hugging Face Hub.
+
+        `load_adapters(model, repository)` and `ga.load(repository)` read them from there. One commit holds all files:
+        what `save` writes, with a card for the hub, and a picture of the structure. Log in with `hf auth login`, or set
+        `HF_TOKEN`.
+
+        Args:
+            repository: its id, `"user/name"`; it is made if it does not exist.
+            base_model: id of the base on the hub, where the model was loaded from a folder.
+            license: id of the licence for the card, such as `"apache-2.0"`; default: the one that an earlier card
+                states, else `"unknown"`.
+            card: what becomes of a card in the repository that somebody wrote or edited: `"write"` refuses to replace
+                it, `"keep"` leaves it, `"replace"` replaces it. One that this library wrote is always replaced.
+            private: whether a new repository is private; default: the account's setting.
+            revision: a branch, which is made if it does not exist; default: the main one.
+            message: of the commit.
+            dtype: of what is stored, float32 or bfloat16.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtifactError: the adapters are not compact, or name their base by a folder of this machine; the repository
+                holds a card that somebody wrote; or the hub cannot be reached or refuses. Nothing is committed then.
+        """
+        model = self._model[0] if self._model else None
+        origin = self.origin
+        self.origin = published(origin or Origin.of(model, self.tasks), base_model)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = FilePath(scratch) / "adapter"
+                self.save(folder, dtype=dtype)
+                return publish(
+                    folder,
+                    repository,
+                    license=license,
+                    card=card,
+                    private=private,
+                    revision=revision,
+                    message=message,
+                )
+        finally:
+            self.origin = origin
 
     # -- in and out of the model ---------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, is_own
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_modules, is_own
 from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
@@ -24,6 +24,7 @@ from gatedadapters.runtime.forward import OwnForward
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import InputHook, OutputHook
+from gatedadapters.supernet.reach import NOT_ASKED_FOR, Reach
 from gatedadapters.supernet.supernet import NAME
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ DEFAULT_TASK = "default"
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Within this context Python does not collect garbage: searching ten thousand new paths took a third of the
     time.
     """
@@ -45,7 +46,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@uncollected()
 def attach(
     model: nn.Module,
     space: SearchSpace | Structure | str,
@@ -100,7 +101,7 @@ def attach(
             )
         built = _from_scratch(model, space, identity, seed)
     else:
-        built = _from_space(space, discover(model, sample), tasks, identity, head_names, seed)
+        built = _from_space(model, space, discover(model, sample), tasks, identity, head_names, seed)
         for _, path in built.typed_paths():
             path.start_from(model.get_submodule(path.site.write.module))
         if penalty is not None:
@@ -225,6 +226,7 @@ def gate_groups(found: Mapping[str, tuple[PathOptions, Site]], n_tasks: int) -> 
 
 
 def _from_space(
+    model: nn.Module,
     space: SearchSpace,
     layout: Layout,
     tasks: Sequence[str],
@@ -245,8 +247,12 @@ def _from_space(
     adapters.skipped_sites = skipped_sites
     for text in [f"{m.kind} does not fit {m.module}: {m.reason}" for m in skipped_sites]:
         logger.warning(text)
-    for unknown in (u for u in layout.unknown if u.name not in head_names):
-        logger.warning("not understood, left alone: %s (%s)", unknown.name, unknown.reason)
+    sites = [site for _, site in found.values()]
+    adapters.reach = Reach.of(model, layout, sites, skipped_sites, heads=head_names)
+    logger.info("%s %s", space.name, adapters.reach)
+    for left in adapters.reach.left:
+        if left.reason != NOT_ASKED_FOR:
+            logger.warning("not reached: %s (%d matrices): %s; %s", left.role, left.matrices, left.reason, left.remedy)
     return adapters
 
 
@@ -286,7 +292,7 @@ def adapters_of(model: nn.Module, structure: Structure, paths: Mapping[str, Path
     Raises:
         PathError: the structure names a module or a weight that the model lacks.
     """
-    modules = dict(model.named_modules())
+    modules = dict(backbone_modules(model))
     for record in structure.paths:
         site = paths[record.key].site
         for point in (site.tap, site.write):  # a host contains the weight's module
@@ -322,7 +328,7 @@ def _from_scratch(model: nn.Module, structure: Structure, identity: Fingerprint,
 
 def move_beside(adapters: Adapters, model: nn.Module) -> None:
     """Move each path to the device of the module it writes to, and the gates to that of the first path."""
-    modules = dict(model.named_modules())
+    modules = dict(backbone_modules(model))
     device = None
     for _, path in adapters.typed_paths():
         home = next((p.device for p in modules[path.site.write.module].parameters()), None)

@@ -20,6 +20,7 @@ from gatedadapters.runtime.call import Call, begin, current, end, is_switched_of
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.merging import Merged
+from gatedadapters.supernet.reach import Reach
 from gatedadapters.supernet.routing import checked_ids
 
 NAME = "gated_adapters"
@@ -59,10 +60,11 @@ class Supernet(nn.Module, StepListener):
         self.tasks, self.space, self.identity, self.seed = tuple(tasks), space, identity, seed
         self.skipped_sites: tuple[SkippedSite, ...] = ()
         self.layout: Layout | None = None
+        self.reach: Reach | None = None
         self.structure: Structure | None = None
         self.head_names: tuple[str, ...] = ()
         self.merged: Merged | None = None
-        self.on_shelf = False
+        self.on_shelf = 0  # the number that a shelf gave them; 0 where they are on none
         self.heads = nn.ParameterList()  # on a shelf: their own values of the model's task heads
         self._task: int | None = 0 if len(self.tasks) == 1 else None
         self._model: list[nn.Module] = []  # a list, so that the backbone is not registered as a child of its own child

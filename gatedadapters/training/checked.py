@@ -178,7 +178,12 @@ class CheckedTrainer(Trainer):
         """Push a checkpoint; the Trainer copies only files that it knows into the folder that it uploads."""
         if self.is_world_process_zero():
             self._write_artifact(str(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        args = self.args
+        self.args = cast(TrainingArguments, _StoredWithoutTokens(args))  # the Trainer stores them in what it uploads
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args = args
 
     def _check_checkpoint(self, folder: str) -> None:
         """Compare a checkpoint's keys, shapes and digests with what is trained, before anything is changed.
@@ -257,6 +262,19 @@ def _without_tokens(args: TrainingArguments) -> TrainingArguments:
         if name.endswith("_token") and isinstance(getattr(shown, name), str):
             setattr(shown, name, None)
     return shown
+
+
+class _StoredWithoutTokens:
+    """Arguments that are what they are, but leave out the tokens of the hub where they are pickled."""
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (_without_tokens(self._args),)
 
 
 def check_examples(data: Any, where: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -22,7 +23,11 @@ from gatedadapters.errors import BudgetError, TrainingError
 from gatedadapters.gates import Pressure
 from gatedadapters.masking.delta import NAME as DELTA_NAME
 from gatedadapters.masking.delta import SparseDelta, find_delta
+from gatedadapters.safe_files import write_text
+from gatedadapters.structure.card import CARD, by_hand
+from gatedadapters.structure.hub import card_of, hub_errors
 from gatedadapters.structure.origin import Origin
+from gatedadapters.structure.publish import published, write_card
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
@@ -31,6 +36,9 @@ from gatedadapters.training.prior import agreed_size, can_be_probed, probe_batch
 from gatedadapters.training.reference import reference_by_switching_off
 
 logger = logging.getLogger(__name__)
+
+_OF_SPEED = ("runtime", "_per_second", "model_preparation_time")
+"""How the names of an evaluation's logs end that are no scores."""
 
 _LATEST: WeakKeyDictionary[Adapters, ref[GatedTrainer]] = WeakKeyDictionary()
 """The trainer that was made last for each model's adapters."""
@@ -433,7 +441,82 @@ class GatedTrainer(CheckedTrainer):
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
             "seed": args.seed,
         }
-        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}})
+        tasks = tuple(
+            task.model_copy(update={"metrics": task.metrics | self._metrics_of(task.name)}) for task in origin.tasks
+        )
+        adapters.origin = origin.model_copy(update={"training": {**origin.training, **told}, "tasks": tasks})
+
+    def _metrics_of(self, task: str) -> dict[str, float]:
+        """The scores that the last evaluation logged for a task: all of them if it is the only one, else those that
+        begin with its name.
+        """
+        alone = len(self.adapters.tasks) == 1
+        found: dict[str, float] = {}
+        for logs in self.state.log_history:
+            for key, value in logs.items():
+                for start in (f"eval_{task}_", *(["eval_"] if alone else [])):
+                    if key.startswith(start):
+                        name = key.removeprefix(start)
+                        if not name.endswith(_OF_SPEED):
+                            found[name] = float(value)
+                        break
+        return found
+
+    def create_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> None:
+        """Write the card of the adapters, in place of the Trainer's, which says nothing of them.
+
+        A card in the output folder that somebody wrote or edited stays. With a sparse delta the card is the Trainer's.
+
+        Args:
+            *args: what the Trainer's takes besides, which this card has from the adapters.
+            license: id of the licence, such as `"apache-2.0"`.
+            **kwargs: as `*args`.
+        """
+        if self.delta is not None:
+            super().create_model_card(*args, **{**kwargs, "license": license})
+            return
+        folder = Path(str(self.args.output_dir))
+        card = folder / CARD
+        if self.is_world_process_zero() and not (card.is_file() and by_hand(card.read_text(encoding="utf-8"))):
+            self.describe_training()
+            compact = self.adapters.compacted()
+            assert compact.structure is not None
+            write_card(folder, compact.structure, compact.origin, repository=self.hub_model_id, license=license)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that the arguments name, as the Trainer does.
+
+        A card in it that somebody wrote or edited is copied into the output folder, which is pushed: it stays.
+
+        Raises:
+            ArtifactError: the hub cannot be reached or refuses, or the adapters name their base by a folder of this
+                machine.
+        """
+        if not self.is_world_process_zero():
+            return
+        published(
+            self.adapters.origin or Origin.of(self.adapters.model, self.adapters.tasks),
+            None,
+            fix='say how it is called on the hub: model.config.name_or_path = "user/base"',
+        )
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        token = token or self.args.hub_token
+        with hub_errors("write", name, token=token):
+            super().init_hf_repo(token=token, private=private)
+        assert self.hub_model_id is not None
+        card, place = card_of(self.hub_model_id, revision=self.args.hub_revision, token=token), self.args.output_dir
+        if card is not None and by_hand(card) and not (Path(str(place)) / CARD).exists():
+            write_text(Path(str(place)) / CARD, card)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push what was trained, with its card; see the Trainer.
+
+        Raises:
+            ArtifactError: the hub cannot be reached or refuses.
+        """
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        with hub_errors("write", name, token=kwargs.get("token") or self.args.hub_token):
+            return super().push_to_hub(*args, **kwargs)
 
     def _origin(self) -> dict[str, str]:
         mask = {} if self.delta is None else {MASK: self.delta.mask.digest}

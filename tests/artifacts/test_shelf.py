@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,138 @@ def test_adapters_are_added_and_removed_one_by_one(bert: Case) -> None:
     assert list(shelf.parameters()) == []
     hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     assert hooked == ["", "embeddings.word_embeddings"]
+
+
+def test_a_call_ends_with_the_adapters_it_began_with_though_they_are_removed_and_others_added_meanwhile(
+    bert: Case,
+) -> None:
+    model = bert.make()
+    shelf = ga.Shelf.load(model, {"a": bert.folders["a"], "b": bert.folders["b"]})
+
+    def change(*_: Any) -> None:
+        shelf.remove("a")
+        shelf.add("a", bert.folders["c"])
+
+    handle = model.encoder.layer[0].register_forward_hook(change)
+    assert torch.equal(output_of(model, bert.batch), bert.alone["a"])
+    handle.remove()
+    with shelf.using("a"):
+        assert torch.equal(output_of(model, bert.batch), bert.alone["c"])
+    handle = model.encoder.layer[0].register_forward_hook(lambda *_: shelf.remove("a"))
+    names = ["a", "b", "a", None, "b"]
+    mixed = output_of(model, {**bert.batch, "adapter_names": names})
+    expected = torch.stack(
+        [{"a": bert.alone["c"], "b": bert.alone["b"], None: bert.alone[None]}[n][i] for i, n in enumerate(names)]
+    )
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    shelf.remove("b")
+    hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooked == ["", "embeddings.word_embeddings"]
+
+
+def test_adapters_come_and_go_while_other_threads_serve(bert: Case) -> None:
+    model = bert.make()
+    shelf = ga.Shelf.load(model, {"a": bert.folders["a"], "b": bert.folders["b"]})
+    done, served, wrong = threading.Event(), [0, 0], list[str]()
+
+    def serve(index: int, name: str) -> None:
+        try:
+            while not done.is_set():
+                with shelf.using(name), torch.no_grad():
+                    if not torch.equal(output_of(model, bert.batch), bert.alone[name]):
+                        wrong.append(name)
+                served[index] += 1
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=serve, args=item) for item in enumerate("ab")]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        shelf.add("late", bert.folders["c"])
+        with shelf.using("late"):
+            assert torch.equal(output_of(model, bert.batch), bert.alone["c"])
+        shelf.remove("late")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert min(served) > 0
+
+
+def test_the_memory_of_each_is_that_of_its_values(bert: Case) -> None:
+    _, shelf = bert.shelf()
+    assert shelf.bytes["b"] == 4 * shelf.members["b"].structure.params  # of LoRA alone
+    assert shelf.bytes["a"] > 4 * shelf.members["a"].structure.params  # elements remember where they are, too
+
+
+# -- combined ------------------------------------------------------------------------------------------------
+
+
+def combined(case: Case, weights: dict[str, float], **options: Any) -> tuple[Tensor, ga.Adapters]:
+    model, shelf = case.shelf()
+    found = shelf.combine("sum", weights, **options)
+    with shelf.using("sum"):
+        return output_of(model, case.batch), found
+
+
+def test_one_adapter_with_weight_one_is_itself_and_with_weight_nought_the_backbone(bert: Case) -> None:
+    for name in SPACES:
+        torch.testing.assert_close(combined(bert, {name: 1.0})[0], bert.alone[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(combined(bert, {name: 0.0})[0], bert.alone[None], rtol=1e-4, atol=1e-5)
+    halves, _ = combined(bert, {"c": 0.5, "b": 0.0})
+    assert not torch.allclose(halves, bert.alone["c"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sum_of_all_kinds_is_the_sum_in_another_order_saved_and_loaded(bert: Case, tmp_path: Path) -> None:
+    one, found = combined(bert, {"a": 0.7, "b": -0.2, "c": 0.4})
+    other, _ = combined(bert, {"c": 0.4, "a": 0.7, "b": -0.2})
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert found.structure.params == sum(p.numel() for p in found.weight_parameters())
+    found.save(tmp_path / "sum")
+    model = bert.make()
+    ga.load_adapters(model, tmp_path / "sum")
+    assert torch.equal(output_of(model, bert.batch), one)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_combined_lora_is_what_peft_makes_of_the_same(rank: int | None, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    make = lambda: tiny("llama", head="lm")[0]  # noqa: E731
+    batch = tiny("llama", head="lm")[1]
+    weights = {"one": 0.7, "two": -0.4}
+    for seed, name in enumerate(weights):
+        saved(tmp_path / name, make, "lora-all-linear", seed=seed)
+        model = make()
+        ga.export_peft(ga.load_adapters(model, tmp_path / name), tmp_path / f"{name}-peft")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "one-peft", adapter_name="one")
+    theirs.load_adapter(tmp_path / "two-peft", adapter_name="two")
+    options = {"combination_type": "cat"} if rank is None else {"combination_type": "svd", "svd_rank": rank}
+    theirs.add_weighted_adapter(list(weights), list(weights.values()), "sum", **options)
+    theirs.set_adapter("sum")
+    ours = make()
+    shelf = ga.Shelf.load(ours, {name: tmp_path / name for name in weights})
+    found = shelf.combine("sum", weights, rank=rank)
+    shelf.activate("sum")
+    torch.testing.assert_close(output_of(ours, batch), output_of(theirs, batch), rtol=1e-3, atol=1e-4)
+    kept = [p for name in weights for p in shelf.members[name].structure.paths]
+    most = {own.key: sum(len(p.kept) for p in kept if p.key == own.key) for own in kept}
+    assert all(path.units == (rank or most[key]) for key, path in found.typed_paths())
+
+
+def test_what_cannot_be_combined_is_refused_and_the_shelf_is_as_it_was(bert: Case, classifier: Case) -> None:
+    _, shelf = bert.shelf()
+    for weights, says in (({}, "a finite weight"), ({"a": float("nan")}, "finite"), ({"x": 1.0}, "one of a, b, c")):
+        with pytest.raises(ArtifactError, match=says):
+            shelf.combine("sum", weights)
+    with pytest.raises(ArtifactError, match="the name is taken"):
+        shelf.combine("a", {"b": 1.0})
+    _, headed = classifier.shelf()
+    with pytest.raises(ArtifactError, match="without heads of their own"):
+        headed.combine("sum", {"a": 0.5, "b": 0.5})
+    assert list(shelf.members) == list(headed.members) == ["a", "b", "c"]
 
 
 def test_a_model_comes_off_the_shelf_bit_for_bit(classifier: Case) -> None:

@@ -141,7 +141,7 @@ def truncated(folder: Path) -> Path:
     [
         (no_weights, ["the weights are missing", "adapters.safetensors", "copy the whole folder"]),
         (truncated, ["a Structure as JSON", "structure.json"]),
-        (lambda folder: folder / "nowhere", ["structure.json", "nowhere"]),
+        (lambda folder: folder / "nowhere", ["no such folder", "nowhere"]),
     ],
 )
 def test_show_refuses_what_is_no_artefact(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gatedadapters.reporting.html import INK, NOTHING, SHADES
 from gatedadapters.safe_files import file_errors
-from gatedadapters.structure import Structure
+from gatedadapters.structure.structure import Structure
 
 Panel = tuple[str, dict[tuple[int, str], tuple[int, int]]]
 
