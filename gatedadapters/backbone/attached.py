@@ -12,6 +12,7 @@ from torch import nn
 
 from gatedadapters.backbone.fingerprint import OWN_MODULES, is_own
 from gatedadapters.errors import AttachError
+from gatedadapters.runtime.sharding import reshard
 
 
 def trained_originally(model: nn.Module) -> frozenset[str]:
@@ -19,6 +20,7 @@ def trained_originally(model: nn.Module) -> frozenset[str]:
 
     If something is already attached, its saved flags are copied: the live ones describe a frozen model.
     """
+    reshard(model)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_own(name)}
     for prefix, owner in _owners(model):
         names = {name for name in names if not name.startswith(prefix)}
@@ -36,6 +38,7 @@ def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
         model: the model.
         originally: names of the parameters that required gradients at first, see `trained_originally`.
     """
+    reshard(model)
     owners = list(_owners(model))
     for name, parameter in model.named_parameters():
         if is_own(name):

@@ -11,7 +11,7 @@ from torch import nn
 
 from gatedadapters.backbone.quantized import is_quantized, parts
 from gatedadapters.config.base import Config
-from gatedadapters.runtime.sharding import class_name, plain_name, whole
+from gatedadapters.runtime.sharding import class_name, plain_name, reshard, whole
 
 _SAMPLES = 64
 DELTA = "sparse_delta"
@@ -48,6 +48,7 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
     because it reads a tiny share of a large model. Sharded weights are gathered one after the other, so all processes
     have to call this together.
     """
+    reshard(model)
     shapes, values = hashlib.sha256(), hashlib.sha256()
     named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in sorted(named.items()):

@@ -32,9 +32,18 @@ _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 _DO = "shard with FSDP2: accelerate config with fsdp_version: 2, or torch.distributed.fsdp.fully_shard"
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was called on the model or on a part of it."""
-    return dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules())
+def is_sharded(model: nn.Module, *, itself: bool = False) -> bool:
+    """Whether `fully_shard` was called on the model or on a part of it; with `itself`, on the module alone."""
+    modules = (model,) if itself else model.modules()
+    return dist.is_available() and any(isinstance(module, FSDPModule) for module in modules)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that FSDP keeps after a forward pass, so that `parameters()` are the shards again."""
+    if dist.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def replicate(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.runtime.forward import parameter_of, with_tensors
-from gatedadapters.runtime.sharding import is_shard, local, part_of, whole
+from gatedadapters.runtime.sharding import is_shard, local, part_of, reshard, whole
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
@@ -78,6 +78,7 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
 
     Nothing is changed by any of them.
     """
+    reshard(model)
     places = _places(model, paths)
     drift: dict[str, float] = {}
     for place in places:  # everything is computed once and thrown away: what fails, fails before anything has changed
@@ -105,10 +106,12 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
 @torch.no_grad()
 def merged_values(model: nn.Module, paths: Mapping[str, Path], index: int) -> dict[str, Tensor]:
     """What a merge would store, by parameter; nothing is changed. Arguments and errors are those of `merge`."""
+    reshard(model)
     return {name: value for place in _places(model, paths) for name, value, _ in place.results(index)}
 
 
 def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
+    reshard(model)
     for name, other in others.items():
         parameter = parameter_of(model, name)
         if is_shard(parameter):
@@ -229,7 +232,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _check_plain(weight: Tensor | None, name: str, dims: int = 2) -> Tensor:
-    """All of the weight, which must be an ordinary floating-point tensor that has values and at least `dims` dimensions."""
+    """All of the weight, which must be an ordinary floating-point tensor with values and at least `dims` dimensions."""
     if weight is not None and weight.device.type == "meta":
         raise AttachError(
             "a weight has no values yet",

@@ -44,7 +44,7 @@ _ALIKE = (
     "eval_steps",
     "max_grad_norm",
 )
-"""Arguments of the Trainer with which processes would wait for each other for ever, or train apart, if they differed."""
+"""Arguments with which processes would wait for each other for ever, or train apart, if they differed."""
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
 
@@ -427,7 +427,7 @@ def check_launch(args: TrainingArguments) -> None:
     wrapped = {
         "torch.nn.DataParallel over several devices in one process": (
             args.n_gpu > 1,
-            "start one process for each device (torchrun, accelerate launch), or make one visible (CUDA_VISIBLE_DEVICES)",
+            "start one process for each device (torchrun), or make one device visible (CUDA_VISIBLE_DEVICES)",
         ),
         "FSDP of the first version": (fsdp and int(version) != 2, sharding),
         "DeepSpeed": (bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED"), f"shard with FSDP2: {sharding}"),
