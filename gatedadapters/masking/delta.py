@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,22 @@ from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
+from gatedadapters.runtime.sharding import (
+    EndOfBackward,
+    check_alike,
+    check_layout_of_weights,
+    digest,
+    groups_of,
+    is_shard,
+    is_sharded,
+    local,
+    on_first,
+    part_of,
+    replicate,
+    reshard,
+    whole,
+    without_mark,
+)
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.attach import find_heads
@@ -68,11 +85,17 @@ class SparseDelta(nn.Module, StepListener):
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
         self._as_written: frozenset[str] = frozenset()  # tensors that loading a state dict has not changed
+        self.averaging: EndOfBackward | None = None  # in a sharded model, from its first forward on
+        replicate(self)
         nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**without_mark(self.__dict__), "averaging": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
+        replicate(self)
         if self.applied:
             CLOCK.add(self)
 
@@ -204,8 +227,7 @@ class SparseDelta(nn.Module, StepListener):
         try:
             yield
         finally:
-            for part in self.parts():
-                part.write()
+            self.write()
 
     def save(
         self,
@@ -218,7 +240,8 @@ class SparseDelta(nn.Module, StepListener):
     ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
 
-        An element takes about 5 bytes in float32. `load_delta` then reads the same bits.
+        An element takes about 5 bytes in float32. `load_delta` then reads the same bits. Of a sharded model, every
+        process calls this; the first one writes, and all raise its error.
 
         Args:
             folder: a new or an empty folder.
@@ -237,14 +260,19 @@ class SparseDelta(nn.Module, StepListener):
                 where="SparseDelta.save(dtype=)",
                 fix="choose one of them",
             )
+        model = self._model[0] if self.applied else None
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
         if not allow_nonfinite:
             fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
             check_finite(tensors, where=folder, fix=fix)
-        with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
-            digest = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
-            self.mask.write(new, {VALUES: digest})
+
+        def write() -> None:
+            with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
+                written = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+                self.mask.write(new, {VALUES: written})
+
+        on_first(model is not None and is_sharded(model), write)
 
     # -- while it is in a model ----------------------------------------------------------------------------------------
 
@@ -268,7 +296,7 @@ class SparseDelta(nn.Module, StepListener):
         Raises:
             AttachError: this delta is in no model.
         """
-        _ = self.model
+        reshard(self.model)
         for part in self.parts():
             part.write()
 
@@ -282,6 +310,7 @@ class SparseDelta(nn.Module, StepListener):
             AttachError: this delta is in no model.
             TrainingError: something of this does not hold. The error names the tensors.
         """
+        reshard(self.model)
         held = {id(module) for module in self.model.modules()}
         for name, part in self.items():
             for module, attribute in part.owners:
@@ -300,8 +329,10 @@ class SparseDelta(nn.Module, StepListener):
         parts = [(name, part) for name, part in self.items() if not part.pending]
         if parts:
             home = parts[0][1].values.device
-            flags = torch.stack([part.differs().to(home) for _, part in parts]).tolist()  # the one host read
-            changed = [name for (name, _), flag in zip(parts, flags, strict=True) if flag]
+            flags = torch.stack([part.differs().to(home) for _, part in parts]).int()
+            for group in self.averaging.groups if self.averaging is not None else ():  # all raise, or none
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+            changed = [name for (name, _), flag in zip(parts, flags.tolist(), strict=True) if flag]  # the one host read
             if changed:
                 raise _changed(changed, "other values in tuned elements")
 
@@ -309,10 +340,12 @@ class SparseDelta(nn.Module, StepListener):
         """The trained values of the task heads, from the model or, outside one, from the last removal."""
         if not self.applied:
             return self.head_values
-        return {n: p.detach() for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
+        reshard(self.model)
+        return {n: whole(p.detach()) for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
 
     def _install(self, model: nn.Module, head_names: tuple[str, ...]) -> None:
         required = trained_originally(model)
+        check_layout_of_weights(model)
         check_adapters(model, {name for name, _ in self.items()})
         owners = _owners(model)
         self.train(model.training)
@@ -321,19 +354,22 @@ class SparseDelta(nn.Module, StepListener):
                 part.owners = owners[name]
                 if part.weight.device != part.values.device:
                     part.to(part.weight.device)
-                part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
+                part.originals = part.present().clone()  # of this model, in its type
+                part.spread = is_shard(part.weight)
                 for module, attribute in part.owners:
                     module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
+            self._handles.append(model.register_forward_hook(FollowBackward(self)))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
             apply_requires_grad(model, required)
             self.write()
             with torch.no_grad():
                 for name in self.head_values.keys() & set(head_names):
-                    model.get_parameter(name).copy_(self.head_values[name])
+                    head = model.get_parameter(name)
+                    local(head).copy_(part_of(self.head_values[name], head))
             self.head_values = {}
             CLOCK.add(self)
         except BaseException:
@@ -345,6 +381,8 @@ class SparseDelta(nn.Module, StepListener):
 
     def _uninstall(self, *, restore: bool) -> nn.Module:
         model = self.model
+        reshard(model)
+        self.averaging = None
         for part in self.parts():
             if part.owners and restore:
                 part.write(part.originals)
@@ -360,6 +398,34 @@ class SparseDelta(nn.Module, StepListener):
         apply_requires_grad(model, self._required_grad)
         self._model.clear()
         return model
+
+
+class FollowBackward:
+    """A forward hook that lets a delta follow the backward passes of a sharded model; see `EndOfBackward`.
+
+    In the first forward of a model that was sharded meanwhile, it checks that all processes hold the same delta.
+    """
+
+    def __init__(self, delta: SparseDelta) -> None:
+        self.delta = delta
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Wait for the backward pass through `output`.
+
+        Raises:
+            TrainingError: the processes differ.
+        """
+        delta = self.delta
+        if delta.averaging is None:
+            if not is_sharded(module):
+                return
+            alike = {"the mask": delta.mask.digest, "the values of the delta": digest(delta.state_dict())}
+            check_alike(alike, where="the first forward of a sharded model")
+            for part in delta.parts():
+                part.spread = True
+            delta.averaging = EndOfBackward(groups_of(module), lambda: list(delta.tuned.parameters()))
+        if delta.training and torch.is_grad_enabled():
+            delta.averaging.follow(output)
 
 
 class RefuseCompilation:
@@ -451,6 +517,7 @@ def _build(
             where=type(model).__name__,
             fix="model.sparse_delta.remove() or .merge() first",
         )
+    reshard(model)
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
         raise MaskError(
@@ -479,7 +546,7 @@ def _build(
     for name in selected:
         weight = parameters[name]
         pattern = Pattern.of(weight.shape, mask.indices(name).to(weight.device))
-        tuned[name] = TunedElements(pattern, pattern.gather(weight.detach()).clone())
+        tuned[name] = TunedElements(pattern, pattern.gather(whole(weight.detach())).clone())
     return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
 
 

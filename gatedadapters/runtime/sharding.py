@@ -197,6 +197,20 @@ def all_must(do: Callable[[], None]) -> None:
             raise _alike(*other, f"process {rank}")
 
 
+def first_alike(found: Sequence[T], model: nn.Module) -> Sequence[T]:
+    """What the first process that found something has found, on all processes of a sharded model.
+
+    Args:
+        found: what this process found.
+        model: the model.
+    """
+    if not (_several() and is_sharded(model)):
+        return found
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, list(found))
+    return next((other for other in told if other), [])
+
+
 def check_alike(values: Mapping[str, object], where: str) -> None:
     """Check that all processes hold the same values; every process has to call this.
 
