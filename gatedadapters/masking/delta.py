@@ -27,6 +27,8 @@ from gatedadapters.runtime.sharding import (
     check_layout_of_weights,
     digest,
     groups_of,
+    home_of,
+    in_a_group,
     is_shard,
     is_sharded,
     local,
@@ -417,10 +419,11 @@ class FollowBackward:
         """
         delta = self.delta
         if delta.averaging is None:
-            if not is_sharded(module):
+            if not (in_a_group() and is_sharded(module)):
                 return
             alike = {"the mask": delta.mask.digest, "the values of the delta": digest(delta.state_dict())}
             check_alike(alike, where="the first forward of a sharded model")
+            delta.to(home_of(module))
             for part in delta.parts():
                 part.spread = True
             delta.averaging = EndOfBackward(groups_of(module), lambda: list(delta.tuned.parameters()))

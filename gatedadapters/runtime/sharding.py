@@ -52,6 +52,22 @@ def replicate(module: nn.Module) -> None:
         vars(module)[REGISTRY_KEY] = {"replicate": RegistryItem()}
 
 
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model inside modules that `replicate` has marked."""
+    marked = (m for m in model.modules() if dist.is_available() and "replicate" in vars(m).get(REGISTRY_KEY, ()))
+    return list(dict.fromkeys(parameter for module in marked for parameter in module.parameters()))
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """The device on which a sharded model computes; where its shards are offloaded to the CPU, that is another one."""
+    for parameter in model.parameters():
+        if is_shard(parameter):
+            kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
+            number = None if kind == "cpu" else torch.get_device_module(kind).current_device()
+            return torch.device(kind, number)
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def without_mark(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a module to pickle, without the mark of `replicate`: its key is another in every process."""
     return {name: value for name, value in state.items() if not dist.is_available() or name != REGISTRY_KEY}
@@ -250,8 +266,13 @@ def digest(state: Mapping[str, Any] | Sequence[str]) -> str:
     return found.hexdigest()[:16]
 
 
+def in_a_group() -> bool:
+    """Whether this process belongs to a group of processes, of any number."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return in_a_group() and dist.get_world_size() > 1
 
 
 def _alike(kind: type[Exception], message: str, where: str) -> Exception:
@@ -314,20 +335,24 @@ class EndOfBackward:
 # -- what is not supported ---------------------------------------------------------------------------------------------
 
 
-def check_layout_of_weights(model: nn.Module) -> None:
+def check_layout_of_weights(model: nn.Module, *, attached: bool = False) -> None:
     """Check how the weights are spread over processes, if they are.
+
+    Args:
+        model: the model.
+        attached: whether adapters are in it already, so that wrappers for checkpointing may have come.
 
     Raises:
         AttachError: by DeepSpeed ZeRO-3, by FSDP of the first version, or by a tensor-parallel plan; or FSDP's
             checkpointing was applied, or weights are to be loaded on the first process alone.
     """
-    for found, message, fix in _unsupported(model):
+    for found, message, fix in _unsupported(model, attached):
         raise AttachError(
             message, expected="weights that are whole, or sharded with FSDP2", got=found, where="the model", fix=fix
         )
 
 
-def _unsupported(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+def _unsupported(model: nn.Module, attached: bool) -> Iterator[tuple[str, str, str]]:
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         message = "DeepSpeed ZeRO-3 has replaced the weights by placeholders, which adapters cannot follow"
         yield "parameters with ds_id", message, _DO
@@ -339,7 +364,7 @@ def _unsupported(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     if mixed or any(isinstance(size, int) and size > 1 for size in plans):
         message = "a tensor-parallel plan cuts activations, too, and a path would see a part of them"
         yield "a tensor-parallel plan", message, f"load without tp_plan, and {_DO}"
-    if any(_CHECKPOINT_WRAPPER in f"{name}." for name, _ in model.named_modules()):
+    if not attached and any(_CHECKPOINT_WRAPPER in f"{name}." for name, _ in model.named_modules()):
         message = "FSDP's activation checkpointing has put wrappers between the blocks and their names"
         yield "CheckpointWrapper", message, "attach before accelerator.prepare, or use gradient_checkpointing_enable()"
     if _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):

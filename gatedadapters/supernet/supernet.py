@@ -20,10 +20,14 @@ from gatedadapters.runtime.call import Call, begin, current, end, is_switched_of
 from gatedadapters.runtime.sharding import (
     EndOfBackward,
     check_alike,
+    check_layout_of_weights,
     digest,
     groups_of,
+    home_of,
+    in_a_group,
     is_sharded,
     replicate,
+    replicated,
     without_mark,
 )
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
@@ -208,10 +212,18 @@ class Supernet(nn.Module, StepListener):
             AttachError: the weights are spread in a way that adapters cannot follow.
             TrainingError: the processes differ.
         """
-        if not is_sharded(self.model):
+        model = self.model
+        if not in_a_group():
+            return
+        check_layout_of_weights(model, attached=True)
+        if not is_sharded(model):
             return
         check_alike(self.described(), where="the first forward of a sharded model")
-        self._averaging = EndOfBackward(groups_of(self.model), self._learning_now)
+        home = home_of(model)
+        for parameter in replicated(model):
+            parameter.data = parameter.data.to(home)
+        self.to(home)
+        self._averaging = EndOfBackward(groups_of(model), self._learning_now)
 
     def described(self) -> dict[str, object]:
         """What has to be the same on all processes, by what it is."""
@@ -231,7 +243,9 @@ class Supernet(nn.Module, StepListener):
         bank = self.bank
         opened = None if bank is None else bank.open_paths
         weights = [p for key, path in self.paths.items() if opened is None or opened[key] for p in path.parameters()]
-        return [p for p in (*self.gate_parameters(), *weights) if p.requires_grad]
+        whole = {id(parameter) for parameter in replicated(self.model)}
+        heads = [p for p in self.head_parameters() if id(p) in whole]
+        return [p for p in (*self.gate_parameters(), *weights, *heads) if p.requires_grad]
 
     # -- one training at a time ----------------------------------------------------------------------------------------
 

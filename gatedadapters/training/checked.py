@@ -7,7 +7,8 @@ import inspect
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key, is_new
 from gatedadapters.reporting.versions import versions
 from gatedadapters.runtime.sharding import all_must, check_alike, is_sharded, on_first, plain_name, whole
+from gatedadapters.runtime.steps import CLOCK, unwrapped
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.loss_scale import divides_by_count
@@ -205,9 +207,17 @@ class CheckedTrainer(Trainer):
             return
         # Without the model, which the Trainer writes here in full: what is trained is written already.
         plugin, accelerator = self.accelerator.state.fsdp_plugin, self.accelerator
-        save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
+        with _without_empty_groups(self.optimizer):
+            save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with CLOCK.silent(), _without_empty_groups(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
@@ -326,6 +336,19 @@ def named_arguments(trainer: type[CheckedTrainer], args: Sequence[Any], kwargs: 
     if left:
         raise TypeError(f"{trainer.__name__} got {len(left)} positional arguments too many")
     return named
+
+
+@contextmanager
+def _without_empty_groups(optimizer: Any) -> Iterator[None]:
+    """Within this context the optimiser has no parameter groups that are empty: torch loses the settings of these."""
+    inner = unwrapped(optimizer)
+    groups = inner.param_groups
+    inner.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        filled = iter(inner.param_groups)
+        inner.param_groups = [next(filled) if group["params"] else group for group in groups]
 
 
 def _without_tokens(args: TrainingArguments) -> TrainingArguments:
