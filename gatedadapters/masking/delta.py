@@ -318,7 +318,8 @@ class SparseDelta(nn.Module, StepListener):
             for module, attribute in part.owners:
                 if id(module) not in held:
                     raise _changed([name], "another module was put in its place")
-                if not isinstance(module.__dict__.get(attribute), LiveWeight) or attribute not in module._parameters:
+                standing = part.spread or isinstance(module.__dict__.get(attribute), LiveWeight)
+                if not standing or attribute not in module._parameters:
                     raise _changed([name], "another parameter was put in its place")
             if part.weight.requires_grad:
                 raise TrainingError(
@@ -337,6 +338,39 @@ class SparseDelta(nn.Module, StepListener):
             changed = [name for (name, _), flag in zip(parts, flags.tolist(), strict=True) if flag]  # the one host read
             if changed:
                 raise _changed(changed, "other values in tuned elements")
+
+    def stand_in(self) -> None:
+        """Let the stand-ins shadow the tuned parameters; in a sharded model they do so from each forward pass until its
+        backward pass has ended, because FSDP looks for the parameters in between.
+        """
+        for part in self.parts():
+            for module, attribute in part.owners:
+                module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
+
+    def stand_down(self) -> None:
+        """Take the stand-ins away."""
+        for part in self.parts():
+            for module, attribute in part.owners:
+                module.__dict__.pop(attribute, None)
+
+    def begin_forward(self) -> None:
+        """Called before each forward pass. In the first one of a sharded model, check that all processes hold the same.
+
+        Raises:
+            TrainingError: the processes differ.
+        """
+        if self.averaging is None:
+            model = self.model
+            if not (in_a_group() and is_sharded(model)):
+                return
+            alike = {"the mask": self.mask.digest, "the values of the delta": digest(self.state_dict())}
+            check_alike(alike, where="the first forward of a sharded model")
+            self.to(home_of(model))
+            for part in self.parts():
+                part.spread = True
+            values = list(self.tuned.parameters())
+            self.averaging = EndOfBackward(groups_of(model), lambda: values, then=self.stand_down)
+        self.stand_in()
 
     def _heads(self) -> dict[str, Tensor]:
         """The trained values of the task heads, from the model or, outside one, from the last removal."""
@@ -358,12 +392,13 @@ class SparseDelta(nn.Module, StepListener):
                     part.to(part.weight.device)
                 part.originals = part.present().clone()  # of this model, in its type
                 part.spread = is_shard(part.weight)
-                for module, attribute in part.owners:
-                    module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
+            if not is_sharded(model):
+                self.stand_in()
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
-            self._handles.append(model.register_forward_hook(FollowBackward(self)))
+            self._handles.append(model.register_forward_pre_hook(BeginForward(self)))
+            self._handles.append(model.register_forward_hook(FollowBackward(self), always_call=True))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
             apply_requires_grad(model, required)
@@ -388,8 +423,8 @@ class SparseDelta(nn.Module, StepListener):
         for part in self.parts():
             if part.owners and restore:
                 part.write(part.originals)
-            for module, attribute in part.owners:
-                module.__dict__.pop(attribute, None)
+        self.stand_down()
+        for part in self.parts():
             part.owners, part._written = [], None
         CLOCK.discard(self)
         for handle in self._handles:
@@ -402,33 +437,30 @@ class SparseDelta(nn.Module, StepListener):
         return model
 
 
-class FollowBackward:
-    """A forward hook that lets a delta follow the backward passes of a sharded model; see `EndOfBackward`.
+class BeginForward:
+    """A forward pre-hook; see `SparseDelta.begin_forward`."""
 
-    In the first forward of a model that was sharded meanwhile, it checks that all processes hold the same delta.
+    def __init__(self, delta: SparseDelta) -> None:
+        self.delta = delta
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Begin."""
+        self.delta.begin_forward()
+
+
+class FollowBackward:
+    """A forward hook, also called after an exception, that lets a delta in a sharded model wait for the backward pass;
+    see `EndOfBackward`.
     """
 
     def __init__(self, delta: SparseDelta) -> None:
         self.delta = delta
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Wait for the backward pass through `output`.
-
-        Raises:
-            TrainingError: the processes differ.
-        """
-        delta = self.delta
-        if delta.averaging is None:
-            if not (in_a_group() and is_sharded(module)):
-                return
-            alike = {"the mask": delta.mask.digest, "the values of the delta": digest(delta.state_dict())}
-            check_alike(alike, where="the first forward of a sharded model")
-            delta.to(home_of(module))
-            for part in delta.parts():
-                part.spread = True
-            delta.averaging = EndOfBackward(groups_of(module), lambda: list(delta.tuned.parameters()))
-        if delta.training and torch.is_grad_enabled():
-            delta.averaging.follow(output)
+        """Wait for the backward pass through `output`, if there will be one."""
+        averaging = self.delta.averaging
+        if averaging is not None and not (torch.is_grad_enabled() and averaging.follow(output)):
+            self.delta.stand_down()
 
 
 class RefuseCompilation:

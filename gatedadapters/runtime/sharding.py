@@ -294,10 +294,16 @@ class EndOfBackward:
     Args:
         groups: see `groups_of`.
         parameters: gives the parameters that may have a gradient, the same on every process.
+        then: called when the gradients are exchanged.
     """
 
-    def __init__(self, groups: Sequence[Any], parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
-        self.groups, self.parameters = groups, parameters
+    def __init__(
+        self,
+        groups: Sequence[Any],
+        parameters: Callable[[], Sequence[nn.Parameter]],
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        self.groups, self.parameters, self.then = groups, parameters, then
         self._backward = -1
 
     def follow(self, output: Any) -> bool:
@@ -311,7 +317,12 @@ class EndOfBackward:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.average)
+            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+
+    def _ends(self) -> None:
+        self.average()
+        if self.then is not None:
+            self.then()
 
     @torch.no_grad()
     def average(self) -> None:

@@ -149,7 +149,7 @@ class StepClock:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """Within this context no listener hears of a step: torch makes one without gradients before it loads a state."""
+        """Within this context no listener hears of a step: torch makes one of zeros before it loads a state."""
         entries, self._entries = self._entries, ()
         try:
             yield

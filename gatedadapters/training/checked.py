@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key, is_new
+from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
 from gatedadapters.runtime.sharding import all_must, check_alike, is_sharded, on_first, plain_name, whole
 from gatedadapters.runtime.steps import CLOCK, unwrapped
@@ -200,6 +201,12 @@ class CheckedTrainer(Trainer):
     def sharded(self) -> bool:
         """Whether the model's weights are spread over the processes."""
         return isinstance(self.model, nn.Module) and is_sharded(self.model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        delta = find_delta(cast(nn.Module, self.model))
+        if delta is not None and self.is_fsdp_enabled:
+            delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -242,18 +242,15 @@ def masks(kind: str) -> dict[str, Any]:
     return {"scores": {name: scores[name].clone() for name in scores.names}, "mask": mask.digest, "made": mask}
 
 
-def tuned(*, after: bool) -> dict[str, Any]:
-    """A sparse delta that is trained, saved by all processes together, and removed."""
+def tuned() -> dict[str, Any]:
+    """A sparse delta that is trained and removed."""
     model: Any
     model, _ = tiny("llama", head="lm")
     with_dropout(model, 0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    mask = ga.select(ga.score(model, kind="random"), density=0.1)
-    if WORLD > 1 and after:
+    if WORLD > 1:
         shard(model)
-    delta = ga.apply_mask(model, mask)
-    if WORLD > 1 and not after:
-        shard(model)
+    delta = ga.apply_mask(model, ga.select(ga.score(model, kind="random"), density=0.1))
     optimizer = torch.optim.AdamW(delta.parameters(), lr=1e-2)
     rows = continued(ROWS * STEPS)
     model.train()
@@ -269,6 +266,31 @@ def tuned(*, after: bool) -> dict[str, Any]:
     after_removal = {name: whole(p.detach()) for name, p in model.named_parameters()}
     restored = all(torch.equal(before[name], value) for name, value in after_removal.items())
     return {"values": values, "written": written, "logits": logits, "restored": restored}
+
+
+def tuned_by_trainer(folder: Path) -> dict[str, Any]:
+    """A `SelectiveTrainer` that selects, is sharded by accelerate, and saves."""
+    model, _ = tiny("llama", head="lm")
+    with_dropout(model, 0.0)
+    settings: dict[str, Any] = {"max_steps": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    if WORLD > 1:
+        settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": block_classes(model)}}
+    args = arguments(folder / f"tuned on {WORLD}", per_device_train_batch_size=ROWS // WORLD, **settings)
+    if WORLD > 1:
+        as_on_accelerators(args)
+    selection = ga.SelectionConfig(kind="magnitude", protect=0.9)
+    trainer = ga.SelectiveTrainer(
+        model, args, train_dataset=continued(24), general_dataset=continued(8), selection=selection
+    )
+    trainer.train()
+    return {name: part.values.detach().clone() for name, part in trainer.delta.items()}
+
+
+def _masked_before_sharding() -> None:
+    model, _ = tiny("llama", head="lm")
+    ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.1))
+    shard(model)
+    model.train()(**own_batch(continued(ROWS), 0))
 
 
 def allocated() -> Any:
@@ -369,6 +391,7 @@ def failures(folder: Path) -> dict[str, Callable[[], None]]:
         "a checkpoint of one process": lambda: _unsharded_checkpoint(folder),
         "tensor parallel": _tensor_parallel,
         "wrapped": _wrapped,
+        "masked before sharding": _masked_before_sharding,
     }
 
 
@@ -388,7 +411,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
             "attached after": lambda: by_hand(after=True),
             "resumed 2": lambda: resumed(folder, 2),
             "mask taylor": lambda: masks("taylor"),
-            "tuned True": lambda: tuned(after=True),
+            "tuned": tuned,
         }
     return {
         **{name: partial(by_hand, **options) for name, options in ORDERS.items()},
@@ -397,7 +420,8 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         "saving": lambda: saving(folder),
         **{f"resumed {step}": partial(resumed, folder, step) for step in (2, 6)},
         **{f"mask {kind}": partial(masks, kind) for kind in SCORES},
-        **{f"tuned {after}": partial(tuned, after=after) for after in (False, True)},
+        "tuned": tuned,
+        "tuned by the trainer": lambda: tuned_by_trainer(folder),
         "allocated": allocated,
         **{name: partial(error_of, run) for name, run in failures(folder).items()},
     }
