@@ -365,9 +365,12 @@ class SparseDelta(nn.Module, StepListener):
                 return
             alike = {"the mask": self.mask.digest, "the values of the delta": digest(self.state_dict())}
             check_alike(alike, where="the first forward of a sharded model")
-            self.to(home_of(model))
+            home = home_of(model)
             for part in self.parts():
+                written = not part.pending
+                part.to(home)
                 part.spread = True
+                part._written = part.values._version if written else None  # moved, not changed
             values = list(self.tuned.parameters())
             self.averaging = EndOfBackward(groups_of(model), lambda: values, then=self.stand_down)
         self.stand_in()

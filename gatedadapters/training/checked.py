@@ -61,7 +61,9 @@ class CheckedTrainer(Trainer):
     """Whether the model divides its loss by `num_items_in_batch`; None until a batch has told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        begin = super().__init__
+        with file_errors("prepare the training", "the folder of the outputs"):
+            all_must(lambda: begin(*args, **kwargs))
         self.add_callback(FollowOptimizer())
 
     def compute_loss(
@@ -227,8 +229,8 @@ class CheckedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
-        self._check_checkpoint(resume_from_checkpoint)
+        all_must(lambda: check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled))
+        all_must(lambda: self._check_checkpoint(resume_from_checkpoint))
         if self.sharded:
             self._load_trained(resume_from_checkpoint)
         else:
