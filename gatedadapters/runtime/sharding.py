@@ -63,8 +63,9 @@ def home_of(model: nn.Module) -> torch.device:
     for parameter in model.parameters():
         if is_shard(parameter):
             kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
-            number = None if kind == "cpu" else torch.get_device_module(kind).current_device()
-            return torch.device(kind, number)
+            if kind == "cpu":
+                return torch.device(kind)
+            return torch.device(kind, torch.get_device_module(kind).current_device())
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -186,7 +187,8 @@ def on_first(together: bool, write: Callable[[], T]) -> T | None:
     if failure is not None:
         raise failure
     if told[0] is not None:
-        raise _alike(*told[0], "process 0")
+        kind, message = told[0]
+        raise _alike(kind, message, "process 0")
     return result
 
 
@@ -210,7 +212,8 @@ def all_must(do: Callable[[], None]) -> None:
         raise failure
     for rank, other in enumerate(told):
         if other is not None:
-            raise _alike(*other, f"process {rank}")
+            kind, message = other
+            raise _alike(kind, message, f"process {rank}")
 
 
 def first_alike(found: Sequence[T], model: nn.Module) -> Sequence[T]:

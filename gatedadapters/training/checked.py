@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -173,7 +174,8 @@ class CheckedTrainer(Trainer):
 
     def _described(self) -> dict[str, object]:
         """What has to be the same on all processes, by what it is."""
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "unknown"
+        data: Any = self.train_dataset
+        rows = len(data) if hasattr(data, "__len__") else "unknown"
         named = {name: getattr(self.args, name) for name in _ALIKE}
         named |= {"the number of training examples": rows, "the class of the trainer": type(self).__name__}
         return {f"the release of {name}": version for name, version in versions().items()} | named
@@ -208,7 +210,7 @@ class CheckedTrainer(Trainer):
         delta = find_delta(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
-        return super()._prepare_for_training(*args, **kwargs)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -219,7 +221,7 @@ class CheckedTrainer(Trainer):
         with _without_empty_groups(self.optimizer):
             save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
@@ -245,7 +247,7 @@ class CheckedTrainer(Trainer):
 
     def _load_trained(self, folder: str) -> None:
         """Load what is trained from a checkpoint into a sharded model; every process takes its part."""
-        state = load_file(os.path.join(folder, SAFE_WEIGHTS_NAME))
+        state: dict[str, Any] = dict(load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)))
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(cast(nn.Module, self.model), state, options=options)
 

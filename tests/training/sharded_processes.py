@@ -92,7 +92,8 @@ def by_hand(
     if WORLD > 1 and not after:
         shard(model, **options)
     if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its older name
+        getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     adapters.set_penalty(ga.Budget(fraction=0.3), schedule=SOON, total_steps=STEPS)
     optimizer = torch.optim.AdamW(adapters.parameter_groups(1e-2, gate_learning_rate=0.5))
     rows, gradients, fixed = continued(ROWS * STEPS), [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,6 @@ MESSAGES = {
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_cannot_work_ends_with_the_same_error_on_every_process(name: str, two: Any) -> None:
-    import re
-
     for shared in two:
         assert re.search(MESSAGES[name], shared[name]), shared[name]
 
@@ -217,8 +216,8 @@ def test_deepspeed_is_refused_by_name_with_what_to_do() -> None:
 def test_launchers_that_gated_models_cannot_follow_are_refused(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = gated_causal()
+    model, args = gated_causal(), own.arguments(tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TrainingError, match=message):
-        ga.GatedTrainer(model, own.arguments(tmp_path), train_dataset=continued(4))
+        ga.GatedTrainer(model, args, train_dataset=continued(4))
