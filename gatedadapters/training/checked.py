@@ -212,6 +212,9 @@ class CheckedTrainer(Trainer):
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
         return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Leave it to `EndOfBackward`, which exchanges all gradients at once, where the Trainer exchanges each."""
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
