@@ -11,6 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.errors import TrainingError
 
+_LAST = ".metadata"  # of a sharded checkpoint
 OPTIMIZER_STEM = "optimizer"
 """How the names begin under which accelerate saves an optimiser trained with FSDP."""
 
@@ -43,6 +44,9 @@ def check_resumable(folder: str, *, sharded: bool = False) -> None:
     saved = [name for name in (*others, OPTIMIZER_NAME, SCHEDULER_NAME) if name in names]
     if len(saved) == 1:  # a Trainer with save_only_model writes neither
         raise _error("a file of this checkpoint is missing", f"{OPTIMIZER_NAME} and {SCHEDULER_NAME}", saved[0], folder)
+    for name in others:
+        if os.path.isdir(os.path.join(folder, name)) and not os.path.isfile(os.path.join(folder, name, _LAST)):
+            raise _error("a file of this checkpoint is missing", f"{_LAST}, which is written last", "none", name)
     file = os.path.join(folder, TRAINER_STATE_NAME)
     try:
         TrainerState.load_from_json(file)

@@ -56,8 +56,8 @@ def test_a_plan_for_no_task_is_refused(encoder: Path) -> None:
 
 
 def test_a_plan_for_several_processes_shares_the_weights_and_repeats_the_adapters(encoder: Path) -> None:
-    alone = plan(str(encoder), "encoder-mixed", tokens=100)
-    shared = plan(str(encoder), "encoder-mixed", processes=4, tokens=100)
+    alone = experiments.plan(str(encoder), "encoder-mixed", tokens=100)
+    shared = experiments.plan(str(encoder), "encoder-mixed", processes=4, tokens=100)
     one, each = alone.memory_of_a_process["fp32"], shared.memory_of_a_process["fp32"]
     assert each["weights"] == -(-one["weights"] // 4)
     assert one["weights gathered"] == 0 < each["weights gathered"] < 3 * one["weights"]
@@ -72,4 +72,4 @@ def test_a_plan_for_several_processes_shares_the_weights_and_repeats_the_adapter
 @pytest.mark.parametrize("name", ["processes", "tokens"])
 def test_a_plan_for_no_process_or_no_token_is_refused(encoder: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{name}"):
-        plan(str(encoder), "encoder-mixed", **{name: 0})
+        experiments.plan(str(encoder), "encoder-mixed", **{name: 0})
