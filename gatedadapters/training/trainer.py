@@ -91,7 +91,7 @@ class GatedTrainer(CheckedTrainer):
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
-        prior: str | PlacementScore | None = "moved",
+        prior: str | PlacementScore | None = "gain",
         gate_learning_rate: float | None = None,
         delta_learning_rate: float | None = None,
         task_temperature: float | None = None,
@@ -422,12 +422,12 @@ class GatedTrainer(CheckedTrainer):
 
     def _write_artifact(self, folder: str) -> None:
         if self.delta is None:
-            self._describe_training()
+            self.describe_training()
             self.adapters.compacted().save(folder, beside=True)
         else:
             save_joint(self.adapters.model, folder, beside=True)
 
-    def _describe_training(self) -> None:
+    def describe_training(self) -> None:
         """Let the saved adapters say how they were trained."""
         adapters, args = self.adapters, self.args
         origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
