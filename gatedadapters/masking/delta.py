@@ -363,7 +363,7 @@ class SparseDelta(nn.Module, StepListener):
             model = self.model
             if not (in_a_group() and is_sharded(model)):
                 return
-            alike = {"the mask": self.mask.digest, "the values of the delta": digest(self.state_dict())}
+            alike = {"the mask": self.mask.digest, "the values of the delta": digest(dict(self.named_parameters()))}
             check_alike(alike, where="the first forward of a sharded model")
             home = home_of(model)
             for part in self.parts():

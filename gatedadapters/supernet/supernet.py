@@ -235,7 +235,7 @@ class Supernet(nn.Module, StepListener):
             "the candidate paths": digest(list(self.paths)),
             "the penalty and its schedule": penalty,
             "the heads": self.head_names,
-            "the values of the adapters": digest(self.state_dict()),
+            "the values of the adapters": digest(dict(self.named_parameters())),
         }
 
     def _learning_now(self) -> list[nn.Parameter]:
