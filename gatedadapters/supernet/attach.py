@@ -136,6 +136,7 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
     Raises:
         AttachError: a sparse delta tunes a head, or a weight that a path sits at.
     """
+    check_layout_of_weights(model)
     check_heads_untuned(model, head_names)
     for key, path in built.typed_paths():
         if not path.site.at_weight:

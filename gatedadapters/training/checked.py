@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
 import tempfile
 from abc import abstractmethod
@@ -49,6 +50,8 @@ _ALIKE = (
     "max_grad_norm",
 )
 """Arguments with which processes would wait for each other for ever, or train apart, if they differed."""
+logger = logging.getLogger(__name__)
+
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
 
@@ -171,6 +174,8 @@ class CheckedTrainer(Trainer):
             TrainingError: they differ.
         """
         check_alike(self._described(), where="the start of training")
+        if (self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
+            logger.warning("accelerate shards on accelerators alone: here every process holds the whole model")
 
     def _described(self) -> dict[str, object]:
         """What has to be the same on all processes, by what it is."""
