@@ -305,6 +305,38 @@ def allocated() -> Any:
     return {record.key: record.kept for record in structure.paths}
 
 
+def joint(folder: Path) -> Tensor:
+    """Logits of adapters and a delta that were saved together, loaded onto shards where there are several processes."""
+    model: Any
+    model, _ = tiny("llama", head="lm")
+    with_dropout(model, 0.0)
+    if WORLD > 1:
+        shard(model)
+    ga.load_joint(model, folder / "joint")
+    return logits_of(model.eval(), continued(ROWS))
+
+
+def save_joint(folder: Path) -> None:
+    """Adapters and a delta with values of their own, trained by nobody."""
+    model, _ = tiny("llama", head="lm")
+    delta = ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.05))
+    adapters = ga.attach(model, SPACE)
+    with torch.no_grad():
+        for parameter in (*adapters.weight_parameters(), *delta.parameters()):
+            parameter.add_(0.1)
+    delta.write()
+    adapters.compact()
+    ga.save_joint(model, folder / "joint")
+
+
+def frozen_head(folder: Path) -> list[float]:
+    """Losses of a classifier whose head is not trained."""
+    model, _ = tiny("bert", head="classification")
+    ga.attach(with_dropout(model, 0.0), SPACE, heads=())
+    trainer = through_accelerate(folder / f"frozen head {WORLD}", model, labelled([24]), max_steps=4)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def _differently(**options: Any) -> None:
     """Train where one process has other settings than the others."""
     data = continued(24 if RANK or "rows" not in options else 12)
@@ -424,6 +456,8 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         "tuned": tuned,
         "tuned by the trainer": lambda: tuned_by_trainer(folder),
         "allocated": allocated,
+        "joint": lambda: joint(folder),
+        "frozen head": lambda: frozen_head(folder),
         **{name: partial(error_of, run) for name, run in failures(folder).items()},
     }
 

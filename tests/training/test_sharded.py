@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     place = folder / "one process"
     own.through_accelerate(place, gated_causal(), continued(24), save_strategy="steps", save_steps=2, max_steps=2)
+    own.save_joint(folder)
     return folder
 
 
@@ -171,6 +172,17 @@ def test_a_selective_trainer_is_sharded_by_accelerate(two: Any, folder: Path, tm
 def test_a_sharded_probe_allocates_what_one_process_does(two: Any) -> None:
     single = own.allocated()
     assert [shared["allocated"] for shared in two] == [single] * 2
+
+
+def test_a_joint_artefact_loads_onto_shards(two: Any, folder: Path) -> None:
+    single = own.joint(folder)
+    for shared in two:
+        torch.testing.assert_close(shared["joint"], single, rtol=0, atol=1e-5)
+
+
+def test_a_classifier_with_a_frozen_head_is_trained_alike(two: Any, tmp_path: Path) -> None:
+    single = own.frozen_head(tmp_path)
+    assert [shared["frozen head"] for shared in two] == [pytest.approx(single, rel=1e-4)] * 2
 
 
 MESSAGES = {
