@@ -221,7 +221,8 @@ def place_attached(
 
 def _kept_share(budget: Budget | None, whole: Adapters, probed: Adapters) -> float:
     """Parameters that will be kept, about, over those of the probe's candidates."""
-    assert whole.bank is not None and probed.bank is not None
+    assert whole.bank is not None
+    assert probed.bank is not None
     if budget is None:
         return KEPT_SHARE
     share = budget.resolve(whole.bank.dense_cost(budget.unit)) / whole.bank.dense_cost(budget.unit)
