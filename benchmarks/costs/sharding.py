@@ -10,7 +10,8 @@ others end with an error, and the resumed run ends with the bits of an undisturb
 Memory: a random Llama of SmolLM2-135M's shape, batch 4 x 64 in all, beyond what the imports take. What bounds it from
 below is the table of tokens (28 M of 135 M parameters), which is gathered whole, and what every process holds: adapters
 and their moments. Both sides give freed blocks back at once (`mallopt`): glibc keeps blocks of a few megabytes, such as
-gathered weights, and a process then seems to hold them all (1.37 of one process, without this). Steps: a Llama of 12 blocks, width 384; the sides take turns within one launch.
+gathered weights, and without this each of two processes seems to take 1.37 of what one alone takes. Steps: a Llama of
+12 blocks, width 384; the sides take turns within one launch.
 """
 
 from __future__ import annotations
