@@ -17,12 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
-<<<<<<< HEAD
-from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
-from gatedadapters.runtime.sharding import class_name, is_sharded, on_first, whole
-=======
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
->>>>>>> main
+from gatedadapters.runtime.sharding import class_name, is_sharded, on_first, whole
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor

@@ -280,16 +280,12 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
     )
 
 
-<<<<<<< HEAD
 def _unsharded(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """The module with all of its sharded weight, to compute with."""
     return with_tensors(module, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
 
 
-def _gain_offset(module: nn.Module, name: str) -> int:
-=======
 def gain_offset(module: nn.Module, name: str) -> int:
->>>>>>> main
     """What a norm adds to its weight to get its gains, found by asking it: 0, or 1 where it stores gains minus 1."""
     weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight", 1), _whole_bias(module)
     rows = torch.linspace(-1, 1, 3 * len(weight), device=weight.device).sin().view(3, -1).to(weight.dtype)
