@@ -94,15 +94,16 @@ def minilm(needs_package: Callable[..., None]) -> tuple[torch.nn.Module, object]
 
 
 @pytest.fixture(scope="session")
-def on_two_processes() -> Callable[[Path, Path], None]:
-    """Runs a script, given a folder, as the two ranks of a gloo process group; fails with what it printed."""
+def on_processes() -> Callable[..., None]:
+    """Runs a script, given a folder, as the ranks of a gloo process group (two); fails with what it printed."""
 
-    def run(script: Path, folder: Path) -> None:
+    def run(script: Path, folder: Path, count: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        logs = [folder / f"log of rank {rank}" for rank in (0, 1)]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        common["WORLD_SIZE"] = str(count)
+        logs = [folder / f"log of rank {rank} of {count}" for rank in range(count)]
         ranks = [
             processes.start(
                 processes.script,
@@ -120,7 +121,7 @@ def on_two_processes() -> Callable[[Path, Path], None]:
         finally:
             for process in ranks:
                 process.kill()
-        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+        assert codes == [0] * count, "\n".join(log.read_text()[-3000:] for log in logs)
 
     return run
 

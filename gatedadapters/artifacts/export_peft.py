@@ -19,6 +19,7 @@ from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
 from gatedadapters.paths.peft_kinds import TOGETHER, peft_has
+from gatedadapters.runtime.sharding import class_name, is_sharded, on_first, whole
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
@@ -113,7 +114,7 @@ def export_peft(
         config, tensors = _trainable_tokens(rows, heads)
     shape = getattr(model, "config", None)
     config = {
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": class_name(model), "parent_library": type(model).__module__},
         "base_model_name_or_path": getattr(shape, "_name_or_path", None) or None,
         "task_type": None,
         "inference_mode": True,
@@ -125,9 +126,13 @@ def export_peft(
     metadata = {"format": "pt", TENSORS: tensors_digest(stored), COMPUTED: config_digest(config)}
     with adapters.disabled():  # merged adapters are no part of the backbone
         metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
-    with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
-        (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        write_tensors(new / WEIGHTS, stored, metadata=metadata)
+
+    def write() -> None:
+        with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
+            (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            write_tensors(new / WEIGHTS, stored, metadata=metadata)
+
+    on_first(is_sharded(model), write)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -473,7 +478,7 @@ def _modules_to_save(
             fix="keep the adapter as it is with adapters.save, or attach with heads=() and train none",
         )
     states: Mapping[str, Tensor] = {
-        f"{owner}.{name}": value.detach()
+        f"{owner}.{name}": whole(value.detach())
         for owner in sorted(owners)
         for name, value in model.get_submodule(owner).state_dict().items()
     }

@@ -10,6 +10,7 @@ from gatedadapters.artifacts.load import load_adapters
 from gatedadapters.masking import SparseDelta, get_delta, load_delta
 from gatedadapters.masking.delta import FILES as DELTA_FILES
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.runtime.sharding import is_sharded
 from gatedadapters.safe_files import check_free, whole_folder
 from gatedadapters.structure.folder import FILES as ADAPTER_FILES
 from gatedadapters.supernet.adapters import Adapters, get_adapters
@@ -27,6 +28,8 @@ def save_joint(
 ) -> None:
     """Write the compact adapters and the delta of `model` into one folder, whole or not at all.
 
+    Of a sharded model, every process calls this; the two parts are then written whole one after the other.
+
     Args:
         model: with both.
         folder: a new or an empty folder.
@@ -41,9 +44,10 @@ def save_joint(
             is not free.
     """
     adapters, delta = get_adapters(model), get_delta(model)
-    if beside:
-        adapters.compacted().save(Path(folder) / ADAPTERS, overwrite=True, allow_nonfinite=allow_nonfinite)
-        delta.save(Path(folder) / DELTA, overwrite=True, allow_nonfinite=allow_nonfinite)
+    if beside or is_sharded(model):
+        parts, replace = adapters.compacted() if beside else adapters, beside or overwrite
+        parts.save(Path(folder) / ADAPTERS, overwrite=replace, allow_nonfinite=allow_nonfinite)
+        delta.save(Path(folder) / DELTA, overwrite=replace, allow_nonfinite=allow_nonfinite)
         return
     for part, files in ((ADAPTERS, ADAPTER_FILES), (DELTA, DELTA_FILES)):
         check_free(Path(folder).resolve() / part, files, overwrite)  # what a user keeps in there is not replaced, too

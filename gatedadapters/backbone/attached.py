@@ -12,6 +12,7 @@ from torch import nn
 
 from gatedadapters.backbone.fingerprint import OWN_MODULES, is_own
 from gatedadapters.errors import AttachError
+from gatedadapters.runtime.sharding import plain_name, reshard
 
 
 def trained_originally(model: nn.Module) -> frozenset[str]:
@@ -19,7 +20,9 @@ def trained_originally(model: nn.Module) -> frozenset[str]:
 
     If something is already attached, its saved flags are copied: the live ones describe a frozen model.
     """
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_own(name)}
+    reshard(model)
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    names = {name for name, parameter in named.items() if parameter.requires_grad and not is_own(name)}
     for prefix, owner in _owners(model):
         names = {name for name in names if not name.startswith(prefix)}
         names |= {f"{prefix}{name}" for name in owner._required_grad}
@@ -36,8 +39,10 @@ def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
         model: the model.
         originally: names of the parameters that required gradients at first, see `trained_originally`.
     """
+    reshard(model)
     owners = list(_owners(model))
-    for name, parameter in model.named_parameters():
+    for held, parameter in model.named_parameters():
+        name = plain_name(held)
         if is_own(name):
             continue
         above = [(prefix, owner) for prefix, owner in owners if name.startswith(prefix)]

@@ -12,6 +12,7 @@ from torch import nn
 
 from gatedadapters.backbone.quantized import is_quantized, parts
 from gatedadapters.config.base import Config
+from gatedadapters.runtime.sharding import class_name, plain_name, reshard, whole
 
 _SAMPLES = 64
 DELTA = "sparse_delta"
@@ -70,21 +71,24 @@ def fingerprint(model: nn.Module, *, skip: frozenset[str] = frozenset()) -> Fing
 
     Values are rounded to bfloat16 first, so a float32 checkpoint loaded in bfloat16 keeps its fingerprint. Loaded in
     float16 it may get another: small values become 0, and rounding twice can give another value. It takes milliseconds,
-    because it reads a tiny share of a large model.
+    because it reads a tiny share of a large model. Sharded weights are gathered one after the other, so all processes
+    have to call this together.
     """
+    reshard(model)
     shapes, values = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in sorted(backbone_parameters(model)):
+    named = {plain_name(name): parameter for name, parameter in backbone_parameters(model)}
+    for name, parameter in sorted(named.items()):
         if name in skip:
             continue
         shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
-        for part in parts(parameter.detach()):
+        for part in parts(whole(parameter.detach())):
             if part.device.type == "meta" or not (part.is_floating_point() or is_quantized(parameter)):
                 continue
             flat = part.reshape(-1)
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
             values.update(picked.view(torch.int16).numpy().tobytes())
     return Fingerprint(
-        model_class=type(model).__name__,
+        model_class=class_name(model),
         shapes=shapes.hexdigest()[:32],
         values=values.hexdigest()[:32],
         heads=tuple(sorted(skip)),

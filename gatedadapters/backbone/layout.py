@@ -32,6 +32,7 @@ from gatedadapters.backbone.trace import (
     maps_of,
 )
 from gatedadapters.errors import LayoutError
+from gatedadapters.runtime.sharding import class_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,7 @@ class _Assembly:
         width = next(reversed(self.calls.values()))[0].shape[-1]
         placed_norms = {norm.name for block in blocks for sub in block.sublayers for norm in sub.norms}
         return Layout(
-            type(self.model).__name__,
+            class_name(self.model),
             width,
             blocks,
             outside,

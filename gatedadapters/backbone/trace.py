@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gatedadapters.runtime.sharding import is_shard, is_sharded
+
 
 @dataclass(frozen=True, slots=True)
 class Map:
@@ -264,6 +266,8 @@ class Tracer(TorchDispatchMode):
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.trace.called.add(name)
+            if is_sharded(module, itself=True):
+                self._gathered(name, module)
             hidden = first_float_tensor(args, kwargs.get("hidden_states"), kwargs)
             if hidden is not None and self._block is None and name in self._containers:
                 stack = self._containers[name]
@@ -274,6 +278,19 @@ class Tracer(TorchDispatchMode):
             self._stack.append(call)
 
         return hook
+
+    def _gathered(self, name: str, module: nn.Module) -> None:
+        """Take up the whole weights that FSDP has just put in the place of a module's shards."""
+        for inner, part in module.named_modules(prefix=name):
+            for leaf, held in part._parameters.items():
+                if held is None or is_shard(held):
+                    continue
+                key = held.untyped_storage()
+                if Map(inner, leaf) in self._shapes:
+                    owners = self._owners.setdefault(key, [])
+                    owners += [Map(inner, leaf)] if Map(inner, leaf) not in owners else []
+                else:
+                    self._labels[key] = NONE
 
     def _leaving(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

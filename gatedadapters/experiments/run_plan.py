@@ -86,6 +86,13 @@ class Plan:
         unknown: modules that discovery did not understand, with the reason.
         reach: the share of blocks and matrices at which candidates stand, and what is left, with the way to it.
         budget: what the budget leaves; None if none was given.
+        processes: number of processes over which FSDP2 spreads the weights; 1 without sharding.
+        tokens: tokens of one process's micro-batch, for the activations.
+        hidden: width of the hidden state.
+        largest_block: parameters of the largest block.
+        outside: parameters outside the blocks.
+        activations_of_a_token: numbers that a forward pass keeps for backward, for each token.
+        logits_of_a_token: size of the vocabulary, or of the output.
     """
 
     model: str
@@ -100,6 +107,13 @@ class Plan:
     unknown: tuple[str, ...]
     reach: Reach
     budget: BudgetPlan | None
+    processes: int = 1
+    tokens: int = 0
+    hidden: int = 0
+    largest_block: int = 0
+    outside: int = 0
+    activations_of_a_token: int = 0
+    logits_of_a_token: int = 0
 
     @property
     def paths(self) -> int:
@@ -131,6 +145,38 @@ class Plan:
             for name, size in _BYTES.items()
         }
 
+    @property
+    def memory_of_a_process(self) -> dict[str, dict[str, int]]:
+        """Bytes that training takes on each of `processes`, by number format of the backbone and by part.
+
+        A process holds its share of the weights and, while they are used, two blocks and what lies outside the blocks,
+        gathered; on one process nothing is gathered. Adapters, their gradients and moments are held by every process,
+        and their gradients once more while they are exchanged. Activations are what every linear map of the blocks
+        reads and returns, and logits three times in fp32 (with their probabilities and gradient). With checkpointing,
+        what each block reads is kept, and the activations of one block.
+        """
+        trained = self.params + self.gates
+        found = {}
+        for name, size in _BYTES.items():
+            gathered = (2 * self.largest_block + self.outside) * size if self.processes > 1 else 0
+            parts = {
+                "weights": -(-self.weights * size // self.processes),
+                "weights gathered": gathered,
+                "adapters and gates": trained * _TRAINED,
+                "gradients": trained * _GRADIENT * (2 if self.processes > 1 else 1),
+                "AdamW": trained * _ADAM,
+                "activations": self.tokens * (self.activations_of_a_token * size + 3 * 4 * self.logits_of_a_token),
+            }
+            kept = self.blocks * self.hidden + self.activations_of_a_token // self.blocks
+            checkpointed = self.tokens * (kept * size + 3 * 4 * self.logits_of_a_token)
+            total = sum(parts.values())
+            found[name] = parts | {
+                "total": total,
+                "activations, checkpointed": checkpointed,
+                "total, checkpointed": total - parts["activations"] + checkpointed,
+            }
+        return found
+
     def table(self) -> str:
         """Paths, units and parameters of the candidates, by sub-layer, role and kind."""
         rows = [
@@ -157,6 +203,9 @@ class Plan:
             "params": self.params,
             "flops": self.flops,
             "memory": self.memory,
+            "processes": self.processes,
+            "tokens": self.tokens,
+            "memory of a process": self.memory_of_a_process,
             "skipped_sites": list(self.skipped_sites),
             "misfits": list(self.skipped_sites),  # the name of 0.1, for one release
             "unknown": list(self.unknown),
@@ -184,6 +233,11 @@ class Plan:
             *([self.reach.table()] if self.reach.left else []),
             format_table(["memory without activations, weights in", *_BYTES], rows),
         ]
+        if self.processes > 1:
+            each = self.memory_of_a_process
+            rows = [[part, *(_as_bytes(each[name][part]) for name in _BYTES)] for part in each["fp32"]]
+            title = f"memory of each of {self.processes} processes, {self.tokens:,} tokens each, weights in"
+            parts.append(format_table([title, *_BYTES], rows))
         if self.budget is not None:
             parts.append(str(self.budget))
         parts += _listed("does not fit, left out", self.skipped_sites)
@@ -192,7 +246,13 @@ class Plan:
 
 @file_errors("read or write a file of the run", "plan")
 def plan(
-    model: nn.Module | str | Path, space: SearchSpace | str | Path, *, tasks: int = 1, budget: Budget | None = None
+    model: nn.Module | str | Path,
+    space: SearchSpace | str | Path,
+    *,
+    tasks: int = 1,
+    budget: Budget | None = None,
+    processes: int = 1,
+    tokens: int = 4096,
 ) -> Plan:
     """Count what a search would offer and cost, before any training, as `gatedadapters plan` does.
 
@@ -201,15 +261,20 @@ def plan(
         space: a search space, the name of a preset, or a YAML file.
         tasks: number of tasks, each with gates of its own.
         budget: a budget to resolve against the candidates.
+        processes: number of processes over which FSDP2 spreads the weights; the plan then shows the memory of each.
+        tokens: tokens of one process's micro-batch.
 
     Raises:
-        ConfigError: there is no such space or model, or `tasks` is below one.
+        ConfigError: there is no such space or model, or `tasks`, `processes` or `tokens` is below one.
         LayoutError: discovery does not find the blocks of the model.
         PathError: the space selects no point of the model.
         BudgetError: the budget is below the smallest candidate.
     """
     if tasks < 1:
         raise ConfigError(expected="one task or more", got=tasks, where="--tasks", fix="count your tasks")
+    for name, number in ("processes", processes), ("tokens", tokens):
+        if number < 1:
+            raise ConfigError(expected="1 or more", got=number, where=f"--{name}", fix=f"give the number of {name}")
     space = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
     model = model if isinstance(model, nn.Module) else build_on_meta(str(model))
     layout = discover(model)
@@ -226,6 +291,7 @@ def plan(
     if budget is not None:
         limit = check_budget(bank, budget)
         allowed = BudgetPlan(budget, limit, limit / bank.dense_cost(budget.unit))
+    inside = {b.name: sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in layout.blocks}
     return Plan(
         model=layout.model_class,
         blocks=len(layout.blocks),
@@ -239,6 +305,13 @@ def plan(
         unknown=tuple(f"{unknown.name}: {unknown.reason}" for unknown in layout.unknown),
         reach=Reach.of(model, layout, [site for _, site in offered.values()], skipped_sites),
         budget=allowed,
+        processes=processes,
+        tokens=tokens,
+        hidden=layout.hidden_size,
+        largest_block=max(inside.values()),
+        outside=sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values()),
+        activations_of_a_token=sum(m.in_features + m.out_features for _, _, m in layout.maps()),
+        logits_of_a_token=max((m.out_features for m in layout.outside if m.role == "head"), default=0),
     )
 
 

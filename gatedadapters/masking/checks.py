@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.errors import AttachError, MaskError
+from gatedadapters.runtime.sharding import is_shard, local
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
 
@@ -37,7 +38,7 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     Raises:
         MaskError: one of the two does not hold. The error names the tensor.
     """
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
+    plain = is_shard(weight) or (type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided)
     if not weight.is_floating_point() or not plain or weight.element_size() < 2:
         raise MaskError(
             "these weights cannot be tuned element by element",
@@ -54,7 +55,7 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
             where=name,
             fix="use the model the mask was made for",
         )
-    if not weight.is_contiguous() or weight.device.type == "meta":
+    if not local(weight).is_contiguous() or weight.device.type == "meta":
         raise MaskError(
             "these weights cannot be written in place",
             expected="a contiguous tensor with memory",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,24 @@ from gatedadapters.masking.live import LiveWeight, Pattern
 from gatedadapters.masking.mask import FILES as MASK_FILES
 from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
+from gatedadapters.runtime.sharding import (
+    EndOfBackward,
+    check_alike,
+    check_layout_of_weights,
+    digest,
+    groups_of,
+    home_of,
+    in_a_group,
+    is_shard,
+    is_sharded,
+    local,
+    on_first,
+    part_of,
+    replicate,
+    reshard,
+    whole,
+    without_mark,
+)
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.attach import find_heads
@@ -68,11 +87,17 @@ class SparseDelta(nn.Module, StepListener):
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
         self._as_written: frozenset[str] = frozenset()  # tensors that loading a state dict has not changed
+        self.averaging: EndOfBackward | None = None  # in a sharded model, from its first forward on
+        replicate(self)
         nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**without_mark(self.__dict__), "averaging": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
+        replicate(self)
         if self.applied:
             CLOCK.add(self)
 
@@ -204,8 +229,7 @@ class SparseDelta(nn.Module, StepListener):
         try:
             yield
         finally:
-            for part in self.parts():
-                part.write()
+            self.write()
 
     def save(
         self,
@@ -218,7 +242,8 @@ class SparseDelta(nn.Module, StepListener):
     ) -> None:
         """Write the mask, the values and the trained task heads into `folder`, whole or not at all.
 
-        An element takes about 5 bytes in float32. `load_delta` then reads the same bits.
+        An element takes about 5 bytes in float32. `load_delta` then reads the same bits. Of a sharded model, every
+        process calls this; the first one writes, and all raise its error.
 
         Args:
             folder: a new or an empty folder.
@@ -237,14 +262,19 @@ class SparseDelta(nn.Module, StepListener):
                 where="SparseDelta.save(dtype=)",
                 fix="choose one of them",
             )
+        model = self._model[0] if self.applied else None
         tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
         if not allow_nonfinite:
             fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
             check_finite(tensors, where=folder, fix=fix)
-        with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
-            digest = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
-            self.mask.write(new, {VALUES: digest})
+
+        def write() -> None:
+            with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
+                written = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
+                self.mask.write(new, {VALUES: written})
+
+        on_first(model is not None and is_sharded(model), write)
 
     # -- while it is in a model ----------------------------------------------------------------------------------------
 
@@ -268,7 +298,7 @@ class SparseDelta(nn.Module, StepListener):
         Raises:
             AttachError: this delta is in no model.
         """
-        _ = self.model
+        reshard(self.model)
         for part in self.parts():
             part.write()
 
@@ -282,12 +312,14 @@ class SparseDelta(nn.Module, StepListener):
             AttachError: this delta is in no model.
             TrainingError: something of this does not hold. The error names the tensors.
         """
+        reshard(self.model)
         held = {id(module) for module in self.model.modules()}
         for name, part in self.items():
             for module, attribute in part.owners:
                 if id(module) not in held:
                     raise _changed([name], "another module was put in its place")
-                if not isinstance(module.__dict__.get(attribute), LiveWeight) or attribute not in module._parameters:
+                standing = part.spread or isinstance(module.__dict__.get(attribute), LiveWeight)
+                if not standing or attribute not in module._parameters:
                     raise _changed([name], "another parameter was put in its place")
             if part.weight.requires_grad:
                 raise TrainingError(
@@ -300,19 +332,59 @@ class SparseDelta(nn.Module, StepListener):
         parts = [(name, part) for name, part in self.items() if not part.pending]
         if parts:
             home = parts[0][1].values.device
-            flags = torch.stack([part.differs().to(home) for _, part in parts]).tolist()  # the one host read
-            changed = [name for (name, _), flag in zip(parts, flags, strict=True) if flag]
+            flags = torch.stack([part.differs().to(home) for _, part in parts]).int()
+            for group in self.averaging.groups if self.averaging is not None else ():  # all raise, or none
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+            changed = [name for (name, _), flag in zip(parts, flags.tolist(), strict=True) if flag]  # the one host read
             if changed:
                 raise _changed(changed, "other values in tuned elements")
+
+    def stand_in(self) -> None:
+        """Let the stand-ins shadow the tuned parameters; in a sharded model they do so from each forward pass until its
+        backward pass has ended, because FSDP looks for the parameters in between.
+        """
+        for part in self.parts():
+            for module, attribute in part.owners:
+                module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
+
+    def stand_down(self) -> None:
+        """Take the stand-ins away."""
+        for part in self.parts():
+            for module, attribute in part.owners:
+                module.__dict__.pop(attribute, None)
+
+    def begin_forward(self) -> None:
+        """Called before each forward pass. In the first one of a sharded model, check that all processes hold the same.
+
+        Raises:
+            TrainingError: the processes differ.
+        """
+        if self.averaging is None:
+            model = self.model
+            if not (in_a_group() and is_sharded(model)):
+                return
+            alike = {"the mask": self.mask.digest, "the values of the delta": digest(dict(self.named_parameters()))}
+            check_alike(alike, where="the first forward of a sharded model")
+            home = home_of(model)
+            for part in self.parts():
+                written = not part.pending
+                part.to(home)
+                part.spread = True
+                part._written = part.values._version if written else None  # moved, not changed
+            values = list(self.tuned.parameters())
+            self.averaging = EndOfBackward(groups_of(model), lambda: values, then=self.stand_down)
+        self.stand_in()
 
     def _heads(self) -> dict[str, Tensor]:
         """The trained values of the task heads, from the model or, outside one, from the last removal."""
         if not self.applied:
             return self.head_values
-        return {n: p.detach() for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
+        reshard(self.model)
+        return {n: whole(p.detach()) for n, p in zip(self.head_names, self.head_parameters(), strict=True)}
 
     def _install(self, model: nn.Module, head_names: tuple[str, ...]) -> None:
         required = trained_originally(model)
+        check_layout_of_weights(model)
         check_adapters(model, {name for name, _ in self.items()})
         owners = _owners(model)
         self.train(model.training)
@@ -321,19 +393,23 @@ class SparseDelta(nn.Module, StepListener):
                 part.owners = owners[name]
                 if part.weight.device != part.values.device:
                     part.to(part.weight.device)
-                part.originals = part.pattern.gather(part.weight.detach()).clone()  # of this model, in its type
-                for module, attribute in part.owners:
-                    module.__dict__[attribute] = LiveWeight.over(module, attribute, part)
+                part.originals = part.present().clone()  # of this model, in its type
+                part.spread = is_shard(part.weight)
+            if not is_sharded(model):
+                self.stand_in()
             self._model.append(model)
             self.head_names, self._required_grad = head_names, required
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
+            self._handles.append(model.register_forward_pre_hook(BeginForward(self)))
+            self._handles.append(model.register_forward_hook(FollowBackward(self), always_call=True))
             self._handles += hook_embedding(self, model)
             model.add_module(NAME, self)
             apply_requires_grad(model, required)
             self.write()
             with torch.no_grad():
                 for name in self.head_values.keys() & set(head_names):
-                    model.get_parameter(name).copy_(self.head_values[name])
+                    head = model.get_parameter(name)
+                    local(head).copy_(part_of(self.head_values[name], head))
             self.head_values = {}
             CLOCK.add(self)
         except BaseException:
@@ -345,11 +421,13 @@ class SparseDelta(nn.Module, StepListener):
 
     def _uninstall(self, *, restore: bool) -> nn.Module:
         model = self.model
+        reshard(model)
+        self.averaging = None
         for part in self.parts():
             if part.owners and restore:
                 part.write(part.originals)
-            for module, attribute in part.owners:
-                module.__dict__.pop(attribute, None)
+        self.stand_down()
+        for part in self.parts():
             part.owners, part._written = [], None
         CLOCK.discard(self)
         for handle in self._handles:
@@ -360,6 +438,32 @@ class SparseDelta(nn.Module, StepListener):
         apply_requires_grad(model, self._required_grad)
         self._model.clear()
         return model
+
+
+class BeginForward:
+    """A forward pre-hook; see `SparseDelta.begin_forward`."""
+
+    def __init__(self, delta: SparseDelta) -> None:
+        self.delta = delta
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Begin."""
+        self.delta.begin_forward()
+
+
+class FollowBackward:
+    """A forward hook, also called after an exception, that lets a delta in a sharded model wait for the backward pass;
+    see `EndOfBackward`.
+    """
+
+    def __init__(self, delta: SparseDelta) -> None:
+        self.delta = delta
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Wait for the backward pass through `output`, if there will be one."""
+        averaging = self.delta.averaging
+        if averaging is not None and not (torch.is_grad_enabled() and averaging.follow(output)):
+            self.delta.stand_down()
 
 
 class RefuseCompilation:
@@ -451,6 +555,7 @@ def _build(
             where=type(model).__name__,
             fix="model.sparse_delta.remove() or .merge() first",
         )
+    reshard(model)
     selected = [name for name in mask.names if mask.count(name)]
     if not selected:
         raise MaskError(
@@ -479,7 +584,7 @@ def _build(
     for name in selected:
         weight = parameters[name]
         pattern = Pattern.of(weight.shape, mask.indices(name).to(weight.device))
-        tuned[name] = TunedElements(pattern, pattern.gather(weight.detach()).clone())
+        tuned[name] = TunedElements(pattern, pattern.gather(whole(weight.detach())).clone())
     return SparseDelta(tuned, identity=identity, roles=mask.roles, origin=mask.origin), head_names
 
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gatedadapters.errors import TrainingError
+
 # Densities up to which computing the selected entries of a product is faster than the whole product and a gather.
 # Measured on CPUs with maps of 512 x 512 to 8192 x 512; half-precision products are several times as fast as fp32 ones.
 SAMPLED_UP_TO = {torch.float32: 0.06, torch.float64: 0.06, torch.bfloat16: 0.02, torch.float16: 0.02}
@@ -128,6 +130,16 @@ class LiveWeight(Tensor):
         live = torch.empty(0).as_subclass(LiveWeight)  # never read: every operation uses the parameter itself
         live._module, live._name, live._tuned = module, name, tuned
         return live
+
+    @property
+    def _local_tensor(self) -> Tensor:
+        raise TrainingError(
+            "the mask was applied before the model was sharded, and FSDP takes its stand-ins for weights",
+            expected="fully_shard or accelerator.prepare, then apply_mask",
+            got="apply_mask first",
+            where=f"{self._name} of a {type(self._module).__name__}",
+            fix="apply the mask when the model is sharded; SelectiveTrainer and GatedTrainer do both in this order",
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveWeight:
         with torch._C.DisableTorchFunctionSubclass():

@@ -17,6 +17,7 @@ from gatedadapters.masking.scores import Batch, Loss, Score, Scores, ScoringRun,
 from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.masking.scores.per_example import size_of
 from gatedadapters.masking.scores.storage import ScoresRecord, allocated, file_names, sharded, write_record
+from gatedadapters.runtime.sharding import first_alike, is_sharded, local, reshard
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.attach import find_heads
 
@@ -40,6 +41,9 @@ def score(
 
     The model runs in evaluation mode, without dropout, and every bit of it is restored. Batches are consumed one at a
     time and not kept. Beside the model and the activations of a batch, memory holds the scores in fp32 and one tensor.
+
+    Of a sharded model, every process calls this, and holds the scores and, for one batch, the gradients of its shards.
+    Batches of the same number count as one batch: give every process the same ones for the scores of one process.
 
     Args:
         model: any transformers model, or a module that is called as `model(**batch)`; without a delta in it.
@@ -84,6 +88,7 @@ def score(
     roles = parameter_roles(model, sample or None)
     own = {n: r for n, r in roles.items() if n not in head_names and not is_own(n)}
     names = matching_parameters(own, include, exclude, where="score")
+    reshard(model)
     everything = dict(model.named_parameters())
     parameters = {name: everything[name] for name in names}
     for name, parameter in parameters.items():
@@ -95,6 +100,14 @@ def score(
                 where=name,
                 fix="load the model without quantisation, or exclude=[...] them",
             )
+    if spill is not None and is_sharded(model):
+        raise MaskError(
+            "the scores of a sharded model lie with its shards, not in a folder",
+            expected="spill=None",
+            got=repr(spill),
+            where="score(spill=)",
+            fix="leave it out; scores.save(folder) writes them afterwards",
+        )
     entries = sharded({name: tuple(p.shape) for name, p in parameters.items()}, own)
     record = ScoresRecord(kind=method.kind, fingerprint=fingerprint(model, skip=frozenset(head_names)), tensors=entries)
     with ExitStack() as stack:
@@ -107,7 +120,8 @@ def score(
                 name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
                 for name, p in parameters.items()
             }
-        run = ScoringRun(model, parameters, totals, loss or method.default_loss() or task_losses, seed)
+        held = {name: local(total) for name, total in totals.items()}
+        run = ScoringRun(model, parameters, held, loss or method.default_loss() or task_losses, seed)
         with _prepared(model, parameters):
             try:
                 method.begin(run)
@@ -144,6 +158,7 @@ def _accumulate(method: Score, run: ScoringRun, first: Batch, rest: Iterator[Bat
 @contextmanager
 def _prepared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """A context with the model in evaluation mode and gradients for `parameters` alone; it restores everything."""
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     held: list[tuple[nn.Parameter, bool, Tensor | None]] = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     scored = {id(p) for p in parameters.values()}
@@ -163,20 +178,22 @@ def _prepared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
 
 def _check(run: ScoringRun, method: Score) -> None:
     """Check that all scores are finite, at least 0, and not all 0."""
-    largest = 0.0
+    largest, broken = 0.0, list[tuple[str, str]]()
     for name, total in run.totals.items():
         top: Any = total.amax() if total.numel() else total.new_zeros(())
         low: Any = total.amin() if total.numel() else top
         if not bool(torch.isfinite(top)) or float(low) < 0 or not bool(torch.isfinite(low)):
-            raise MaskError(
-                "a score is not a finite number of at least 0",
-                expected="finite scores",
-                got=f"between {float(low):.3g} and {float(top):.3g}",
-                where=f"{name} ({method.kind})",
-                fix="look for examples with an infinite loss",
-            )
+            broken.append((name, f"between {float(low):.3g} and {float(top):.3g}"))
         largest = max(largest, float(top))
-    if largest == 0.0:
+    for name, got in first_alike(broken, run.model):
+        raise MaskError(
+            "a score is not a finite number of at least 0",
+            expected="finite scores",
+            got=got,
+            where=f"{name} ({method.kind})",
+            fix="look for examples with an infinite loss",
+        )
+    if not first_alike([largest] if largest else [], run.model):
         raise MaskError(
             "all scores are 0",
             expected="a loss that depends on the weights",

@@ -36,6 +36,7 @@ from gatedadapters.paths.base import (
 )
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Site, SkippedSite
+from gatedadapters.runtime.sharding import whole
 
 
 class ElementsOptions(PathOptions):
@@ -179,7 +180,7 @@ class Elements(Path):
         if is_quantized(weight) and is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize"):
             weight = weight.dequantize()
         if not is_quantized(weight) and weight.dim() == 2:
-            self.choose_by(weight.detach().abs())
+            self.choose_by(whole(weight.detach()).abs())
 
     @torch.no_grad()
     def choose(self, positions: Tensor) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -145,6 +146,15 @@ class StepClock:
             listener = entry.listener()
             if listener is not None and any(id(parameter) in ids for parameter in listener.watched()):
                 listener.after_step(None)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within this context no listener hears of a step: torch makes one of zeros before it loads a state."""
+        entries, self._entries = self._entries, ()
+        try:
+            yield
+        finally:
+            self._entries = entries
 
     def shared(self, listener: StepListener, optimizer: Optimizer) -> Iterator[Tensor]:
         """The parameters that `listener` watches and `optimizer` holds."""

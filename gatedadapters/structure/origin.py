@@ -10,6 +10,7 @@ from pydantic import Field
 
 from gatedadapters.config.base import Config, Count, Place
 from gatedadapters.config.tasks import Kind
+from gatedadapters.runtime.sharding import class_name
 
 ORIGIN = "origin"
 """The key of the origin in `structure.json`."""
@@ -76,7 +77,7 @@ class Origin(Config):
             known = tuple(OriginTask(name=n, kind="classification", labels=own) for n, own in labels.items())
             pooling = getattr(model, "pooling", None)
             return cls(base_model_name_or_path=base, task_type="text-classification", tasks=known, pooling=pooling)
-        kind = type(model).__name__
+        kind = class_name(model)
         if kind.endswith("ForSequenceClassification"):
             classes = tuple(str(config.id2label[index]) for index in range(len(config.id2label)))  # type: ignore[union-attr]
             known = tuple(OriginTask(name=n, kind="classification", labels=classes) for n in tasks)

@@ -23,6 +23,7 @@ from gatedadapters.errors import ArtifactError, AttachError, MaskError, PathErro
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Elements, Path, SkippedSite
 from gatedadapters.runtime.call import forget, switched_off
+from gatedadapters.runtime.sharding import is_sharded, on_first, whole
 from gatedadapters.runtime.steps import CLOCK
 from gatedadapters.safe_files import listed
 from gatedadapters.structure import Structure
@@ -458,7 +459,8 @@ class Adapters(Supernet):
         """Write compact adapters and task heads into `folder`, which `load_adapters` reads.
 
         The folder holds `structure.json`, with digests of both files, `adapters.safetensors`, and a model card,
-        `README.md`; a card that somebody wrote or edited stays. It appears complete or not at all.
+        `README.md`; a card that somebody wrote or edited stays. It appears complete or not at all. Of a sharded model,
+        every process calls this; the first one writes, and all raise its error.
 
         Args:
             folder: a new or an empty folder.
@@ -478,17 +480,21 @@ class Adapters(Supernet):
                 where="Adapters.save",
                 fix="call adapters.compact() first, or save adapters.compacted() to go on training",
             )
-        heads = dict(zip(self.head_names, self.head_parameters(), strict=True))
-        write(
-            folder,
-            self.structure,
-            dict(self.typed_paths()),
-            heads,
-            dtype=dtype,
-            overwrite=overwrite,
-            origin=self.origin or Origin.of(self._model[0] if self._model else None, self.tasks),
-            beside=beside,
-            allow_nonfinite=allow_nonfinite,
+        heads = {name: whole(value) for name, value in zip(self.head_names, self.head_parameters(), strict=True)}
+        model, structure = self._model[0] if self._model else None, self.structure
+        on_first(
+            model is not None and is_sharded(model),
+            lambda: write(
+                folder,
+                structure,
+                dict(self.typed_paths()),
+                heads,
+                dtype=dtype,
+                overwrite=overwrite,
+                origin=self.origin or Origin.of(model, self.tasks),
+                beside=beside,
+                allow_nonfinite=allow_nonfinite,
+            ),
         )
 
     def push_to_hub(
@@ -576,6 +582,7 @@ class Adapters(Supernet):
             handle.remove()
         self._handles.clear()
         self._forwards.clear()
+        self._averaging = None
         forget(self.serial)
 
     def check_alone(self) -> nn.Module:

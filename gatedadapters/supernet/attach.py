@@ -21,6 +21,7 @@ from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.gates import GateBank, GateGroup
 from gatedadapters.paths import Path, Site, SkippedSite, path_class
 from gatedadapters.runtime.forward import OwnForward
+from gatedadapters.runtime.sharding import check_layout_of_weights
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import InputHook, OutputHook
@@ -77,15 +78,16 @@ def attach(
 
     Raises:
         AttachError: the model or a part of it already has adapters; a penalty on a Structure; quantised weights
-            through which no gradient passes.
+            through which no gradient passes; weights that are spread over processes in another way than FSDP2's.
         LayoutError: no repeated blocks, or the sample batch does not run.
         PathError: the space selects nothing, or a path does not fit its point.
         ConfigError: unknown preset.
         BudgetError: see `set_penalty`.
 
-    The model is left untouched by all of them.
+    The model is left untouched by all of them. A model that is sharded already is attached to on every process.
     """
     check_no_adapters(model)
+    check_layout_of_weights(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = find_heads(model, heads)
     check_gradients_pass(model)
@@ -135,6 +137,7 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
     Raises:
         AttachError: a sparse delta tunes a head, or a weight that a path sits at.
     """
+    check_layout_of_weights(model)
     check_heads_untuned(model, head_names)
     for key, path in built.typed_paths():
         if not path.site.at_weight:

@@ -43,6 +43,8 @@ class ModelHook:
 class OutputAnchor:
     """After the model ran, or raised: the call ends.
 
+    In training, a sharded model is watched until its backward pass ends; see `EndOfBackward`.
+
     If all gates were drawn as 0, it adds `0 * log_alpha.sum()` to the outputs, so that backward and
     DistributedDataParallel still reach the gates, whichever output the loss is computed from. Without it the loss of a
     model without heads would need no gradient, and DDP would count the gates as unused before the penalty adds their
@@ -59,14 +61,29 @@ class OutputAnchor:
         runs = supernet.call().runs
         supernet.end_forward()
         learning = bank is not None and not bank.frozen and supernet.training and torch.is_grad_enabled()
-        if output is None or bank is None or not learning or not runs or any(bank.open_paths.values()):
+        training = output is not None and runs and supernet.training and torch.is_grad_enabled()
+        if not training:
             return None
-        nothing = 0.0 * bank.log_alpha.sum()
-        if isinstance(output, Mapping):
-            for name, value in output.items():
-                output[name] = _plus(value, nothing)  # type: ignore[index]
-            return output
-        return tuple(_plus(value, nothing) for value in output) if isinstance(output, tuple) else _plus(output, nothing)
+        averaging = supernet.averaging
+        closed = bank is not None and learning and not any(bank.open_paths.values())
+        if not closed and (averaging is None or averaging.follow(output)):
+            return None
+        if not closed and not supernet.weight_parameters():
+            return None
+        anchor = bank.log_alpha if closed and bank is not None else supernet.weight_parameters()[0]
+        anchored = _anchored(output, 0.0 * anchor.sum())
+        if averaging is not None:
+            averaging.follow(anchored)
+        return anchored
+
+
+def _anchored(output: Any, nothing: Tensor) -> Any:
+    """The output with `nothing`, which is 0, added to every tensor in it."""
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            output[name] = _plus(value, nothing)  # type: ignore[index]
+        return output
+    return tuple(_plus(value, nothing) for value in output) if isinstance(output, tuple) else _plus(output, nothing)
 
 
 def _plus(value: Any, nothing: Tensor) -> Any:

@@ -16,6 +16,7 @@ from gatedadapters.paths.low_rank import in_its_own_type
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.runtime.forward import parameter_of, with_tensors
+from gatedadapters.runtime.sharding import is_shard, local, part_of, reshard, whole
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
@@ -77,6 +78,7 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
 
     Nothing is changed by any of them.
     """
+    reshard(model)
     places = _places(model, paths)
     drift: dict[str, float] = {}
     for place in places:  # everything is computed once and thrown away: what fails, fails before anything has changed
@@ -88,10 +90,13 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
     try:
         for place in places:
             for parameter, value, _ in place.results(index):
-                target = parameter_of(model, parameter)
+                target, part = parameter_of(model, parameter), part_of(value, parameter_of(model, parameter))
                 if keep:
-                    originals[parameter] = target.data
-                target.data = value
+                    originals[parameter] = target.data if part is value else local(target).clone()
+                if part is value:
+                    target.data = value
+                else:  # FSDP holds the memory of a shard
+                    local(target).copy_(part)
     except BaseException:
         _exchange(model, originals)
         raise
@@ -101,13 +106,19 @@ def merge(model: nn.Module, paths: Mapping[str, Path], task: str, index: int, *,
 @torch.no_grad()
 def merged_values(model: nn.Module, paths: Mapping[str, Path], index: int) -> dict[str, Tensor]:
     """What a merge would store, by parameter; nothing is changed. Arguments and errors are those of `merge`."""
+    reshard(model)
     return {name: value for place in _places(model, paths) for name, value, _ in place.results(index)}
 
 
 def _exchange(model: nn.Module, others: dict[str, Tensor]) -> None:
+    reshard(model)
     for name, other in others.items():
         parameter = parameter_of(model, name)
-        others[name], parameter.data = parameter.data, other.to(parameter.device, parameter.dtype)
+        if is_shard(parameter):
+            others[name] = local(parameter).clone()
+            local(parameter).copy_(other)
+        else:
+            others[name], parameter.data = parameter.data, other.to(parameter.device, parameter.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +139,7 @@ class _Place:
 
     def results(self, task: int) -> Iterator[tuple[str, Tensor, float]]:
         """(parameter, merged value as it is to be stored, drift) of the weight, and of the bias where it changes."""
-        weight, bias = parameter_of(self.module, self.leaf), self.module._parameters.get("bias")
+        weight, bias = whole(parameter_of(self.module, self.leaf)), _whole_bias(self.module)
         wide = _WIDER.get(weight.dtype, weight.dtype)
         if weight.device.type == "mps":  # has no float64
             wide = torch.float32
@@ -156,6 +167,11 @@ class _Place:
         if bias is not None and new_bias is not None and new_bias is not old_bias:
             stored = new_bias.to(bias.dtype)
             yield f"{self.name}.bias", stored, _drift(stored.to(wide), new_bias, old_bias)
+
+
+def _whole_bias(module: nn.Module) -> Tensor | None:
+    bias = module._parameters.get("bias")
+    return None if bias is None else whole(bias)
 
 
 def _drift(stored: Tensor, exact: Tensor, original: Tensor | None) -> float:
@@ -216,7 +232,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _check_plain(weight: Tensor | None, name: str, dims: int = 2) -> Tensor:
-    """The weight, which must be an ordinary floating-point tensor that has values and at least `dims` dimensions."""
+    """All of the weight, which must be an ordinary floating-point tensor with values and at least `dims` dimensions."""
     if weight is not None and weight.device.type == "meta":
         raise AttachError(
             "a weight has no values yet",
@@ -225,10 +241,11 @@ def _check_plain(weight: Tensor | None, name: str, dims: int = 2) -> Tensor:
             where=name,
             fix="load the backbone's weights, then merge",
         )
+    weight = None if weight is None else whole(weight)
     if weight is None or type(weight.data) is not Tensor or weight.dim() < dims or not weight.is_floating_point():
         kind = "none" if weight is None else f"{type(weight.data).__name__}, {weight.dtype}, {tuple(weight.shape)}"
         raise AttachError(
-            "only plain weights take a merge; this one is quantised, sharded, parametrised or of another kind",
+            "only plain weights take a merge; this one is quantised, parametrised or of another kind",
             expected="a floating-point matrix" if dims > 1 else "a floating-point vector",
             got=kind,
             where=name,
@@ -241,12 +258,13 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
     """Whether the weight is (out, in), found by asking the module: some classes store (in, out), some do more than a
     linear map does (a router that also ranks its experts).
     """
-    weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight"), module._parameters.get("bias")
+    weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight"), _whole_bias(module)
+    plain = module if not is_shard(module._parameters["weight"]) else _unsharded(module, weight, bias)
     for out_first in (True, False):
         matrix = weight if out_first else weight.t()
         rows = torch.linspace(-1, 1, 3 * matrix.shape[1], device=weight.device).sin().view(3, -1).to(weight.dtype)
         try:
-            got = module.forward(rows)
+            got = plain.forward(rows)
         except Exception:  # whatever it does with such rows, it is not this linear map
             continue
         expected = F.linear(rows, matrix, bias)
@@ -262,9 +280,14 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
     )
 
 
+def _unsharded(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The module with all of its sharded weight, to compute with."""
+    return with_tensors(module, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+
+
 def gain_offset(module: nn.Module, name: str) -> int:
     """What a norm adds to its weight to get its gains, found by asking it: 0, or 1 where it stores gains minus 1."""
-    weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight", 1), module._parameters.get("bias")
+    weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight", 1), _whole_bias(module)
     rows = torch.linspace(-1, 1, 3 * len(weight), device=weight.device).sin().view(3, -1).to(weight.dtype)
 
     shifts = torch.zeros_like(weight) if bias is None else bias
@@ -295,7 +318,8 @@ def table_factor(module: nn.Module, name: str) -> float:
     """What a table of token ids multiplies its rows with, found by asking it: 1, or a number for all rows."""
     weight = _check_plain(module._parameters.get("weight"), f"{name}.weight")
     row = int(weight.abs().sum(1).argmax())  # the first row may be zero, for padding
-    got = cast(Tensor, module.forward(torch.tensor([row], device=weight.device)))[0].double()
+    plain = module if not is_shard(module._parameters["weight"]) else _unsharded(module, weight, None)
+    got = cast(Tensor, plain.forward(torch.tensor([row], device=weight.device)))[0].double()
     held = weight[row].double()
     factor = float(got @ held / (held @ held))
     if (got - factor * held).abs().max() > 0.02 * got.abs().max():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from gatedadapters.backbone.fingerprint import OWN_MODULES
+from gatedadapters.runtime.sharding import is_sharded
 from gatedadapters.supernet.merging import Merged
 from gatedadapters.supernet.supernet import NAME
 
@@ -50,7 +51,8 @@ class OwnSaving:
         push = given.pop("push_to_hub", False)
         hub = more | ({"token": given["token"]} if "token" in given else {})
         type(self.model).save_pretrained(self.model, **given, **({} if push else more))
-        if given.get("is_main_process", True) and not os.path.isfile(save_directory):
+        everywhere = is_sharded(self.model)  # saving is done together then, and writes on the first process
+        if (everywhere or given.get("is_main_process", True)) and not os.path.isfile(save_directory):
             self.write_beside(Path(save_directory))
         if push:  # it saves into a folder of its own, through here again
             self.model.push_to_hub(hub.pop("repo_id", os.path.basename(save_directory)), **hub)

@@ -17,6 +17,19 @@ from gatedadapters.errors import AttachError, TaskError, TrainingError
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.paths import Path, SkippedSite
 from gatedadapters.runtime.call import Call, begin, current, end, is_switched_off, new_serial
+from gatedadapters.runtime.sharding import (
+    EndOfBackward,
+    check_alike,
+    check_layout_of_weights,
+    digest,
+    groups_of,
+    home_of,
+    in_a_group,
+    is_sharded,
+    replicate,
+    replicated,
+    without_mark,
+)
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.merging import Merged
@@ -73,7 +86,9 @@ class Supernet(nn.Module, StepListener):
         self._required_grad: frozenset[str] = frozenset()
         self._trained_in: threading.Thread | None = None
         self._enabled = True
+        self._averaging: EndOfBackward | None = None
         self.serial = new_serial(self)
+        replicate(self)
 
     # -- one forward call ----------------------------------------------------------------------------------------------
 
@@ -89,6 +104,8 @@ class Supernet(nn.Module, StepListener):
             TrainingError: another thread is training this model.
         """
         call = self.call_for(task_ids, batch)
+        if self._averaging is None:
+            self._follow_sharding()
         self.begin_step()
         if self.bank is not None:
             self.bank.refresh()  # compiled code takes what it finds
@@ -181,6 +198,56 @@ class Supernet(nn.Module, StepListener):
                 where="forward",
                 fix="call adapters.unmerge() to train on, or model.eval()",
             )
+
+    # -- several processes ---------------------------------------------------------------------------------------------
+
+    @property
+    def averaging(self) -> EndOfBackward | None:
+        """What averages the gradients over the processes of a sharded model; None for any other model."""
+        return self._averaging
+
+    def _follow_sharding(self) -> None:
+        """In the first forward of a sharded model: check that all processes hold the same adapters, and move these to
+        where the model computes.
+
+        Raises:
+            AttachError: the weights are spread in a way that adapters cannot follow.
+            TrainingError: the processes differ.
+        """
+        model = self.model
+        if not in_a_group():
+            return
+        check_layout_of_weights(model, attached=True)
+        if not is_sharded(model):
+            return
+        check_alike(self.described(), where="the first forward of a sharded model")
+        home = home_of(model)
+        for parameter in replicated(model):
+            parameter.data = parameter.data.to(home)
+        self.to(home)
+        self._averaging = EndOfBackward(groups_of(model), self._learning_now)
+
+    def described(self) -> dict[str, object]:
+        """What has to be the same on all processes, by what it is."""
+        penalty = None if self.pressure is None else (self.pressure.penalty, self.pressure.schedule)
+        return {
+            "the tasks": self.tasks,
+            "the search space": self.space.model_dump_json(),
+            "the seed": self.seed,
+            "the candidate paths": digest(list(self.paths)),
+            "the penalty and its schedule": penalty,
+            "the heads": self.head_names,
+            "the values of the adapters": digest(dict(self.named_parameters())),
+        }
+
+    def _learning_now(self) -> list[nn.Parameter]:
+        """What may have a gradient in this step. Paths whose gates are drawn as 0 have none, on no process."""
+        bank = self.bank
+        opened = None if bank is None else bank.open_paths
+        weights = [p for key, path in self.paths.items() if opened is None or opened[key] for p in path.parameters()]
+        whole = {id(parameter) for parameter in replicated(self.model)}
+        heads = [p for p in self.head_parameters() if id(p) in whole]
+        return [p for p in (*self.gate_parameters(), *weights, *heads) if p.requires_grad]
 
     # -- one training at a time ----------------------------------------------------------------------------------------
 
@@ -353,11 +420,12 @@ class Supernet(nn.Module, StepListener):
     # -- copies --------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trained_in": None}
+        return {**without_mark(self.__dict__), "_trained_in": None, "_averaging": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self.serial = new_serial(self)
+        replicate(self)
         if self.bank is not None and self._handles:
             CLOCK.add(self)
 

@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
+import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.backbone.fingerprint import is_own
 from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key, is_new
+from gatedadapters.masking.delta import find_delta
+from gatedadapters.reporting.versions import versions
+from gatedadapters.runtime.sharding import all_must, check_alike, is_sharded, on_first, plain_name, whole
+from gatedadapters.runtime.steps import CLOCK, unwrapped
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.loss_scale import divides_by_count
 from gatedadapters.training.resumable import check_resumable
+
+_ALIKE = (
+    "max_steps",
+    "num_train_epochs",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "optim",
+    "seed",
+    "data_seed",
+    "save_strategy",
+    "save_steps",
+    "eval_strategy",
+    "eval_steps",
+    "max_grad_norm",
+)
+"""Arguments with which processes would wait for each other for ever, or train apart, if they differed."""
+logger = logging.getLogger(__name__)
 
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
@@ -37,7 +65,9 @@ class CheckedTrainer(Trainer):
     """Whether the model divides its loss by `num_items_in_batch`; None until a batch has told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        begin = super().__init__
+        with file_errors("prepare the training", "the folder of the outputs"):
+            all_must(lambda: begin(*args, **kwargs))
         self.add_callback(FollowOptimizer())
 
     def compute_loss(
@@ -136,8 +166,29 @@ class CheckedTrainer(Trainer):
             check_labels(self.train_dataset, error)
             raise
 
+    def _check_processes(self) -> None:
+        """Check that all processes of this training have the same settings, data and libraries; called before anything
+        that they do together.
+
+        Raises:
+            TrainingError: they differ.
+        """
+        check_alike(self._described(), where="the start of training")
+        if (self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
+            logger.warning("accelerate shards on accelerators alone: here every process holds the whole model")
+
+    def _described(self) -> dict[str, object]:
+        """What has to be the same on all processes, by what it is."""
+        data: Any = self.train_dataset
+        rows = len(data) if hasattr(data, "__len__") else "unknown"
+        named = {name: getattr(self.args, name) for name in _ALIKE}
+        named |= {"the number of training examples": rows, "the class of the trainer": type(self).__name__}
+        return {f"the release of {name}": version for name, version in versions().items()} | named
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with file_errors("write the checkpoint", str(self.args.output_dir)):
+        folder = str(self.args.output_dir)
+        with file_errors("write the checkpoint", folder):
+            all_must(lambda: _check_writable(folder))
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -146,37 +197,92 @@ class CheckedTrainer(Trainer):
         Raises:
             FileAccessError: the file system refuses.
         """
-        with file_errors("write the model", output_dir or str(self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
+        folder = output_dir or str(self.args.output_dir)
+        with file_errors("write the model", folder):
+            if not self.sharded:
+                super().save_model(output_dir, _internal_call)
+                return
+            self._save(folder)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model's weights are spread over the processes."""
+        return isinstance(self.model, nn.Module) and is_sharded(self.model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        delta = find_delta(cast(nn.Module, self.model))
+        if delta is not None and self.is_fsdp_enabled:
+            delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Leave it to `EndOfBackward`, which exchanges all gradients at once, where the Trainer exchanges each."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Without the model, which the Trainer writes here in full: what is trained is written already.
+        plugin, accelerator = self.accelerator.state.fsdp_plugin, self.accelerator
+        with _without_empty_groups(self.optimizer):
+            save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with CLOCK.silent(), _without_empty_groups(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_resumable(resume_from_checkpoint)
-        self._check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        all_must(lambda: check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled))
+        all_must(lambda: self._check_checkpoint(resume_from_checkpoint))
+        if self.sharded:
+            self._load_trained(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self._check_checkpoint(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        if self.sharded:
+            self._load_trained(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_trained(self, folder: str) -> None:
+        """Load what is trained from a checkpoint into a sharded model; every process takes its part."""
+        state: dict[str, Any] = dict(load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)))
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(cast(nn.Module, self.model), state, options=options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save what is trained, without the backbone, and beside it what loads onto the backbone."""
         folder = str(output_dir if output_dir is not None else self.args.output_dir)
-        if not self.args.should_save:
+        if not (self.args.should_save or self.sharded):
             return
-        os.makedirs(folder, exist_ok=True)
         state = state_dict if state_dict is not None else self.accelerator.unwrap_model(self.model).state_dict()
-        trained = {key: value.detach().contiguous().cpu() for key, value in state.items() if self._is_trained(key)}
+        trained = {plain_name(key): value for key, value in state.items() if self._is_trained(plain_name(key))}
+        values = {key: whole(value.detach()).contiguous().cpu() for key, value in trained.items()}
+        on_first(self.sharded, lambda: self._write(folder, values))
+        self._write_artifact(folder)
+
+    def _write(self, folder: str, trained: dict[str, Tensor]) -> None:
+        """Write the values of what is trained, the arguments, and what prepares the model's inputs."""
+        os.makedirs(folder, exist_ok=True)
         part = os.path.join(folder, f"{SAFE_WEIGHTS_NAME}.part")
         save_file(trained, part, metadata={"format": "pt", **self._origin()})
         os.replace(part, os.path.join(folder, SAFE_WEIGHTS_NAME))
         torch.save(_without_tokens(self.args), os.path.join(folder, "training_args.bin"))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        self._write_artifact(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint; the Trainer copies only files that it knows into the folder that it uploads."""
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or self.sharded:
             self._write_artifact(str(self.args.output_dir))
         args = self.args
         self.args = cast(TrainingArguments, _StoredWithoutTokens(args))  # the Trainer stores them in what it uploads
@@ -197,7 +303,8 @@ class CheckedTrainer(Trainer):
         stored, metadata = _read_header(file)
         found = {current_key(key) if is_own(key) else key: shape for key, shape in stored.items()}
         state = self.accelerator.unwrap_model(self.model).state_dict()
-        wanted = {key: tuple(value.shape) for key, value in state.items() if self._is_trained(key)}
+        wanted = {plain_name(key): tuple(value.shape) for key, value in state.items()}
+        wanted = {key: shape for key, shape in wanted.items() if self._is_trained(key)}
         wrong = [
             f"{key} {found.get(key, 'missing')} for {wanted.get(key, 'none')}"
             for key in sorted(wanted.keys() | found.keys())
@@ -253,6 +360,19 @@ def named_arguments(trainer: type[CheckedTrainer], args: Sequence[Any], kwargs: 
     if left:
         raise TypeError(f"{trainer.__name__} got {len(left)} positional arguments too many")
     return named
+
+
+@contextmanager
+def _without_empty_groups(optimizer: Any) -> Iterator[None]:
+    """Within this context the optimiser has no parameter groups that are empty: torch loses the settings of these."""
+    inner = unwrapped(optimizer)
+    groups = inner.param_groups
+    inner.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        filled = iter(inner.param_groups)
+        inner.param_groups = [next(filled) if group["params"] else group for group in groups]
 
 
 def _without_tokens(args: TrainingArguments) -> TrainingArguments:
@@ -356,22 +476,31 @@ def check_launch(args: TrainingArguments) -> None:
     """Check how the arguments or the launcher will wrap the model.
 
     Raises:
-        TrainingError: the wrapper copies or shards modules, which breaks hooks and gates; or it cannot follow
-            re-entrant checkpointing.
+        TrainingError: the wrapper copies modules or flattens their weights, which breaks hooks and gates; or it cannot
+            follow re-entrant checkpointing.
     """
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}
+    fsdp = bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+    version = plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
+    everywhere = not fsdp or not _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    sharding = "fsdp_version: 2 in the file of accelerate launch --config_file, or TrainingArguments(fsdp=True)"
     wrapped = {
-        "torch.nn.DataParallel over several devices in one process": args.n_gpu > 1,
-        "FSDP": bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP"),
-        "DeepSpeed": bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED"),
+        "torch.nn.DataParallel over several devices in one process": (
+            args.n_gpu > 1,
+            "start one process for each device (torchrun), or make one device visible (CUDA_VISIBLE_DEVICES)",
+        ),
+        "FSDP of the first version": (fsdp and int(version) != 2, sharding),
+        "DeepSpeed": (bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED"), f"shard with FSDP2: {sharding}"),
+        "FSDP's cpu_ram_efficient_loading": (not everywhere, "cpu_ram_efficient_loading: false"),
     }
-    for name, is_on in wrapped.items():
+    for name, (is_on, fix) in wrapped.items():
         if is_on:
             raise TrainingError(
                 "gated models are not trained this way",
-                expected="one device, or one process per device (DistributedDataParallel)",
+                expected="one device, one process for each device (DistributedDataParallel), or FSDP2",
                 got=name,
                 where="TrainingArguments",
-                fix="start with torchrun or accelerate launch, or make one device visible (CUDA_VISIBLE_DEVICES)",
+                fix=fix,
             )
     if args.world_size > 1 and _checkpoints_reentrantly(args):
         raise TrainingError(
@@ -389,6 +518,13 @@ def _checkpoints_reentrantly(args: TrainingArguments) -> bool:
         if getattr(args, name, False) and isinstance(options, dict) and options.get("use_reentrant"):
             return True
     return False
+
+
+def _check_writable(folder: str) -> None:
+    """Check that this process can write into a folder, which is made."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
 
 
 def _is_set(variable: str) -> bool:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gatedadapters.errors import TaskError
+from gatedadapters.runtime.sharding import replicate
 from gatedadapters.supernet.supernet import NAME
 
 _OF_THE_BACKBONE = frozenset(
@@ -123,6 +124,7 @@ class MultiTaskClassifier(PreTrainedModel):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
             self.heads[_module_name(name, self.heads)] = head
+        replicate(self.heads)  # a batch on one process may hold other tasks than one on another
         self.task = config.task
         self.post_init()  # type: ignore[no-untyped-call]
 

@@ -181,6 +181,7 @@ class SelectiveTrainer(CheckedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Select and apply a mask unless the model has a delta; then evaluate, train and evaluate again."""
+        self._check_processes()
         if find_delta(self.module) is None:
             if self.mask is None:
                 self.mask = self.select()

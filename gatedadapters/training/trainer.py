@@ -177,6 +177,7 @@ class GatedTrainer(CheckedTrainer):
         Raises:
             TrainingError: a trainer that was made later has replaced the penalty of this one.
         """
+        self._check_processes()
         latest = _LATEST[self.adapters]()
         if latest is not None and latest is not self and self.adapters.pressure is not self._pressure:
             raise TrainingError(
@@ -197,6 +198,9 @@ class GatedTrainer(CheckedTrainer):
                 fix="give that number of parameters as the budget",
             )
         return super().train(*args, **kwargs)
+
+    def _described(self) -> dict[str, object]:
+        return super()._described() | self.adapters.described()
 
     def _start_gates(self) -> None:
         """Let fresh gates start from a probe, and turn a budget that is relative to its result into a size."""

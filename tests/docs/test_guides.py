@@ -198,6 +198,10 @@ def run_command(words: list[str], where: str) -> None:
         check_installable(arguments[1:], where)
     elif program == "python" and arguments[0] == "-m":
         assert find_spec(arguments[1]) is not None, where
+    elif program in ("accelerate", "torchrun"):  # their own tests run them on several processes
+        files = [word for word in arguments if word.endswith((".py", ".yaml"))]
+        assert files, where
+        assert all((ROOT / file).is_file() for file in files), where
     elif program in ("bash", "python"):
         script = ROOT / arguments[0]
         assert script.is_file() or (script / "__main__.py").is_file(), where

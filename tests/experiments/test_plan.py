@@ -53,3 +53,23 @@ def test_a_budget_in_flops_has_no_size_on_disk(encoder: Path) -> None:
 def test_a_plan_for_no_task_is_refused(encoder: Path) -> None:
     with pytest.raises(ConfigError, match="one task or more"):
         experiments.plan(encoder, "encoder-mixed", tasks=0)
+
+
+def test_a_plan_for_several_processes_shares_the_weights_and_repeats_the_adapters(encoder: Path) -> None:
+    alone = experiments.plan(str(encoder), "encoder-mixed", tokens=100)
+    shared = experiments.plan(str(encoder), "encoder-mixed", processes=4, tokens=100)
+    one, each = alone.memory_of_a_process["fp32"], shared.memory_of_a_process["fp32"]
+    assert each["weights"] == -(-one["weights"] // 4)
+    assert one["weights gathered"] == 0 < each["weights gathered"] < 3 * one["weights"]
+    assert each["adapters and gates"] == one["adapters and gates"]
+    assert each["gradients"] == 2 * one["gradients"]
+    assert one["total"] == alone.memory["fp32"]["total"] + one["activations"]
+    assert each["activations, checkpointed"] < each["activations"] == one["activations"]
+    assert "memory of each of 4 processes" in str(shared)
+    assert "processes" not in str(alone)
+
+
+@pytest.mark.parametrize("name", ["processes", "tokens"])
+def test_a_plan_for_no_process_or_no_token_is_refused(encoder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        experiments.plan(str(encoder), "encoder-mixed", **{name: 0})

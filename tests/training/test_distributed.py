@@ -15,11 +15,11 @@ from two_processes import PLAIN, PROBED, SCENARIOS, plain_loop, scenario
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tmp_path_factory: pytest.TempPathFactory, on_two_processes: Callable[[Path, Path], None]
+    tmp_path_factory: pytest.TempPathFactory, on_processes: Callable[..., None]
 ) -> dict[str, list[dict[str, Any]]]:
     """What each rank ended with, by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_processes(Path(__file__).with_name("two_processes.py"), folder)
+    on_processes(Path(__file__).with_name("two_processes.py"), folder)
     scales = [f"{name} in {pieces}" for name in MODELS for pieces in (1, 2)]
     return {
         name: [torch.load(folder / f"{name} of rank {rank}.pt", weights_only=False) for rank in (0, 1)]

@@ -9,9 +9,9 @@ import torch
 
 
 def test_ranks_drop_for_themselves_and_average_their_gradients(
-    on_two_processes: Callable[[Path, Path], None], tmp_path: Path
+    on_processes: Callable[..., None], tmp_path: Path
 ) -> None:
-    on_two_processes(Path(__file__).with_name("ranks.py"), tmp_path)
+    on_processes(Path(__file__).with_name("ranks.py"), tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
     assert any(a["dropped"] != b["dropped"] for a, b in zip(first, second, strict=True))
     for a, b in zip(first, second, strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.errors import MaskError
+from gatedadapters.runtime.sharding import first_alike, is_shard, local, reshard
 
 Batch = Mapping[str, Any]
 """A batch: tensors and other values by name, as `model(**batch)` takes them."""
@@ -26,7 +27,8 @@ class ScoringRun:
     Attributes:
         model: the model, in evaluation mode. Only `parameters` require gradients.
         parameters: the parameters to score, by name.
-        totals: a tensor of each parameter's shape, by name. It starts at zero, and the score fills it in place.
+        totals: a tensor of each parameter's shape, by name. It starts at zero, and the score fills it in place. Of a
+            sharded parameter, parameter and total are what this process holds, see `runtime.sharding.local`.
         loss: see `Loss`.
         seed: seed of scores that draw random numbers.
         batches: number of batches so far.
@@ -109,7 +111,7 @@ class BatchScore(Score):
 
     def _add(self, run: ScoringRun, name: str, grad: Tensor) -> None:
         total = run.totals[name]
-        total += self.value(grad, run.parameters[name].detach()).to(total)
+        total += self.value(grad, local(run.parameters[name])).to(total)
 
     @abstractmethod
     def value(self, grad: Tensor, parameter: Tensor) -> Tensor:
@@ -135,6 +137,19 @@ def gradients(
     Raises:
         MaskError: a gradient is not finite, or a parameter's gradient comes in several parts.
     """
+    chosen = {name: p for name, p in run.parameters.items() if names is None or name in names}
+    if any(is_shard(p) for p in chosen.values()):
+        yield
+        # When the backward pass has ended, every process has its shard of the mean over the processes.
+        reshard(run.model)
+        found = {name: local(p.grad) for name, p in chosen.items() if p.grad is not None}
+        for parameter in chosen.values():
+            parameter.grad = None
+        for name in first_alike([n for n, grad in found.items() if not bool(torch.isfinite(grad).all())], run.model):
+            raise _not_finite(name, run)
+        for name, grad in found.items():
+            use(name, grad)
+        return
     seen: set[str] = set()
 
     def hook(name: str) -> Callable[[Tensor], None]:
@@ -155,11 +170,7 @@ def gradients(
 
         return pass_on
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(hook(name))
-        for name, parameter in run.parameters.items()
-        if names is None or name in names
-    ]
+    handles = [parameter.register_post_accumulate_grad_hook(hook(name)) for name, parameter in chosen.items()]
     try:
         yield
     finally:
@@ -174,10 +185,14 @@ def check_finite(name: str, grad: Tensor, run: ScoringRun) -> None:
         MaskError: it is not. The error names the parameter and the batch.
     """
     if not bool(torch.isfinite(grad).all()):
-        raise MaskError(
-            "a gradient is not finite",
-            expected="finite gradients",
-            got="inf or nan",
-            where=f"{name}, batch {run.batches}",
-            fix="score in fp32 or bf16; look for broken examples in this batch",
-        )
+        raise _not_finite(name, run)
+
+
+def _not_finite(name: str, run: ScoringRun) -> MaskError:
+    return MaskError(
+        "a gradient is not finite",
+        expected="finite gradients",
+        got="inf or nan",
+        where=f"{name}, batch {run.batches}",
+        fix="score in fp32 or bf16; look for broken examples in this batch",
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch
+from gatedadapters.runtime.sharding import class_name
 
 _IGNORED = -100
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last also of models that read pictures
@@ -46,7 +47,7 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor | None = batch.get("labels")
     needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    causal = type(model).__name__.endswith(_CAUSAL) and not needs_labels
+    causal = class_name(model).endswith(_CAUSAL) and not needs_labels
     if labels is None and causal:
         ids: Tensor = inputs["input_ids"]
         mask: Tensor | None = inputs.get("attention_mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gatedadapters.masking.scores.base import Batch, Score, ScoringRun
+from gatedadapters.runtime.sharding import local
 
 
 class Magnitude(Score):
@@ -18,4 +19,4 @@ class Magnitude(Score):
     def batch(self, run: ScoringRun, batch: Batch) -> None:
         """Read the weights."""
         for name, total in run.totals.items():
-            total.copy_(run.parameters[name].detach().abs())
+            total.copy_(local(run.parameters[name]).detach().abs())

@@ -29,6 +29,7 @@ from torch.func import functional_call, vjp, vmap
 
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch, ScoringRun, check_finite, gradients
+from gatedadapters.runtime.sharding import is_shard
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,10 @@ class PerExample:
 
     def __init__(self, run: ScoringRun, reduce: Reduce) -> None:
         self.run, self.reduce = run, reduce
-        self.unknown = set(run.parameters)  # parameters whose gradients have not been compared yet
-        self.one_by_one: set[str] = set()  # parameters that are computed one example at a time
+        everything = set(run.parameters)
+        sharded = any(is_shard(parameter) for parameter in run.parameters.values())  # a use sees no shard
+        self.one_by_one = everything if sharded else set[str]()  # parameters that are computed one example at a time
+        self.unknown = everything - self.one_by_one  # parameters whose gradients have not been compared yet
         self.owned = _owned(run)
         self.largest = 0.0  # largest mean size of a gradient among those compared
 
@@ -71,10 +74,12 @@ class PerExample:
         if examples == 1:
             self._add_one_by_one(batch, self.run.parameters, self._add_to_total)
             return
-        if len(self.unknown) == len(self.run.parameters):
+        if self.unknown and len(self.unknown) == len(self.run.parameters):
             self._compare(batch)
         together = set(self.run.parameters) - self.unknown - self.one_by_one
-        failed, reached = self._add_together(batch, together, self._add_to_total)
+        failed, reached = set[str](), set[str]()
+        if together or self.unknown:
+            failed, reached = self._add_together(batch, together, self._add_to_total)
         self.one_by_one |= failed
         late = self.unknown & reached  # for example an expert that got its first tokens
         if self.one_by_one or late:

@@ -7,6 +7,7 @@ import zlib
 import torch
 
 from gatedadapters.masking.scores.base import Batch, Score, ScoringRun
+from gatedadapters.runtime.sharding import part_of
 
 
 class RandomScore(Score):
@@ -23,4 +24,5 @@ class RandomScore(Score):
         for name, total in run.totals.items():
             # a CPU generator reads 32 bits of its seed
             generator = torch.Generator().manual_seed(zlib.crc32(f"{run.seed} {name}".encode()))
-            total.copy_(1 - torch.rand(total.shape, generator=generator))
+            parameter = run.parameters[name]
+            total.copy_(part_of(1 - torch.rand(parameter.shape, generator=generator), parameter))

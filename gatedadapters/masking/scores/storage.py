@@ -18,6 +18,7 @@ from gatedadapters.artefact_files import check_tensors, file_digest, opened, wit
 from gatedadapters.backbone.fingerprint import Fingerprint
 from gatedadapters.config.base import Config, read_record
 from gatedadapters.errors import ArtifactError, MaskError
+from gatedadapters.runtime.sharding import is_shard, on_first, whole
 from gatedadapters.safe_files import whole_folder
 
 RECORD = "scores.json"
@@ -46,6 +47,8 @@ class ScoresRecord(Config):
 
 class Scores:
     """The importance of every element: by parameter name, an fp32 tensor of the parameter's shape, at least 0.
+
+    Of a sharded model, each process holds its part, and all processes read a tensor together, which gathers it.
 
     Attributes:
         record: the kind of score, the backbone, and the amount of data behind it.
@@ -85,7 +88,7 @@ class Scores:
                 where="Scores",
                 fix="choose a name among scores.names",
             )
-        return self._values[name]
+        return whole(self._values[name])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -97,11 +100,17 @@ class Scores:
             ArtifactError: the folder is not free.
         """
         shards = 1 + max((entry.shard for entry in self.record.tensors.values()), default=0)
-        with whole_folder(folder, files=file_names(shards, folder), overwrite=overwrite) as new:
-            with allocated(self.record, new) as tensors:
-                for name, value in tensors.items():
-                    value.copy_(self._values[name])
-            write_record(self.record, new)
+        together = any(is_shard(value) for value in self._values.values())
+        values = {name: self[name].cpu() for name in self.names} if together else self._values
+
+        def write() -> None:
+            with whole_folder(folder, files=file_names(shards, folder), overwrite=overwrite) as new:
+                with allocated(self.record, new) as tensors:
+                    for name, value in tensors.items():
+                        value.copy_(values[name])
+                write_record(self.record, new)
+
+        on_first(together, write)
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gatedadapters.artefact_files import write_tensors
 from gatedadapters.masking.scores.base import Batch, Score, ScoringRun, gradients
+from gatedadapters.runtime.sharding import local
 
 
 class Synaptic(Score):
@@ -41,7 +42,7 @@ class Synaptic(Score):
         run.details["learning_rate"] = self.learning_rate
         self._folder = TemporaryDirectory(prefix="gatedadapters-")
         for index, parameter in enumerate(run.parameters.values()):
-            write_tensors(self._file(index), {"start": parameter}, metadata={})
+            write_tensors(self._file(index), {"start": local(parameter)}, metadata={})
 
     def batch(self, run: ScoringRun, batch: Batch) -> None:
         """One step of gradient descent. The backward pass updates each tensor as soon as it has the gradient."""
@@ -51,7 +52,7 @@ class Synaptic(Score):
 
     @torch.no_grad()
     def _step(self, run: ScoringRun, name: str, grad: Tensor) -> None:
-        parameter, total = run.parameters[name], run.totals[name]
+        parameter, total = local(run.parameters[name]), run.totals[name]
         before = parameter.detach().clone()
         parameter.sub_(grad, alpha=self.learning_rate)
         total -= (before.sub_(parameter).neg_() * grad).to(total)  # the step taken, rounding included
@@ -60,7 +61,8 @@ class Synaptic(Score):
     def finish(self, run: ScoringRun) -> None:
         """Divide by the squared displacement of each element, plus the damping."""
         for index, (name, total) in enumerate(run.totals.items()):
-            displacement = run.parameters[name].detach() - self._start(index).to(run.parameters[name])
+            parameter = local(run.parameters[name]).detach()
+            displacement = parameter - self._start(index).to(parameter)
             total.clamp_(min=0).div_(displacement.square().to(total) + self.damping)
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class Synaptic(Score):
         if self._folder is not None:
             for index, parameter in enumerate(run.parameters.values()):
                 if self._file(index).exists():
-                    parameter.copy_(self._start(index))
+                    local(parameter).copy_(self._start(index))
             self._folder.cleanup()
             self._folder = None
 
