@@ -13,6 +13,7 @@ from gatedadapters.artifacts import (
     import_peft,
     load_adapters,
     load_joint,
+    merge_into,
     save_joint,
 )
 from gatedadapters.backbone import Layout, discover
@@ -90,6 +91,7 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "merge_into",
     "place",
     "probe",
     "run_stream",

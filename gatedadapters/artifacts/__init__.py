@@ -4,6 +4,7 @@ from gatedadapters.artifacts.export_peft import export_peft
 from gatedadapters.artifacts.import_peft import import_peft, singular_values
 from gatedadapters.artifacts.joint import budget_report, load_joint, save_joint
 from gatedadapters.artifacts.load import load_adapters
+from gatedadapters.artifacts.merge_into import merge_into
 from gatedadapters.artifacts.shelf import Shelf
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "import_peft",
     "load_adapters",
     "load_joint",
+    "merge_into",
     "save_joint",
     "singular_values",
 ]

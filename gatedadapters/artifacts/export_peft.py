@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
 from gatedadapters.safe_files import whole_folder
@@ -119,8 +120,9 @@ def export_peft(
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
     check_finite(stored, where="export_peft", fix="train again with a lower rate")
     metadata = {"format": "pt", TENSORS: tensors_digest(stored), COMPUTED: config_digest(config)}
-    with adapters.disabled():  # merged adapters are no part of the backbone
-        metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
+    if not any(is_quantized(parameter) for parameter in model.parameters()):  # else it is for the original as well
+        with adapters.disabled():  # merged adapters are no part of the backbone
+            metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
     with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         write_tensors(new / WEIGHTS, stored, metadata=metadata)

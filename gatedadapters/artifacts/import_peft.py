@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
 from gatedadapters.backbone import Layout, LinearMap, discover
 from gatedadapters.backbone.fingerprint import backbone_fingerprint, fingerprint
+from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
 from gatedadapters.paths import LoRA, Point, Site
@@ -78,6 +79,7 @@ def import_peft(
             where=lora.where,
             fix="load that backbone, or accept this with base='updated'",
         )
+    check_gradients_pass(model)
     layout = discover(model, sample)
     found: dict[str, tuple[PathOptions, Site]] = {}
     sources: dict[str, Matrices] = {}

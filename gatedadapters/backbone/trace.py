@@ -452,6 +452,8 @@ class Tracer(TorchDispatchMode):
             stored = tuple(self._shapes[key][-2:])
             if {stored, stored[::-1]}.isdisjoint({(width_in, width_out)}):
                 continue  # a reshaped tensor (XLNet's three-dimensional heads): not one matrix
+            if other.shape[-1 if weight is right else max(-2, -other.dim())] != width_in:
+                continue  # packed values, which the kernel reads as another matrix than their shape says
             transposed = stored == (width_in, width_out)
             if width_in == width_out:
                 transposed = (weight.stride(-1) == 1) != rows_last

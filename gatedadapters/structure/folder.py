@@ -145,7 +145,7 @@ def read(
         digest=record.digest(WEIGHTS),
         allow_nonfinite=allow_nonfinite,
     )
-    if found.values != structure.fingerprint.values:
+    if found.values != structure.fingerprint.values and not found.is_quantization_of(structure.fingerprint):
         structure = structure.carried_to(found)
     values = {name: tensors[f"heads.{name}"] for name in heads}
     return Saved(structure, _filled(paths, structure, tensors), values, found, _origin(record))
@@ -283,7 +283,7 @@ def _check_backbone(model: nn.Module, structure: Structure, folder: FilePath, *,
     found = backbone_fingerprint(model, skip=frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
-    if not differ or (updated and differ == ["values"]):
+    if not differ or (differ == ["values"] and (updated or found.is_quantization_of(saved))):
         return found
     what = " and ".join(parts[part] for part in differ)
     fix = "load the backbone they were trained on"
