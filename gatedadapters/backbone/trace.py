@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gatedadapters.backbone.quantized import parts
+
 
 @dataclass(frozen=True, slots=True)
 class Map:
@@ -235,8 +237,8 @@ class Tracer(TorchDispatchMode):
             self._owners.setdefault(weight.untyped_storage(), []).append(key)
         for module in model.modules():  # tensors that the model holds have no labels
             for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-                if isinstance(held, Tensor):
-                    self._labels[held.untyped_storage()] = NONE
+                for part in parts(held) if isinstance(held, Tensor) else ():
+                    self._labels[part.untyped_storage()] = NONE
         self._handles = [
             handle
             for name, module in model.named_modules()
