@@ -143,8 +143,8 @@ def check_gradients_pass(model: nn.Module) -> None:
             expected="linear modules that run, and give their input a gradient",
             got=problem,
             where=f"{name}, a {type(module).__name__} with a weight of type {type(weight).__name__}",
-            fix="quantise weights only (bitsandbytes: 4 or 8 bits; torchao: Int8WeightOnlyConfig), or attach to the model "
-            "without quantisation",
+            fix="quantise weights only (bitsandbytes: 4 or 8 bits; torchao: Int8WeightOnlyConfig), or attach to the "
+            "model without quantisation",
         )
 
 

@@ -6,7 +6,8 @@ import copy
 import inspect
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,19 @@ from gatedadapters.training.resumable import check_resumable
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
 
+@contextmanager
+def _accepted_if_quantized(model: Any) -> Iterator[None]:
+    """While a Trainer is initialised with a quantised model, keep it from insisting on adapters of peft."""
+    if not vars(model or object).get("is_quantized"):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
+
+
 class CheckedTrainer(Trainer):
     """transformers' Trainer, with checks of each training loss, and of a checkpoint before anything of it is loaded.
 
@@ -37,7 +51,8 @@ class CheckedTrainer(Trainer):
     """Whether the model divides its loss by `num_items_in_batch`; None until a batch has told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with _accepted_if_quantized(kwargs.get("model")):
+            super().__init__(*args, **kwargs)
         self.add_callback(FollowOptimizer())
 
     def compute_loss(

@@ -17,7 +17,7 @@ from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken
 
-torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed; see the extra 'quantized'")
+torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed; see the extra 'quantised'")
 
 
 def int8(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
