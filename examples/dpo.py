@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
@@ -49,6 +50,7 @@ def main(out: str, steps: int = 40, batch_size: int = 4, held_out: int = 64) -> 
             learning_rate=1e-3,
             max_length=96,
             gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
         ),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import pipeline
 from trl import SFTConfig, SFTTrainer
@@ -43,6 +44,7 @@ def main(out: str, steps: int = 60, batch_size: int = 8, held_out: int = 64) -> 
             learning_rate=2e-3,
             max_length=128,
             gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
         ),
