@@ -5,10 +5,12 @@ from gatedadapters.inspection.continual import core_picture, save_core_png, save
 from gatedadapters.inspection.frontier import frontier_picture, save_frontier_png
 from gatedadapters.inspection.matrix import matrix_picture
 from gatedadapters.inspection.picture import picture, save_png
+from gatedadapters.inspection.report import StructureReporter
 from gatedadapters.inspection.shift import save_shift_png, shift_picture
 from gatedadapters.inspection.tensorboard import TensorBoardWriter
 
 __all__ = [
+    "StructureReporter",
     "TensorBoardInspector",
     "TensorBoardWriter",
     "core_picture",
