@@ -94,7 +94,6 @@ def test_trackio_holds_scalars_and_a_picture(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio", reason="trackio is not installed; see the extra 'trackers'")
     train(tmp_path, "trackio", run_name="search", project="gates")
-    trackio.finish()
     (run,) = trackio.Api().runs("gates")
     rows = import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("gates", run.name)
     assert [row["train/global_step"] for row in rows if "train/gates/expected_params" in row] == [2, 4, 6]
