@@ -40,6 +40,7 @@ from benchmarks.common.timing import CLOCKS, in_turns, medians, ratio
 from benchmarks.common.tuning import best
 from gatedadapters.data.bundled import load_choices, load_smollm2
 from gatedadapters.reporting.tables import format_table
+from gatedadapters.reporting.versions import versions
 
 STORE = Store("trl")
 PARTS = ("attach", "step", "memory", "loss")
@@ -176,13 +177,18 @@ def loss(arm: str, rate: float, seed: int, steps: int) -> Result:
     return found | {"size": size, "cpu_seconds": taken}
 
 
+def keep(name: str, found: Result) -> None:
+    """Store a result."""
+    STORE.write(name, found | {"versions": versions()})
+
+
 def in_a_process(name: str, compute: str) -> Result:
     """The stored result of this name; otherwise `compute`, a call in this module, makes it in a fresh process."""
     if STORE.read(name) is None:
         code = (
             f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
             "from benchmarks.costs import trl\n"
-            f"trl.STORE.write({name!r}, trl.{compute} | {{'versions': trl.versions()}})"
+            f"trl.keep({name!r}, trl.{compute})"
         )
         environment = os.environ | {"MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-c", code]
