@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gatedadapters.continual.measures import Collate
@@ -200,6 +201,9 @@ def fit(
     last = _last_checkpoint(folder)
     if last is not None and _steps_of(last) >= recipe.steps:  # the Trainer would take one step more
         trainer._load_from_checkpoint(str(last))
+        trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        if isinstance(trainer, GatedTrainer):
+            trainer.describe_training()
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = time.perf_counter() - start

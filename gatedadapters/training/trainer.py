@@ -418,12 +418,12 @@ class GatedTrainer(CheckedTrainer):
 
     def _write_artifact(self, folder: str) -> None:
         if self.delta is None:
-            self._describe_training()
+            self.describe_training()
             self.adapters.compacted().save(folder, beside=True)
         else:
             save_joint(self.adapters.model, folder, beside=True)
 
-    def _describe_training(self) -> None:
+    def describe_training(self) -> None:
         """Let the saved adapters say how they were trained."""
         adapters, args = self.adapters, self.args
         origin = adapters.origin or Origin.of(adapters.model, adapters.tasks)
