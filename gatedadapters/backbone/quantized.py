@@ -72,7 +72,7 @@ def dequantized(module: nn.Module, name: str = "weight") -> Tensor | None:
     if scales is None:  # bitsandbytes moves them at the first call
         scales = getattr(getattr(module, "state", None), "SCB", None)
     if scales is not None and weight.dtype == torch.int8:
-        return weight.data.float() * scales.float()[:, None] / 127
+        return cast(Tensor, weight.data.float() * scales.float()[:, None] / 127)
     if is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize"):
         return cast(Tensor, weight.dequantize()).detach()
     return None

@@ -62,7 +62,7 @@ class StructureReporter(TrainerCallback):
         structure = adapters.structure or adapters.discretize()
         if self._shown is None or structure.diff(self._shown):
             image = pixels(picture(structure))
-            for name in args.report_to:
+            for name in args.report_to or ():
                 if name in _SENDERS:
                     _SENDERS[name]("structure/kept", image, state.global_step)
         self._shown = structure

@@ -141,7 +141,7 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
             continue
         owner = model.get_submodule(path.site.write.module)
         weight = owner._parameters.get(path.site.write.parameter)
-        if is_packed(weight):
+        if weight is not None and is_packed(weight):
             raise AttachError(
                 "a path that changes a weight cannot change a packed one",
                 expected="a floating-point weight",
