@@ -36,6 +36,8 @@ from gatedadapters.supernet.frontier import measure
 
 Batches = Iterable[Batch]
 PROBE_BATCHES = 24
+ELEMENT_BATCHES = 6  # from which the places of single weights are chosen
+KEPT_SHARE = 1 / 16
 FRONTIER_POINTS = 8
 
 
@@ -45,7 +47,7 @@ def allocate(
     batches: Batches | Mapping[str, Batches],
     *,
     budget: Budget,
-    score: str | PlacementScore = "moved",
+    score: str | PlacementScore = "gain",
     probe_batches: int = PROBE_BATCHES,
     learning_rate: float = 1e-2,
     loss: Loss | None = None,
@@ -80,6 +82,7 @@ def allocate(
         model,
         space,
         batches,
+        budget=None if budget.within is not None else budget,
         frontier=FRONTIER_POINTS if budget.within is not None else 0,
         within=budget.within,
         score=score,
@@ -98,9 +101,10 @@ def place(
     space: SearchSpace | str,
     batches: Batches | Mapping[str, Batches],
     *,
+    budget: Budget | None = None,
     frontier: int = 0,
     within: float | None = None,
-    score: str | PlacementScore = "moved",
+    score: str | PlacementScore = "gain",
     probe_batches: int = PROBE_BATCHES,
     learning_rate: float = 1e-2,
     loss: Loss | None = None,
@@ -114,6 +118,8 @@ def place(
         model: see `allocate`, as for all other arguments and errors.
         space: see there.
         batches: see there.
+        budget: about what will be kept, which decides how fast candidates learn in the warm start (see
+            `Probe.warm_start`); default: a sixteenth of them.
         frontier: number of budgets at which to measure the held-out loss of the probe's candidates.
         within: look more closely at budgets that keep this share of the gain.
         score: see `allocate`.
@@ -149,6 +155,7 @@ def place(
                     model,
                     adapters,
                     stream,
+                    kept_share=_kept_share(budget, whole, adapters),
                     loss=loss or task_losses,
                     learning_rate=learning_rate,
                     seed=seed + number,
@@ -165,7 +172,8 @@ def place(
                         frontiers.append(_frontier(probe, method, rows[-1], frontier, within))
             finally:
                 detach(model)
-    return Placement(method.kind, stack(rows), whole, time.perf_counter() - began, tuple(frontiers))
+    seconds = time.perf_counter() - began
+    return Placement(method.kind, stack(rows), whole, seconds, tuple(frontiers), method.returns)
 
 
 def place_attached(
@@ -180,6 +188,7 @@ def place_attached(
     progress: bool,
     frontier: int,
     within: float | None,
+    kept_share: float = KEPT_SHARE,
 ) -> Placement:
     """Score candidates that are attached already; weights and heads are restored, gates are not touched.
 
@@ -189,13 +198,31 @@ def place_attached(
     method = placement_score(score) if isinstance(score, str) else score
     own = [name for name, p in model.named_parameters() if p.requires_grad or is_own(name)]
     with restored(model, own, seed):
-        probe = Probe(model, adapters, batches, loss=loss, learning_rate=learning_rate, seed=seed, progress=progress)
+        probe = Probe(
+            model,
+            adapters,
+            batches,
+            loss=loss,
+            learning_rate=learning_rate,
+            kept_share=kept_share,
+            seed=seed,
+            progress=progress,
+        )
         with probe.all_open():
             choose_elements(adapters, probe)
             worth = _checked(method.worth(probe), dict(adapters.typed_paths()), method)
             found = (_frontier(probe, method, worth, frontier, within),) if frontier else ()
     each = {key: values.expand(len(adapters.tasks), -1) for key, values in worth.items()}
-    return Placement(method.kind, each, adapters, time.perf_counter() - began, found)
+    return Placement(method.kind, each, adapters, time.perf_counter() - began, found, method.returns)
+
+
+def _kept_share(budget: Budget | None, whole: Adapters, probed: Adapters) -> float:
+    """Parameters that will be kept, about, over those of the probe's candidates."""
+    assert whole.bank is not None and probed.bank is not None
+    if budget is None:
+        return KEPT_SHARE
+    share = budget.resolve(whole.bank.dense_cost(budget.unit)) / whole.bank.dense_cost(budget.unit)
+    return share * whole.bank.dense_cost() / probed.bank.dense_cost()
 
 
 def _frontier(
@@ -204,7 +231,8 @@ def _frontier(
     """The frontier of one task's worths on the candidates as the probe left them."""
     probe.warm_start()
     tasks = len(probe.adapters.tasks)
-    own = Placement(method.kind, {key: values.expand(tasks, -1) for key, values in worth.items()}, probe.adapters)
+    worths = {key: values.expand(tasks, -1) for key, values in worth.items()}
+    own = Placement(method.kind, worths, probe.adapters, returns=method.returns)
     return measure(
         probe.adapters,
         probe.bank,
@@ -216,7 +244,8 @@ def _frontier(
 
 
 def choose_elements(whole: Adapters, probe: Probe) -> None:
-    """Let paths of the kind `elements` stand where `|mean_b g_b · w|` is largest; costs one pass of gradients.
+    """Let paths of the kind `elements` stand where `|mean_b g_b · w|` is largest; costs a few passes
+    of gradients.
 
     Several tasks share the elements that the first chooses. Where a weight cannot be read (quantised), paths stay
     where they are.
@@ -230,7 +259,7 @@ def choose_elements(whole: Adapters, probe: Probe) -> None:
     if not weights or len(readable) < len(weights):
         return
     totals = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for name, w in readable.items()}
-    probe.gradients(readable, lambda name, grad: totals[name].add_(grad.float()))
+    probe.gradients(readable, lambda name, grad: totals[name].add_(grad.float()), most=ELEMENT_BATCHES)
     for name, total in totals.items():
         total.mul_(readable[name].detach().float()).abs_()
     whole.choose_elements(totals)

@@ -26,10 +26,13 @@ class PlacementScore(ABC):
     Attributes:
         kind: the name of the score.
         needs_data: whether the score reads batches.
+        returns: what a part of a group (one kind at one role) is worth: share ** returns of the whole group. 1: worths
+            add up. Below 1, every further unit of a group adds less, so that a budget is spread over groups.
     """
 
     kind: ClassVar[str]
     needs_data: ClassVar[bool] = True
+    returns: ClassVar[float] = 1.0
 
     @abstractmethod
     def worth(self, probe: Probe) -> dict[str, Tensor]:

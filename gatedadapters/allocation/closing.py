@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from gatedadapters.allocation.base import PlacementScore
+from gatedadapters.allocation.groups import Group, group_of
 from gatedadapters.allocation.probe import Probe
-from gatedadapters.paths import Path
-
-Group = tuple[str, str, str]
 
 
 class Closing(PlacementScore):
@@ -47,11 +45,6 @@ class Closing(PlacementScore):
                 units = probe.params[key] / probe.unit_params[key]
                 found[key] = torch.full((round(units),), rate * probe.unit_params[key])
         return found
-
-
-def group_of(path: Path) -> Group:
-    """Sub-layer, role and kind."""
-    return path.site.sublayer, path.site.role, path.kind
 
 
 def marginal(probe: Probe, keys: Collection[str]) -> Tensor:

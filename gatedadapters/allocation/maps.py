@@ -38,7 +38,7 @@ class MapScore(PlacementScore):
                 expected="candidates at maps with weights in 16 bits or more",
                 got="none",
                 where=f"allocate(score={self.kind!r})",
-                fix='use a score that reads what is learned, such as "moved"',
+                fix='use a score that reads what is learned, such as "gain"',
             )
         return found
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gatedadapters.allocation.groups import Group, group_of
 from gatedadapters.config import Budget
+from gatedadapters.config.penalty import Unit
 from gatedadapters.errors import AllocationError, BudgetError
 from gatedadapters.gates import GateBank
 from gatedadapters.reporting import html
@@ -17,6 +19,8 @@ from gatedadapters.structure import Structure
 from gatedadapters.structure.frontier import Frontier
 from gatedadapters.structure.structure import column
 from gatedadapters.supernet.adapters import Adapters
+
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, without their whole part, spread evenly however many there are
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Placement:
         candidates: of the search space, not in the model.
         seconds: time that the score took.
         frontiers: of each task, if `place` was asked for them.
+        returns: see `PlacementScore`.
     """
 
     score: str
@@ -37,6 +42,7 @@ class Placement:
     candidates: Adapters
     seconds: float = 0.0
     frontiers: tuple[Frontier, ...] = ()
+    returns: float = 1.0
 
     def structure(self, budget: Budget) -> Structure:
         """The Structure that spends the budget on what is worth most for its cost.
@@ -57,25 +63,47 @@ class Placement:
                 where="allocate(budget=)",
                 fix="lower the budget, or offer larger candidates (ranks, widths) in the search space",
             )
-        cost = bank.cost(budget.unit).clamp(min=1e-12).to(torch.float32)
-        return self.candidates.discretize(budget, scores=self.units() / cost)
+        return self.candidates.discretize(budget, scores=self.for_their_cost(budget.unit))
 
-    def units(self) -> Tensor:
-        """The worth of all units in the order of the gate bank, (tasks, units)."""
+    def for_their_cost(self, unit: Unit = "params") -> Tensor:
+        """What all units add for their cost, if they are taken in the order of these numbers: (tasks, units), in the
+        order of the gate bank.
+
+        Within a group (one kind at one role) the most useful for its cost comes first, among equals the first units of
+        paths, and among these blocks in an order of which every part is spread evenly.
+        """
         bank = self.bank
-        found = torch.zeros(bank.tasks, bank.n_units)
+        worth = torch.zeros(bank.tasks, bank.n_units)
         for key, where in bank.slices.items():
             values = self.worth[key]
-            found[:, where] = values if where.stop - where.start > 1 else values.sum(1, keepdim=True)
-        return found
+            worth[:, where] = values if where.stop - where.start > 1 else values.sum(1, keepdim=True)
+        cost = bank.cost(unit).clamp(min=1e-12).to(torch.float32)
+        if self.returns == 1.0:
+            return worth / cost
+        for number, keys in enumerate(self._groups().values()):
+            places = [bank.slices[key] for key in keys]
+            order = sorted(
+                (within, (path * GOLDEN + number * GOLDEN**2) % 1, where.start + within)
+                for path, where in enumerate(places)
+                for within in range(where.stop - where.start)
+            )
+            own = torch.tensor([index for _, _, index in order])
+            for row in worth:
+                useful = row[own].clamp(min=0.0)
+                first = (useful / cost[own]).sort(descending=True, stable=True).indices
+                reached = useful[first].cumsum(0) / useful.sum().clamp(min=torch.finfo(row.dtype).tiny)
+                gained = useful.sum() * reached.clamp(max=1.0).pow(self.returns)
+                marginal = gained.diff(prepend=gained.new_zeros(1))
+                row[own[first]] = torch.where(row[own[first]] > 0, marginal, row[own[first]])
+        return worth / cost
 
     def value(self, structure: Structure) -> float:
-        """The sum of the worths of what a structure keeps, over all tasks; structures of one size can be compared.
+        """What a structure's units are worth together, over all tasks; structures of one size can be compared.
 
         Raises:
             AllocationError: the structure keeps units of other candidates.
         """
-        total = 0.0
+        kept = {key: torch.zeros_like(values) for key, values in self.worth.items()}
         for record in structure.paths:
             values = self.worth.get(record.key)
             if values is None or values.shape[1] != record.of:
@@ -88,8 +116,23 @@ class Placement:
                 )
             tasks = self.candidates.tasks
             for task, units in record.units.items():
-                total += float(values[tasks.index(task), list(units)].sum())
+                kept[record.key][tasks.index(task), list(units)] = 1.0
+        total = 0.0
+        for keys in self._groups().values():
+            for task in range(len(self.candidates.tasks)):
+                worth = torch.cat([self.worth[key][task] for key in keys])
+                part = worth * torch.cat([kept[key][task] for key in keys])
+                all_useful, useful = float(worth.clamp(min=0.0).sum()), float(part.clamp(min=0.0).sum())
+                total += float(part.clamp(max=0.0).sum())
+                total += all_useful * (useful / all_useful) ** self.returns if useful else 0.0
         return total
+
+    def _groups(self) -> dict[Group, list[str]]:
+        """Keys of the candidates of one kind at one role, in the order of blocks."""
+        found: dict[Group, list[str]] = {}
+        for key, path in self.candidates.typed_paths():
+            found.setdefault(group_of(path), []).append(key)
+        return found
 
     def table(self, structure: Structure | None = None) -> str:
         """What candidates are worth, by sub-layer, role and kind, the most useful for its parameters first.

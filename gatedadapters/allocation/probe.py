@@ -31,11 +31,13 @@ class Probe:
         learn: batches to learn from.
         held_out: batches to judge by; the last quarter of what was given.
         loss: see `masking.scores.Loss`.
-        learning_rate: the common rate of all kinds of path.
+        learning_rate: the common rate of all kinds of path, for a structure of the size that will be kept.
+        kept_share: parameters that will be kept over those of the probe's candidates.
         seed: seed of scores that draw random numbers.
         ranks: by key, how many units of the whole candidate each unit of the probe's path stands for.
         params: by key, parameters of the probe's path.
         unit_params: by key, parameters of one unit.
+        gains: by key, what each step of the warm start took off the loss of the next step's batch, to first order.
     """
 
     def __init__(
@@ -47,18 +49,21 @@ class Probe:
         loss: Loss,
         learning_rate: float,
         seed: int,
+        kept_share: float = 1.0,
         whole: Adapters | None = None,
         progress: bool = True,
     ) -> None:
         count = max(1, round(HELD_OUT_SHARE * len(batches))) if len(batches) > 1 else 0
         self.learn, self.held_out = list(batches[: len(batches) - count]), list(batches[len(batches) - count :])
         self.model, self.adapters, self.loss = model, adapters, loss
-        self.learning_rate, self.seed, self.progress = learning_rate, seed, progress
+        self.learning_rate, self.kept_share = learning_rate, min(1.0, kept_share)
+        self.seed, self.progress = seed, progress
         self.bank = cast(GateBank, adapters.bank)
         small = self.paths
         self.ranks = {key: path.units // small[key].units for key, path in (whole or adapters).typed_paths()}
         self.unit_params = {group.key: group.params for group in self.bank.groups}
         self.params = {group.key: group.params * group.units for group in self.bank.groups}
+        self.gains: dict[str, list[float]] = {key: [] for key in small}
         self._is_warm = False
 
     @property
@@ -78,7 +83,8 @@ class Probe:
         """Train all candidates and heads together, one step for each batch of `learn`; a second call does nothing.
 
         The rate falls linearly from a tenth of the way on, as in a run of that length: what counts is where
-        candidates would end.
+        candidates would end. The contributions of all open candidates add up, so their rate is the learning rate times
+        `kept_share`, as in a search; heads learn at the learning rate.
 
         Raises:
             AllocationError: the loss is not finite, or reaches no candidate.
@@ -87,21 +93,37 @@ class Probe:
             return
         self._is_warm = True
         steps = len(self.learn)
-        optimizer = torch.optim.AdamW(self.adapters.parameter_groups(self.learning_rate), weight_decay=0.0)
+        paths = {parameter for path in self.paths.values() for parameter in path.parameters()}
+        groups = self.adapters.parameter_groups(self.learning_rate)
+        for group in groups:
+            if paths.issuperset(group["params"]):
+                group["lr"] *= self.kept_share
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         warmup = max(1, round(0.1 * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
         learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        before: dict[nn.Parameter, Tensor] = {}
         self.model.train()
         for batch in self._shown(self.learn, "warm start"):
             loss = self._losses(batch).mean()
             _check_loss(loss)
             loss.backward()
+            if before:
+                self._credit(before)
+            before = {p: p.detach().clone() for p in paths if p.requires_grad}
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _credit(self, before: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add what the last step took off the loss of this batch, to first order: minus gradient times movement."""
+        for key, path in self.paths.items():
+            moved = [p for p in path.parameters() if p in before and p.grad is not None]
+            self.gains[key].append(-sum(float((p.grad * (p - before[p])).sum()) for p in moved))  # type: ignore[operator]
 
     # -- closing -------------------------------------------------------------------------------------------------------
 
@@ -123,10 +145,12 @@ class Probe:
 
     # -- gradients at the start ----------------------------------------------------------------------------------------
 
-    def gradients(self, parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], object]) -> int:
+    def gradients(
+        self, parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], object], *, most: int | None = None
+    ) -> int:
         """Pass the gradient of every parameter in every batch to `use`, and free it.
 
-        The model runs in evaluation mode, all batches are read, and the candidates stay as they are.
+        The model runs in evaluation mode, and the candidates stay as they are. `most` batches are read; default: all.
 
         Returns:
             The number of batches.
@@ -134,7 +158,7 @@ class Probe:
         Raises:
             AllocationError: the loss is not finite, or reaches none of the parameters.
         """
-        batches = [*self.learn, *self.held_out]
+        batches = [*self.learn, *self.held_out][:most]
         reached = False
 
         def hook(name: str) -> Callable[[Tensor], None]:

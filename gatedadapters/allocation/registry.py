@@ -5,6 +5,7 @@ from gatedadapters.allocation.closing import Closing
 from gatedadapters.allocation.consistency import Consistency
 from gatedadapters.allocation.eva import ExplainedVariance
 from gatedadapters.allocation.fisher import Fisher
+from gatedadapters.allocation.gain import Gain
 from gatedadapters.allocation.gora import GoRA
 from gatedadapters.allocation.gradient import Gradient
 from gatedadapters.allocation.importance import Importance
@@ -56,6 +57,7 @@ def score_kinds() -> dict[str, type[PlacementScore]]:
 
 
 for _kind in (
+    Gain,
     Moved,
     Closing,
     Consistency,

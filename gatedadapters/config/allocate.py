@@ -17,5 +17,5 @@ class AllocateConfig(SearchConfig):
         probe_batches: number of batches of each task that are read.
     """
 
-    score: str = "moved"
+    score: str = "gain"
     probe_batches: Count = 24

@@ -81,7 +81,7 @@ class SearchConfig(FileConfig):
     budget: Budget = Budget(fraction=0.125)
     penalty: L0 | None = None
     schedule: Schedule = Schedule()
-    prior: str | None = "moved"
+    prior: str | None = "gain"
     structure: Place | None = None
     noise: CorruptionConfig | None = None
     perturbation: CorruptionConfig | None = None

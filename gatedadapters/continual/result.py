@@ -401,6 +401,15 @@ def _check_counts(record: StreamRecord, baseline: BaselineRecord, stages: list[S
                 where=where,
                 fix="restore the folder as it was written",
             )
+    general = [one.general is not None for one in (baseline, *stages)]
+    if len(set(general)) > 1:
+        raise ArtifactError(
+            "the records of a stream do not belong together",
+            expected="a score of the general task in all of them or in none",
+            got=f"{sum(general)} of {len(general)} have one",
+            where=where,
+            fix="restore the folder as it was written",
+        )
 
 
 def stage_folder(folder: Path, index: int) -> Path:

@@ -41,8 +41,8 @@ class SiteRecord(Config):
 
     tap: PointRecord
     write: PointRecord
-    width_in: int
-    width_out: int
+    width_in: int = Field(gt=0)
+    width_out: int = Field(gt=0)
     block: str
     block_index: int
     sublayer: str

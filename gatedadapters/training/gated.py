@@ -31,7 +31,7 @@ class GatedClass(Protocol[AnyTrainer_co]):
         budget: Budget | None = None,
         penalty: Penalty | None = None,
         schedule: Schedule | None = None,
-        prior: str | PlacementScore | None = "moved",
+        prior: str | PlacementScore | None = "gain",
         gate_learning_rate: float | None = None,
         delta_learning_rate: float | None = None,
         task_temperature: float | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from gatedadapters.allocation import Placement, PlacementScore
-from gatedadapters.allocation.allocate import FRONTIER_POINTS, place_attached
+from gatedadapters.allocation.allocate import FRONTIER_POINTS, KEPT_SHARE, place_attached
 from gatedadapters.config import Budget
 from gatedadapters.supernet.adapters import Adapters
 
@@ -66,6 +66,7 @@ def start_gates(
     if trainer.args.gradient_checkpointing:  # as the Trainer does when it begins
         options = trainer.args.gradient_checkpointing_kwargs
         cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    pressure = adapters.pressure
     noted = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in NOTED}
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
@@ -86,11 +87,12 @@ def start_gates(
             progress=not trainer.args.disable_tqdm,
             frontier=FRONTIER_POINTS if relative else 0,
             within=budget.within if budget is not None else None,
+            kept_share=KEPT_SHARE if relative or pressure is None else pressure.kept_share(0.0),
         )
     vars(trainer).update(noted)
     bank = placement.bank
     # A probe that helps nowhere says nothing, and equal worths leave the gates even.
-    worth = (placement.units() / bank.cost("params").clamp(min=1e-12).float()).to(bank.log_alpha).clamp(min=0.0)
+    worth = placement.for_their_cost().to(bank.log_alpha).clamp(min=0.0)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(worth)
     bank.start_from(worth)

@@ -10,8 +10,11 @@ from torch.nn.functional import cross_entropy
 
 import gatedadapters as ga
 from gatedadapters.allocation import PlacementScore, place, placement_score, register, score_kinds
-from gatedadapters.allocation.closing import Closing, group_of, marginal, shrunk
+from gatedadapters.allocation.closing import Closing, marginal, shrunk
+from gatedadapters.allocation.gain import Gain
 from gatedadapters.allocation.gradients import leading_singular_values
+from gatedadapters.allocation.groups import group_of
+from gatedadapters.allocation.moved import Moved
 from gatedadapters.errors import AllocationError, BudgetError
 from gatedadapters.testing import PlacementScoreContract
 from gatedadapters.testing.placement_contract import SPACE, probed
@@ -129,7 +132,7 @@ def test_what_two_groups_are_worth_adds_up_to_what_all_candidates_gain():
             seen["gain"] = probe.held_out_losses(list(probe.paths)) - probe.held_out_losses()
             return found
 
-    place(model, two, batches, score=Look(), seed=3)
+    place(model, two, batches, score=Look(), seed=3, learning_rate=0.3)
     assert float(seen["gain"].abs().max()) > 1e-4
     torch.testing.assert_close(seen["worth"]["norm"] + seen["worth"]["lora"], seen["gain"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(seen["worth"]["norm"], seen["worth"]["lora"])
@@ -141,6 +144,85 @@ def test_shrinkage_leaves_clear_differences_and_removes_noise():
     torch.testing.assert_close(shrunk(clear), clear.mean(1), rtol=1e-3, atol=1e-3)
     noise = torch.randn(6, 50, generator=generator)
     assert shrunk(noise).std() < 0.5 * noise.mean(1).std()
+
+
+def test_gains_of_all_groups_add_up_to_the_fall_of_the_loss():
+    """With one batch again and again, what the steps took off its loss is the fall between the first and the last."""
+    model, batches = probed("llama")
+    seen = {}
+
+    class Look(Gain):
+        def worth(self, probe):
+            seen["before"] = probe.held_out_losses().mean()
+            found = super().worth(probe)
+            seen["after"] = probe.held_out_losses().mean()
+            seen["gains"] = {key: sum(gains) for key, gains in probe.gains.items()}
+            return found
+
+    place(model, SPACE, [batches[0]] * 80, score=Look(), probe_batches=80, learning_rate=2e-3)
+    fell = float(seen["before"] - seen["after"])
+    assert fell > 0.01
+    assert sum(seen["gains"].values()) == pytest.approx(fell, rel=0.15)
+
+
+def test_candidates_learn_as_fast_as_the_few_that_will_stay():
+    """Adam moves every parameter by about its rate, so a tenth of the budget means a tenth of the movement."""
+    moved = {}
+    for share in (0.5, 0.05):
+        model, batches = probed("bert")
+
+        class Look(Moved):
+            def worth(self, probe):
+                found = super().worth(probe)
+                paths = [path for path in probe.paths.values() if path.kind == "norm"]
+                moved[share] = float(torch.cat([p.flatten() for path in paths for p in path.parameters()]).detach().abs().mean())
+                return found
+
+        place(model, space({"kind": "norm"}), batches, budget=ga.Budget(fraction=share), score=Look(), seed=0)
+    assert moved[0.05] == pytest.approx(0.1 * moved[0.5], rel=0.2)
+
+
+def test_returns_that_diminish_spread_a_budget_over_groups():
+    model, batches = probed("llama")
+
+    class Even(PlacementScore):
+        kind = "even"
+
+        def worth(self, probe):
+            return {
+                key: torch.full((round(probe.params[key] / probe.unit_params[key]),), float(probe.unit_params[key]))
+                for key in probe.paths
+            }
+
+    class Diminishing(Even):
+        returns = 0.5
+
+    two = space({"kind": "lora", "rank": 2, "at": {"roles": ["q"]}}, {"kind": "lora", "rank": 2, "at": {"roles": ["up"]}})
+    found = place(model, two, batches, score=Diminishing())
+    half, whole = (found.structure(ga.Budget(fraction=share)) for share in (0.5, 1.0))
+    spent = {role: sum(p.params for p in half.paths if f"{role}_proj" in p.key) for role in ("q", "up")}
+    offered = {role: sum(p.params for p in whole.paths if f"{role}_proj" in p.key) for role in ("q", "up")}
+    assert all(0.3 < spent[role] / offered[role] < 0.7 for role in spent)
+    first = 1 / (1 + 1 / 2)  # share of the worth of first ranks; second ones are worth half of them
+    assert found.value(half) == pytest.approx(first**0.5 * found.value(whole), rel=0.03)
+    one = found.structure(ga.Budget(params=offered["q"]))
+    assert found.value(half) > found.value(one)
+    assert place(model, two, batches, score=Even()).value(half) == pytest.approx(half.params, rel=0.3)
+
+
+def test_a_probe_that_helps_nowhere_leads_to_an_even_spread(caplog):
+    model, batches = probed("llama")
+
+    class Worse(Gain):
+        def worth(self, probe):
+            probe.warm_start()
+            probe.gains = {key: [-1.0, -2.0, -1.0] for key in probe.gains}
+            return super().worth(probe)
+
+    found = place(model, SPACE, batches, score=Worse())
+    assert "spread evenly" in caplog.text
+    kept = found.structure(ga.Budget(fraction=0.3))
+    assert {path.kind for path in kept.paths} == {path.kind for _, path in found.candidates.typed_paths()}
 
 
 def test_leading_singular_values_are_those_of_each_expert():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 VALUES: list[Any] = [
@@ -245,6 +246,8 @@ def _damage_header(chosen: random.Random, header: dict[str, Any]) -> str:
 
 def _damage_set(chosen: random.Random, file: Path, kind: str) -> str:
     tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        written = opened.metadata()  # digests, too: they must tell what became of the tensors
     name = chosen.choice(sorted(tensors)) if tensors else ""
     if kind == "not finite" and tensors and tensors[name].is_floating_point() and tensors[name].numel():
         tensors[name].view(-1)[chosen.randrange(tensors[name].numel())] = float(chosen.choice(["nan", "inf", "-inf"]))
@@ -255,5 +258,5 @@ def _damage_set(chosen: random.Random, file: Path, kind: str) -> str:
         del tensors[name]
     elif tensors:
         tensors[chosen.choice(["x", "..", f"{name}.x", "paths.smuggled", ""])] = tensors[name].clone()
-    save_file(tensors, file, metadata={"format": "pt"} if kind != "metadata" else {"digest": "crc32:0", "x": "y"})
+    save_file(tensors, file, metadata=written if kind != "metadata" else {"digest": "crc32:0", "x": "y"})
     return f"{kind} {name[:60]}"

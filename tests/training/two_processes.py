@@ -104,7 +104,7 @@ def probed(folder: Path) -> dict[str, Any]:
         trainer._start_gates()
         assert trainer.placement is not None
         found[name] = ga.get_adapters(model).bank.log_alpha.detach().clone()
-        found[f"{name} here"] = trainer.placement.units()
+        found[f"{name} here"] = trainer.placement.for_their_cost()
     found["size"] = ga.get_adapters(model).pressure.penalty.params
     return found
 
