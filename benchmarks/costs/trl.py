@@ -14,14 +14,15 @@ of a fresh process above the loaded model. What is stored is not measured again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from gatedadapters.reporting.versions import versions
 STORE = Store("trl")
 PARTS = ("attach", "step", "memory", "loss")
 SIDES = ("gated", "peft")
+SPACES = ("lora-all-linear", "decoder-mixed")
 SIZE = 57_600  # LoRA of rank 1 at peft's default maps (queries and values); IA3 at peft's default maps, too
 RATES = {  # each arm around the rate that its authors and the studies of this repository used
     "searched": (1e-3, 3e-3, 1e-2),
@@ -120,15 +122,15 @@ def stepping(made: Any) -> Callable[[], None]:
 
 
 def attach() -> Result:
-    """Seconds of attaching the candidates of the preset, five times."""
+    """Median seconds of attaching the candidates of each preset, five times."""
     model, _ = load_smollm2()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        ga.attach(model, "decoder-mixed")
-        seconds.append(time.perf_counter() - began)
+
+    def once(space: str) -> None:
+        ga.attach(model, space)
         ga.detach(model)
-    return {"seconds": seconds, "median": statistics.median(seconds)}
+
+    times = in_turns({space: partial(once, space) for space in SPACES}, 5, warm_up=1)
+    return {clock: medians(times[clock]) for clock in CLOCKS}
 
 
 def step(rounds: int) -> Result:
@@ -227,7 +229,8 @@ def table() -> str:
     """Costs, then losses."""
     stored, rows = STORE.results(), []
     if "attach" in stored:
-        rows.append(["attach to SmolLM2-135M, s", f"{stored['attach']['median']:.2f}", "0.5"])
+        for clock, space in itertools.product(CLOCKS, SPACES):
+            rows.append([f"attach {space} ({clock} s)", f"{stored['attach'][clock][space]:.2f}", "0.5"])
     if "step" in stored:
         found = stored["step"]["ratio"]
         rows += [[f"SFT step, gated / peft LoRA r 8 ({clock} s)", f"{found[clock]:.2f}", "0.95"] for clock in found]

@@ -175,7 +175,9 @@ def test_candidates_learn_as_fast_as_the_few_that_will_stay():
             def worth(self, probe):
                 found = super().worth(probe)
                 paths = [path for path in probe.paths.values() if path.kind == "norm"]
-                moved[share] = float(torch.cat([p.flatten() for path in paths for p in path.parameters()]).detach().abs().mean())
+                moved[share] = float(
+                    torch.cat([p.flatten() for path in paths for p in path.parameters()]).detach().abs().mean()
+                )
                 return found
 
         place(model, space({"kind": "norm"}), batches, budget=ga.Budget(fraction=share), score=Look(), seed=0)
@@ -197,7 +199,9 @@ def test_returns_that_diminish_spread_a_budget_over_groups():
     class Diminishing(Even):
         returns = 0.5
 
-    two = space({"kind": "lora", "rank": 2, "at": {"roles": ["q"]}}, {"kind": "lora", "rank": 2, "at": {"roles": ["up"]}})
+    two = space(
+        {"kind": "lora", "rank": 2, "at": {"roles": ["q"]}}, {"kind": "lora", "rank": 2, "at": {"roles": ["up"]}}
+    )
     found = place(model, two, batches, score=Diminishing())
     half, whole = (found.structure(ga.Budget(fraction=share)) for share in (0.5, 1.0))
     spent = {role: sum(p.params for p in half.paths if f"{role}_proj" in p.key) for role in ("q", "up")}
