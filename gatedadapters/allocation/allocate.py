@@ -65,7 +65,8 @@ def allocate(
         batches: dictionaries of tensors such as a DataLoader yields; for several tasks, one stream for each by name.
         budget: what the Structure may cost at most.
         score: how candidates are judged: a kind of `allocation.score_kinds()`, or a `PlacementScore` of your own.
-        probe_batches: number of batches that are read; three quarters are learned from, the rest judges.
+        probe_batches: number of batches that are read; scores that judge candidates on held-out batches, and
+            `Budget(within=)`, keep a quarter of them for that.
         learning_rate: the common rate of all kinds of path in the probe's warm start.
         loss: `(model, batch) -> (examples,)`; default: `masking.scores.losses.task_losses`.
         heads: see `attach`.
@@ -156,6 +157,7 @@ def place(
                     adapters,
                     stream,
                     kept_share=_kept_share(budget, whole, adapters),
+                    hold_out=method.holds_out or frontier > 0,
                     loss=loss or task_losses,
                     learning_rate=learning_rate,
                     seed=seed + number,
@@ -205,6 +207,7 @@ def place_attached(
             loss=loss,
             learning_rate=learning_rate,
             kept_share=kept_share,
+            hold_out=method.holds_out or frontier > 0,
             seed=seed,
             progress=progress,
         )
@@ -218,7 +221,8 @@ def place_attached(
 
 def _kept_share(budget: Budget | None, whole: Adapters, probed: Adapters) -> float:
     """Parameters that will be kept, about, over those of the probe's candidates."""
-    assert whole.bank is not None and probed.bank is not None
+    assert whole.bank is not None
+    assert probed.bank is not None
     if budget is None:
         return KEPT_SHARE
     share = budget.resolve(whole.bank.dense_cost(budget.unit)) / whole.bank.dense_cost(budget.unit)

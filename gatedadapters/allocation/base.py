@@ -26,12 +26,14 @@ class PlacementScore(ABC):
     Attributes:
         kind: the name of the score.
         needs_data: whether the score reads batches.
+        holds_out: whether a quarter of the batches is held out from learning, to judge candidates by.
         returns: what a part of a group (one kind at one role) is worth: share ** returns of the whole group. 1: worths
             add up. Below 1, every further unit of a group adds less, so that a budget is spread over groups.
     """
 
     kind: ClassVar[str]
     needs_data: ClassVar[bool] = True
+    holds_out: ClassVar[bool] = False
     returns: ClassVar[float] = 1.0
 
     @abstractmethod

@@ -28,6 +28,7 @@ class Closing(PlacementScore):
     """
 
     kind = "closing"
+    holds_out = True
 
     def worth(self, probe: Probe) -> dict[str, Tensor]:
         """See `PlacementScore.worth`."""

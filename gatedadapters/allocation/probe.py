@@ -29,7 +29,7 @@ class Probe:
         model: with `adapters` attached.
         adapters: the candidates; their gates are held at 1 (`all_open`).
         learn: batches to learn from.
-        held_out: batches to judge by; the last quarter of what was given.
+        held_out: batches to judge by: the last quarter of what was given, none if nothing is to be judged by them.
         loss: see `masking.scores.Loss`.
         learning_rate: the common rate of all kinds of path, for a structure of the size that will be kept.
         kept_share: parameters that will be kept over those of the probe's candidates.
@@ -50,10 +50,11 @@ class Probe:
         learning_rate: float,
         seed: int,
         kept_share: float = 1.0,
+        hold_out: bool = True,
         whole: Adapters | None = None,
         progress: bool = True,
     ) -> None:
-        count = max(1, round(HELD_OUT_SHARE * len(batches))) if len(batches) > 1 else 0
+        count = max(1, round(HELD_OUT_SHARE * len(batches))) if hold_out and len(batches) > 1 else 0
         self.learn, self.held_out = list(batches[: len(batches) - count]), list(batches[len(batches) - count :])
         self.model, self.adapters, self.loss = model, adapters, loss
         self.learning_rate, self.kept_share = learning_rate, min(1.0, kept_share)

@@ -22,7 +22,7 @@ from gatedadapters.runtime.steps import CLOCK, StepListener, Turn
 LEVELS = ("block", "point", "path", "rank")
 RENAMED = {"evidence": "saliency", "pulse": "gate_gradient"}
 """Buffers that had other names in release 0.1: the old name, the new one."""
-NEW = {"halves"}
+NEW = {"halves", "beyond"}
 """Buffers that release 0.1 did not have."""
 
 
@@ -106,6 +106,7 @@ class GateBank(nn.Module, StepListener):
     trust: Tensor  # (tasks, units): factor on the gradient that the loss sends to the gates
     gate_gradient: Tensor  # (tasks, units): gradient times gate, summed over the backward passes of this step
     saliency: Tensor  # (tasks, units): the absolute value of `gate_gradient`, smoothed over steps
+    beyond: Tensor  # (tasks, units): what the bounds of log alpha cut off the prior that the gates started from
     halves: Tensor  # (2, tasks, units): sums of `gate_gradient` over odd and over even steps
     kept: Tensor  # (tasks, units): the constant gates of a fixed structure
     fixed: Tensor
@@ -153,6 +154,7 @@ class GateBank(nn.Module, StepListener):
         self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
         self.register_buffer("kept", torch.ones(tasks, self.n_units))
         self.register_buffer("saliency", torch.zeros(tasks, self.n_units))
+        self.register_buffer("beyond", torch.zeros(tasks, self.n_units))
         self.register_buffer("halves", torch.zeros(2, tasks, self.n_units))
         self._constant("noise", torch.zeros(tasks, self.n_gates))
         self.register_buffer("gate_gradient", torch.zeros(tasks, self.n_units))
@@ -302,7 +304,8 @@ class GateBank(nn.Module, StepListener):
 
         The worths are replaced by normal scores (so only their order counts) times `prior`, and added to the initial
         log alpha. Each level takes the mean over its units, and the next level what is left: a block whose paths are
-        all useful opens as a whole.
+        all useful opens as a whole. What the bounds cut off counts again when units are chosen (`preference`): among
+        thousands of candidates the few that a budget pays for would else be equal.
 
         Args:
             worth: (tasks, units), larger is more useful for its cost.
@@ -320,6 +323,8 @@ class GateBank(nn.Module, StepListener):
             log_alpha += means[:, :-1]
             rest = rest - means[:, gate]
         self.log_alpha.copy_(log_alpha.clamp(*self.config.bounds))
+        cut = torch.cat([log_alpha - self.log_alpha, log_alpha.new_zeros(self.tasks, 1)], 1)
+        self.beyond.copy_(cut[:, self.ancestry].sum(-1))
 
     @contextmanager
     def held(self, kept: Tensor) -> Iterator[None]:
@@ -342,6 +347,11 @@ class GateBank(nn.Module, StepListener):
         probability = hard_concrete.open_probability(self.log_alpha if log_alpha is None else log_alpha, self.config)
         padded = torch.cat([probability, probability.new_ones(self.tasks, 1)], 1)
         return padded[:, self.ancestry].prod(-1)
+
+    def preference(self) -> Tensor:
+        """P(open) of each unit, (tasks, units), had log alpha no bounds when the prior was set."""
+        probability = self.open_probability()
+        return torch.where(self.beyond == 0, probability, (probability.logit(eps=1e-7) + self.beyond).sigmoid())
 
     def cost(self, unit: str) -> Tensor:
         """Cost of each unit in `params` or `flops`, float64, shape (units,), on the CPU."""

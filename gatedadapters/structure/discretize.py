@@ -27,9 +27,9 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
     gate is closed does not take a unit that is open for, or taken by, another task: the unit has learned for the other
     task, and a gate that is closed now would stay at 0.
 
-    By default the score is P(open), divided by k for a path's k-th likeliest unit, because a path's later units add
-    less (see `GateBank.rank_price`). Tasks take turns: each task's best unit comes before any task's second. Once a
-    Structure is fixed, only the units it kept are taken.
+    By default the score is P(open) (`GateBank.preference`), divided by k for a path's k-th likeliest unit, because a
+    path's later units add less (see `GateBank.rank_price`). Tasks take turns: each task's best unit comes before any
+    task's second. Once a Structure is fixed, only the units it kept are taken.
 
     Args:
         bank: the gates.
@@ -66,7 +66,7 @@ def choose_units(bank: GateBank, budget: Budget | None, scores: Tensor | None = 
             where="discretize(scores=)",
             fix="look for a division by zero or an overflow where they are computed",
         )
-    values = bank.open_probability() if scores is None else scores.to(gates)
+    values = bank.preference() if scores is None else scores.to(gates)
     if budget is None:
         return (values > 0).float()
     cost = bank.cost(budget.unit).tolist()

@@ -24,11 +24,11 @@ NOTED = frozenset({"_metrics", "_total_train_tokens"})
 
 
 def probe_batches(steps: int) -> int:
-    """Batches of the probe before a training of `steps`: a twentieth of them, from 8 to 24.
+    """Batches of the probe before a training of `steps`: a fifth of them, from 8 to 24.
 
     0 below 32 steps: so short a training starts from even gates, because a probe would cost more than it can win.
     """
-    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, max(FEWEST_BATCHES, steps // 20))
+    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, max(FEWEST_BATCHES, steps // 5))
 
 
 def can_be_probed(trainer: Trainer) -> bool:

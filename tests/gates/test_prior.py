@@ -12,6 +12,7 @@ from test_bank import GROUPS, HIERARCHIES, bank_of, everything, members
 from gatedadapters.config import L0, Budget, Schedule
 from gatedadapters.gates import GateBank, Pressure
 from gatedadapters.gates.bank import normal_scores
+from gatedadapters.structure.discretize import choose_units
 
 WORTH = torch.tensor([[5.0, 1.0, 3.0, 0.5, 2.0, 4.0]])  # of the six units of GROUPS
 
@@ -50,6 +51,17 @@ def test_only_the_order_of_worths_counts_and_ties_stay_even() -> None:
     low, _, high, also_high, *_ = one.log_alpha[0].tolist()
     assert low == one.log_alpha[0, 1]
     assert high == also_high > low
+
+
+def test_the_best_are_told_apart_although_all_of_them_are_at_the_bound() -> None:
+    bank = bank_of(prior=20.0)
+    bank.start_from(WORTH)
+    order = WORTH[0].argsort(descending=True).tolist()
+    high = bank.config.bounds[1]
+    assert sum(float(value) == pytest.approx(high) for value in bank.log_alpha[0].detach()) > 1
+    assert bank.preference()[0].argsort(descending=True).tolist() == order
+    best = choose_units(bank, Budget(params=int(bank.params[order[0]])))
+    assert best[0].nonzero().flatten().tolist() == order[:1]
 
 
 def test_tasks_have_priors_of_their_own_and_gates_stay_in_range() -> None:

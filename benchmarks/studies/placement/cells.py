@@ -42,6 +42,39 @@ class ScoreCell:
         return f"score_{self.regime}_{self.score}_{self.seed}"
 
 
+@dataclass(frozen=True)
+class ArmCell:
+    """One way to come by a structure, carried out and trained once.
+
+    `allocated`: by the score before any training. `searched`: by gates that start from the score. Every other arm is
+    the name of a structure.
+    """
+
+    regime: str
+    arm: str
+    seed: int = 0
+    score: str = "gain"
+    rate: float = COMMON_RATE
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"arm_{self.regime}_{self.arm}_{self.score}_{self.rate:g}_{self.seed}"
+
+
+def arms_of(regime: str, seeds: Sequence[int]) -> list[Cell | ArmCell]:
+    """What is compared at equal size, seed by seed: two of the library's, two guesses, and random structures."""
+    return [
+        cell
+        for seed in seeds
+        for cell in (
+            *(ArmCell(regime, arm, seed) for arm in ("allocated", "searched")),
+            *(Cell(regime, name, seed) for name in ("even:all", "kind:norm", f"random:{2 * seed}")),
+            Cell(regime, f"random:{2 * seed + 1}", seed),
+        )
+    ]
+
+
 def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:
     """The cells of a regime, in an order of which any beginning says something.
 
@@ -56,6 +89,6 @@ def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) 
     return [*once[:half], *again[0], *once[half:], *(cell for cells in again[1:] for cell in cells)]
 
 
-def read(cell: Cell | ScoreCell) -> Result | None:
+def read(cell: Cell | ScoreCell | ArmCell) -> Result | None:
     """A stored result, if there is one."""
     return STORE.read(cell.name)

@@ -8,6 +8,7 @@ path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regim
 
     python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
+    python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's own choices
     python -m benchmarks placement table
 
 A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
@@ -21,6 +22,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,16 @@ import gatedadapters as ga
 from benchmarks.common.command import carry_out, parser
 from benchmarks.common.store import Result, claimed
 from benchmarks.common.training import training_arguments
-from benchmarks.studies.placement.cells import COMMON_RATE, STORE, Cell, ScoreCell, cells_of, read
+from benchmarks.studies.placement.cells import (
+    COMMON_RATE,
+    STORE,
+    ArmCell,
+    Cell,
+    ScoreCell,
+    arms_of,
+    cells_of,
+    read,
+)
 from benchmarks.studies.placement.judging import packed, predictions
 from benchmarks.studies.placement.precision import autocast, precision
 from benchmarks.studies.placement.regimes import REGIMES, Problem, Regime
@@ -42,12 +53,20 @@ from gatedadapters.structure import Structure
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
 
-def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
-    """Train one structure and measure it on all held-out texts; the model is left as it was."""
+def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -> Result:
+    """Train one structure, or search one if there is none, and measure it on all held-out texts.
+
+    The model is left as it was.
+    """
     problem = regime.problem
     problem.reset(cell.seed)
     began, cpu = time.perf_counter(), time.process_time()
-    adapters = ga.attach(problem.model, structure, heads=problem.heads, seed=cell.seed)
+    given = regime.search_space if structure is None else structure
+    adapters = ga.attach(problem.model, given, heads=problem.heads, seed=cell.seed)
+    search: dict[str, Any] = {}
+    if structure is None:
+        assert isinstance(cell, ArmCell)
+        search = {"budget": ga.Budget(params=regime.size), "prior": cell.score}
     try:
         args = training_arguments(
             steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=precision() == "bf16"
@@ -58,6 +77,7 @@ def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
             train_dataset=problem.items(cell.seed),
             data_collator=problem.collate,
             compute_loss_func=problem.trainer_loss,
+            **search,
         )
         trainer.train()
         trainer.accelerator.unwrap_model(problem.model, keep_fp32_wrapper=False)  # it wraps `forward` in autocast
@@ -71,7 +91,7 @@ def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
         "loss": float(losses.mean()),
         "accuracy": None if right is None else float(right.float().mean()),
         "params": adapters.structure.params,
-        "kinds": params_by_kind(structure),
+        "kinds": params_by_kind(adapters.structure),
         "seconds": {
             "train": round(trained - began, 1),
             "measure": round(time.perf_counter() - trained, 1),
@@ -81,6 +101,31 @@ def compute(cell: Cell, regime: Regime, structure: Structure) -> Result:
         "losses": packed(losses.numpy()),
         "versions": versions(),
     }
+
+
+def compute_arm(cell: ArmCell, regime: Regime) -> Result:
+    """Choose a structure as the library does, and train it."""
+    if cell.arm == "searched":
+        found = compute(cell, regime, None)
+        return {"arm": found.pop("cell"), **found}
+    problem, budget = regime.problem, ga.Budget(params=regime.size)
+    problem.reset(cell.seed)
+    began, cpu = time.perf_counter(), time.process_time()
+    with autocast():
+        structure = ga.allocate(
+            problem.model,
+            regime.search_space,
+            problem.batches(cell.seed, regime.batch),
+            budget=budget,
+            score=cell.score,
+            loss=problem.score_loss,
+            heads=problem.heads,
+            seed=cell.seed,
+            progress=False,
+        )
+    chosen = {"choose": round(time.perf_counter() - began, 1), "choose cpu": round(time.process_time() - cpu, 1)}
+    found = compute(cell, regime, structure)
+    return {"arm": found.pop("cell"), **found, "seconds": {**chosen, **found["seconds"]}}
 
 
 @torch.no_grad()
@@ -143,7 +188,21 @@ def score_all(options: argparse.Namespace) -> None:
                 print(f"{name} {score} seed {seed}: {result['seconds']} s", flush=True)
 
 
-def if_missing(cell: Cell | ScoreCell, function: Callable[..., Result], *arguments: object) -> Result | None:
+def arms_all(options: argparse.Namespace) -> None:
+    """Compute the arms that are missing, seed by seed."""
+    for name in options.regimes:
+        regime = REGIMES[name]
+        structures = made(regime)
+        for cell in arms_of(name, options.seeds):
+            if isinstance(cell, ArmCell):
+                result = if_missing(cell, compute_arm, cell, regime)
+            else:
+                result = if_missing(cell, compute, cell, regime, structures[cell.structure])
+            if result is not None:
+                print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
+
+
+def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result], *arguments: object) -> Result | None:
     """The new result of a cell that nobody has computed and nobody computes now; None of any other."""
     with claimed(STORE.loose / f"{cell.name}.lock") as ours:
         if not ours or read(cell) is not None:
@@ -153,16 +212,16 @@ def if_missing(cell: Cell | ScoreCell, function: Callable[..., Result], *argumen
 
 def main(arguments: Sequence[str]) -> None:
     """See the module's docstring."""
-    made_parser = parser("placement", __doc__, "score", threads=1)
+    made_parser = parser("placement", __doc__, "score", "arms", threads=1)
     made_parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
     made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
     made_parser.add_argument("--scores", nargs="+", help="default: all")
-    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores; default: 0")
+    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores and arms; default: 0")
     options = made_parser.parse_args(arguments)
-    if options.command == "score":
+    if options.command in ("score", "arms"):
         torch.set_num_threads(options.threads)
-        score_all(options)
+        (score_all if options.command == "score" else arms_all)(options)
         print(tables())
     else:
         carry_out(options, run=lambda: run_all(options), table=tables, pack=STORE.pack)

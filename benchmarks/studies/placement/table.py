@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from benchmarks.common.store import Result
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, shown
 from benchmarks.studies.placement.cells import COMMON_RATE, STORE
 from benchmarks.studies.placement.judging import Judgement, ceiling, judge
 
@@ -19,10 +19,10 @@ FIXED = ("even", "kind", "depth", "part", "role")  # what somebody may guess wit
 
 
 def tables() -> str:
-    """How well scores predict, and which guess is the best where."""
+    """How the library's choices do, how well scores predict, and which guess is the best where."""
     results = STORE.results()
     found = losses(results)
-    return f"{judgements(results, found)}\n\n{guesses(found)}"
+    return "\n\n".join((arms(results, found), judgements(results, found), guesses(found)))
 
 
 def losses(results: Mapping[str, Result]) -> Losses:
@@ -33,6 +33,29 @@ def losses(results: Mapping[str, Result]) -> Losses:
         if cell is not None and cell["rate"] == COMMON_RATE:
             found.setdefault(cell["regime"], {}).setdefault(cell["seed"], {})[cell["structure"]] = result["loss"]
     return found
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+def arms(results: Mapping[str, Result], found: Losses) -> str:
+    """What the library chose, minus guesses and the mean random structure of the same seed: losses, paired by seed."""
+    chosen: dict[tuple[str, str], dict[int, Result]] = {}
+    for result in results.values():
+        arm = result.get("arm")
+        if arm is not None and arm["rate"] == COMMON_RATE:
+            chosen.setdefault((arm["regime"], f"{arm['arm']} ({arm['score']})"), {})[arm["seed"]] = result
+    rows = []
+    for (regime, arm), by_seed in sorted(chosen.items()):
+        rows.append([regime, arm, str(len(by_seed)), f"{fmean(r['loss'] for r in by_seed.values()):.4f}"])
+        for against in ("even:all", "kind:norm", "random"):
+            pairs = []
+            for seed, result in by_seed.items():
+                own = found.get(regime, {}).get(seed, {})
+                others = [loss for name, loss in own.items() if name == against or name.startswith(f"{against}:")]
+                pairs += [result["loss"] - fmean(others)] if others else []
+            rows[-1].append(f"{shown(pairs, times=1, signed=True)} ({len(pairs)})" if pairs else "")
+    return markdown(["regime", "arm", "seeds", "loss", "- even", "- norms alone", "- random"], rows)
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
