@@ -112,6 +112,7 @@ def stepping(made: Any) -> Callable[[], None]:
     """One training step of a trainer and of its optimiser, on the same batch every time."""
     optimizer, batch = made.create_optimizer(), next(iter(made.get_train_dataloader()))
     made.create_scheduler(40, optimizer)
+    made.current_gradient_accumulation_steps = 1  # which `train` sets
 
     def step() -> None:
         made.training_step(made.model, dict(batch))
