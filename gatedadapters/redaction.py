@@ -16,8 +16,9 @@ _NAME = (
     r"(?:[\w.-]*(?:password|passwd|passphrase|pwd|secret|api_?key|access_?key)|(?:[\w.-]*[_.-])?(?:pw|pass|auth)"
     r"|(?:(?:hub|hf|hugging\w*|access|auth|api|push_to_hub)_)?token)"
 )
-_USER = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<user>[^\s:@/'\"]*)(?P<password>:[^\s'\"]*)?@")
-_NO_HOST = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://[^\s:@/'\"]*):(?!\d+(?:[/?\s'\"]|$))[^\s@/'\"]+(?![^\s'\"]*@)")
+_SCHEME = r"[a-zA-Z][\w+.-]{0,30}://"  # bounded: a long word would be tried from each of its letters to its end
+_USER = re.compile(rf"(?P<scheme>{_SCHEME})(?P<user>[^\s:@/'\"]*)(?P<password>:[^\s'\"]*)?@")
+_NO_HOST = re.compile(rf"(?P<scheme>{_SCHEME}[^\s:@/'\"]*):(?!\d+(?:[/?\s'\"]|$))[^\s@/'\"]+(?![^\s'\"]*@)")
 _FIELD = re.compile(
     r"(?P<field>(?:^|[?&;\s,{(])['\"]?" + _NAME + r"['\"]?(?:\s*=\s*|:\s+)['\"]?)(?P<value>[^\s&;,'\"})]+)",
     re.IGNORECASE,

@@ -68,4 +68,5 @@ def reliable(gains: Tensor) -> Tensor:
     pairs = gains[:, : gains.shape[1] // 2 * 2].unflatten(1, (-1, 2))
     noise = (pairs[..., 0] - pairs[..., 1]).square().sum(1)
     total = gains.sum(1)
-    return total * total.square() / (total.square() + noise).clamp(min=torch.finfo(gains.dtype).tiny)
+    trust: Tensor = total.square() / (total.square() + noise).clamp(min=torch.finfo(gains.dtype).tiny)
+    return total * trust

@@ -119,9 +119,9 @@ class Placement:
                 kept[record.key][tasks.index(task), list(units)] = 1.0
         total = 0.0
         for keys in self._groups().values():
-            for task in range(len(self.candidates.tasks)):
-                worth = torch.cat([self.worth[key][task] for key in keys])
-                part = worth * torch.cat([kept[key][task] for key in keys])
+            for own in range(len(self.candidates.tasks)):
+                worth = torch.cat([self.worth[key][own] for key in keys])
+                part = worth * torch.cat([kept[key][own] for key in keys])
                 all_useful, useful = float(worth.clamp(min=0.0).sum()), float(part.clamp(min=0.0).sum())
                 total += float(part.clamp(max=0.0).sum())
                 total += all_useful * (useful / all_useful) ** self.returns if useful else 0.0

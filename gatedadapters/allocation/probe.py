@@ -123,8 +123,8 @@ class Probe:
     def _credit(self, before: Mapping[nn.Parameter, Tensor]) -> None:
         """Add what the last step took off the loss of this batch, to first order: minus gradient times movement."""
         for key, path in self.paths.items():
-            moved = [p for p in path.parameters() if p in before and p.grad is not None]
-            self.gains[key].append(-sum(float((p.grad * (p - before[p])).sum()) for p in moved))  # type: ignore[operator]
+            gains = [(p.grad * (before[p] - p)).sum() for p in path.parameters() if p in before and p.grad is not None]
+            self.gains[key].append(float(sum(gains)))
 
     # -- closing -------------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
 from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import ArtifactError, TaskError
-from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale
+from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
@@ -59,8 +60,9 @@ def export_peft(
     unexpected. Ranks may differ between modules: gates lie in B, and `lora_alpha = r` is the largest rank with
     `alpha_pattern = rank_pattern`, so that the scale is 1 also for a reader that ignores the patterns. A structure of
     scales becomes an IA3 adapter, one of norms an LN tuning adapter, one of rows at a table of token ids a trainable
-    tokens adapter. Norms beside LoRA or scales become `modules_to_save`, as task heads do, for which some inference
-    servers have no use; rows beside LoRA become its `trainable_token_indices`.
+    tokens adapter. LoRA at experts and other parameters becomes its `target_parameters`, padded to one rank. Norms
+    beside LoRA or scales become `modules_to_save`, as task heads do, for which some inference servers have no use; rows
+    beside LoRA become its `trainable_token_indices`.
 
     The weights file holds 4 (or 2) bytes a parameter and a header of about 150 bytes a matrix: below 2 % from
     about 16 kB a module on (rank 1 at width 2048 in fp32).
@@ -77,10 +79,11 @@ def export_peft(
             about it), or the folder is not free. Nothing is written.
         TaskError: unknown task.
     """
-    paths = _of_task(adapters, task)
+    paths = paths_of_task(adapters, task, where="export_peft")
     kinds = {type(path) for path, _ in paths}
     if not peft_has(kinds):
         raise _foreign_kinds([path for path, _ in paths])
+    _check_parameters([path.site for path, _ in paths if path.site.at_weight])
     if dtype not in DTYPES.values():
         expected = "torch.float32 or torch.bfloat16"
         raise ArtifactError(
@@ -97,8 +100,8 @@ def export_peft(
         norms = _norms(model, [path for path, _ in by_kind.get(Norm, ())], index)
         rows = _rows(model, [path for path, _ in by_kind.get(Rows, ())], index)
     heads, saved = _modules_to_save(adapters, norms if kinds != {Norm} else {})
-    if LoRA in kinds:
-        config, tensors = _lora(model, by_kind[LoRA])
+    if kinds & {LoRA, WeightLoRA}:
+        config, tensors = _lora(model, by_kind.get(LoRA, []), by_kind.get(WeightLoRA, []))
         if rows:
             config["trainable_token_indices"] = {name: tokens for name, (tokens, _) in rows.items()}
             tensors |= {f"{n}.token_adapter.trainable_tokens_delta": values for n, (_, values) in rows.items()}
@@ -130,31 +133,42 @@ def export_peft(
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """A digest of the fields of a peft configuration that say what it computes; others may be changed by users."""
-    return record_digest({field: config.get(field) for field in COMPUTED_FIELDS})
+    fields = {field: config.get(field) for field in COMPUTED_FIELDS}
+    if config.get("target_parameters"):  # exports of earlier releases have none, and digests without
+        fields["target_parameters"] = config["target_parameters"]
+    return record_digest(fields)
 
 
-def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | None]]:
-    """The paths that a task uses, with its routing of their units where there are several tasks."""
+def paths_of_task(adapters: Adapters, task: str | None, *, where: str) -> list[tuple[Path, Tensor | None]]:
+    """The paths that a task uses, with its routing of their units where there are several tasks.
+
+    Args:
+        adapters: compact.
+        task: None if there is one.
+        where: who asks, for errors.
+
+    Raises:
+        ArtifactError: they are not compact, there are several tasks and none is named, or none of the paths is used.
+        TaskError: unknown task.
+    """
     structure = adapters.structure
     if adapters.bank is not None or structure is None:
         raise ArtifactError(
             "only compact adapters are exported",
             expected="adapters whose gates are folded into their weights",
             got=f"gates over {len(adapters.paths)} candidate paths",
-            where="export_peft",
+            where=where,
             fix="call adapters.compact() first",
         )
     if task is not None and task not in adapters.tasks:
         expected = f"one of {', '.join(adapters.tasks)}"
-        raise TaskError(
-            "no such task", expected=expected, got=repr(task), where="export_peft(task=)", fix="name a task"
-        )
+        raise TaskError("no such task", expected=expected, got=repr(task), where=f"{where}(task=)", fix="name a task")
     if task is None and len(adapters.tasks) > 1:
         raise ArtifactError(
-            "peft knows no routing by task",
+            "an exported adapter has no routing by task",
             expected="adapters of one task",
             got=f"several: {', '.join(adapters.tasks)}",
-            where="export_peft",
+            where=where,
             fix="export each into a folder of its own with task=, or keep one with adapters.compact(task=...)",
         )
     paths: list[tuple[Path, Tensor | None]] = []
@@ -168,7 +182,7 @@ def _of_task(adapters: Adapters, task: str | None) -> list[tuple[Path, Tensor | 
             "there is nothing to export",
             expected="at least one path",
             got="none that is used" if task is None else f"none that task {task!r} uses",
-            where="export_peft",
+            where=where,
             fix="search with a larger budget; without paths the backbone alone computes the same",
         )
     return paths
@@ -182,7 +196,7 @@ def peft_has(kinds: Collection[type[Path]]) -> bool:
 
 # What one peft adapter can be of, and what it can hold beside.
 _TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
-    ({LoRA}, {Norm, Rows}),
+    ({LoRA, WeightLoRA}, {Norm, Rows}),
     ({Scale}, {Norm}),
     ({Norm}, set()),
     ({Rows}, set()),
@@ -192,11 +206,12 @@ _TOGETHER: tuple[tuple[set[type[Path]], set[type[Path]]], ...] = (
 def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
     """What peft has no words for, by name."""
     first = {path.kind: f"{path.kind} at {path.site.write}" for path in reversed(list(paths))}
-    foreign = {path.kind for path in paths if type(path) not in (LoRA, Scale, Norm, Rows)}
+    known = {kind for one, beside in _TOGETHER for kind in one | beside}
+    foreign = {path.kind for path in paths if type(path) not in known}
     message = f"peft has no {' or '.join(sorted(foreign))} adapters" if foreign else "a peft adapter is of one kind"
     return ArtifactError(
         message,
-        expected="lora paths, with norm and rows beside; or scale paths, with norm; or norm or rows alone",
+        expected="lora and weight_lora, with norm and rows beside; or scale, with norm; or norm or rows alone",
         got=", ".join(first[kind] for kind in sorted(first)),
         where="export_peft",
         fix="search in a space of such paths, merge into the model with adapters.merge_and_detach if its kinds can, or "
@@ -204,8 +219,12 @@ def _foreign_kinds(paths: Collection[Path]) -> ArtifactError:
     )
 
 
-def _lora(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A (rank, in) and B (out, rank) of every module, ranks of several paths at one module side by side."""
+def low_rank_maps(paths: Collection[tuple[Path, Tensor | None]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down (rank, in) and up (out, rank) of every module, ranks of several paths at one module side by side.
+
+    Args:
+        paths: LoRA paths at linear maps and tables, each with the routing of its units or None.
+    """
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
     for path, routing in paths:
@@ -213,37 +232,99 @@ def _lora(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[di
         used = slice(None) if routing is None else routing.nonzero().flatten()
         downs.setdefault(name, []).append(lora.down.detach()[used])
         ups.setdefault(name, []).append((lora.up if routing is None else lora.up * routing).detach()[:, used])
-    _check_names(model, downs)
-    tables = {path.site.write.module for path, _ in paths if path.site.reads_ids}
-    conv = _storage(model, downs.keys() - tables)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name in sorted(downs):
-        down, up = torch.cat(downs[name]), torch.cat(ups[name], 1)
-        if name in tables:  # peft multiplies what it adds there with the factor of the table
-            up = up / table_factor(model.get_submodule(name), name)
-            tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"] = down, up
-        else:
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
-        ranks[name] = len(down)
-    largest = max(ranks.values())
-    anchored = _ambiguous(model, ranks)
-    pattern = {f"^{re.escape(n)}" if anchored else n: rank for n, rank in ranks.items() if rank != largest}
-    config = {
+    return {name: (torch.cat(downs[name]), torch.cat(ups[name], 1)) for name in sorted(downs)}
+
+
+def lora_config(ranks: Mapping[str, int], rank: int) -> dict[str, Any]:
+    """The fields of a LoRA whose scale is 1 for every reader, also for one that ignores the patterns.
+
+    Args:
+        ranks: of the modules, by the name or the expression that they go by.
+        rank: the largest.
+    """
+    pattern = {name: own for name, own in ranks.items() if own != rank}
+    return {
         "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": largest,
-        "target_modules": _regex(ranks) if anchored else sorted(ranks),
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "fan_in_fan_out": conv,
         "bias": "none",
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def _lora(
+    model: nn.Module, paths: list[tuple[Path, Tensor | None]], experts: list[tuple[Path, Tensor | None]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A (rank, in) and B (out, rank) of every module, and of every parameter that holds experts."""
+    maps = low_rank_maps(paths)
+    _check_names(model, maps)
+    tables = {path.site.write.module for path, _ in paths if path.site.reads_ids}
+    conv = _storage(model, maps.keys() - tables)
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in maps.items():
+        if name in tables:  # peft multiplies what it adds there with the factor of the table
+            up = up / table_factor(model.get_submodule(name), name)
+            tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"] = down, up
+        else:
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
+    ranks = {name: len(down) for name, (down, _) in maps.items()}
+    stacks = _expert_stacks(experts)
+    largest = max([*ranks.values(), *(down.shape[1] for down, _ in stacks.values())])
+    anchored = _ambiguous(model, ranks)
+    config = lora_config({f"^{re.escape(n)}" if anchored else n: rank for n, rank in ranks.items()}, largest)
+    config["target_modules"] = _regex(ranks) if anchored else sorted(ranks)
+    config["fan_in_fan_out"] = conv
+    if stacks:
+        config["target_parameters"] = sorted(stacks)
+        tensors |= _parameter_tensors(model, stacks, largest)
     return config, tensors
+
+
+def _check_parameters(sites: Collection[Site]) -> None:
+    """Raise where peft would not reach a parameter, or take its rows for columns."""
+    for site in sites:
+        if site.host != site.write.module or (site.transposed and not site.experts):
+            raise ArtifactError(
+                "peft adapts parameters of modules that multiply with them as x W^T",
+                expected="such a module",
+                got=f"{site.host}, which multiplies with it{' as x W' if site.transposed else ''}",
+                where=f"weight_lora at {site.write}",
+                fix="leave it out of the search space (at: exclude), or keep the adapter with adapters.save",
+            )
+
+
+def _expert_stacks(paths: list[tuple[Path, Tensor | None]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down (experts, rank, in) and up (experts, out, rank) of every parameter, padded to its largest rank."""
+    stacks: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, routing in paths:
+        up, down = cast(WeightLoRA, path).factors(routing)
+        name = str(path.site.write)
+        if name in stacks:
+            down, up = torch.cat([stacks[name][0], down], 1), torch.cat([stacks[name][1], up], 2)
+        stacks[name] = down.detach(), up.detach()
+    return stacks
+
+
+def _parameter_tensors(model: nn.Module, stacks: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> dict[str, Tensor]:
+    """A (experts x rank, in), expert by expert, and B (out, rank x experts), rank by rank, of every parameter.
+
+    peft wraps a module once for each of its parameters, in their order. All get the same rank, by zeros: it takes a
+    rank_pattern of parameters, but warns of it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module in sorted({name.rpartition(".")[0] for name in stacks}):
+        names = [f"{module}.{own}" for own, _ in model.get_submodule(module).named_parameters(recurse=False)]
+        for depth, name in enumerate(reversed([name for name in names if name in stacks])):
+            down, up = stacks[name]
+            spare, inner = rank - down.shape[1], f"{module}{'.base_layer' * depth}"
+            tensors[f"{inner}.lora_A.weight"] = F.pad(down, (0, 0, 0, spare)).flatten(0, 1)
+            tensors[f"{inner}.lora_B.weight"] = F.pad(up, (0, spare)).permute(1, 2, 0).flatten(1)
+    return tensors
 
 
 def _ia3(model: nn.Module, paths: list[tuple[Path, Tensor | None]]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -401,7 +401,7 @@ def _check_counts(record: StreamRecord, baseline: BaselineRecord, stages: list[S
                 where=where,
                 fix="restore the folder as it was written",
             )
-    general = [one.general is not None for one in (baseline, *stages)]
+    general = [baseline.general is not None, *(stage.general is not None for stage in stages)]
     if len(set(general)) > 1:
         raise ArtifactError(
             "the records of a stream do not belong together",

@@ -9,7 +9,7 @@ folder and returns a small frozen result, whose text is what the command prints:
     print(result.table())
 
 `plan`, `show`, `load` and `predict` train nothing: they take a model and a search space, or a saved adapter, and write
-no folder.
+no folder. `export` writes a saved adapter for another library.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gatedadapters.experiments.run_allocate import AllocateResult, allocate
     from gatedadapters.experiments.run_compress import CompressResult, compress
     from gatedadapters.experiments.run_continual import ContinualResult, continual
+    from gatedadapters.experiments.run_export import export
     from gatedadapters.experiments.run_plan import BudgetPlan, PlacePlan, Plan, plan
     from gatedadapters.experiments.run_predict import Loaded, Prediction, Predictions, load, predict
     from gatedadapters.experiments.run_search import SearchResult, search
@@ -48,6 +49,7 @@ __all__ = [
     "allocate",
     "compress",
     "continual",
+    "export",
     "load",
     "plan",
     "predict",
@@ -64,6 +66,7 @@ _FILES = {
     "run_allocate": ("AllocateResult", "allocate"),
     "run_compress": ("CompressResult", "compress"),
     "run_continual": ("ContinualResult", "continual"),
+    "run_export": ("export",),
     "run_plan": ("BudgetPlan", "PlacePlan", "Plan", "plan"),
     "run_predict": ("Loaded", "Prediction", "Predictions", "load", "predict"),
     "run_search": ("SearchResult", "search"),

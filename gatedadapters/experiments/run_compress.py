@@ -10,9 +10,10 @@ from pathlib import Path
 from gatedadapters.artifacts import export_peft, import_peft, singular_values
 from gatedadapters.artifacts.export_peft import WEIGHTS
 from gatedadapters.artifacts.peft_folder import PeftFolder, read_peft
+from gatedadapters.artifacts.peft_records import LoraRecord
 from gatedadapters.config import CompressConfig, SearchConfig
 from gatedadapters.data import AnyTask, Examples, TextTask
-from gatedadapters.errors import ConfigError, DataError
+from gatedadapters.errors import ArtifactError, ConfigError, DataError
 from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import Arm, ArmRunner
 from gatedadapters.experiments.evaluation import TaskScore, majority_accuracy
@@ -122,6 +123,7 @@ def compress(
     """
     config, folder = outputs.config_and_folder(CompressConfig, config, out)
     lora = read_peft(config.lora)
+    _check_lora(lora)
     search = config.as_search(_base_model(config, lora))
     (task,) = load_tasks(search)
     _check_task_type(config, lora, task)
@@ -156,6 +158,18 @@ def compress(
     save_png(compressed.structure, folder / outputs.STRUCTURE_PICTURE)
     _write(result, search)
     return result
+
+
+def _check_lora(lora: PeftFolder) -> None:
+    """Raise where the adapter is none whose ranks can be chosen, and exported again."""
+    if not isinstance(lora.record, LoraRecord) or lora.record.use_dora:
+        raise ArtifactError(
+            "only the ranks of a plain LoRA can be made fewer",
+            expected="peft_type LORA, without use_dora",
+            got=lora.record.peft_type + (" with use_dora" if isinstance(lora.record, LoraRecord) else ""),
+            where=lora.where,
+            fix="search among its parts in a script of your own, with gatedadapters.import_peft and a GatedTrainer",
+        )
 
 
 def _base_model(config: CompressConfig, lora: PeftFolder) -> str:

@@ -1,7 +1,8 @@
 """Bottleneck adapters, serial and parallel: up f(down h + bias) is added to the output of a sub-layer.
 
 There is no bias after `up`: so every parameter belongs to one unit, and a closed unit adds exactly 0. Choose the
-sub-layers with `at: {sublayers: ...}`.
+sub-layers with `at: {sublayers: ...}`. Adapters of other libraries that read what a LayerNorm returns become paths that
+normalise what they read (`normalized`).
 
 References:
     Houlsby et al. 2019, arXiv 1902.00751: serial, after attention and after the feed-forward. Pfeiffer et al. 2021,
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self, cast
+from typing import Annotated, Literal, Self, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,10 +37,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckOptions(PathOptions):
-    """A bottleneck of `width` hidden units; each is a unit of in + out + 1 parameters."""
+    """A bottleneck of `width` hidden units; each is a unit of in + out + 1 parameters.
+
+    Attributes:
+        width: number of hidden units.
+        activation: of the hidden units.
+        normalized: read the vector less its mean over its standard deviation, with this number added to the variance,
+            as a LayerNorm does before gains and shifts; None reads it as it is.
+    """
+
+    added = ("normalized",)
 
     width: Units = 16
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    normalized: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @property
     def size(self) -> int:
@@ -67,7 +79,7 @@ class Bottleneck(Path):
 
     def __init__(self, site: Site, options: BottleneckOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
-        self.activation = ACTIVATIONS[options.activation]
+        self.activation, self.normalized = ACTIVATIONS[options.activation], options.normalized
         bound = 1 / math.sqrt(site.width_in)
         self.down = new_parameter(options.width, site.width_in, bound=bound, generator=generator)
         self.bias = new_parameter(options.width)
@@ -94,12 +106,17 @@ class Bottleneck(Path):
     ) -> Tensor:
         """Run one down- and one up-projection for all paths; the gates scale the activations between them."""
         several = cast(Sequence[Bottleneck], paths)
+        if len({p.normalized for p in several}) > 1:  # they read different vectors
+            return super().forward_together(paths, tapped, target, gates)
         first, dtype = several[0], target.dtype
         check_widths(first, tapped, target)
         rows, gate = target.reshape(-1, target.shape[-1]), join_gates(several, gates, target)
         down, bias = join_parameters([p.down for p in several]), join_parameters([p.bias for p in several])
         with in_its_own_type(target):
-            hidden = F.linear(tapped.to(dtype), down.to(dtype), bias.to(dtype))
+            tapped = tapped.to(dtype)
+            if first.normalized is not None:
+                tapped = F.layer_norm(tapped, tapped.shape[-1:], eps=first.normalized)
+            hidden = F.linear(tapped, down.to(dtype), bias.to(dtype))
             hidden = hidden.reshape(-1, hidden.shape[-1])
             if len({p.activation for p in several}) == 1:
                 hidden = first.activation(hidden)

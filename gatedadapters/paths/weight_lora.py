@@ -222,8 +222,8 @@ class WeightLoRA(LoRA):
         new_up, new_down = torch.zeros_like(self.up), self.down.clone()
         experts = [self.experts[unit] for unit in keep.tolist()]
         pairs = list(zip(experts, _occurrences(experts), strict=True))
-        held = torch.tensor([direction < s.shape[1] for _, direction in pairs], device=s.device)
-        expert, direction = torch.tensor(pairs, device=s.device).view(-1, 2)[held].t()
+        held = torch.tensor([direction < s.shape[1] for _, direction in pairs], dtype=torch.bool, device=s.device)
+        expert, direction = torch.tensor(pairs, dtype=torch.long, device=s.device).view(-1, 2)[held].t()
         keep = keep[held.to(keep.device)]  # a small map has fewer singular values than ranks
         new_up[:, keep] = left[expert, :, direction].t().to(new_up)
         new_down[keep] = right[expert, :, direction].to(new_down)

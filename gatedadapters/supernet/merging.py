@@ -185,7 +185,7 @@ def _places(model: nn.Module, paths: Mapping[str, Path]) -> list[_Place]:
             for path in own:  # a kind that no weight can stand in for says so, whatever module it writes at
                 path.merge_into(torch.empty(path.site.width_out, path.site.width_in, device="meta"), None, None)
             if isinstance(own[0], Norm):
-                stored_out_first, offset = True, _gain_offset(module, name)
+                stored_out_first, offset = True, gain_offset(module, name)
             elif own[0].site.reads_ids:
                 stored_out_first, factor = False, table_factor(module, name)
             else:
@@ -263,7 +263,7 @@ def _stored_out_first(module: nn.Module, name: str) -> bool:
     )
 
 
-def _gain_offset(module: nn.Module, name: str) -> int:
+def gain_offset(module: nn.Module, name: str) -> int:
     """What a norm adds to its weight to get its gains, found by asking it: 0, or 1 where it stores gains minus 1."""
     weight, bias = _check_plain(module._parameters.get("weight"), f"{name}.weight", 1), module._parameters.get("bias")
     rows = torch.linspace(-1, 1, 3 * len(weight), device=weight.device).sin().view(3, -1).to(weight.dtype)

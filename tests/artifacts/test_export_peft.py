@@ -186,6 +186,31 @@ def test_a_reader_that_ignores_the_patterns_computes_the_same(tmp_path: Path, fa
     torch.testing.assert_close(output(plain, batch), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("family", "paths"),
+    [
+        ("mixtral", ({"kind": "weight_lora", "rank": 3},)),
+        ("gpt_oss", ({"kind": "lora", "rank": 4}, {"kind": "weight_lora", "rank": 2})),
+        ("qwen3_moe", ({"kind": "lora", "rank": 2}, {"kind": "weight_lora", "rank": 3})),
+    ],
+)
+def test_experts_become_target_parameters_and_come_back(
+    tmp_path: Path, family: str, paths: tuple[dict[str, object], ...]
+) -> None:
+    model, batch = tiny(family, head="lm")
+    adapters = compacted(model, batch, *paths)
+    ours = output(model, batch)
+    ga.export_peft(adapters, tmp_path / "peft")
+    wrapped = loaded_by_peft(tiny(family, head="lm")[0], tmp_path / "peft")
+    torch.testing.assert_close(output(wrapped, batch), ours, atol=1e-5, rtol=1e-4)
+    with adapters.disabled():
+        assert (output(model, batch) - ours).abs().max() > 1e-3
+    again, _ = tiny(family, head="lm")
+    ga.import_peft(again, tmp_path / "peft", batch)
+    torch.testing.assert_close(output(again, batch), ours, atol=1e-5, rtol=1e-4)
+
+
 def test_paths_that_share_a_module_become_one(tmp_path: Path) -> None:
     model, batch = tiny("bert")
     adapters = compacted(model, batch, {"kind": "lora", "rank": 3}, {"kind": "lora", "rank": 5}, share=0.9)
@@ -296,7 +321,7 @@ AT_WEIGHTS: dict[str, object] = {"kind": "weight_lora", "rank": 2}
         ("bert", (LORA, BOTTLENECK), ["peft has no serial adapters", "lora at encoder"]),
         ("bert", (LORA, OUTER), ["a peft adapter is of one kind", "lora at", "scale at"]),
         ("bert", (INNER, OUTER), ["IA3 scales one side", "both", "encoder.layer.0.attention.self.query"]),
-        ("qwen2_moe", (LORA, AT_WEIGHTS), ["peft has no weight_lora adapters", "weight_lora at layers.0.mlp."]),
+        ("mamba", (AT_WEIGHTS,), ["adapts parameters of modules that", "weight_lora at layers.0.mixer.", "exclude"]),
         ("qwen3_next", (NO_ROUTERS,), ["it reserves their names", "gate_proj", "layers.0.mlp.shared_expert"]),
         ("mamba", (LORA,), ["it reserves their names", "out_proj", "layers.0.mixer.out_proj"]),
     ],

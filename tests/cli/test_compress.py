@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gatedadapters as ga
@@ -119,9 +119,17 @@ def edited(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def an_ia3(folder: Path) -> None:
+    config = {"peft_type": "IA3", "target_modules": ["query"], "feedforward_modules": [], "task_type": "SEQ_CLS"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.ia3_l"
+    save_file({name: torch.ones(32, 1)}, folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "extra", "says"),
     [
+        (an_ia3, [], ["ranks of a plain LoRA", "IA3", "import_peft"]),
         (edited(task_type="CAUSAL_LM"), [], ["SEQ_CLS", "CAUSAL_LM", "import_peft"]),
         (edited(base_model_name_or_path=None), [], ["no base model is named", "--model"]),
         (edited(use_dora=True), [], ["use_dora"]),

@@ -13,6 +13,7 @@ The folder holds what ``docs/guides/index.md`` writes, and tiny random models un
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -28,9 +29,11 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from packaging.requirements import Requirement
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -97,7 +100,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.chat_template = CHAT_TEMPLATE if name.endswith("Instruct") else None
         tokenizer.save_pretrained(folder / name)
+    write_adapterhub(folder / "my-adapterhub", width=32, blocks=3)
     return folder
+
+
+def write_adapterhub(folder: Path, *, width: int, blocks: int) -> None:
+    """A Pfeiffer adapter for the encoder of the guides, as the adapters library saves one."""
+    settings = {"mh_adapter": False, "output_adapter": True, "non_linearity": "relu", "original_ln_before": True}
+    settings |= {"original_ln_after": True, "residual_before_ln": True}
+    config = {"name": "task", "model_type": "bert", "version": "adapters.1.3.0", "config": settings}
+    tensors = {}
+    for block in range(blocks):
+        holder = f"bert.encoder.layer.{block}.output.adapters.task"
+        for part, shape in (("down.0", (4, width)), ("up", (width, 4))):
+            tensors[f"{holder}.adapter_{part}.weight"] = torch.full(shape, 0.01)
+            tensors[f"{holder}.adapter_{part}.bias"] = torch.zeros(shape[0])
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter.safetensors")
 
 
 def made_for(texts: Any) -> PreTrainedTokenizerFast:

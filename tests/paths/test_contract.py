@@ -5,6 +5,7 @@ from __future__ import annotations
 from gatedadapters.config import PathOptions
 from gatedadapters.config.space import Where
 from gatedadapters.paths import path_kinds
+from gatedadapters.paths.bottleneck import SerialOptions
 from gatedadapters.paths.lora import LoRAOptions
 from gatedadapters.paths.rows import RowsOptions
 from gatedadapters.paths.weight_lora import WeightLoRAOptions
@@ -23,6 +24,11 @@ class TestEmbeddings(PathContract):
         RowsOptions(tokens=range(3, 40)),
     )
     families = ("bert", "llama", "bart")
+
+
+class TestNormalizedBottlenecks(PathContract):
+    options = SerialOptions(width=4, normalized=1e-5)
+    families = ("bert",)
 
 
 class TestWeightLoRA(PathContract):

@@ -318,6 +318,14 @@ def test_condensing_is_the_best_approximation_of_each_expert() -> None:
     torch.testing.assert_close(path.delta().detach(), before)
 
 
+def test_a_path_that_keeps_no_rank_condenses_to_nothing() -> None:
+    model, batch = tiny("mixtral")
+    path = next(path for _, path in typed(ga.attach(model, SPACE, batch)) if path.site.experts)
+    awaken(path)
+    path.condense(torch.tensor([], dtype=torch.long), torch.zeros(path.units))
+    assert not path.delta().detach().any()
+
+
 def test_what_is_saved_for_backward_does_not_grow_with_the_experts() -> None:
     """Nothing of a weight's size but the backbone's own parameters."""
     model, batch = tiny("mixtral")
