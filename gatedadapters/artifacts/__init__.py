@@ -6,6 +6,7 @@ from gatedadapters.artifacts.import_adapterhub import import_adapterhub
 from gatedadapters.artifacts.import_peft import import_peft, singular_values
 from gatedadapters.artifacts.joint import budget_report, load_joint, save_joint
 from gatedadapters.artifacts.load import load_adapters
+from gatedadapters.artifacts.merge_into import merge_into
 from gatedadapters.artifacts.normalise import Normalised, normalise
 from gatedadapters.artifacts.shelf import Shelf
 
@@ -19,6 +20,7 @@ __all__ = [
     "import_peft",
     "load_adapters",
     "load_joint",
+    "merge_into",
     "normalise",
     "save_joint",
     "singular_values",

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gatedadapters.artefact_files import DTYPES, check_finite, record_digest, tensors_digest, write_tensors
 from gatedadapters.backbone.fingerprint import fingerprint
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
 from gatedadapters.paths.peft_kinds import TOGETHER, peft_has
@@ -124,8 +125,9 @@ def export_peft(
     stored = {PREFIX + name: value.to(dtype) for name, value in (tensors | saved).items()}
     check_finite(stored, where="export_peft", fix="train again with a lower rate")
     metadata = {"format": "pt", TENSORS: tensors_digest(stored), COMPUTED: config_digest(config)}
-    with adapters.disabled():  # merged adapters are no part of the backbone
-        metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
+    if not any(is_quantized(parameter) for parameter in model.parameters()):  # else it is for the original as well
+        with adapters.disabled():  # merged adapters are no part of the backbone
+            metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
 
     def write() -> None:
         with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:

@@ -15,6 +15,7 @@ from gatedadapters.artifacts.peft_folder import Matrices, PeftFolder, read_peft
 from gatedadapters.artifacts.peft_records import VeraRecord
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.fingerprint import fingerprint
+from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.config import GateConfig
 from gatedadapters.errors import ArtifactError
 from gatedadapters.paths import LoRA, Norm, SkippedSite, WeightLoRA
@@ -92,6 +93,7 @@ def import_peft(
             where=adapter.where,
             fix="load that backbone, or accept this with base='updated'",
         )
+    check_gradients_pass(model)
     _check_base(model, adapter)
     layout = discover(model, sample)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gatedadapters.backbone.attached import unpacked
 from gatedadapters.backbone.quantized import check_gradients_pass
 from gatedadapters.structure.folder import Base, read
 from gatedadapters.supernet.adapters import Adapters
@@ -25,7 +26,8 @@ def load_adapters(
     """Attach saved adapters to the backbone they were made for, weights and task heads included.
 
     The result computes what the saved one did, bit for bit where it was saved in fp32. Everything is checked
-    before the model is touched, and nothing in the files is executed.
+    before the model is touched, and nothing in the files is executed. Adapters of a quantised backbone also load on the
+    original in full precision, and the other way round.
 
     Args:
         model: with the same backbone and heads, no adapters attached.
@@ -51,9 +53,11 @@ def load_adapters(
     The model is left untouched by all of them.
     """
     check_no_adapters(model)
-    saved = read(model, folder, base=base, revision=revision, verify=verify, allow_nonfinite=allow_nonfinite)
-    check_gradients_pass(model)
-    adapters = install(adapters_of(model, saved.structure, saved.paths), model, find_heads(model, list(saved.heads)))
+    with unpacked(model):
+        saved = read(model, folder, base=base, revision=revision, verify=verify, allow_nonfinite=allow_nonfinite)
+        check_gradients_pass(model)
+        heads = find_heads(model, list(saved.heads))
+        adapters = install(adapters_of(model, saved.structure, saved.paths), model, heads)
     adapters.origin = saved.origin
     with torch.no_grad():
         for name, parameter in zip(adapters.head_names, adapters.head_parameters(), strict=True):

@@ -205,7 +205,7 @@ class Shelf(nn.Module):
         """The backbone's fingerprint, computed again where a parameter was exchanged or changed since."""
         if self.model.training:  # a step of an optimiser may be under way
             return backbone_fingerprint(self.model, skip=heads)
-        state = tuple((parameter.data_ptr(), parameter._version) for _, parameter in backbone_parameters(self.model))
+        state = tuple((parameter.data_ptr(), parameter._version) for _, parameter, _ in backbone_parameters(self.model))
         if heads not in self._identities or self._identities[heads][0] != state:
             self._identities[heads] = state, backbone_fingerprint(self.model, skip=heads)
         return self._identities[heads][1]

@@ -6,11 +6,13 @@ Attached are adapters, a shelf or a sparse delta. Each saves the flags that it f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from gatedadapters.backbone.fingerprint import OWN_MODULES, is_own
+from gatedadapters.backbone.quantized import allow_packing
 from gatedadapters.errors import AttachError
 from gatedadapters.runtime.sharding import plain_name, reshard
 
@@ -41,6 +43,7 @@ def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
     """
     reshard(model)
     owners = list(_owners(model))
+    allow_packing(model, not owners)
     for held, parameter in model.named_parameters():
         name = plain_name(held)
         if is_own(name):
@@ -48,6 +51,16 @@ def apply_requires_grad(model: nn.Module, originally: frozenset[str]) -> None:
         above = [(prefix, owner) for prefix, owner in owners if name.startswith(prefix)]
         wanted = any(name.removeprefix(prefix) in owner.head_names for prefix, owner in above)
         parameter.requires_grad_(wanted if above else name in originally)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Within this context gradients pass through 4-bit weights; after it, too, if something is attached by then."""
+    allow_packing(model, False)
+    try:
+        yield
+    finally:
+        allow_packing(model, not list(_owners(model)))
 
 
 def check_heads_untuned(model: nn.Module, head_names: Sequence[str]) -> None:

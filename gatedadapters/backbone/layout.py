@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedadapters.backbone import roles
+from gatedadapters.backbone.attached import unpacked
 from gatedadapters.backbone.sample import default_sample, device_of
 from gatedadapters.backbone.trace import (
     BlockCall,
@@ -265,7 +266,7 @@ def discover(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> La
             fix="pass sample=, one batch as the model's forward takes it",
         ) from error
     weights = dict(_weights(model))
-    with undisturbed(model):
+    with unpacked(model), undisturbed(model):
         while True:
             trace = _watch(model, batch, weights, containers)
             # A container whose members change the shape is not a stack, but one inside it may be (Swin).

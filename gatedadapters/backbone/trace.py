@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gatedadapters.backbone.quantized import parts
 from gatedadapters.runtime.sharding import is_shard, is_sharded
 
 
@@ -237,8 +238,8 @@ class Tracer(TorchDispatchMode):
             self._owners.setdefault(weight.untyped_storage(), []).append(key)
         for module in model.modules():  # tensors that the model holds have no labels
             for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-                if isinstance(held, Tensor):
-                    self._labels[held.untyped_storage()] = NONE
+                for part in parts(held) if isinstance(held, Tensor) else ():
+                    self._labels[part.untyped_storage()] = NONE
         self._handles = [
             handle
             for name, module in model.named_modules()
@@ -469,6 +470,8 @@ class Tracer(TorchDispatchMode):
             stored = tuple(self._shapes[key][-2:])
             if {stored, stored[::-1]}.isdisjoint({(width_in, width_out)}):
                 continue  # a reshaped tensor (XLNet's three-dimensional heads): not one matrix
+            if other.shape[-1 if weight is right else max(-2, -other.dim())] != width_in:
+                continue  # packed values, which the kernel reads as another matrix than their shape says
             transposed = stored == (width_in, width_out)
             if width_in == width_out:
                 transposed = (weight.stride(-1) == 1) != rows_last

@@ -81,7 +81,7 @@ class TensorBoardInspector(TensorBoardCallback):
             return
         model, self._began, self.seconds = kwargs["model"], time.perf_counter(), 0.0
         self.writer = TensorBoardWriter(self.tb_writer, max_tags=self.max_tags)
-        self.adapters, self._shown = _adapters_of(model), None
+        self.adapters, self._shown = adapters_or_none(model), None
         self._steps, self._next, self._next_map, self._was_fixed = 0, 0, 0, self._is_fixed()
         delta = find_delta(model)
         with self._counted():
@@ -223,7 +223,8 @@ def run_hparams(
     }
 
 
-def _adapters_of(model: nn.Module) -> Adapters | None:
+def adapters_or_none(model: nn.Module) -> Adapters | None:
+    """The adapters of a model, or None."""
     try:
         return get_adapters(model)
     except AttachError:

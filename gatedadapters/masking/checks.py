@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import AttachError, MaskError
 from gatedadapters.runtime.sharding import is_shard, local
 from gatedadapters.supernet.adapters import Adapters
@@ -39,7 +40,7 @@ def check_tensor(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
         MaskError: one of the two does not hold. The error names the tensor.
     """
     plain = is_shard(weight) or (type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided)
-    if not weight.is_floating_point() or not plain or weight.element_size() < 2:
+    if is_quantized(weight) or not plain or weight.element_size() < 2:
         raise MaskError(
             "these weights cannot be tuned element by element",
             expected="floating-point parameters of 16 bits or more",

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.backbone.attached import unpacked
 from gatedadapters.backbone.fingerprint import fingerprint, is_own
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.roles import matching_parameters, parameter_roles
 from gatedadapters.masking.scores import Batch, Loss, Score, Scores, ScoringRun, score_class
@@ -92,7 +94,7 @@ def score(
     everything = dict(model.named_parameters())
     parameters = {name: everything[name] for name in names}
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
+        if is_quantized(parameter) or parameter.element_size() < 2:
             raise MaskError(
                 "these weights have no gradients",
                 expected="floating-point parameters of 16 bits or more",
@@ -122,7 +124,7 @@ def score(
             }
         held = {name: local(total) for name, total in totals.items()}
         run = ScoringRun(model, parameters, held, loss or method.default_loss() or task_losses, seed)
-        with _prepared(model, parameters):
+        with unpacked(model), _prepared(model, parameters):
             try:
                 method.begin(run)
                 _accumulate(method, run, first, stream, home)

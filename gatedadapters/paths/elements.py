@@ -19,10 +19,9 @@ from typing import Literal, Self, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gatedadapters.backbone import Layout
-from gatedadapters.backbone.quantized import is_quantized
+from gatedadapters.backbone.quantized import dequantized
 from gatedadapters.config import PathOptions
 from gatedadapters.errors import PathError
 from gatedadapters.paths.base import (
@@ -36,7 +35,6 @@ from gatedadapters.paths.base import (
 )
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Site, SkippedSite
-from gatedadapters.runtime.sharding import whole
 
 
 class ElementsOptions(PathOptions):
@@ -52,7 +50,7 @@ class ElementsOptions(PathOptions):
             elements a path takes about as long as LoRA of rank 8, from some 4,000 on nearly as long as the map itself.
         chunk: number of elements of a unit.
         score: which elements before any data is seen: the largest weights, or random ones. Weights whose values cannot
-            be read (packed by a quantiser, or on the meta device) get random ones.
+            be read (packed by a quantiser in a way of its own, or on the meta device) get random ones.
         gaps: in a Structure, the positions of each unit's elements: the first position in the flattened (out, in)
             matrix, then the distance from each to the next. None in a search.
     """
@@ -174,13 +172,10 @@ class Elements(Path):
 
     def start_from(self, module: nn.Module) -> None:
         """Take the positions of the largest weights, if the options ask for them and the weights can be read."""
-        weight: Tensor | None = module._parameters.get("weight")
-        if cast(ElementsOptions, self.options).score != "magnitude" or weight is None or weight.is_meta:
-            return
-        if is_quantized(weight) and is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize"):
-            weight = weight.dequantize()
-        if not is_quantized(weight) and weight.dim() == 2:
-            self.choose_by(whole(weight.detach()).abs())
+        if cast(ElementsOptions, self.options).score == "magnitude":
+            weight = dequantized(module)
+            if weight is not None and weight.dim() == 2:
+                self.choose_by(weight.abs())
 
     @torch.no_grad()
     def choose(self, positions: Tensor) -> None:

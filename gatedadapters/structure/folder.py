@@ -170,7 +170,7 @@ def read(
         digest=record.digest(WEIGHTS),
         allow_nonfinite=allow_nonfinite,
     )
-    if found.values != structure.fingerprint.values:
+    if found.values != structure.fingerprint.values and not found.is_quantization_of(structure.fingerprint):
         structure = structure.carried_to(found)
     values = {name: tensors[f"heads.{name}"] for name in heads}
     return Saved(structure, _filled(paths, structure, tensors), values, found, origin)
@@ -321,7 +321,7 @@ def _check_backbone(
     updated: bool,
 ) -> Fingerprint:
     saved = structure.fingerprint
-    present = {name for name, _ in backbone_parameters(model)} if saved.heads else set()
+    present = {name for name, _, _ in backbone_parameters(model)} if saved.heads else set()
     missing = [name for name in saved.heads if name not in present]
     if missing:
         raise ArtifactError(
@@ -334,7 +334,7 @@ def _check_backbone(
     found = identify(frozenset(saved.heads))
     parts = {"model_class": "class", "shapes": "names or shapes of parameters", "values": "values of parameters"}
     differ = [part for part in parts if getattr(saved, part) != getattr(found, part)]
-    if not differ or (updated and differ == ["values"]):
+    if not differ or (differ == ["values"] and (updated or found.is_quantization_of(saved))):
         return found
     what = " and ".join(parts[part] for part in differ)
     named = origin.base_model_name_or_path if origin is not None else None

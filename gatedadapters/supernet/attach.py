@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
-from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally
+from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally, unpacked
 from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_modules, is_own
-from gatedadapters.backbone.quantized import check_gradients_pass
+from gatedadapters.backbone.quantized import check_gradients_pass, is_packed
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
 from gatedadapters.gates import GateBank, GateGroup
@@ -90,25 +90,26 @@ def attach(
     check_layout_of_weights(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
     head_names = find_heads(model, heads)
-    check_gradients_pass(model)
-    identity = backbone_fingerprint(model, skip=frozenset(head_names))
-    if isinstance(space, Structure):
-        if penalty is not None:
-            raise AttachError(
-                "a structure has no gates for a penalty to act on",
-                expected="no penalty",
-                got=repr(penalty),
-                where="attach",
-                fix="drop penalty=, or attach a search space",
-            )
-        built = _from_scratch(model, space, identity, seed)
-    else:
-        built = _from_space(model, space, discover(model, sample), tasks, identity, head_names, seed)
-        for _, path in built.typed_paths():
-            path.start_from(model.get_submodule(path.site.write.module))
-        if penalty is not None:
-            built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
-    return install(built, model, head_names)
+    with unpacked(model):
+        check_gradients_pass(model)
+        identity = backbone_fingerprint(model, skip=frozenset(head_names))
+        if isinstance(space, Structure):
+            if penalty is not None:
+                raise AttachError(
+                    "a structure has no gates for a penalty to act on",
+                    expected="no penalty",
+                    got=repr(penalty),
+                    where="attach",
+                    fix="drop penalty=, or attach a search space",
+                )
+            built = _from_scratch(model, space, identity, seed)
+        else:
+            built = _from_space(model, space, discover(model, sample), tasks, identity, head_names, seed)
+            for _, path in built.typed_paths():
+                path.start_from(model.get_submodule(path.site.write.module))
+            if penalty is not None:
+                built.set_penalty(penalty, schedule=schedule, total_steps=total_steps)
+        return install(built, model, head_names)
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -143,6 +144,16 @@ def install(built: Adapters, model: nn.Module, head_names: Sequence[str]) -> Ada
         if not path.site.at_weight:
             continue
         owner = model.get_submodule(path.site.write.module)
+        weight = owner._parameters.get(path.site.write.parameter)
+        if weight is not None and is_packed(weight):
+            raise AttachError(
+                "a path that changes a weight cannot change a packed one",
+                expected="a floating-point weight",
+                got=f"{type(weight).__name__}, {weight.dtype}",
+                where=f"path {key}",
+                fix="search without it (exclude: in the path's `at`), or let the quantiser leave this module out "
+                f"(bitsandbytes: llm_int8_skip_modules=[{path.site.write.module.rpartition('.')[2]!r}, ...])",
+            )
         if path.site.write.parameter in owner.__dict__:
             raise AttachError(
                 "something stands in for this weight already",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.paths import Norm, Path
 from gatedadapters.paths.low_rank import in_its_own_type
@@ -242,14 +243,14 @@ def _check_plain(weight: Tensor | None, name: str, dims: int = 2) -> Tensor:
             fix="load the backbone's weights, then merge",
         )
     weight = None if weight is None else whole(weight)
-    if weight is None or type(weight.data) is not Tensor or weight.dim() < dims or not weight.is_floating_point():
+    if weight is None or type(weight.data) is not Tensor or weight.dim() < dims or is_quantized(weight):
         kind = "none" if weight is None else f"{type(weight.data).__name__}, {weight.dtype}, {tuple(weight.shape)}"
         raise AttachError(
             "only plain weights take a merge; this one is quantised, parametrised or of another kind",
             expected="a floating-point matrix" if dims > 1 else "a floating-point vector",
             got=kind,
             where=name,
-            fix="keep the adapters attached, or load the backbone unquantised to merge",
+            fix="keep the adapters attached, or load the backbone unquantised and call ga.merge_into(it, adapters)",
         )
     return weight
 

@@ -55,6 +55,19 @@ logger = logging.getLogger(__name__)
 MASK, BACKBONE = "mask", "backbone"  # keys of a checkpoint's metadata; their values are digests
 
 
+@contextmanager
+def _accepted_if_quantized(model: Any) -> Iterator[None]:
+    """While a Trainer is initialised with a quantised model, keep it from insisting on adapters of peft."""
+    if not vars(model or object).get("is_quantized"):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
+
+
 class CheckedTrainer(Trainer):
     """transformers' Trainer, with checks of each training loss, and of a checkpoint before anything of it is loaded.
 
@@ -66,7 +79,8 @@ class CheckedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         begin = super().__init__
-        with file_errors("prepare the training", "the folder of the outputs"):
+        files = file_errors("prepare the training", "the folder of the outputs")
+        with files, _accepted_if_quantized(kwargs.get("model")):
             all_must(lambda: begin(*args, **kwargs))
         self.add_callback(FollowOptimizer())
 

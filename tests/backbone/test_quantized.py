@@ -17,7 +17,7 @@ from gatedadapters.errors import ArtifactError, AttachError
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken
 
-torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed; see the extra 'quantized'")
+torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed; see the extra 'quantised'")
 
 
 def int8(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -105,10 +105,10 @@ def test_copies_and_saved_adapters_round_trip(tmp_path: Path) -> None:
     fresh, _ = int8("llama")
     ga.load_adapters(fresh, tmp_path / "out")
     assert torch.equal(fresh(**batch)[0], expected)
-    plain, _ = tiny("llama")
+    other, _ = tiny("llama", seed=1)
     with pytest.raises(ArtifactError, match="values of parameters"):
-        ga.load_adapters(plain, tmp_path / "out")
-    ga.load_adapters(plain, tmp_path / "out", base="updated")
+        ga.load_adapters(other, tmp_path / "out")
+    ga.load_adapters(other, tmp_path / "out", base="updated")
 
 
 def test_the_fingerprint_sees_the_integers_of_a_weight() -> None:
@@ -163,3 +163,21 @@ def test_other_schemes_are_judged_by_what_they_do(broken: bool) -> None:
     assert adapters.paths["layers/1/mlp/up_proj:lora"].up.grad.any()
     ga.detach(model)
     assert torch.equal(model(**batch)[0], output)
+
+
+def test_a_path_that_would_change_a_packed_weight_is_refused_and_the_remedy_works() -> None:
+    model, batch = tiny("mamba")
+    adapters = ga.attach(model, "decoder-mixed", batch)
+    at_weights = ga.SearchSpace(
+        name="at weights", paths=tuple(o for o in adapters.space.paths if o.kind == "weight_lora")
+    )
+    ga.detach(model)
+    structure = ga.attach(model, at_weights, batch).discretize()
+    packed, _ = tiny("mamba")
+    for block in packed.layers:
+        block.mixer.dt_proj = Packed(block.mixer.dt_proj, broken=False)
+    with pytest.raises(AttachError, match=r"packed one(.|\n)*dt_proj(.|\n)*llm_int8_skip_modules=\['dt_proj'"):
+        ga.attach(packed, structure)
+    for block, plain in zip(packed.layers, tiny("mamba")[0].layers, strict=True):
+        block.mixer.dt_proj = plain.mixer.dt_proj
+    ga.attach(packed, structure)

@@ -54,6 +54,7 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-135M": ("llama", "lm"),
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", "lm"),
 }
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # of whole blocks of 64, which 4 bits come in
 CHAT_TEMPLATE = (
     "{% for message in messages %}[BOS] {{ message.role }} {{ message.content }} [EOS] {% endfor %}"
     "{% if add_generation_prompt %}[BOS] assistant {% endif %}"
@@ -95,7 +96,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_page(START, folder)
     tokenizer = made_for((folder / name).read_text() for name in ("reviews.csv", "questions.csv", "general.txt"))
     for name, (family, head) in MODELS.items():
-        model, _ = tiny(family, head=head)
+        model, _ = tiny(family, head=head, **(WIDE if family == "llama" else {}))
         model.save_pretrained(folder / name)
         tokenizer.chat_template = CHAT_TEMPLATE if name.endswith("Instruct") else None
         tokenizer.save_pretrained(folder / name)

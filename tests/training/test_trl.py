@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from chats import KNOWN, backbone, completions, conversations, gated_model, preferences, tokenizer
-from recipes import SOON, Watch, assert_same, trained
+from recipes import SOON, SPACE, Watch, assert_same, trained
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
@@ -238,6 +238,31 @@ def test_adapters_beside_a_quantised_backbone_stay_as_precise_as_they_were(tmp_p
     sft(tmp_path, model=model)
     assert_same(dict(ga.get_adapters(model).named_parameters()), before)
     assert {parameter.dtype for parameter in ga.get_adapters(model).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_supervised_fine_tuning_searches_over_few_bits(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    backbone().save_pretrained(tmp_path / "base")
+    few = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=few)
+    ga.attach(model, SPACE)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "gated_adapters" not in name}
+    trainer = ga.gated(trl.SFTTrainer)(
+        model,
+        settings(trl.SFTConfig, tmp_path / "out", eval_strategy="steps", eval_steps=4),  # bitsandbytes repacks weights
+        train_dataset=rows(completions()),
+        eval_dataset=rows(completions(2)),
+        processing_class=tokenizer(),
+        budget=BUDGET,
+        schedule=SOON,
+    )
+    trainer.train()
+    check_searched(trainer, before)
+    trainer.save_model(str(tmp_path / "found"))
+    original = backbone()
+    ga.load_adapters(original, tmp_path / "found")
+    assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
 
 
 # -- reference models --------------------------------------------------------------------------------------------------
