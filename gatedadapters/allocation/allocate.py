@@ -36,7 +36,7 @@ from gatedadapters.supernet.frontier import measure
 
 Batches = Iterable[Batch]
 PROBE_BATCHES = 24
-ELEMENT_BATCHES = 2  # from which the places of single weights are chosen
+ELEMENT_BATCHES = 6  # from which the places of single weights are chosen
 KEPT_SHARE = 1 / 16
 FRONTIER_POINTS = 8
 

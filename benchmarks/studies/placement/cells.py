@@ -63,16 +63,12 @@ class ArmCell:
 
 
 def arms_of(regime: str, seeds: Sequence[int]) -> list[Cell | ArmCell]:
-    """What is compared at equal size, seed by seed: two of the library's, two guesses, and random structures."""
-    return [
-        cell
-        for seed in seeds
-        for cell in (
-            *(ArmCell(regime, arm, seed) for arm in ("allocated", "searched")),
-            *(Cell(regime, name, seed) for name in ("even:all", "kind:norm", f"random:{2 * seed}")),
-            Cell(regime, f"random:{2 * seed + 1}", seed),
-        )
-    ]
+    """What is compared at equal size, seed by seed: two of the library's, two guesses, and a random structure."""
+    found: list[Cell | ArmCell] = []
+    for seed in seeds:
+        found += [ArmCell(regime, arm, seed) for arm in ("allocated", "searched")]
+        found += [Cell(regime, name, seed) for name in ("even:all", "kind:norm", f"random:{seed}")]
+    return found
 
 
 def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:
