@@ -197,7 +197,9 @@ class GatedTrainer(CheckedTrainer):
                 where="train(resume_from_checkpoint=)",
                 fix="give that number of parameters as the budget",
             )
-        return super().train(*args, **kwargs)
+        found = super().train(*args, **kwargs)
+        self.describe_training()
+        return found
 
     def _described(self) -> dict[str, object]:
         return super()._described() | self.adapters.described()

@@ -296,6 +296,7 @@ def test_names_that_leave_the_backbone_are_refused(saved: Path, module: str) -> 
         (lambda data: data["paths"][0].update(of=str(data["paths"][0]["of"])), "should be a valid integer"),
         (lambda data: data.update(tasks="task"), "should be a valid array"),
         (lambda data: data.update(dense_params=True), "should be a valid integer"),
+        (lambda data: data["paths"][0]["site"].update(width_in=-48), "should be greater than 0"),
     ],
 )
 def test_values_of_another_type_are_refused_not_converted(

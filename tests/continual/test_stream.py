@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -322,6 +323,7 @@ def test_a_task_stopped_after_its_training_is_not_trained_further(
     assert len(steps) == RESUMED.steps  # of the third task
     assert [stage.state for stage in found.stages] == [stage.state for stage in wanted.stages]
     assert [stage.report for stage in found.stages] == [stage.report for stage in wanted.stages]
+    assert [stage.bytes for stage in found.stages] == [stage.bytes for stage in wanted.stages]  # what is said of it, too
 
 
 def test_a_stream_killed_at_a_random_moment_ends_with_the_same_bits(
@@ -369,6 +371,15 @@ def test_a_finished_stream_is_read_and_its_last_state_put_into_the_model(finishe
 
 
 # -- seams -------------------------------------------------------------------------------------------------------------
+
+
+def test_records_that_disagree_about_a_general_task_are_refused(finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished("random")[1].folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "baseline.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({"scores": data["scores"], "general": 0.5}))
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        StreamResult.load(tmp_path / "copy")
 
 
 def test_cores_of_a_small_model_are_carried_to_a_larger_one(finished: Any, tmp_path: Path) -> None:
