@@ -32,7 +32,7 @@ from benchmarks.studies.transfer import cells as transfer_cells
 from benchmarks.studies.transfer import table as transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
-COSTS = ("step", "memory", "inspection", "inference", "weakening", "storage", "digests", "shelf", "trl")
+COSTS = ("step", "memory", "inspection", "inference", "weakening", "storage", "digests", "shelf", "sharding", "trl")
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def quickstart_config(
         )
     return SearchConfig(
         model="bundled:smollm2",
-        tasks=(TaskConfig(bundled="quran_indonesian", name="indonesian"),),
+        tasks=(TaskConfig(bundled="quran_indonesian", name="indonesian", max_test=4),),
         space="tiny",
         budget=Budget(params=35_136),
         training=TrainingConfig(

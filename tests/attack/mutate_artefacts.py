@@ -160,7 +160,7 @@ def attack(chosen: random.Random, valid: Path, folder: Path) -> Attack:
     bare = chosen.random() < 0.4
     if bare:
         damage.without_digests(where)
-    file = chosen.choice(sorted(path for path in where.rglob("*") if path.is_file()))
+    file = chosen.choice(sorted(path for path in where.rglob("*") if path.suffix in (".json", ".safetensors")))
     if chosen.random() < 0.2:
         what = damage.damage_folder(chosen, where, other)
     else:

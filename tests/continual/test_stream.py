@@ -323,7 +323,9 @@ def test_a_task_stopped_after_its_training_is_not_trained_further(
     assert len(steps) == RESUMED.steps  # of the third task
     assert [stage.state for stage in found.stages] == [stage.state for stage in wanted.stages]
     assert [stage.report for stage in found.stages] == [stage.report for stage in wanted.stages]
-    assert [stage.bytes for stage in found.stages] == [stage.bytes for stage in wanted.stages]  # what is said of it, too
+    assert [stage.bytes for stage in found.stages] == [
+        stage.bytes for stage in wanted.stages
+    ]  # what is said of it, too
 
 
 def test_a_stream_killed_at_a_random_moment_ends_with_the_same_bits(

@@ -93,7 +93,9 @@ def test_the_package_has_its_runs_and_imports_each_when_it_is_used(tmp_path: Pat
         "ga.experiments.search\n"
         "print('transformers.trainer' in sys.modules)\n"
     )
-    assert processes.run(processes.code, script, log=tmp_path / "log") == "False\n[]\nTrue\n"
+    said = processes.run(processes.code, script, log=tmp_path / "log").splitlines()
+    # bitsandbytes, which transformers.trainer imports where it is installed, says something, too.
+    assert [line for line in said if line in ("False", "True") or line.startswith("[")] == ["False", "[]", "True"]
 
 
 def test_a_compression_is_shorter_and_gentler_than_a_search_however_much_of_its_training_is_given() -> None:

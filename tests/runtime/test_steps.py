@@ -92,7 +92,10 @@ for name in ga.__all__:
 from torch.optim import optimizer
 print(len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks))
 """
-    assert processes.run(processes.code, script, log=tmp_path / "log") == "0 0\n"
+    said = processes.run(processes.code, script, log=tmp_path / "log")
+    assert (
+        said.splitlines()[-1] == "0 0"
+    )  # bitsandbytes, which transformers imports where it is installed, speaks first
 
 
 def test_the_hooks_come_with_the_first_listener_and_go_with_the_last(clock: StepClock) -> None:

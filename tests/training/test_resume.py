@@ -113,8 +113,11 @@ def wider(classes: dict[str, int] = CLASSES) -> Any:
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
-    "other ranks": (wider, r"bank\.kept \(2, 36\) for \(2, 45\)"),
-    "other places": (lambda: gated_classifier(CLASSES, space="attention-only"), r"bank\.kept \(2, 36\) for \(2, 96\)"),
+    "other ranks": (wider, r"bank\.beyond \(2, 36\) for \(2, 45\)"),
+    "other places": (
+        lambda: gated_classifier(CLASSES, space="attention-only"),
+        r"bank\.beyond \(2, 36\) for \(2, 96\)",
+    ),
     "other tasks": (lambda: gated_classifier({"a": 3, "c": 2}), r"heads\.b"),
     "more classes": (lambda: gated_classifier({"a": 4, "b": 2}), r"heads\.a\.bias \(3,\) for \(4,\)"),
     "another backbone": (lambda: gated_classifier(CLASSES, seed=1), "values of another backbone"),

@@ -22,7 +22,8 @@ def tables() -> str:
     """How the library's choices do, how well scores predict, and which guess is the best where."""
     results = STORE.results()
     found = losses(results)
-    return "\n\n".join((arms(results, found), judgements(results, found), guesses(found)))
+    parts = (arms(results, found), judgements(results, found), guesses(found))
+    return "\n\n".join(part for part in parts if part)
 
 
 def losses(results: Mapping[str, Result]) -> Losses:
@@ -55,6 +56,8 @@ def arms(results: Mapping[str, Result], found: Losses) -> str:
                 others = [loss for name, loss in own.items() if name == against or name.startswith(f"{against}:")]
                 pairs += [result["loss"] - fmean(others)] if others else []
             rows[-1].append(f"{shown(pairs, times=1, signed=True)} ({len(pairs)})" if pairs else "")
+    if not rows:
+        return ""
     return markdown(["regime", "arm", "seeds", "loss", "- even", "- norms alone", "- random"], rows)
 
 
