@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from mutate_artefacts import decoder, encoder, tuned, tuned_elements
+from tiny_runs import save_tokenizer
+from transformers import BertConfig, BertModel
 
 import gatedadapters as ga
+from gatedadapters.studies import Study
 
 BYTES = 2 * 2**20  # growth of resident memory over the second half that still counts as none
 SETTLED = 500  # turns after which caches and the allocator's pools are full; memory of fewer is not judged
@@ -72,11 +77,39 @@ def saving() -> Iterator[None]:
             yield
 
 
+def trials() -> Iterator[None]:
+    """Trials of one study, each a whole search on a model that is loaded for it."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        size = save_tokenizer(folder / "encoder")
+        BertModel(
+            BertConfig(
+                vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+            )
+        ).save_pretrained(folder / "encoder")
+        lines = (f"{'good' if i % 2 else 'bad'} dog {i},{i % 2}" for i in range(20))
+        (folder / "moods.csv").write_text("\n".join(["text,label", *lines]))
+        search = {
+            "model": str(folder / "encoder"),
+            "tasks": [{"train": str(folder / "moods.csv")}],
+            "space": "attention-only",
+            "training": {"steps": 2, "batch_size": 4, "max_length": 8, "precision": "fp32", "device": "cpu"},
+        }
+        study = {"name": "long", "search": search, "factors": {"noise.ratio": {"values": [0.0, 0.1]}}}
+        study["search"] |= {"noise": {"kind": "label", "ratio": 0.0}}
+        config = ga.config.StudyConfig.parse({**study, "seeds": list(range(600))}, where="long runs")
+        while True:
+            with redirect_stdout(io.StringIO()):
+                Study(config, storage=folder / "study.journal").run(1)
+            yield
+
+
 LOOPS: dict[str, tuple[Callable[[], Iterator[None]], int]] = {  # and how many steps make one turn
     "training steps": (training, 1),
     "attached and detached": (attaching, 10),
     "added to a shelf": (shelves, 10),
     "saved and loaded": (saving, 10),
+    "trials of a study": (trials, 20),
 }
 
 
