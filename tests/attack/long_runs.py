@@ -82,11 +82,8 @@ def trials() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         size = save_tokenizer(folder / "encoder")
-        BertModel(
-            BertConfig(
-                vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-            )
-        ).save_pretrained(folder / "encoder")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        BertModel(BertConfig(vocab_size=size, **sizes)).save_pretrained(folder / "encoder")
         lines = (f"{'good' if i % 2 else 'bad'} dog {i},{i % 2}" for i in range(20))
         (folder / "moods.csv").write_text("\n".join(["text,label", *lines]))
         search = {
