@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gatedadapters.errors import AttachError
 from gatedadapters.paths import Path
 from gatedadapters.runtime.call import Call
 from gatedadapters.supernet.supernet import Supernet
@@ -185,6 +186,14 @@ def run_paths(supernet: Supernet, keys: list[str], hidden: Tensor, target: Tenso
             count += 1
         members, opened = opened[:count], opened[count:]
         if tap.module != site.write.module:
+            if tap.module not in call.inputs:
+                raise AttachError(
+                    "a path reads what this call has not computed",
+                    expected=f"{tap.module} to run before the end of {site.write.module or 'the whole model'}, in one call",
+                    got="no input of it",
+                    where=f"a path of kind {kind.kind}",
+                    fix="use the structure as it was saved; call the whole model, not a part of it",
+                )
             tapped = call.inputs[tap.module]
         else:
             tapped = hidden if tap.side == "input" else target

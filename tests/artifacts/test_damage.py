@@ -279,6 +279,18 @@ def test_links_of_the_hub_cache_and_within_a_folder_are_followed(saved: Path, tm
     check_inside(inside / "name")
 
 
+def test_a_path_that_reads_what_was_not_computed_is_refused_in_the_call(saved: Path) -> None:
+    file = saved / "structure.json"
+    data = json.loads(file.read_text())
+    del data["digests"]
+    data["paths"][0]["site"]["write"]["module"] = ""
+    file.write_text(json.dumps(data))
+    model, batch = tiny("bert")
+    ga.load_adapters(model, saved)
+    with pytest.raises(AttachError, match="not computed"):
+        model(**batch)
+
+
 @pytest.mark.parametrize("module", ["gated_adapters.paths", "sparse_delta"])
 def test_names_that_leave_the_backbone_are_refused(saved: Path, module: str) -> None:
     file = saved / "structure.json"
