@@ -189,7 +189,7 @@ def run_paths(supernet: Supernet, keys: list[str], hidden: Tensor, target: Tenso
             if tap.module not in call.inputs:
                 raise AttachError(
                     "a path reads what this call has not computed",
-                    expected=f"{tap.module} to run before the end of {site.write.module or 'the whole model'}, in one call",
+                    expected=f"{tap.module} to run before {site.write.module or 'the whole model'} ends, in one call",
                     got="no input of it",
                     where=f"a path of kind {kind.kind}",
                     fix="use the structure as it was saved; call the whole model, not a part of it",
