@@ -183,33 +183,31 @@ def test_candidates_learn_as_fast_as_the_few_that_will_stay():
 
 
 def test_returns_that_diminish_spread_a_budget_over_groups():
+    """Queries are worth twice as much: worths that add up take them first, diminishing ones also others."""
     model, batches = probed("llama")
 
-    class Even(PlacementScore):
-        kind = "even"
+    class AddsUp(PlacementScore):
+        kind = "adds up"
 
         def worth(self, probe):
-            return {
-                key: torch.full((round(probe.params[key] / probe.unit_params[key]),), float(probe.unit_params[key]))
-                for key in probe.paths
-            }
+            return {key: torch.tensor([probe.unit_params[key] * (1.0 + ("q_proj" in key))]) for key in probe.paths}
 
-    class Diminishing(Even):
+    class Diminishes(AddsUp):
         returns = 0.5
 
-    two = space(
-        {"kind": "lora", "rank": 2, "at": {"roles": ["q"]}}, {"kind": "lora", "rank": 2, "at": {"roles": ["up"]}}
-    )
-    found = place(model, two, batches, score=Diminishing())
-    half, whole = (found.structure(ga.Budget(fraction=share)) for share in (0.5, 1.0))
-    spent = {role: sum(p.params for p in half.paths if f"{role}_proj" in p.key) for role in ("q", "up")}
-    offered = {role: sum(p.params for p in whole.paths if f"{role}_proj" in p.key) for role in ("q", "up")}
-    assert all(0.3 < spent[role] / offered[role] < 0.7 for role in spent)
+    two = space(*({"kind": "lora", "rank": 2, "at": {"roles": [role]}} for role in ("q", "up")))
+    linear, concave = (place(model, two, batches, score=score()) for score in (AddsUp, Diminishes))
+    queries = [key for key in linear.worth if "q_proj" in key]
+    firsts = ga.Budget(params=sum(group.params for group in linear.bank.groups if group.key in queries))
+    only_queries, mixed = linear.structure(firsts), concave.structure(firsts)
+    assert {path.key for path in only_queries.paths} == set(queries)
+    spent = {name: sum(p.params for p in mixed.paths if name in p.key) for name in ("q_proj", "up_proj")}
+    assert min(spent.values()) > 0
+    assert concave.value(mixed) > concave.value(only_queries)
+    assert linear.value(mixed) < linear.value(only_queries)
     first = 1 / (1 + 1 / 2)  # share of the worth of first ranks; second ones are worth half of them
-    assert found.value(half) == pytest.approx(first**0.5 * found.value(whole), rel=0.03)
-    one = found.structure(ga.Budget(params=offered["q"]))
-    assert found.value(half) > found.value(one)
-    assert place(model, two, batches, score=Even()).value(half) == pytest.approx(half.params, rel=0.3)
+    of_queries = sum(float(concave.worth[key].sum()) for key in queries)
+    assert concave.value(only_queries) == pytest.approx(first**0.5 * of_queries, rel=1e-4)
 
 
 def test_a_probe_that_helps_nowhere_leads_to_an_even_spread(caplog):
