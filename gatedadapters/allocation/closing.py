@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from gatedadapters.allocation.base import PlacementScore
-from gatedadapters.allocation.groups import Group, group_of
+from gatedadapters.allocation.groups import grouped
 from gatedadapters.allocation.probe import Probe
 
 
@@ -33,9 +32,7 @@ class Closing(PlacementScore):
     def worth(self, probe: Probe) -> dict[str, Tensor]:
         """See `PlacementScore.worth`."""
         probe.warm_start()
-        groups: dict[Group, list[str]] = defaultdict(list)
-        for key, path in probe.paths.items():
-            groups[group_of(path)].append(key)
+        groups = grouped(probe.paths)
         params = {name: sum(probe.params[key] for key in keys) for name, keys in groups.items()}
         names = list(groups)
         each = torch.stack([marginal(probe, groups[name]) for name in names])  # (groups, examples)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from gatedadapters.allocation.base import PlacementScore
-from gatedadapters.allocation.groups import Group, group_of
+from gatedadapters.allocation.groups import grouped
 from gatedadapters.allocation.probe import Probe
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,7 @@ class Gain(PlacementScore):
     def worth(self, probe: Probe) -> dict[str, Tensor]:
         """See `PlacementScore.worth`."""
         probe.warm_start()
-        groups: dict[Group, list[str]] = defaultdict(list)
-        for key, path in probe.paths.items():
-            groups[group_of(path)].append(key)
+        groups = grouped(probe.paths)
         sizes = torch.tensor([sum(probe.params[key] for key in keys) for keys in groups.values()], dtype=torch.float64)
         gains = torch.tensor([probe.gains[key] for keys in groups.values() for key in keys], dtype=torch.float64)
         gains = torch.stack([part.sum(0) for part in gains.split([len(keys) for keys in groups.values()])])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gatedadapters.allocation.groups import Group, group_of
+from gatedadapters.allocation.groups import grouped
 from gatedadapters.config import Budget
 from gatedadapters.config.penalty import Unit
 from gatedadapters.errors import AllocationError, BudgetError
@@ -80,7 +80,7 @@ class Placement:
         cost = bank.cost(unit).clamp(min=1e-12).to(torch.float32)
         if self.returns == 1.0:
             return worth / cost
-        for number, keys in enumerate(self._groups().values()):
+        for number, keys in enumerate(grouped(dict(self.candidates.typed_paths())).values()):
             places = [bank.slices[key] for key in keys]
             order = sorted(
                 (within, (path * GOLDEN + number * GOLDEN**2) % 1, where.start + within)
@@ -118,7 +118,7 @@ class Placement:
             for task, units in record.units.items():
                 kept[record.key][tasks.index(task), list(units)] = 1.0
         total = 0.0
-        for keys in self._groups().values():
+        for keys in grouped(dict(self.candidates.typed_paths())).values():
             for own in range(len(self.candidates.tasks)):
                 worth = torch.cat([self.worth[key][own] for key in keys])
                 part = worth * torch.cat([kept[key][own] for key in keys])
@@ -126,13 +126,6 @@ class Placement:
                 total += float(part.clamp(max=0.0).sum())
                 total += all_useful * (useful / all_useful) ** self.returns if useful else 0.0
         return total
-
-    def _groups(self) -> dict[Group, list[str]]:
-        """Keys of the candidates of one kind at one role, in the order of blocks."""
-        found: dict[Group, list[str]] = {}
-        for key, path in self.candidates.typed_paths():
-            found.setdefault(group_of(path), []).append(key)
-        return found
 
     def table(self, structure: Structure | None = None) -> str:
         """What candidates are worth, by sub-layer, role and kind, the most useful for its parameters first.
