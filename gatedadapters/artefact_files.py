@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from gatedadapters.errors import ArtifactError
@@ -351,9 +351,18 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: object, fix: str) -> N
     Raises:
         ArtifactError: naming the tensors that hold others.
     """
-    broken = [name for name, value in tensors.items() if not is_finite(value)]
+    broken = _broken(tensors)
     if broken:
         raise _not_finite(broken, where, fix)
+
+
+def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold infinities or NaN."""
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
+    if not sums or bool(torch.isfinite(torch.stack(sums)).all()):  # true of most, and faster than one by one
+        return []
+    return [name for name, value in floats.items() if not is_finite(value)]
 
 
 def is_finite(value: Tensor) -> bool:
@@ -420,11 +429,14 @@ def _read(file: Any, names: list[str], path: str | Path, *, digest: str | None, 
 
     def check(part: dict[str, Tensor]) -> tuple[dict[str, int], list[str]]:
         sums = {} if digest is None else {name: _checksum(value) for name, value in part.items()}
-        return sums, [name for name, value in part.items() if finite and not is_finite(value)]
+        return sums, _broken(part) if finite else []
 
+    # A hundred small tensors are read together in a third of the time.
+    at_once = load(Path(path).read_bytes()) if os.path.getsize(path) <= _PART else {}
     with ThreadPoolExecutor(1) as beside:
         for name in names:
-            part[name] = tensors[name] = file.get_tensor(name).clone()  # else it would stay mapped to the file
+            # Without the clone it would stay mapped to the file.
+            part[name] = tensors[name] = at_once[name] if name in at_once else file.get_tensor(name).clone()
             size += part[name].nbytes
             if size >= _PART:
                 checks.append(beside.submit(check, part))
@@ -470,10 +482,11 @@ def _checksum(value: Tensor) -> int:
     flat = value.detach().cpu().contiguous().reshape(-1)
     if flat.storage_offset() * flat.element_size() % 8 or flat.stride() != (1,):
         flat = flat.clone(memory_format=torch.contiguous_format)
-    raw = flat.view(torch.uint8)
-    whole = len(raw) // _BLOCK * _BLOCK
-    sums: Any = raw[:whole].view(torch.int64).view(-1, _BLOCK // 8).sum(1).numpy()
-    rest: Any = raw[whole:].numpy()
+    raw, rest = flat.view(torch.uint8), b""
+    left_over = raw.numel() % _BLOCK
+    if left_over:
+        raw, rest = raw[:-left_over], raw[-left_over:].numpy().tobytes()
+    sums: Any = raw.view(torch.int64).view(-1, _BLOCK // 8).sum(1).numpy()
     return zlib.crc32(rest, zlib.crc32(sums))
 
 
@@ -489,7 +502,8 @@ def _checksums(file: Any, names: list[str]) -> tuple[dict[str, Tensor], dict[str
 def _combined(tensors: Mapping[str, Tensor], checksums: Mapping[str, int]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        found.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape), checksums[name]]).encode())
+        value = tensors[name]
+        found.update(f'[{json.dumps(name)}, "{value.dtype}", {list(value.shape)}, {checksums[name]}]'.encode())
     return f"{_ALGORITHM}:{found.hexdigest()}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -24,6 +24,8 @@ _TAG = "tag:yaml.org,2002:"
 _NOT_PLAIN = frozenset({"binary", "omap", "pairs", "set", "timestamp"})
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_NO_SIGNS = bytes(set(range(256)) - set(b'[]{}"\\'))
+_DIGITS = bytes(ord("0") if chr(byte).isdecimal() else ord(" ") for byte in range(256))
 
 
 def load_yaml(text: str) -> Any:
@@ -53,7 +55,9 @@ def load_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     check_json_depth(text)
-    return json.loads(text, object_pairs_hook=_distinct_keys, parse_int=_whole_number)
+    digits = text.encode(errors="replace").translate(_DIGITS)
+    parse_int = _whole_number if b"0" * 19 in digits else None  # shorter numbers are below 2**63
+    return json.loads(text, object_pairs_hook=_distinct_keys, parse_int=parse_int)
 
 
 def check_json_depth(text: str) -> None:
@@ -64,6 +68,11 @@ def check_json_depth(text: str) -> None:
     """
     if text.count("[") + text.count("{") <= MOST_DEPTH:
         return
+    bare = text.encode(errors="replace").translate(None, _NO_SIGNS).replace(b'""', b"")
+    if not bare.translate(None, b"[]{}"):  # no brackets in strings, no escaped quotes: a tenth of the time
+        deepest = max(accumulate(1 if sign in b"[{" else -1 for sign in bare))
+        if deepest <= MOST_DEPTH:
+            return
     depth = 0
     for token in _BRACKETS.finditer(text):
         first = text[token.start()]
@@ -134,8 +143,7 @@ def _check_yaml_size(text: str) -> None:
             raise _error_at(event, f"nested deeper than {MOST_DEPTH} levels")
 
 
-def _distinct_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = list(pairs)
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)

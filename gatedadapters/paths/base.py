@@ -319,7 +319,7 @@ def new_parameter(*shape: int, bound: float = 0.0, generator: torch.Generator | 
 
     It is drawn on the CPU, so that every device starts from the same values.
     """
-    value = torch.zeros(shape)
-    if bound and not value.is_meta:  # there a draw takes long, and gives nothing
-        value.uniform_(-bound, bound, generator=generator)
+    value = torch.empty(shape)
+    if not value.is_meta:  # values take time, and there are none
+        value.uniform_(-bound, bound, generator=generator) if bound else value.zero_()
     return nn.Parameter(value)

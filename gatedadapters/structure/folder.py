@@ -161,9 +161,8 @@ def read(
     found = _check_backbone(model, structure, origin, path, identify, updated=base == "updated")
     paths = _build(structure, path)
     heads = {name: tuple(model.get_parameter(name).shape) for name in structure.fingerprint.heads}
-    shapes = {
-        f"paths.{key}.{name}": tuple(value.shape) for key, own in paths.items() for name, value in _values(own).items()
-    }
+    own = {f"paths.{key}.{name}": value for key, path in paths.items() for name, value in _values(path).items()}
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
     tensors = read_tensors(
         path / WEIGHTS,
         shapes | {f"heads.{name}": shape for name, shape in heads.items()},
@@ -228,28 +227,35 @@ def _structure(file: FilePath, verify: bool) -> tuple[RecordFile, Structure]:
 def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
     """The paths without values. A file may claim any size, so nothing is allocated before the weights are checked."""
     paths: dict[str, Path] = {}
-    for record in structure.paths:
-        try:
-            with torch.device("meta"):
+    with torch.device("meta"):
+        for record in structure.paths:
+            try:
                 paths[record.key] = path = record.build()
                 path.routing = structure.routing(record)
-        except (GatedAdaptersError, KeyError, TypeError, RuntimeError) as error:
-            raise ArtifactError(
-                "the structure names a path that cannot be built",
-                expected="a path as it was saved",
-                got=f"{type(error).__name__}: {error}",
-                where=f"path {record.key} in {folder / STRUCTURE}",
-                fix="restore the file",
-            ) from error
+            except (GatedAdaptersError, KeyError, TypeError, RuntimeError) as error:
+                raise ArtifactError(
+                    "the structure names a path that cannot be built",
+                    expected="a path as it was saved",
+                    got=f"{type(error).__name__}: {error}",
+                    where=f"path {record.key} in {folder / STRUCTURE}",
+                    fix="restore the file",
+                ) from error
     return paths
 
 
 def _filled(paths: dict[str, Path], structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
     """The paths with their saved values, in float32, as new paths are."""
     for key, path in paths.items():
-        own = {name: tensors[f"paths.{key}.{name}"].float() for name in _values(path)}
-        path.load_state_dict(path.state_dict() | own, assign=True)
-    if any(t.is_meta for path in paths.values() for t in (*path.parameters(), *path.buffers())):
+        for place, module in path.named_modules():
+            names = f"paths.{key}.{place}." if place else f"paths.{key}."
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    value = tensors[names + leaf].float()
+                    module._parameters[leaf] = nn.Parameter(value, parameter.requires_grad)
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[leaf] = tensors[names + leaf].float()
+    if any(buffer.is_meta for path in paths.values() for buffer in path.buffers()):
         # Other buffers are computed when a path is built, so build it again off meta.
         generator = torch.Generator().manual_seed(structure.seed)
         for record in structure.paths:

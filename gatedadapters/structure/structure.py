@@ -18,7 +18,7 @@ from gatedadapters.config import Budget, SearchSpace
 from gatedadapters.config.base import Config, parse_record
 from gatedadapters.config.space import AnyPathOptions
 from gatedadapters.errors import ArtifactError, TaskError
-from gatedadapters.paths import Path, Site, path_class
+from gatedadapters.paths import Path, Point, Site, path_class
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors, read_text
@@ -53,6 +53,11 @@ class SiteRecord(Config):
     host: str = ""
     shifts: bool = False
 
+    def as_site(self) -> Site:
+        """The site."""
+        points = {name: Point(**vars(getattr(self, name))) for name in ("tap", "write")}
+        return Site(**{**vars(self), **points})
+
 
 class KeptPath(Config):
     """One path that stays.
@@ -79,7 +84,8 @@ class KeptPath(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> KeptPath:
-        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.of or self.options.size != len(self.kept):
+        kept = self.kept
+        if not kept or kept[0] < 0 or kept[-1] >= self.of or self.options.size != len(kept):
             raise ValueError(f"{self.key}: units {self.units} do not make {self.options.size} of {self.of}")
         return self
 
@@ -99,7 +105,7 @@ class KeptPath(Config):
         Raises:
             PathError: the options do not fit the site.
         """
-        return path_class(self.options)(Site.from_dict(self.site.model_dump()), self.options, generator)
+        return path_class(self.options)(self.site.as_site(), self.options, generator)
 
 
 class Offer(Config):
