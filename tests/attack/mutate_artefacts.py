@@ -183,17 +183,23 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _read(name: str, folder: Path) -> Any:
-    """Read a folder; whatever comes of it, the model must be as before once it is undone."""
-    model = _MODELS[name]
-    before, heads = digest(model), _heads(model)
-    flags = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        result, undo = KINDS[name].read(model, folder)
+        return read_and_undo(_MODELS[name], KINDS[name].read, folder)
     except ArtifactError:
-        _check(model, before, flags)
         raise
     except BaseException:
         _MODELS[name] = KINDS[name].model()
+        raise
+
+
+def read_and_undo(model: nn.Module, read: Callable[[Any, Path], tuple[Any, Callable[[], object]]], folder: Path) -> Any:
+    """Read a folder for a model, see `Kind.read`; whether it is refused or undone, the model must be as before."""
+    before, heads = digest(model), _heads(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        result, undo = read(model, folder)
+    except ArtifactError:
+        _check(model, before, flags)
         raise
     undo()
     _put_back(model, heads)
@@ -203,7 +209,8 @@ def _read(name: str, folder: Path) -> Any:
 
 def _heads(model: nn.Module) -> dict[str, Tensor]:
     """Values of the heads, which keep what was loaded with an artefact."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith("classifier")}
+    own = ("classifier", "pooler")
+    return {name: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in own)}
 
 
 def _put_back(model: nn.Module, heads: dict[str, Tensor]) -> None:
