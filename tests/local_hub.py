@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -254,3 +255,19 @@ def running_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main(folders: list[str]) -> None:
+    """Serve until killed: `python local_hub.py [USER/NAME=FOLDER ...]` prints the address first."""
+    hub = LocalHub()
+    for given in folders:
+        name, _, folder = given.partition("=")
+        hub.add(name, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    print(hub.url, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

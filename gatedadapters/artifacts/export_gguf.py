@@ -36,7 +36,11 @@ class _Family:
 
 
 _LLAMA = _Family("llama", {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"})
-_FAMILIES: Mapping[str, _Family] = {"llama": _LLAMA, "mistral": _LLAMA}
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    **{name: _Family(name, {}) for name in ("qwen2", "qwen3", "gemma", "phi3", "gpt2")},
+}
 
 
 def export_gguf(adapters: Adapters, file: str | FilePath, *, task: str | None = None, overwrite: bool = False) -> None:
@@ -47,7 +51,7 @@ def export_gguf(adapters: Adapters, file: str | FilePath, *, task: str | None = 
     Needs the package `gguf`.
 
     Args:
-        adapters: compact, attached to a Llama or a Mistral of transformers.
+        adapters: compact, attached to a Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3 or GPT-2 of transformers.
         file: a new file, by habit of suffix `.gguf`.
         task: which task's adapter, where there are several.
         overwrite: replace the file, in one step.
@@ -132,8 +136,8 @@ def _tensors(
     weights = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
     for module, (down, up) in maps.items():
-        inside = module if module.startswith("model.") or module == "lm_head" else f"model.{module}"
-        name = names.get_name(f"{inside}.weight", try_suffixes=(".weight",))
+        spellings = (module, f"{model.base_model_prefix}.{module}")  # of the whole model, and of a base alone
+        name = next(filter(None, (names.get_name(f"{each}.weight", (".weight",)) for each in spellings)), None)
         owner = model.get_submodule(module)
         shared = weights[id(owner._parameters["weight"])].rpartition(".")[0]
         if name is None or (shared != module):

@@ -10,7 +10,7 @@ from gatedadapters import experiments
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a saved adapter, or the output folder of a search")
+    parser.add_argument("folder", metavar="DIR", help="a saved adapter, the output folder of a search, or a hub id")
     parser.add_argument("--to", choices=("peft", "gguf"), default="peft", help="the format (peft)")
     parser.add_argument("--out", type=Path, help="the new folder or file (default: DIR-peft or DIR.gguf)")
     parser.add_argument("--task", metavar="NAME", help="the task whose adapter it is, where there are several")

@@ -28,8 +28,10 @@ def export(
     """Write a saved adapter for another library.
 
     Args:
-        folder: what `Adapters.save` wrote, or the output folder of a run that saved an adapter.
-        out: the new folder (peft) or file (gguf). Default: beside `folder`, its name with `-peft` or `.gguf`.
+        folder: what `Adapters.save` wrote, the output folder of a run that saved an adapter, or the id of a repository
+            on the hub.
+        out: the new folder (peft) or file (gguf). Default: beside `folder`, or here for an id, its name with `-peft` or
+            `.gguf`.
         to: `peft`, which inference servers read as well, or `gguf` for llama.cpp.
         task: which task's adapter, where there are several.
         model: the base, in place of the one that the folder names: a folder, an id on the hub or `bundled:NAME`.
@@ -42,9 +44,9 @@ def export(
         GatedAdaptersError: see `load`, `export_peft` and `export_gguf`.
     """
     silence_transformers()
-    place = Path(folder)
+    loaded = load(folder, model=model, device="cpu")
     if out is None:
+        place = Path(folder) if Path(folder).exists() else Path(Path(folder).name)
         out = place.with_name(place.resolve().name + {"peft": "-peft", "gguf": ".gguf"}[to])
-    loaded = load(place, model=model, device="cpu")
     _WRITERS[to](loaded.adapters, out, task=task, overwrite=overwrite)
     return Path(out)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from exchange import compacted
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 import gatedadapters as ga
 from gatedadapters.data.bundled.models import load_smollm2
@@ -37,9 +38,26 @@ SIZES: dict[str, Any] = {
 }
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SIZES),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen3": ("Qwen3", {**SIZES, "head_dim": 8}),
+    "gemma": ("Gemma", {**SIZES, "head_dim": 8, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {**SIZES, "pad_token_id": 0}),
+    "gpt2": ("GPT2", {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}),
+}
+
+
 def llama() -> nn.Module:
+    return of_family("llama")
+
+
+def of_family(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model: nn.Module = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():  # large enough for the order of rows to matter
             parameter.mul_(8) if parameter.dim() == 2 else parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -64,31 +82,44 @@ def llama_cpp(model: Path, lora: Path | None, ids: list[int]) -> Tensor:
 def write_base(model: nn.Module, file: Path) -> None:
     """The base in llama.cpp's format, in float32, with a vocabulary of made-up words.
 
-    Restates convert_hf_to_gguf.py: names, and the order of rows of queries and keys. That it is right is seen where
-    llama.cpp computes what the base computes.
+    Restates convert_hf_to_gguf.py: names, the order of rows of a Llama's queries and keys, GPT-2's transposed maps and
+    the 1 that Gemma adds to its gains. That it is right is seen where llama.cpp computes what the base computes.
     """
     config: Any = model.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(8)
+        writer.add_key_length(8)
+        writer.add_value_length(8)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(b"w%d" % i for i in range(3, config.vocab_size))])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([2, 3, 3, *[1] * (config.vocab_size - 3)])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, value in model.state_dict().items():
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", SIZES["num_key_value_heads"])):
+            if config.model_type == "llama" and part in name:
                 value = value.reshape(heads, 2, len(value) // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value.contiguous().numpy())
+        if config.model_type == "gpt2" and ".c_" in name and value.dim() == 2:
+            value = value.t()
+        if config.model_type == "gemma" and "norm" in name:
+            value = value + 1
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), value.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,6 +144,23 @@ def test_llama_cpp_adds_what_the_paths_add(tmp_path: Path) -> None:
     assert (expected - plain).abs().max() > 0.5
     found = llama_cpp(tmp_path / "base.gguf", tmp_path / "lora.gguf", IDS)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_other_families_are_stored_as_transformers_stores_them(tmp_path: Path, family: str) -> None:
+    """GELU is a table of half precision in llama.cpp, which shows in GPT-2 and Gemma."""
+    model = of_family(family)
+    near = {"atol": 3e-2 if family in {"gemma", "gpt2"} else 2e-3, "rtol": 1e-3}
+    plain = log_probabilities(model, IDS)
+    write_base(model, tmp_path / "base.gguf")
+    torch.testing.assert_close(llama_cpp(tmp_path / "base.gguf", None, IDS), plain, **near)
+    adapters = compacted(model, {"input_ids": torch.tensor([IDS])}, LORA, share=1.0)
+    ga.export_gguf(adapters, tmp_path / "lora.gguf")
+    expected = log_probabilities(model, IDS)
+    assert (expected - plain).abs().max() > 0.5
+    found = llama_cpp(tmp_path / "base.gguf", tmp_path / "lora.gguf", IDS)
+    torch.testing.assert_close(found, expected, **near)
 
 
 @needs_llama_cpp
