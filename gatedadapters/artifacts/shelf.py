@@ -17,12 +17,7 @@ from gatedadapters.artifacts.combining import WHERE, combine
 from gatedadapters.artifacts.shelf_calls import Groups, Names, ShelfCall, check_known, fit, groups_of
 from gatedadapters.artifacts.shelf_hooks import Generate, HeadForward, SharedInput, SharedOutput, ShelfDone, ShelfHook
 from gatedadapters.backbone.attached import apply_requires_grad, trained_originally
-from gatedadapters.backbone.fingerprint import (
-    Fingerprint,
-    backbone_fingerprint,
-    backbone_modules,
-    backbone_parameters,
-)
+from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_modules
 from gatedadapters.errors import ArtifactError, AttachError, TaskError
 from gatedadapters.runtime.call import Call, begin, current, end, forget, is_switched_off, new_serial, switched_off
 from gatedadapters.structure.folder import Base, read
@@ -205,7 +200,12 @@ class Shelf(nn.Module):
         """The backbone's fingerprint, computed again where a parameter was exchanged or changed since."""
         if self.model.training:  # a step of an optimiser may be under way
             return backbone_fingerprint(self.model, skip=heads)
-        state = tuple((parameter.data_ptr(), parameter._version) for _, parameter, _ in backbone_parameters(self.model))
+        state = tuple(
+            (parameter.data_ptr(), parameter._version)
+            for _, module in backbone_modules(self.model)
+            for parameter in module._parameters.values()
+            if parameter is not None
+        )
         if heads not in self._identities or self._identities[heads][0] != state:
             self._identities[heads] = state, backbone_fingerprint(self.model, skip=heads)
         return self._identities[heads][1]

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-WORDS = "the film soup was superb awful glad sad good bad a plot".split()
+WORDS = ["the", "film", "soup", "was", "superb", "awful", "glad", "sad", "good", "bad", "a", "plot"]
 MOODS = {"superb": "glad", "awful": "sad", "good": "glad", "bad": "sad"}
 SEARCH = """\
 model: org/base
@@ -44,7 +44,7 @@ TEXTS = ["--text", "the soup was awful", "--text", "a superb plot", "--json"]
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
+def address(tmp_path: Path) -> Iterator[str]:
     """The address of a hub that holds the base."""
     base = tmp_path / "base"
     model = llama()
@@ -70,11 +70,11 @@ def hub(tmp_path: Path) -> Iterator[str]:
 class Person:
     """Somebody with a folder, a cache and perhaps a token, who types commands."""
 
-    def __init__(self, folder: Path, hub: str, token: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, address: str, token: Mapping[str, str]) -> None:
         folder.mkdir()
         self.folder = folder
         foreign = {name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-        own = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", **token}
+        own = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", **token}
         self.environment = {name: value for name, value in os.environ.items() if name not in foreign} | own
 
     def types(self, *words: str) -> str:
@@ -88,15 +88,15 @@ class Person:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
-def test_a_search_on_a_table_of_ones_own_is_served_elsewhere_by_name_alone(tmp_path: Path, hub: str) -> None:
-    anna, bert = Person(tmp_path / "anna", hub, {"HF_TOKEN": OWNER}), Person(tmp_path / "bert", hub, {})
+def test_a_search_on_a_table_of_ones_own_is_served_elsewhere_by_name_alone(tmp_path: Path, address: str) -> None:
+    anna, bert = Person(tmp_path / "anna", address, {"HF_TOKEN": OWNER}), Person(tmp_path / "bert", address, {})
     rows = [f"the {thing} was {word},{mood}" for thing in ("film", "soup", "plot") for word, mood in MOODS.items()]
     (anna.folder / "reviews.csv").write_text("\n".join(["text,label", *rows * 8]))
     (anna.folder / "mood.yaml").write_text(SEARCH)
     ga = ("-m", "gatedadapters")
     assert "mood" in anna.types(*ga, "search", "mood.yaml", "--out", "out")
     answers = anna.types(*ga, "predict", "out", *TEXTS)
-    assert {json.loads(line)["answer"] for line in answers.splitlines()} <= set(MOODS.values())
+    assert {json.loads(line)["label"] for line in answers.splitlines()} <= set(MOODS.values())
     anna.types("-c", PUSH)
 
     assert bert.types(*ga, "predict", "anna/mood", *TEXTS) == answers
