@@ -134,9 +134,11 @@ def _tensors(
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)  # type: ignore[union-attr]
     weights = {id(parameter): name for name, parameter in model.named_parameters()}
+    prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, Tensor] = {}
     for module, (down, up) in maps.items():
-        spellings = (module, f"{model.base_model_prefix}.{module}")  # of the whole model, and of a base alone
+        # A base alone is stored under the names of the whole model.
+        spellings = (module, f"{prefix}.{module}")
         name = next(filter(None, (names.get_name(f"{each}.weight", (".weight",)) for each in spellings)), None)
         owner = model.get_submodule(module)
         shared = weights[id(owner._parameters["weight"])].rpartition(".")[0]
