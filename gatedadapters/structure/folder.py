@@ -247,14 +247,14 @@ def _filled(paths: dict[str, Path], structure: Structure, tensors: Mapping[str, 
     """The paths with their saved values, in float32, as new paths are."""
     for key, path in paths.items():
         for place, module in path.named_modules():
-            names = f"paths.{key}.{place}." if place else f"paths.{key}."
-            for leaf, parameter in module._parameters.items():
+            prefix = f"paths.{key}.{place}." if place else f"paths.{key}."
+            for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    value = tensors[names + leaf].float()
-                    module._parameters[leaf] = nn.Parameter(value, parameter.requires_grad)
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[leaf] = tensors[names + leaf].float()
+                    value = tensors[prefix + name].float()
+                    module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+            for name in module._buffers:
+                if prefix + name in tensors:
+                    module._buffers[name] = tensors[prefix + name].float()
     if any(buffer.is_meta for path in paths.values() for buffer in path.buffers()):
         # Other buffers are computed when a path is built, so build it again off meta.
         generator = torch.Generator().manual_seed(structure.seed)
