@@ -87,6 +87,7 @@ class Person:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # nine processes, each of which imports torch
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
 def test_a_search_on_a_table_of_ones_own_is_served_elsewhere_by_name_alone(tmp_path: Path, address: str) -> None:
     anna, bert = Person(tmp_path / "anna", address, {"HF_TOKEN": OWNER}), Person(tmp_path / "bert", address, {})
