@@ -31,9 +31,10 @@ UNREAD = ("expected.safetensors",)  # beside the folder's own files, for the tes
 
 
 def prepare(folder: Path) -> None:
-    """Copy the folders of every family and kind."""
+    """Copy the folders of every family and kind, and read each as it is."""
     for case in FOLDERS.iterdir():
         shutil.copytree(case, folder / case.name, ignore=shutil.ignore_patterns(*UNREAD))
+        read_and_undo(model_for(case.name), _read, folder / case.name)  # also imports what models need, once
 
 
 def attack(chosen: random.Random, valid: Path, folder: Path) -> Attack:
