@@ -70,9 +70,9 @@ class GatedTrainer(CheckedTrainer):
             `flops`, or as a fraction of the candidates, limits the adapters, because a delta costs no flops.
         penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
-        prior: the placement score from which the gates start, after a probe on the first batches of the training (a
-            twentieth of its steps, from 8 to 24); None for even gates. Without a budget, below 32 steps, and
-            in trainers that generate their examples, gates start even.
+        prior: the placement score from which the gates start, after a probe on the first batches of the training (half
+            as many as it has steps, at most 24), in which candidates and heads learn; None for even gates. Without a
+            budget, below 32 steps, and in trainers that generate their examples, gates start even.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
