@@ -151,7 +151,7 @@ def test_llama_cpp_adds_what_the_paths_add(tmp_path: Path) -> None:
 def test_other_families_are_stored_as_transformers_stores_them(tmp_path: Path, family: str) -> None:
     """GELU is a table of half precision in llama.cpp, which shows in GPT-2 and Gemma."""
     model = of_family(family)
-    near = {"atol": 3e-2 if family in {"gemma", "gpt2"} else 2e-3, "rtol": 1e-3}
+    near: dict[str, Any] = {"atol": 3e-2 if family in {"gemma", "gpt2"} else 2e-3, "rtol": 1e-3}
     plain = log_probabilities(model, IDS)
     write_base(model, tmp_path / "base.gguf")
     torch.testing.assert_close(llama_cpp(tmp_path / "base.gguf", None, IDS), plain, **near)
