@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -81,6 +82,7 @@ class _Head:
     maps: tuple[str, ...]
 
 
+_LAYER_OF_HEAD = re.compile(r"heads\.[^.]+\.(?P<layer>[0-9]{1,3})\.(?P<leaf>weight|bias)")
 _TWO = _Head(2, "tanh", False, ("classifier.dense", "classifier.out_proj"))
 _HEADS: Mapping[str, tuple[_Head, ...]] = {
     "BertForSequenceClassification": (
@@ -309,8 +311,13 @@ def _head(model: nn.Module, read: AdapterHubFolder, head: HeadRecord) -> dict[st
     activation = head.activation_function if head.layers > 1 else None
     asked = head.head_type, head.layers, activation, head.use_pooler
     fitting = [own for own in known if asked == ("classification", own.layers, own.activation, own.pooled)]
-    ends = sorted({tuple(name.split(".")[1:3]) for name in tensors}, key=lambda end: (len(end[-1]), end))
-    if not fitting or len(ends) != head.layers:
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parts = _LAYER_OF_HEAD.fullmatch(name)
+        if parts is None:
+            raise _unfit(read, "weights of a head, heads.NAME.LAYER.weight and .bias", name[:60])
+        layers.setdefault(int(parts["layer"]), {})[parts["leaf"]] = value
+    if not fitting or len(layers) != head.layers:
         raise ArtifactError(
             "this prediction head has no counterpart in this model",
             expected="; ".join(
@@ -322,13 +329,8 @@ def _head(model: nn.Module, read: AdapterHubFolder, head: HeadRecord) -> dict[st
             where=read.where / HEAD_CONFIG,
             fix="take the adapter alone with head=False, and train a head of the model's own",
         )
-    found: dict[str, Tensor] = {}
-    for module, (name, number) in zip(fitting[0].maps, ends, strict=True):
-        for leaf in ("weight", "bias"):
-            value = tensors.get(f"heads.{name}.{number}.{leaf}")
-            if value is not None:
-                found[f"{module}.{leaf}"] = value
-    return found
+    in_order = zip(fitting[0].maps, sorted(layers), strict=True)
+    return {f"{module}.{leaf}": value for module, layer in in_order for leaf, value in layers[layer].items()}
 
 
 def _named(model: nn.Module, read: AdapterHubFolder, known: Collection[str]) -> dict[str, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from gatedadapters.testing.backbones import tiny
 HERE = Path(__file__).parent / "adapterhub"
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make-adapterhub-fixtures.py"))
 SIZES: dict[str, Any] = SCRIPT["SIZES"]
+HEAD_WEIGHTS = "model_head.safetensors"
 WEIGHTS, CONFIG, HEAD = "adapter.safetensors", "adapter_config.json", "head_config.json"
 GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "n_inner": 24}
 DISTILBERT: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 24}
@@ -172,10 +173,10 @@ def tensors(part: str, rule: Callable[[Tensor], Tensor | None]) -> Callable[[Pat
     return change
 
 
-def renamed(old: str, new: str) -> Callable[[Path], None]:
+def renamed(old: str, new: str, file: str = WEIGHTS) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        found = {name.replace(old, new): value for name, value in load_file(folder / WEIGHTS).items()}
-        save_file(found, folder / WEIGHTS)
+        found = {name.replace(old, new): value for name, value in load_file(folder / file).items()}
+        save_file(found, folder / file)
 
     return change
 
@@ -248,6 +249,8 @@ UNKNOWN = "a configuration that is not known here"
         ("bert-houlsby", configured(HEAD, activation_function="gelu"), ["no counterpart", "gelu", "head=False"]),
         ("bert-houlsby", configured(HEAD, layers=1), ["no counterpart", "1 layers"]),
         ("bert-houlsby", configured(HEAD, layers="2"), [UNKNOWN, "layers"]),
+        ("bert-houlsby", renamed("heads.task.1.weight", "x", HEAD_WEIGHTS), ["heads.NAME.LAYER.weight", "got:      x"]),
+        ("bert-houlsby", renamed("task.1.", "task.¹.", HEAD_WEIGHTS), ["heads.NAME.LAYER.weight", "heads.task.¹"]),
         ("bert-lora", configured(use_dora=True), [UNKNOWN, "use_dora: True"]),
         ("bert-lora", configured(vera_d=0.1), [UNKNOWN, "vera_d"]),
         ("bert-lora", configured(r=3), ["another model", "lora_A (3, 16)"]),
