@@ -311,12 +311,7 @@ def _head(model: nn.Module, read: AdapterHubFolder, head: HeadRecord) -> dict[st
     activation = head.activation_function if head.layers > 1 else None
     asked = head.head_type, head.layers, activation, head.use_pooler
     fitting = [own for own in known if asked == ("classification", own.layers, own.activation, own.pooled)]
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parts = _LAYER_OF_HEAD.fullmatch(name)
-        if parts is None:
-            raise _unfit(read, "weights of a head, heads.NAME.LAYER.weight and .bias", name[:60])
-        layers.setdefault(int(parts["layer"]), {})[parts["leaf"]] = value
+    layers = _layers_of_head(read) if fitting else {}
     if not fitting or len(layers) != head.layers:
         raise ArtifactError(
             "this prediction head has no counterpart in this model",
@@ -331,6 +326,17 @@ def _head(model: nn.Module, read: AdapterHubFolder, head: HeadRecord) -> dict[st
         )
     in_order = zip(fitting[0].maps, sorted(layers), strict=True)
     return {f"{module}.{leaf}": value for module, layer in in_order for leaf, value in layers[layer].items()}
+
+
+def _layers_of_head(read: AdapterHubFolder) -> dict[int, dict[str, Tensor]]:
+    """Weight and bias of each map, by its number."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, value in read.head_tensors.items():
+        parts = _LAYER_OF_HEAD.fullmatch(name)
+        if parts is None:
+            raise _unfit(read, "weights of a head, heads.NAME.LAYER.weight and .bias", name[:60])
+        layers.setdefault(int(parts["layer"]), {})[parts["leaf"]] = value
+    return layers
 
 
 def _named(model: nn.Module, read: AdapterHubFolder, known: Collection[str]) -> dict[str, dict[str, Tensor]]:
