@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gatedadapters.artifacts import load_adapters
+from gatedadapters.continual.measures import ChoiceAccuracy, question_once
 from gatedadapters.data.files import cell_text, read_table
-from gatedadapters.data.language import prompt
+from gatedadapters.data.language import LanguageCollator, prompt
 from gatedadapters.data.tasks import ChoiceExample
 from gatedadapters.errors import ArtifactError, ConfigError, DataError, TaskError
 from gatedadapters.experiments.evaluation import set_task
 from gatedadapters.experiments.models import locate_model, reading_model
 from gatedadapters.experiments.progress import silence_transformers
 from gatedadapters.experiments.task_models import model_for
+from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure.folder import Base, adapter_folder, read_origin
@@ -40,7 +43,8 @@ class Prediction:
         task: name of the task.
         text: the text.
         pair: the second text, of tasks over two.
-        probabilities: probability by label, the most probable first; empty where the model answers in words.
+        probabilities: probability by label, the most probable first; empty where the model answers in words. Where a
+            language model chooses among labels, they are weighed by their mean log-probability per token.
         answer: the most probable label, or the words.
     """
 
@@ -203,12 +207,12 @@ class Loaded:
                     where=f"task {asked.name!r}",
                     fix="give a table with both columns",
                 )
-            classified = self.origin.task_type == "text-classification"
-            rows += (
-                self._classified(asked, texts, pairs)
-                if classified
-                else self._answered(asked, texts, pairs, max_new_tokens)
-            )
+            if self.origin.task_type == "text-classification":
+                rows += self._classified(asked, texts, pairs)
+            elif asked.kind == "choice" and asked.labels:
+                rows += self._chosen(asked, texts, pairs)
+            else:
+                rows += self._answered(asked, texts, pairs, max_new_tokens)
         return Predictions(tuple(rows))
 
     @property
@@ -228,11 +232,20 @@ class Loaded:
             logits = self.model(**batch, **({"task_ids": ids} if several else {})).logits
             shares = logits[:, : len(task.labels)].float().softmax(-1).cpu()
             for index, row in enumerate(shares):
-                order = row.argsort(descending=True).tolist()
-                named = {task.labels[label]: float(row[label]) for label in order}
-                yield Prediction(
-                    task.name, part[index], None if others is None else others[index], named, task.labels[order[0]]
-                )
+                yield _labelled(task, part[index], None if others is None else others[index], row)
+
+    @torch.no_grad()
+    def _chosen(self, task: OriginTask, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[Prediction]:
+        """The labels as choices, by their mean log-probability per token, as evaluation goes by."""
+        choices = ChoiceAccuracy(self.tokenizer, self.origin.max_length or sys.maxsize)
+        collate = LanguageCollator(self.tokenizer)
+        for index, text in enumerate(texts):
+            pair = None if pairs is None else pairs[index]
+            batch = collate(choices.answers(ChoiceExample(text, task.labels, 0, pair or "")))
+            batch = {name: value.to(self._device) for name, value in batch.items()}
+            with set_task(self.model, task.name):
+                losses = task_losses(self.model, question_once(self.model, batch))
+            yield _labelled(task, text, pair, (-losses).float().softmax(-1).cpu())
 
     @torch.no_grad()
     def _answered(
@@ -262,6 +275,12 @@ class Loaded:
         elif task.kind == "choice":
             text = prompt(ChoiceExample(text, task.labels, 0, pair or ""))
         return torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def _labelled(task: OriginTask, text: str, pair: str | None, shares: torch.Tensor) -> Prediction:
+    order = shares.argsort(descending=True).tolist()
+    named = {task.labels[label]: float(shares[label]) for label in order}
+    return Prediction(task.name, text, pair, named, task.labels[order[0]])
 
 
 def load(
