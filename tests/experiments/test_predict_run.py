@@ -82,17 +82,17 @@ def test_the_folder_of_the_run_is_as_good_as_that_of_the_adapter(
     assert "gatedadapters show" in told
 
 
-@torch.no_grad()
 def test_a_language_model_chooses_the_label_of_the_highest_mean_log_probability(
     decoder: Path, tables: Path, configured: Configured
 ) -> None:
     task = {"name": "mood", "train": "mood.csv", "kind": "choice"}
-    loaded = ga.load(run(configured(model=str(decoder), tasks=[task], space="decoder-mixed"), tables / "out"))
+    loaded = ga.load(run(configured(model=str(decoder), tasks=[task], space="lora-all-linear"), tables / "out"))
     tokenizer, scores = loaded.tokenizer, []
     question = tokenizer("Question: the film was good\nAnswer:", add_special_tokens=False)["input_ids"]
     for label in loaded.labels["mood"]:
-        answer = [*tokenizer(f" {label}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        logits = loaded.model(input_ids=torch.tensor([question + answer])).logits[0].log_softmax(-1)
+        answer = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.tensor([question + answer])).logits[0].log_softmax(-1)
         scores.append(logits[len(question) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).mean())
     expected = torch.stack(scores).softmax(0)
     found = loaded.predict(["the film was good"]).rows[0]
