@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         gated,
         selective,
     )
+    from gatedadapters.transfer import repair
 
 __version__ = "0.2.0"
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "normalise",
     "place",
     "probe",
+    "repair",
     "run_stream",
     "save_joint",
     "score",
@@ -120,6 +122,7 @@ _ON_USE = {
         ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"
     ),
     "Study": "gatedadapters.studies",
+    "repair": "gatedadapters.transfer",
     "load": "gatedadapters.experiments",
 }
 

@@ -17,6 +17,7 @@ from gatedadapters.transfer.shift import ActivationShift, PointShift, activation
 from gatedadapters.transfer.weakening import Weakening, restore_knowledge, weaken_knowledge
 
 if TYPE_CHECKING:
+    from gatedadapters.transfer.repairing import Repair, repair, teacher_outputs
     from gatedadapters.transfer.update import UpdateReport, simulate_update
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FeedForward",
     "PointShift",
     "Recovery",
+    "Repair",
     "TransferReport",
     "TransferScores",
     "UpdateReport",
@@ -35,14 +37,22 @@ __all__ = [
     "knowledge_sensitivity",
     "prefer_transferable",
     "recovery",
+    "repair",
     "restore_knowledge",
     "simulate_update",
+    "teacher_outputs",
     "transfer_scores",
     "weaken_knowledge",
 ]
 
 
+_ON_USE = {  # transformers' Trainer imports peft and more
+    **dict.fromkeys(("UpdateReport", "simulate_update"), "gatedadapters.transfer.update"),
+    **dict.fromkeys(("Repair", "repair", "teacher_outputs"), "gatedadapters.transfer.repairing"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("UpdateReport", "simulate_update"):  # transformers' Trainer imports peft and more
-        return getattr(import_module("gatedadapters.transfer.update"), name)
+    if name in _ON_USE:
+        return getattr(import_module(_ON_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""Adapters carried to an updated base: as they are, repaired, or trained anew; and what a prediction says before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+import gatedadapters as ga
+from benchmarks.common.models import lora_space
+from benchmarks.common.store import SCRATCH, Result, claimed
+from benchmarks.common.training import training_arguments
+from benchmarks.studies.placement.precision import autocast, precision
+from benchmarks.studies.transfer.cells import STORE
+from benchmarks.studies.transfer.problems import DECODER, ENCODER, Problem, Setting, problem
+from gatedadapters.reporting.versions import versions
+
+SEEDS = (0, 1, 2)
+SHARES = (0.05, 0.1, 0.25)
+WEAKENED = {"plain": {}, "masking": {"mask": 0.1}, "dropping": {"drop": 0.1}, "both": {"mask": 0.1, "drop": 0.1}}
+PROBED = 4  # unlabelled batches that a prediction reads
+SPACES: dict[str, ga.SearchSpace] = {
+    "lora": lora_space(4),
+    "attention": lora_space(8, sublayers=["attention"]),
+    "feed_forward": lora_space(6, sublayers=["feed_forward"]),
+}
+
+
+@dataclass(frozen=True)
+class CarryCell:
+    """An adapter of one kind and one task, carried to one update.
+
+    Attributes:
+        what: `arms`, which repairs and trains anew; `weakened`, which trains with weakened knowledge; or `damage` alone.
+    """
+
+    what: str
+    setting: str
+    task: str
+    kind: str
+    update: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return "_".join(map(str, astuple(self)))
+
+
+def carry_cells() -> Iterator[CarryCell]:
+    """Every cell, in the order of what decides."""
+    main = [(ENCODER, task, "real") for task in ENCODER.tasks]
+    main += [(DECODER, DECODER.tasks[0], update) for update in DECODER.updates]
+    for what in ("arms", "weakened"):
+        for seed in SEEDS:
+            for setting, task, update in main:
+                yield CarryCell(what, setting.name, task, "lora", update, seed)
+    for setting in (ENCODER, DECODER):
+        for kind in SPACES:
+            for task in setting.tasks:
+                for update in setting.updates:
+                    yield CarryCell("damage", setting.name, task, kind, update, 0)
+
+
+def compute(cell: CarryCell) -> Result:
+    """Carry one adapter, and measure all that its cell asks for."""
+    setting = {s.name: s for s in (ENCODER, DECODER)}[cell.setting]
+    given, began = problem(setting, cell.task, cell.seed), time.process_time()
+    old, folder, at_home = trained_before(setting, given, cell, "plain")
+    result: dict[str, Any] = {"cell": asdict(cell), "old": at_home}
+    new = given.build(cell.update)
+    probe = list(islice(given.batches(cell.seed, 16 if setting is ENCODER else 4, labels=False), PROBED))
+    ga.load_adapters(new, folder, base="updated")
+    result["damage"] = predicted(old, new, probe)
+    result["direct"] = given.score(new)
+    if cell.what == "arms":
+        result |= arms(setting, given, cell, old, folder)
+    if cell.what == "weakened":
+        result |= weakened(setting, given, cell)
+    return {**result, "cpu_seconds": round(time.process_time() - began, 1), "precision": precision(), **_versions()}
+
+
+def arms(setting: Setting, given: Problem, cell: CarryCell, old: nn.Module, folder: Path) -> dict[str, Any]:
+    """Every arm beside direct transfer, on the new base."""
+    result: dict[str, Any] = {}
+    for share in SHARES:
+        steps = round(share * setting.steps)
+        for labels in (True, False):
+            new = given.build(cell.update)
+            ga.load_adapters(new, folder, base="updated")
+            batches = given.batches(cell.seed + 100, setting.batch, labels=labels)
+            with autocast():
+                ga.repair(
+                    new,
+                    batches,
+                    steps=steps,
+                    teacher=None if labels else old,
+                    learning_rate=setting.rate,
+                    seed=cell.seed,
+                    progress=False,
+                )
+            result[f"{'repaired' if labels else 'distilled'} {share:.0%}"] = given.score(new)
+        result[f"anew {share:.0%}"] = given.score(trained(setting, given, cell, cell.update, "plain", steps))
+    result["anew"] = given.score(trained(setting, given, cell, cell.update, "plain", setting.steps))
+    return result
+
+
+def weakened(setting: Setting, given: Problem, cell: CarryCell) -> dict[str, Any]:
+    """Adapters that were trained with weakened knowledge, on the old base and carried as they are."""
+    result: dict[str, Any] = {}
+    for weakening in WEAKENED:
+        if weakening != "plain":
+            _, kept, at_home = trained_before(setting, given, cell, weakening)
+            new = given.build(cell.update)
+            ga.load_adapters(new, kept, base="updated")
+            result[f"{weakening}, old"], result[weakening] = at_home, given.score(new)
+    return result
+
+
+def trained_before(
+    setting: Setting, given: Problem, cell: CarryCell, weakening: str
+) -> tuple[nn.Module, Path, dict[str, float]]:
+    """The old base with adapters trained on it, the folder where they are kept, and their scores there."""
+    name = "_".join((setting.name, cell.task, cell.kind, weakening, str(cell.seed)))
+    folder = SCRATCH / "transfer" / name
+    if not folder.is_dir():
+        model = trained(setting, given, cell, "old", weakening, setting.steps)
+        ga.get_adapters(model).save(folder)
+    model = given.build("old")
+    ga.load_adapters(model, folder)
+    return model, folder, STORE.computed(f"old_{name}", lambda: given.score(model))
+
+
+def trained(setting: Setting, given: Problem, cell: CarryCell, base: str, weakening: str, steps: int) -> nn.Module:
+    """A base with adapters trained on it, compact."""
+    model = given.build(base)
+    candidates = ga.attach(model, SPACES[cell.kind], seed=cell.seed)
+    structure = candidates.discretize(scores=torch.ones_like(candidates.bank.kept))
+    ga.detach(model)
+    ga.attach(model, structure, seed=cell.seed)
+    set_seed(cell.seed)
+    args = training_arguments(
+        steps=steps, batch=setting.batch, rate=setting.rate, seed=cell.seed, bf16=precision() == "bf16"
+    )
+    trainer = ga.GatedTrainer(model, args, train_dataset=given.items, data_collator=given.collate)
+    with ga.weaken_knowledge(model, **{"mask": 0.0, "drop": 0.0, **WEAKENED[weakening]}):
+        trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # it wraps `forward` in autocast
+    return model
+
+
+def predicted(old: nn.Module, new: nn.Module, batches: Sequence[dict[str, Any]]) -> Any:
+    return None
+
+
+def run_carry(only: Sequence[str], limit: int | None) -> None:
+    """Compute what is missing; several processes share the work.
+
+    Args:
+        only: settings, tasks, kinds, updates or seeds: cells that have one of these are computed; default: all.
+        limit: at most so many cells.
+    """
+    computed = 0
+    for cell in carry_cells():
+        about = {cell.setting, cell.task, cell.kind, cell.update, f"seed{cell.seed}", cell.what}
+        if STORE.read(cell.name) is not None or not set(only) <= about:
+            continue
+        with claimed(STORE.loose / f"{cell.name}.lock") as mine:
+            if not mine:
+                continue
+            if computed == limit:
+                return
+            computed += 1
+            result = compute(cell)
+            STORE.write(cell.name, result)
+        shown = {k: round(v["loss"], 3) for k, v in result.items() if isinstance(v, dict) and "loss" in v}
+        print(f"{cell.name}: {shown}, {result['cpu_seconds']} s", flush=True)
+
+
+def _versions() -> dict[str, Any]:
+    return {"versions": versions()}
