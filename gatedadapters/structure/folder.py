@@ -300,6 +300,11 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
     held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
     peft = "adapter_config.json" in held
     fix = "import it as a peft adapter" if peft else "give the folder that Adapters.save wrote"
+    if {"adapters", "delta"} <= set(held):
+        fix = (
+            "load_joint(model, folder) on their own base. A delta cannot be carried to an update, adapters can: "
+            'load_adapters(model, folder + "/adapters", base="updated")'
+        )
     if held and set(held) <= {"tensorboard", ADAPTER}:
         fix = "the run that writes it has not saved an adapter yet: let it finish, or start it again"
     raise ArtifactError(
@@ -339,6 +344,11 @@ def _check_backbone(
     what = " and ".join(parts[part] for part in differ)
     named = origin.base_model_name_or_path if origin is not None else None
     fix = "load the backbone they were trained on" + ("" if named is None else f", {named}")
+    if updated and differ != ["values"]:
+        fix = (
+            "weights do not carry over to other shapes: train anew. Where names and widths of modules are the same, "
+            "ga.attach(model, ga.Structure.load(folder)) takes the structure over"
+        )
     if differ == ["values"]:
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             fix = (

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from itertools import chain
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedadapters.backbone.layout import undisturbed
-from gatedadapters.backbone.sample import device_of
-from gatedadapters.errors import DataError
 from gatedadapters.masking.scores import Batch
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import hidden_argument
@@ -73,17 +68,28 @@ def _recorded(adapters: Adapters, batch: Batch) -> dict[str, tuple[Tensor, Tenso
     handles = []
     names = {(p.site.write.module, p.site.write.side) for _, p in adapters.typed_paths()}
     for name, side in names:
-        def first(m: nn.Module, args: Any, kwargs: Any, output: Any = None, key: str = f"{name}.{side}", side=side) -> None:
+
+        def first(
+            m: nn.Module, args: Any, kwargs: Any, output: Any = None, key: str = f"{name}.{side}", side=side
+        ) -> None:
             x = rows(hidden_argument(args, kwargs))
             found[key] = [x, x if side == "input" else rows(output)]
 
-        def last(m: nn.Module, args: Any, kwargs: Any, output: Any = None, key: str = f"{name}.{side}", side=side) -> None:
+        def last(
+            m: nn.Module, args: Any, kwargs: Any, output: Any = None, key: str = f"{name}.{side}", side=side
+        ) -> None:
             value = rows(hidden_argument(args, kwargs)) if side == "input" else rows(output)
             found[key].append(value - found[key][1])
 
         if side == "input":
-            handles.append(modules[name].register_forward_pre_hook(lambda m, a, k, f=first: f(m, a, k), with_kwargs=True, prepend=True))
-            handles.append(modules[name].register_forward_pre_hook(lambda m, a, k, f=last: f(m, a, k), with_kwargs=True))
+            handles.append(
+                modules[name].register_forward_pre_hook(
+                    lambda m, a, k, f=first: f(m, a, k), with_kwargs=True, prepend=True
+                )
+            )
+            handles.append(
+                modules[name].register_forward_pre_hook(lambda m, a, k, f=last: f(m, a, k), with_kwargs=True)
+            )
         else:
             handles.append(modules[name].register_forward_hook(first, with_kwargs=True, prepend=True))
             handles.append(modules[name].register_forward_hook(last, with_kwargs=True))

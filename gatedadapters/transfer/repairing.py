@@ -366,7 +366,7 @@ def _moved(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def _held_gates(adapters: Adapters) -> Iterator[None]:
-    """Within this context gates are their test-time values, and neither learn nor are pressed; compact ones have none."""
+    """Within this context gates are their test-time values, and neither learn nor are pressed."""
     bank, pressure = adapters.bank, adapters.pressure
     if bank is None:
         yield
