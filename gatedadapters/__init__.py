@@ -36,7 +36,7 @@ from gatedadapters.masking import (
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
-from gatedadapters.transfer import weaken_knowledge
+from gatedadapters.transfer import predict_damage, weaken_knowledge
 
 if TYPE_CHECKING:
     from gatedadapters import experiments
@@ -100,6 +100,7 @@ __all__ = [
     "merge_into",
     "normalise",
     "place",
+    "predict_damage",
     "probe",
     "repair",
     "run_stream",

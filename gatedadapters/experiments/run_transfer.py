@@ -24,19 +24,24 @@ from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import SEARCHED, ArmRunner
 from gatedadapters.experiments.evaluation import accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.experiments.repairs import ANEW, DIRECT, Measured, RepairReport, extra_steps, repair_arms
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
+from gatedadapters.reporting.intervals import Interval
 from gatedadapters.safe_files import file_errors
 from gatedadapters.structure import Structure
+from gatedadapters.structure.folder import ADAPTER
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
 from gatedadapters.transfer import (
     ActivationShift,
+    Damage,
     TransferReport,
     TransferScores,
     activation_shift,
     knowledge_sensitivity,
+    predict_damage,
     transfer_scores,
 )
 from gatedadapters.transfer.evaluate import Train, as_before
@@ -54,6 +59,9 @@ class TransferResult:
         folder: the output folder.
         report: scores by seed and the recovery. A score is the mean accuracy over tasks, or the mean loss where a
             language model answers in tokens.
+        losses: the same of the mean loss over tasks; the very report where that is in losses.
+        repairs: what repairs and trainings on the new base reach.
+        damage: by seed, how much the update is expected to damage the adapter, measured on unlabelled test texts.
         shift: how far activations moved between the bases.
         given: scores (old base, new base) of the configured adapter as it was saved; None if none is configured.
         seconds: duration of the whole run.
@@ -62,13 +70,22 @@ class TransferResult:
     config: TransferConfig
     folder: Path
     report: TransferReport
+    losses: TransferReport
+    repairs: RepairReport
+    damage: tuple[Damage, ...]
     shift: ActivationShift
     given: tuple[float, float] | None
     seconds: float
 
     def table(self) -> str:
-        """Scores, recovery, and how far the activations moved, by point and in the mean."""
-        lines = [self.report.table()]
+        """Scores, recovery, repairs, the predicted damage, and how far the activations moved."""
+        lines = [self.report.table(), ""]
+        if not self.report.lower_is_better:
+            lines += ["the same in loss:\n", self.losses.table(), ""]
+        lines += [self.repairs.table(), ""]
+        costs = [scores.direct - scores.old for scores in self.losses.scores]
+        expected = Interval.of([found.value for found in self.damage])
+        lines.append(f"predicted damage {expected}; measured, in loss: {Interval.of(costs).text(signed=True)}")
         if self.given is not None:
             lines.append(
                 f"the given adapter as saved: {self.given[0]:.3f} on the old base, {self.given[1]:.3f} on the new"
@@ -117,11 +134,13 @@ def transfer(
     start = time.perf_counter()
     tasks = load_tasks(config)
     config = _with_precision(config)
-    scores: list[TransferScores] = []
+    scores, losses = list[TransferScores](), list[TransferScores]()
+    arms, damage = dict[str, list[Measured]](), list[Damage]()
     shift, given = None, None
+    steps = 3 * config.training.steps + extra_steps(config.repair, config.training.steps)
     with (
         tempfile.TemporaryDirectory(prefix="gatedadapters-") as logs,
-        progress_bar(3 * config.training.steps * len(config.seeds)) as progress,
+        progress_bar(steps * len(config.seeds)) as progress,
     ):
         for seed in config.seeds:
             bases = BasePair(config, tasks, seed, Path(logs) / str(seed))
@@ -129,10 +148,27 @@ def transfer(
                 shift = bases.shift()
                 if config.adapter is not None:
                     given = _scores_as_saved(bases, config.adapter)
-            scores.append(_run_seed(bases, seed, None if scores else folder, progress))
+            home = Path(logs) / f"adapters-{seed}" if scores else folder
+            measured = list[Measured]()
+            scores.append(_run_seed(bases, seed, home, progress, measured))
+            losses.append(TransferScores(seed, *(found.loss for found in measured)))
+            damage.append(bases.damage(home / ADAPTER))
+            found = {DIRECT: measured[1], **repair_arms(bases, home / ADAPTER, seed, progress), ANEW: measured[-1]}
+            for arm, own in found.items():
+                arms.setdefault(arm, []).append(own)
     assert shift is not None
     report = TransferReport(tuple(scores), lower_is_better=predicts_tokens(tasks))
-    result = TransferResult(config, folder, report, shift, given, time.perf_counter() - start)
+    result = TransferResult(
+        config,
+        folder,
+        report,
+        TransferReport(tuple(losses), lower_is_better=True),
+        RepairReport({arm: tuple(own) for arm, own in arms.items()}),
+        tuple(damage),
+        shift,
+        given,
+        time.perf_counter() - start,
+    )
     _write(result)
     return result
 
@@ -170,8 +206,14 @@ class BasePair:
                 fix="give a base and its update",
             )
 
-    def train(self, model: nn.Module, progress: tqdm[Any]) -> Adapters:
-        """Train adapters of the configured structure or search on one of the models; they stay attached, compact."""
+    def train(self, model: nn.Module, progress: tqdm[Any], *, steps: int | None = None) -> Adapters:
+        """Train adapters of the configured structure or search on one of the models; they stay attached, compact.
+
+        Args:
+            model: one of the models.
+            progress: a bar, which moves by one a step.
+            steps: optimiser steps; default: the configured number.
+        """
         runner, config = self.runners[0] if model is self.old else self.runners[1], self.config
         if config.search:
             adapters = runner.attach(config.resolved_space())
@@ -180,7 +222,14 @@ class BasePair:
         else:
             adapters = runner.attach(runner.whole_structure())
         name = SEARCHED if config.search else "adapter"
-        runner.train(adapters, name, progress, searching=config.search)
+        whole = runner.config
+        if steps is not None:
+            training = whole.training.model_copy(update={"steps": steps})
+            runner.config = whole.model_copy(update={"training": training})
+        try:
+            runner.train(adapters, name, progress, searching=config.search)
+        finally:
+            runner.config = whole
         runner.compact(adapters)
         return adapters
 
@@ -204,11 +253,20 @@ class BasePair:
         finally:
             detach(self.old)
 
-    def score(self, model: nn.Module) -> float:
-        """Mean test accuracy over classification tasks, or mean test loss over tasks of other kinds."""
+    def measure(self, model: nn.Module) -> Measured:
+        """Mean test loss over tasks, and of classification tasks the mean test accuracy."""
         bf16 = self.runners[0].bf16
         scores = score_tasks(model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=bf16)
-        return mean_loss(scores) if predicts_tokens(self.tasks) else fmean(accuracies(scores).values())
+        right = None if predicts_tokens(self.tasks) else fmean(accuracies(scores).values())
+        return Measured(mean_loss(scores), right)
+
+    def damage(self, adapter: Path) -> Damage:
+        """How much the update is expected to damage an adapter of the old base, from test texts without labels."""
+        batches = self._batches("test", self.config.shift_texts)
+        with as_before(self.old), as_before(self.new):
+            load_adapters(self.old, adapter)
+            load_adapters(self.new, adapter, base="updated")
+            return predict_damage(self.old, self.new, batches)
 
     def shift(self) -> ActivationShift:
         """How far activations moved between the bases, measured on test texts."""
@@ -240,8 +298,23 @@ class WeighBySensitivity(TrainerCallback):
         weigh_by(get_adapters(model), self.sensitivity)
 
 
-def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[Any]) -> TransferScores:
-    """Train and test every arm of one seed. With a folder, its adapters are kept there."""
+def _run_seed(
+    bases: BasePair, seed: int, folder: Path, progress: tqdm[Any], measured: list[Measured]
+) -> TransferScores:
+    """Train and test the arms of one seed that `transfer_scores` has.
+
+    Args:
+        bases: both versions of the base.
+        seed: of the training.
+        folder: where the adapters are kept.
+        progress: a bar.
+        measured: gets all scores, in the order of the fields of `TransferScores`.
+    """
+
+    def score(model: nn.Module) -> float:
+        measured.append(bases.measure(model))
+        return measured[-1].main
+
     config = bases.config
     transferable: Train | None = None
     if config.prefer_transferable:
@@ -254,7 +327,7 @@ def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[An
         bases.old,
         bases.new,
         lambda model, _: bases.train(model, progress),
-        bases.score,
+        score,
         seed=seed,
         weakening=config.weakening,
         total_steps=config.training.steps,
@@ -270,7 +343,7 @@ def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
     for model, base in cases:
         with as_before(model):
             load_adapters(model, adapter, base=base)
-            scores.append(bases.score(model))
+            scores.append(bases.measure(model).main)
     return scores[0], scores[1]
 
 
@@ -295,6 +368,9 @@ def _write(result: TransferResult) -> None:
     data = {
         "config": config.as_written(),
         **result.report.to_data(),
+        "losses": result.losses.to_data(),
+        "repairs": result.repairs.to_data(),
+        "predicted_damage": [found.to_data() for found in result.damage],
         "given_adapter": result.given,
         "shift": result.shift.to_data(),
         "seconds": result.seconds,

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gatedadapters.transfer.damage import Damage, SiteDamage, predict_damage
 from gatedadapters.transfer.evaluate import (
     Recovery,
     TransferReport,
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationShift",
+    "Damage",
     "FeedForward",
     "PointShift",
     "Recovery",
     "Repair",
+    "SiteDamage",
     "TransferReport",
     "TransferScores",
     "UpdateReport",
@@ -35,6 +38,7 @@ __all__ = [
     "evaluate_transfer",
     "feed_forwards",
     "knowledge_sensitivity",
+    "predict_damage",
     "prefer_transferable",
     "recovery",
     "repair",
