@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.utils.data import DataLoader
+from updates import updated
 
 import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, AttachError, DataError, TrainingError
@@ -22,16 +23,6 @@ from gatedadapters.transfer.repairing import distance
 
 LORA = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 2}]}, where="test")
 Batch = dict[str, Tensor]
-
-
-def updated(model: nn.Module, *, by: float = 0.1) -> nn.Module:
-    """The backbone of `model` after an update, without adapters."""
-    new = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return new
 
 
 def pair(folder: Path, family: str, head: str | None = "classification") -> tuple[nn.Module, nn.Module, Batch]:

@@ -38,7 +38,7 @@ class CarryCell:
     """An adapter of one kind and one task, carried to one update.
 
     Attributes:
-        what: `arms`, which repairs and trains anew; `weakened`, which trains with weakened knowledge; or `damage` alone.
+        what: `arms` (repaired, trained anew), `weakened` (trained with weakened knowledge) or `damage` alone.
     """
 
     what: str
