@@ -87,8 +87,7 @@ def repair_arms(bases: BasePair, adapter: Path, seed: int, progress: tqdm[Any]) 
         progress: a bar, which moves by one a step.
     """
     training, found = bases.config.training, dict[str, Measured]()
-    for share in bases.config.repair:
-        steps = max(1, round(share * training.steps))
+    for steps in lengths(bases.config.repair, training.steps):
         for labels in (True, False):
             arm = f"repaired, {steps} steps, {'labels' if labels else 'no labels'}"
             progress.set_description(arm)
@@ -115,9 +114,9 @@ def repair_arms(bases: BasePair, adapter: Path, seed: int, progress: tqdm[Any]) 
     return found
 
 
-def extra_steps(shares: Sequence[float], steps: int) -> int:
-    """Optimiser steps of `repair_arms`."""
-    return sum(3 * max(1, round(share * steps)) for share in shares)
+def lengths(shares: Sequence[float], steps: int) -> list[int]:
+    """The lengths of the repairs, in optimiser steps, each once."""
+    return list(dict.fromkeys(max(1, round(share * steps)) for share in shares))
 
 
 def _batches(bases: BasePair, seed: int, *, labels: bool) -> Iterator[dict[str, Any]]:

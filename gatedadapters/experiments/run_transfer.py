@@ -24,7 +24,7 @@ from gatedadapters.experiments import outputs
 from gatedadapters.experiments.arms import SEARCHED, ArmRunner
 from gatedadapters.experiments.evaluation import accuracies, mean_loss, score_tasks
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
-from gatedadapters.experiments.repairs import ANEW, DIRECT, Measured, RepairReport, extra_steps, repair_arms
+from gatedadapters.experiments.repairs import ANEW, DIRECT, Measured, RepairReport, lengths, repair_arms
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
@@ -137,7 +137,7 @@ def transfer(
     scores, losses = list[TransferScores](), list[TransferScores]()
     arms, damage = dict[str, list[Measured]](), list[Damage]()
     shift, given = None, None
-    steps = 3 * config.training.steps + extra_steps(config.repair, config.training.steps)
+    steps = 3 * (config.training.steps + sum(lengths(config.repair, config.training.steps)))
     with (
         tempfile.TemporaryDirectory(prefix="gatedadapters-") as logs,
         progress_bar(steps * len(config.seeds)) as progress,
