@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,11 +22,19 @@ from benchmarks.studies.placement.precision import autocast, precision
 from benchmarks.studies.transfer.cells import STORE
 from benchmarks.studies.transfer.problems import DECODER, ENCODER, Problem, Setting, problem
 from gatedadapters.reporting.versions import versions
+from gatedadapters.transfer import SiteDamage
 
 SEEDS = (0, 1, 2)
 SHARES = (0.05, 0.1, 0.25)
 WEAKENED = {"plain": {}, "masking": {"mask": 0.1}, "dropping": {"drop": 0.1}, "both": {"mask": 0.1, "drop": 0.1}}
 PROBED = 4  # unlabelled batches that a prediction reads
+FORMULAS: dict[str, Callable[[Sequence[SiteDamage]], float]] = {
+    "input moved": lambda sites: fmean(s.moved for s in sites),
+    "contribution changed": lambda sites: fmean(s.changed for s in sites),
+    "share x input moved": lambda sites: fmean(s.share * s.moved for s in sites),
+    "share x contribution changed": lambda sites: fmean(s.share * s.changed for s in sites),
+    "input moved, weighted by share": lambda sites: sum(s.share * s.moved for s in sites) / sum(s.share for s in sites),
+}
 SPACES: dict[str, ga.SearchSpace] = {
     "lora": lora_space(4),
     "attention": lora_space(8, sublayers=["attention"]),
@@ -84,7 +93,12 @@ def compute(cell: CarryCell) -> Result:
         result |= arms(setting, given, cell, old, folder)
     if cell.what == "weakened":
         result |= weakened(setting, given, cell)
-    return {**result, "cpu_seconds": round(time.process_time() - began, 1), "precision": precision(), **_versions()}
+    return {
+        **result,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "precision": precision(),
+        "versions": versions(),
+    }
 
 
 def arms(setting: Setting, given: Problem, cell: CarryCell, old: nn.Module, folder: Path) -> dict[str, Any]:
@@ -156,8 +170,10 @@ def trained(setting: Setting, given: Problem, cell: CarryCell, base: str, weaken
     return model
 
 
-def predicted(old: nn.Module, new: nn.Module, batches: Sequence[dict[str, Any]]) -> Any:
-    return None
+def predicted(old: nn.Module, new: nn.Module, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the library predicts, and what other formulas would say of the same sites."""
+    found = ga.predict_damage(old, new, batches)
+    return {"predicted": found.value, **{name: formula(found.sites) for name, formula in FORMULAS.items()}}
 
 
 def run_carry(only: Sequence[str], limit: int | None) -> None:
@@ -182,7 +198,3 @@ def run_carry(only: Sequence[str], limit: int | None) -> None:
             STORE.write(cell.name, result)
         shown = {k: round(v["loss"], 3) for k, v in result.items() if isinstance(v, dict) and "loss" in v}
         print(f"{cell.name}: {shown}, {result['cpu_seconds']} s", flush=True)
-
-
-def _versions() -> dict[str, Any]:
-    return {"versions": versions()}
