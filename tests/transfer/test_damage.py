@@ -44,9 +44,10 @@ def test_damage_of_one_site_is_the_share_of_the_adapter_times_how_far_its_input_
     kept = batch["attention_mask"].bool()
     before, after = (x[kept] for x in seen)
     path = next(iter(ga.get_adapters(old).paths.values()))
-    added = before @ path.down.t() @ path.up.t()
-    added_new = after @ path.down.t() @ path.up.t()
-    computed = nn.functional.linear(before, old.layers[1].mlp.down_proj.weight)
+    weights = path.down.detach().t() @ path.up.detach().t()
+    added = before @ weights
+    added_new = after @ weights
+    computed = before @ old.layers[1].mlp.down_proj.weight.detach().t()
     found = ga.predict_damage(old, new, [batch])
     (site,) = found.sites
     assert site.module == "layers.1.mlp.down_proj"

@@ -171,12 +171,13 @@ def test_every_kind_learns_at_its_own_rate(tmp_path: Path, monkeypatch: pytest.M
 
 def test_batches_are_read_again_where_they_are_fewer_than_the_steps(tmp_path: Path) -> None:
     _, new, batch = pair(tmp_path, "bert")
-    rows = [{"input_ids": ids, "labels": torch.tensor(i % 2)} for i, ids in enumerate(batch["input_ids"])]
-    twin = copy.deepcopy(new)
-    assert ga.repair(new, DataLoader(rows, batch_size=1), steps=5, progress=False).steps == 5
     ids = batch["input_ids"]
-    once: Iterator[Batch] = ({"input_ids": ids[i : i + 1], "labels": torch.tensor([i % 2])} for i in range(len(ids)))
-    ga.repair(twin, once, steps=5, progress=False)  # a generator is kept for the second reading
+    rows = [{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+    assert ga.repair(copy.deepcopy(new), DataLoader(rows, batch_size=1), steps=5, progress=False).steps == 5
+    batches = [{"input_ids": ids[i : i + 1], "labels": torch.tensor([i % 2])} for i in range(len(ids))]
+    twin = copy.deepcopy(new)
+    ga.repair(new, batches, steps=5, progress=False)
+    ga.repair(twin, (batch for batch in batches), steps=5, progress=False)  # kept for the second reading
     assert same(learned(new), learned(twin))
 
 
@@ -297,7 +298,7 @@ def test_a_repair_that_fails_on_the_way_leaves_everything_as_it_was(tmp_path: Pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ga.repair(new, stream(), steps=2, progress=False)  # the reading itself
+        ga.repair(new, stream(), steps=3, progress=False)
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     broken = {**embedded, "inputs_embeds": torch.full((*batch["input_ids"].shape, 32), torch.nan)}
     with pytest.raises(TrainingError, match="the loss is not finite"):

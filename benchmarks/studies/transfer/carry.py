@@ -44,98 +44,76 @@ SPACES: dict[str, ga.SearchSpace] = {
 
 @dataclass(frozen=True)
 class CarryCell:
-    """An adapter of one kind and one task, carried to one update.
+    """One arm for an adapter of one kind and one task, carried to one update.
 
     Attributes:
-        what: `arms` (repaired, trained anew), `weakened` (trained with weakened knowledge) or `damage` alone.
+        arm: `direct`; `repaired`, `distilled` (repaired without labels) or `anew` with a share of the steps; or how
+            knowledge was weakened in training.
     """
 
-    what: str
     setting: str
     task: str
     kind: str
     update: str
     seed: int
+    arm: str
 
     @property
     def name(self) -> str:
         """Its name among the results."""
-        return "_".join(map(str, astuple(self)))
+        return "_".join(map(str, astuple(self))).replace(" ", "_")
+
+
+def arms() -> list[str]:
+    """All arms, in the order of what decides."""
+    few = [f"{what} {share:.0%}" for share in SHARES for what in ("repaired", "distilled", "anew")]
+    return ["direct", "anew", *few, *(name for name in WEAKENED if name != "plain")]
 
 
 def carry_cells() -> Iterator[CarryCell]:
     """Every cell, in the order of what decides."""
-    main = [(ENCODER, task, "real") for task in ENCODER.tasks]
-    main += [(DECODER, DECODER.tasks[0], update) for update in DECODER.updates]
-    for what in ("arms", "weakened"):
-        for seed in SEEDS:
-            for setting, task, update in main:
-                yield CarryCell(what, setting.name, task, "lora", update, seed)
+    pairs = [(ENCODER, task, "real") for task in ENCODER.tasks]
+    pairs += [(DECODER, DECODER.tasks[0], update) for update in DECODER.updates]
+    for seed in SEEDS:
+        for setting, task, update in pairs:
+            for arm in arms():
+                yield CarryCell(setting.name, task, "lora", update, seed, arm)
+    yield from damage_cells()
+
+
+def damage_cells() -> Iterator[CarryCell]:
+    """Adapters whose damage is predicted and measured: every kind, task and update, one seed."""
     for setting in (ENCODER, DECODER):
         for kind in SPACES:
             for task in setting.tasks:
                 for update in setting.updates:
-                    yield CarryCell("damage", setting.name, task, kind, update, 0)
+                    yield CarryCell(setting.name, task, kind, update, 0, "direct")
 
 
 def compute(cell: CarryCell) -> Result:
-    """Carry one adapter, and measure all that its cell asks for."""
+    """Measure one arm on the new base; direct transfer and weakened training also on the old one."""
     setting = {s.name: s for s in (ENCODER, DECODER)}[cell.setting]
     given, began = problem(setting, cell.task, cell.seed), time.process_time()
-    old, folder, at_home = trained_before(setting, given, cell, "plain")
-    result: dict[str, Any] = {"cell": asdict(cell), "old": at_home}
-    new = given.build(cell.update)
-    probe = list(islice(given.batches(cell.seed, 16 if setting is ENCODER else 4, labels=False), PROBED))
-    ga.load_adapters(new, folder, base="updated")
-    result["damage"] = predicted(old, new, probe)
-    result["direct"] = given.score(new)
-    if cell.what == "arms":
-        result |= arms(setting, given, cell, old, folder)
-    if cell.what == "weakened":
-        result |= weakened(setting, given, cell)
-    return {
-        **result,
-        "cpu_seconds": round(time.process_time() - began, 1),
-        "precision": precision(),
-        "versions": versions(),
-    }
-
-
-def arms(setting: Setting, given: Problem, cell: CarryCell, old: nn.Module, folder: Path) -> dict[str, Any]:
-    """Every arm beside direct transfer, on the new base."""
-    result: dict[str, Any] = {}
-    for share in SHARES:
-        steps = round(share * setting.steps)
-        for labels in (True, False):
-            new = given.build(cell.update)
-            ga.load_adapters(new, folder, base="updated")
-            batches = given.batches(cell.seed + 100, setting.batch, labels=labels)
+    what, _, share = cell.arm.partition(" ")
+    steps = round(float(share.rstrip("%")) / 100 * setting.steps) if share else setting.steps
+    result: dict[str, Any] = {"cell": asdict(cell)}
+    if what == "anew":
+        result["new"] = given.score(trained(setting, given, cell, cell.update, "plain", steps))
+    else:
+        old, folder, result["old"] = trained_before(setting, given, cell, what if what in WEAKENED else "plain")
+        new = given.build(cell.update)
+        ga.load_adapters(new, folder, base="updated")
+        if what == "direct":
+            probe = given.batches(cell.seed, setting.probe, labels=False)
+            result["damage"] = predicted(old, new, list(islice(probe, PROBED)))
+        if what in ("repaired", "distilled"):
+            batches = given.batches(cell.seed + 100, setting.batch, labels=what == "repaired")
+            teacher = old if what == "distilled" else None
             with autocast():
-                ga.repair(
-                    new,
-                    batches,
-                    steps=steps,
-                    teacher=None if labels else old,
-                    learning_rate=setting.rate,
-                    seed=cell.seed,
-                    progress=False,
-                )
-            result[f"{'repaired' if labels else 'distilled'} {share:.0%}"] = given.score(new)
-        result[f"anew {share:.0%}"] = given.score(trained(setting, given, cell, cell.update, "plain", steps))
-    result["anew"] = given.score(trained(setting, given, cell, cell.update, "plain", setting.steps))
-    return result
-
-
-def weakened(setting: Setting, given: Problem, cell: CarryCell) -> dict[str, Any]:
-    """Adapters that were trained with weakened knowledge, on the old base and carried as they are."""
-    result: dict[str, Any] = {}
-    for weakening in WEAKENED:
-        if weakening != "plain":
-            _, kept, at_home = trained_before(setting, given, cell, weakening)
-            new = given.build(cell.update)
-            ga.load_adapters(new, kept, base="updated")
-            result[f"{weakening}, old"], result[weakening] = at_home, given.score(new)
-    return result
+                ga.repair(new, batches, steps=steps, teacher=teacher, seed=cell.seed, progress=False)
+        result["new"] = given.score(new)
+    result["cpu_seconds"] = round(time.process_time() - began, 1)
+    return {**result, "precision": precision(), "versions": versions()}
 
 
 def trained_before(
@@ -180,12 +158,12 @@ def run_carry(only: Sequence[str], limit: int | None) -> None:
     """Compute what is missing; several processes share the work.
 
     Args:
-        only: settings, tasks, kinds, updates or seeds: cells that have one of these are computed; default: all.
+        only: settings, tasks, kinds, updates, arms or seeds: cells that have all of these are computed; default: all.
         limit: at most so many cells.
     """
     computed = 0
     for cell in carry_cells():
-        about = {cell.setting, cell.task, cell.kind, cell.update, f"seed{cell.seed}", cell.what}
+        about = {cell.setting, cell.task, cell.kind, cell.update, f"seed{cell.seed}", cell.arm}
         if STORE.read(cell.name) is not None or not set(only) <= about:
             continue
         with claimed(STORE.loose / f"{cell.name}.lock") as mine:
@@ -196,5 +174,4 @@ def run_carry(only: Sequence[str], limit: int | None) -> None:
             computed += 1
             result = compute(cell)
             STORE.write(cell.name, result)
-        shown = {k: round(v["loss"], 3) for k, v in result.items() if isinstance(v, dict) and "loss" in v}
-        print(f"{cell.name}: {shown}, {result['cpu_seconds']} s", flush=True)
+        print(f"{cell.name}: loss {result['new']['loss']:.3f}, {result['cpu_seconds']} s", flush=True)

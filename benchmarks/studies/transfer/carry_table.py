@@ -6,52 +6,49 @@ import numpy as np
 
 from benchmarks.common.store import Result
 from benchmarks.common.tables import shown
-from benchmarks.studies.transfer.carry import FORMULAS, SHARES, CarryCell, carry_cells
+from benchmarks.studies.transfer.carry import FORMULAS, SHARES, carry_cells, damage_cells
 from benchmarks.studies.transfer.cells import STORE
-from benchmarks.studies.transfer.problems import DECODER, ENCODER
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.transfer import recovery
 
-ARMS = {
+TITLES = {
     "direct": "carried as it is",
+    "anew": "trained anew",
+    "masking": "trained with masking",
+    "dropping": "trained with dropping",
+    "both": "trained with masking and dropping",
     **{f"repaired {share:.0%}": f"repaired, {share:.0%} of the steps" for share in SHARES},
     **{f"distilled {share:.0%}": f"repaired without labels, {share:.0%}" for share in SHARES},
-    **{f"anew {share:.0%}": f"trained anew, {share:.0%}" for share in SHARES},
-    "anew": "trained anew",
-    **{
-        name: f"trained with {'masking and dropping' if name == 'both' else name}"
-        for name in WEAKENED
-        if WEAKENED[name]
-    },
+    **{f"anew {share:.0%}": f"trained anew, {share:.0%} of the steps" for share in SHARES},
 }
+Losses = dict[int, Result]  # by seed
 
 
 def repairs_table() -> str:
-    """By base, task and update: the loss of every arm on the new base, and the share of what training anew recovers."""
-    groups: dict[tuple[str, str, str], dict[int, Result]] = {}
+    """By base, task and update: scores of every arm on the new base, and the share of what training anew recovers."""
+    groups: dict[tuple[str, str, str], dict[str, Losses]] = {}
     for cell in carry_cells():
-        found = STORE.read(cell.name) if cell.what in ("arms", "weakened") else None
+        found = STORE.read(cell.name) if cell.kind == "lora" else None
         if found is not None:
             own = groups.setdefault((cell.setting, cell.task, cell.update), {})
-            own[cell.seed] = own.get(cell.seed, {}) | found
+            own.setdefault(cell.arm, {})[cell.seed] = found
     rows = []
-    for (_, task, update), by_seed in groups.items():
-        rows.append([f"{task}, {update} update: old base", *_scores(list(by_seed.values()), "old"), ""])
-        for arm, title in ARMS.items():
-            held = [result for result in by_seed.values() if arm in result]
-            if held:
-                rows.append(
-                    [f"  {title}", *_scores(held, arm), "" if arm in ("direct", "anew") else recovered(held, arm)]
-                )
+    for (_, task, update), by_arm in groups.items():
+        if len(by_arm) > 1:  # more than a prediction's direct transfer
+            rows.append([f"{task}, {update} update: old base", *_scores(by_arm.get("direct", {}), "old"), ""])
+            for arm, title in TITLES.items():
+                if arm in by_arm:
+                    share = "" if arm in ("direct", "anew") else recovered(by_arm, arm)
+                    rows.append([f"  {title}", *_scores(by_arm[arm], "new"), share])
     return format_table(["", "seeds", "loss", "accuracy", "recovered"], rows)
 
 
-def recovered(results: list[Result], arm: str) -> str:
+def recovered(by_arm: dict[str, Losses], arm: str) -> str:
     """The share of what training anew takes off direct transfer's loss that an arm takes off, with its interval."""
-    held = [result for result in results if "anew" in result]
-    won = [result["direct"]["loss"] - result[arm]["loss"] for result in held]
-    gap = [result["direct"]["loss"] - result["anew"]["loss"] for result in held]
-    if len(held) == 1 and gap[0] > 0:
+    direct, anew, own = (by_arm.get(name, {}) for name in ("direct", "anew", arm))
+    seeds = sorted(direct.keys() & anew.keys() & own.keys())
+    won, gap = ([_loss(direct, s) - _loss(side, s) for s in seeds] for side in (own, anew))
+    if len(seeds) == 1 and gap[0] > 0:
         return f"{won[0] / gap[0]:.0%}"
     found = recovery(won, gap)
     if found.value is None or found.interval is None:
@@ -61,22 +58,22 @@ def recovered(results: list[Result], arm: str) -> str:
 
 def damage_table() -> str:
     """By formula: rank correlation of what it predicts with the rise of the loss, over adapters x updates."""
-    pairs: dict[str, list[tuple[CarryCell, Result]]] = {"all": []}
-    for cell in carry_cells():
-        found = STORE.read(cell.name) if cell.seed == 0 and cell.what != "weakened" else None
+    pairs: dict[str, list[Result]] = {}
+    for cell in dict.fromkeys(damage_cells()):
+        found = STORE.read(cell.name)
         if found is not None:
-            pairs.setdefault(cell.setting, []).append((cell, found))
-            pairs["all"].append((cell, found))
-    groups = [name for name in (ENCODER.name, DECODER.name, "all") if len(pairs.get(name, [])) > 2]
+            pairs.setdefault(cell.setting, []).append(found)
+    pairs = {name: results for name, results in pairs.items() if len(results) > 2}
+    if len(pairs) > 1:
+        pairs["both"] = [result for results in pairs.values() for result in results]
     rows = []
     for formula in ("predicted", *FORMULAS):
         row = []
-        for name in groups:
-            results = [result for _, result in pairs[name]]
-            rises = [result["direct"]["loss"] - result["old"]["loss"] for result in results]
+        for results in pairs.values():
+            rises = [result["new"]["loss"] - result["old"]["loss"] for result in results]
             row.append(f"{rank_correlation([result['damage'][formula] for result in results], rises):.2f}")
         rows.append([formula, *row])
-    return format_table(["rank correlation", *(f"{name}, {len(pairs[name])} pairs" for name in groups)], rows)
+    return format_table(["rank correlation", *(f"{name}, {len(found)} pairs" for name, found in pairs.items())], rows)
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
@@ -85,6 +82,11 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _scores(results: list[Result], arm: str) -> list[str]:
-    right = [result[arm]["accuracy"] for result in results if "accuracy" in result[arm]]
-    return [str(len(results)), shown([result[arm]["loss"] for result in results], times=1), shown(right)]
+def _loss(results: Losses, seed: int) -> float:
+    return float(results[seed]["new"]["loss"])
+
+
+def _scores(results: Losses, base: str) -> list[str]:
+    scores = [result[base] for result in results.values()]
+    right = [score["accuracy"] for score in scores if "accuracy" in score]
+    return [str(len(scores)), shown([score["loss"] for score in scores], times=1), shown(right)]

@@ -44,6 +44,7 @@ class Setting:
         tasks: their names.
         steps: of a whole training.
         batch: examples a step.
+        probe: unlabelled examples in a batch that a prediction reads.
         rate: the common rate of all kinds of path.
     """
 
@@ -52,11 +53,12 @@ class Setting:
     tasks: tuple[str, ...]
     steps: int
     batch: int
+    probe: int
     rate: float = 1e-2
 
 
-ENCODER = Setting("minilm", ("real", "half", "twice", "r8"), ("newsgroups", "tweets", "rotten_tomatoes"), 80, 16)
-DECODER = Setting("smollm2", ("medium", "small", "large"), ("indonesian", "tales"), 40, 4)
+ENCODER = Setting("minilm", ("real", "half", "twice", "r8"), ("newsgroups", "tweets", "rotten_tomatoes"), 80, 16, 16)
+DECODER = Setting("smollm2", ("medium", "small", "large"), ("indonesian", "tales"), 40, 4, 4)
 CORPORA = {"indonesian": "quran_indonesian", "tales": "grimm"}
 
 

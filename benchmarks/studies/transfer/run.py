@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
         nargs="*",
         default=[],
         help="run: settings, tasks or arms, any of which a cell has, e.g. minilm gated. carry: all that a cell has, of "
-        "settings, tasks, kinds, updates, seeds and what is measured, e.g. smollm2 small seed0 arms",
+        "settings, tasks, kinds, updates, arms and seeds, e.g. smollm2 small seed0 anew",
     )
     made.add_argument("--limit", type=int, help="at most so many cells")
     options = made.parse_args(arguments)
