@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,34 +13,14 @@ from tqdm.auto import tqdm
 
 from gatedadapters.artifacts import load_adapters
 from gatedadapters.data import collator
+from gatedadapters.experiments.base_pair import BasePair, Measured
 from gatedadapters.reporting.intervals import Interval
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.transfer import Recovery, recovery
 from gatedadapters.transfer.evaluate import as_before
 from gatedadapters.transfer.repairing import repair
 
-if TYPE_CHECKING:
-    from gatedadapters.experiments.run_transfer import BasePair
-
 DIRECT, ANEW = "carried as it is", "trained anew"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The scores of a model.
-
-    Attributes:
-        loss: mean test loss over tasks.
-        accuracy: mean test accuracy; None for language models.
-    """
-
-    loss: float
-    accuracy: float | None
-
-    @property
-    def main(self) -> float:
-        """What a report is about: the accuracy where there is one, else the loss."""
-        return self.loss if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True)

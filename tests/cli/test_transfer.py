@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import gatedadapters as ga
 from gatedadapters.cli import main
-from gatedadapters.experiments import run_transfer
+from gatedadapters.experiments import base_pair
 from gatedadapters.experiments.arms import ArmRunner
-from gatedadapters.experiments.run_transfer import BasePair, WeighBySensitivity
+from gatedadapters.experiments.base_pair import BasePair, WeighBySensitivity
 from gatedadapters.transfer.sensitivity import weigh_by
 
 
@@ -128,7 +128,7 @@ def test_the_transfer_trained_search_alone_prefers_what_transfers(
     weighed: list[dict[str, float]] = []
     monkeypatch.setattr(BasePair, "train", watched)
     monkeypatch.setattr(
-        run_transfer, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
+        base_pair, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
     )
     config = transfer(prefer_transferable=True, search=True, budget={"fraction": 0.3}, seeds=[0], repair=[])
     assert main(["transfer", str(config), "--out", str(tmp_path / "out")]) == 0
