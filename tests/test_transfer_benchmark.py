@@ -99,7 +99,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_cells_of_repairs_differ_by_name_and_the_real_update_comes_first() -> None:
     cells = list(dict.fromkeys(carry_cells()))
     assert len({cell.name for cell in cells}) == len(cells)
-    assert [cell.arm for cell in cells[:3]] == ["direct", "anew", "repaired 5%"]
+    assert [cell.arm for cell in cells[:3]] == ["direct", "anew", "repaired 10%"]
     assert {(cell.update, cell.seed) for cell in cells[: len(ENCODER.tasks) * len(arms())]} == {("real", 0)}
     assert {cell.update for cell in cells if cell.arm == "anew"} == {"real", *DECODER.updates}
     assert len(set(damage_cells())) >= 12

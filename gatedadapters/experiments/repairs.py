@@ -20,6 +20,7 @@ from gatedadapters.transfer import Recovery, recovery
 from gatedadapters.transfer.evaluate import as_before
 from gatedadapters.transfer.repairing import repair
 
+RATE = 0.1  # of a repair over that of a whole training, see `repair`
 DIRECT, ANEW = "carried as it is", "trained anew"
 
 
@@ -82,7 +83,7 @@ def repair_arms(bases: BasePair, adapter: Path, seed: int, progress: tqdm[Any]) 
                         _batches(bases, seed, labels=labels),
                         steps=steps,
                         teacher=None if labels else bases.old,
-                        learning_rate=training.learning_rate,
+                        learning_rate=RATE * training.learning_rate,
                         seed=seed,
                         progress=False,
                     )

@@ -70,7 +70,7 @@ def repair(
     *,
     steps: int,
     teacher: Teacher | None = None,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> Repair:
@@ -96,7 +96,8 @@ def repair(
         steps: optimiser steps.
         teacher: the old base with its adapters attached, which is left as it is; or `teacher_outputs` for `batches`,
             which is then a list.
-        learning_rate: the common rate of all kinds of path and of heads, see `Adapters.parameter_groups`.
+        learning_rate: the common rate of all kinds of path and of heads, see `Adapters.parameter_groups`. It is a tenth
+            of the rate of a whole training: few steps at that rate did harm to what an adapter had learnt.
         seed: of dropout.
         progress: show a progress bar on a terminal.
 

@@ -64,7 +64,7 @@ def test_labels_lower_the_loss_and_move_adapters_and_heads_alone(tmp_path: Path,
     structure, mode = adapters.structure, new.training
     with torch.no_grad():
         first = float(new.eval()(**batch).loss)
-    report = ga.repair(new, [batch], steps=12, progress=False)
+    report = ga.repair(new, [batch], steps=12, learning_rate=1e-2, progress=False)
     with torch.no_grad():
         assert float(new.eval()(**batch).loss) < 0.9 * first
     own = {f"gated_adapters.{name}" for name, _ in adapters.named_parameters()} | set(adapters.head_names)
@@ -88,7 +88,7 @@ def test_a_teacher_repairs_without_labels_and_is_left_as_it_is(tmp_path: Path, f
 
     first = gap()
     old.train()
-    report = ga.repair(new, [batch], steps=30, teacher=old, progress=False)
+    report = ga.repair(new, [batch], steps=30, teacher=old, learning_rate=1e-2, progress=False)
     assert old.training == mode
     assert gap() < 0.5 * first
     assert (report.labelled, report.distilled) == (0, 30)
@@ -154,7 +154,7 @@ def test_gated_adapters_keep_their_gates_their_penalty_and_so_their_structure() 
 def test_every_kind_learns_at_its_own_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, new, batch = pair(tmp_path, "bert")
     batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
-    expected = [(group["lr"], group["params"]) for group in ga.get_adapters(new).parameter_groups(1e-2)]
+    expected = [(group["lr"], group["params"]) for group in ga.get_adapters(new).parameter_groups(1e-3)]
     seen: list[Any] = []
     adamw = torch.optim.AdamW
 

@@ -25,7 +25,7 @@ from gatedadapters.reporting.versions import versions
 from gatedadapters.transfer import SiteDamage
 
 SEEDS = (0, 1, 2)
-SHARES = (0.05, 0.1, 0.25)
+SHARES = (0.1, 0.25, 0.05)  # in the order of what decides
 WEAKENED = {"plain": {}, "masking": {"mask": 0.1}, "dropping": {"drop": 0.1}, "both": {"mask": 0.1, "drop": 0.1}}
 PROBED = 4  # unlabelled batches that a prediction reads
 FORMULAS: dict[str, Callable[[Sequence[SiteDamage]], float]] = {

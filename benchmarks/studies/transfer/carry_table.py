@@ -17,9 +17,9 @@ TITLES = {
     "masking": "trained with masking",
     "dropping": "trained with dropping",
     "both": "trained with masking and dropping",
-    **{f"repaired {share:.0%}": f"repaired, {share:.0%} of the steps" for share in SHARES},
-    **{f"distilled {share:.0%}": f"repaired without labels, {share:.0%}" for share in SHARES},
-    **{f"anew {share:.0%}": f"trained anew, {share:.0%} of the steps" for share in SHARES},
+    **{f"repaired {share:.0%}": f"repaired, {share:.0%} of the steps" for share in sorted(SHARES)},
+    **{f"distilled {share:.0%}": f"repaired without labels, {share:.0%}" for share in sorted(SHARES)},
+    **{f"anew {share:.0%}": f"trained anew, {share:.0%} of the steps" for share in sorted(SHARES)},
 }
 Losses = dict[int, Result]  # by seed
 
