@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -15,12 +16,14 @@ from gatedadapters.backbone.layout import undisturbed
 from gatedadapters.backbone.sample import device_of
 from gatedadapters.errors import AttachError, DataError
 from gatedadapters.masking.scores import Batch
+from gatedadapters.masking.scores.losses import logits_of
 from gatedadapters.paths import Path
 from gatedadapters.paths.site import Point
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.hooks import hidden_argument
+from gatedadapters.transfer.distance import distance, padding_mask
 from gatedadapters.transfer.shift import vocabulary_size
 
 TOKENS = 256  # of a batch, spread evenly: enough for a norm, and little memory
@@ -48,15 +51,18 @@ class Damage:
     """How much an update is expected to damage adapters; compare updates or adapters by it, it is no loss.
 
     Attributes:
-        value: mean over the sites of `share * moved`, see `predict_damage`.
+        value: root mean square over the sites of `share * moved`, see `predict_damage`.
+        outputs: how far the outputs moved: of classes and tokens the divergence KL(old || new) in nats, of other
+            outputs the squared error over the mean square.
         sites: one entry for each module that adapters write to.
     """
 
     value: float
+    outputs: float
     sites: tuple[SiteDamage, ...]
 
     def __str__(self) -> str:
-        return f"predicted damage {self.value:.4f}"
+        return f"predicted damage {self.value:.4f}; the outputs moved by {self.outputs:.3f}"
 
     def _rows(self) -> list[list[str]]:
         ordered = sorted(self.sites, key=lambda site: -site.share * site.moved)
@@ -83,9 +89,11 @@ def predict_damage(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> 
     For each module s that adapters write to, with x what it reads, y what the backbone computes there and c what the
     adapters add, all in the adapted model and over all tokens except padding (Frobenius norms; ' is the new base):
 
-        value = mean over s of  (||c|| / ||y||) * (||x' - x|| / ||x||)
+        value = root mean square over s of  (||c|| / ||y||) * (||x' - x|| / ||x||)
 
-    A site counts by how much the adapters do there, and by how far what they read has moved.
+    A site counts by how much the adapters do there, and by how far what they read has moved. Of several formulas this
+    one ranked adapters and updates best by what they lost (`docs/results.md`). How far the outputs moved, which is
+    returned as well, ranks them as well or better, but does not say where.
 
     Args:
         old: the old base with the adapters attached, compact or with gates.
@@ -109,9 +117,13 @@ def predict_damage(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> 
             fix='ga.load_adapters(new, folder, base="updated") with the folder that was loaded on the old base',
         )
     sums: dict[Point, dict[str, float]] = {}
+    outputs: list[float] = []
     for batch in batches:
         _check_words(batch, old, new)
-        before, after = _recorded(pair[0], batch), _recorded(pair[1], batch)
+        (before, answer), (after, answer_new) = _recorded(pair[0], batch), _recorded(pair[1], batch)
+        hidden = getattr(answer, "logits", None) is None
+        moved = distance(logits_of(answer_new), logits_of(answer), padding_mask(batch), hidden=hidden)
+        outputs.append(float(moved))
         for point, (read, computed, added) in before.items():
             read_new, _, added_new = after[point]
             own = sums.setdefault(point, defaultdict(float))
@@ -130,7 +142,8 @@ def predict_damage(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> 
         SiteDamage(point.module, _ratio(own["c"], own["y"]), _ratio(own["dx"], own["x"]), _ratio(own["dc"], own["c"]))
         for point, own in sums.items()
     )
-    return Damage(sum(site.share * site.moved for site in sites) / len(sites), sites)
+    squares = fmean((site.share * site.moved) ** 2 for site in sites)
+    return Damage(math.sqrt(squares), fmean(outputs), sites)
 
 
 def _attached(model: nn.Module, name: str) -> Adapters:
@@ -152,8 +165,10 @@ def _sites(adapters: Adapters) -> list[Point]:
     return list(dict.fromkeys(site.write for site in sites if not site.at_weight))
 
 
-def _recorded(adapters: Adapters, batch: Batch) -> dict[Point, tuple[Tensor, Tensor, Tensor]]:
-    """Run a batch, and return what is read, computed and added at each point, (tokens, width) in float32."""
+def _recorded(adapters: Adapters, batch: Batch) -> tuple[dict[Point, tuple[Tensor, Tensor, Tensor]], Any]:
+    """Run a batch, and return what is read, computed and added at each point, (tokens, width) in float32; and the
+    model's output.
+    """
     model, modules, found = adapters.model, dict(adapters.model.named_modules()), dict[Point, list[Tensor]]()
     handles = []
     for point in _sites(adapters):
@@ -167,11 +182,11 @@ def _recorded(adapters: Adapters, batch: Batch) -> dict[Point, tuple[Tensor, Ten
     given = {key: value for key, value in batch.items() if key != "labels"}
     try:
         with undisturbed(model):
-            model(**{k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in given.items()})
+            output = model(**{k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in given.items()})
     finally:
         for handle in handles:
             handle.remove()
-    return {point: (read, computed, changed - computed) for point, (read, computed, changed) in found.items()}
+    return {point: (read, computed, changed - computed) for point, (read, computed, changed) in found.items()}, output
 
 
 class _Before:

@@ -22,6 +22,7 @@ from gatedadapters.masking.scores.losses import logits_of
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.supernet import NAME
 from gatedadapters.training.checked import check_finite_loss, check_vocabulary
+from gatedadapters.transfer.distance import distance, padding_mask
 from gatedadapters.transfer.shift import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -172,42 +173,6 @@ def teacher_outputs(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
     return [_output_of(model, batch).cpu() for batch in batches]
 
 
-def distance(output: Tensor, target: Tensor, mask: Tensor | None = None, *, hidden: bool = False) -> Tensor:
-    """How far a model's outputs are from a teacher's: a differentiable scalar, 0 where they are equal.
-
-    Classes and tokens: KL(teacher || model) in nats. A single number for each example, and hidden states: the squared
-    error over the teacher's mean square.
-
-    Args:
-        output: (..., classes), the model's logits, or (..., width), its hidden states.
-        target: the teacher's, of the same shape.
-        mask: (...), 1 for tokens that count and 0 for padding; one of another shape does not count.
-        hidden: whether the outputs are hidden states.
-
-    Raises:
-        DataError: the shapes differ.
-    """
-    if output.shape != target.shape:
-        raise DataError(
-            "the teacher's outputs are not those of this model for this batch",
-            expected=f"a tensor {tuple(output.shape)}",
-            got=f"{tuple(target.shape)}",
-            where="repair(teacher=)",
-            fix="give the old version of the same model, with the same heads, and the batches that it ran on",
-        )
-    output, target = output.float(), target.to(output.device).float()
-    if mask is None or mask.shape != output.shape[:-1]:
-        mask = output.new_ones(output.shape[:-1])
-    mask = mask.to(output)
-    if hidden or output.shape[-1] == 1:
-        error, size = (output - target).square().sum(-1) * mask, target.square().sum(-1) * mask
-        return error.sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
-    log_p, log_q = target.log_softmax(-1), output.log_softmax(-1)
-    p = log_p.exp()
-    each = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # of classes that a task lacks p is 0
-    return (each * mask).sum() / mask.sum().clamp(min=1)
-
-
 def _carried(model: nn.Module) -> Adapters:
     """The adapters of a model that can be repaired.
 
@@ -330,9 +295,8 @@ def _loss(model: nn.Module, batch: Batch, target: Tensor | None, step: int) -> T
             )
         parts.append(own)
     if target is not None:
-        mask = moved.get("decoder_attention_mask", moved.get("attention_mask"))
-        logits = getattr(output, "logits", None)
-        parts.append(distance(logits_of(output), target, mask, hidden=not isinstance(logits, Tensor)))
+        hidden = getattr(output, "logits", None) is None
+        parts.append(distance(logits_of(output), target, padding_mask(moved), hidden=hidden))
     loss = torch.stack(parts).sum()
     if not loss.requires_grad:
         raise TrainingError(

@@ -50,6 +50,12 @@ def test_damage_of_one_site_is_the_share_of_the_adapter_times_how_far_its_input_
     computed = before @ old.layers[1].mlp.down_proj.weight.detach().t()
     found = ga.predict_damage(old, new, [batch])
     (site,) = found.sites
+    answers = []
+    for model in (old, new):
+        with torch.no_grad():
+            answers.append(model(**batch).last_hidden_state[kept])
+    moved = float((answers[1] - answers[0]).square().sum() / answers[0].square().sum())
+    assert found.outputs == pytest.approx(moved, rel=1e-4)
     assert site.module == "layers.1.mlp.down_proj"
     assert site.share == pytest.approx(float(added.norm() / computed.norm()), rel=1e-4)
     assert site.moved == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
@@ -81,11 +87,17 @@ def test_an_update_that_changed_nothing_damages_nothing_and_a_larger_one_more(tm
             assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
             assert not recorders(model)
     nothing, small, large = found
-    assert nothing.value == 0
+    assert nothing.value == nothing.outputs == 0
+    assert large.value == pytest.approx(rms([site.share * site.moved for site in large.sites]))
+    assert small.outputs < large.outputs
     assert all(site.changed == 0 for site in nothing.sites)
     assert 0 < small.value < large.value
     kinds = {site.module for site in large.sites if site.share > 0}
     assert len(kinds) > 5
+
+
+def rms(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).square().mean().sqrt())
 
 
 def recorders(model: nn.Module) -> list[object]:

@@ -19,7 +19,7 @@ import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, AttachError, DataError, TrainingError
 from gatedadapters.testing.backbones import VOCABULARY, tiny
 from gatedadapters.transfer import teacher_outputs
-from gatedadapters.transfer.repairing import distance
+from gatedadapters.transfer.distance import distance
 
 LORA = ga.SearchSpace.parse({"paths": [{"kind": "lora", "rank": 2}]}, where="test")
 Batch = dict[str, Tensor]

@@ -31,8 +31,8 @@ PROBED = 4  # unlabelled batches that a prediction reads
 FORMULAS: dict[str, Callable[[Sequence[SiteDamage]], float]] = {
     "input moved": lambda sites: fmean(s.moved for s in sites),
     "contribution changed": lambda sites: fmean(s.changed for s in sites),
-    "share x input moved": lambda sites: fmean(s.share * s.moved for s in sites),
-    "share x contribution changed": lambda sites: fmean(s.share * s.changed for s in sites),
+    "share x input moved, mean": lambda sites: fmean(s.share * s.moved for s in sites),
+    "share x contribution changed, mean": lambda sites: fmean(s.share * s.changed for s in sites),
     "input moved, weighted by share": lambda sites: sum(s.share * s.moved for s in sites) / sum(s.share for s in sites),
 }
 SPACES: dict[str, ga.SearchSpace] = {
@@ -151,7 +151,11 @@ def trained(setting: Setting, given: Problem, cell: CarryCell, base: str, weaken
 def predicted(old: nn.Module, new: nn.Module, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What the library predicts, and what other formulas would say of the same sites."""
     found = ga.predict_damage(old, new, batches)
-    return {"predicted": found.value, **{name: formula(found.sites) for name, formula in FORMULAS.items()}}
+    return {
+        "predicted": found.value,
+        "outputs moved": found.outputs,
+        **{name: formula(found.sites) for name, formula in FORMULAS.items()},
+    }
 
 
 def run_carry(only: Sequence[str], limit: int | None) -> None:

@@ -67,7 +67,7 @@ def damage_table() -> str:
     if len(pairs) > 1:
         pairs["both"] = [result for results in pairs.values() for result in results]
     rows = []
-    for formula in ("predicted", *FORMULAS):
+    for formula in ("predicted", "outputs moved", *FORMULAS):
         row = []
         for results in pairs.values():
             rises = [result["new"]["loss"] - result["old"]["loss"] for result in results]
