@@ -70,7 +70,8 @@ class TransferResult:
         lines += [self.repairs.table(), ""]
         costs = [scores.direct - scores.old for scores in self.losses.scores]
         expected = Interval.of([found.value for found in self.damage])
-        lines.append(f"predicted damage {expected}; measured, in loss: {Interval.of(costs).text(signed=True)}")
+        answers = Interval.of([found.outputs for found in self.damage])
+        lines.append(f"predicted damage {expected}, outputs moved by {answers}; measured, in loss: {_signed(costs)}")
         if self.given is not None:
             lines.append(
                 f"the given adapter as saved: {self.given[0]:.3f} on the old base, {self.given[1]:.3f} on the new"
@@ -194,6 +195,10 @@ def _run_seed(
         folder=folder,
         train_transferable=transferable,
     )
+
+
+def _signed(values: list[float]) -> str:
+    return Interval.of(values).text(signed=True)
 
 
 def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
