@@ -6,8 +6,9 @@ import numpy as np
 
 from benchmarks.common.store import Result
 from benchmarks.common.tables import shown
-from benchmarks.studies.transfer.carry import FORMULAS, SHARES, carry_cells, damage_cells
+from benchmarks.studies.transfer.carry import CHOSEN_ON, FORMULAS, SHARES, carry_cells, damage_cells
 from benchmarks.studies.transfer.cells import STORE
+from benchmarks.studies.transfer.problems import PAIRS
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.transfer import recovery
 
@@ -62,10 +63,11 @@ def damage_table() -> str:
     for cell in dict.fromkeys(damage_cells()):
         found = STORE.read(cell.name)
         if found is not None:
-            pairs.setdefault(cell.setting, []).append(found)
+            chosen = cell.setting == PAIRS.name and cell.task in CHOSEN_ON and cell.kind == "lora"
+            pairs.setdefault("chosen on" if chosen else f"{cell.setting.split('-')[0]}, others", []).append(found)
     pairs = {name: results for name, results in pairs.items() if len(results) > 2}
     if len(pairs) > 1:
-        pairs["both"] = [result for results in pairs.values() for result in results]
+        pairs["all"] = [result for results in pairs.values() for result in results]
     rows = []
     for formula in ("predicted", "outputs moved", *FORMULAS):
         row = []

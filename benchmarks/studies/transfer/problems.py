@@ -27,8 +27,7 @@ from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passa
 from gatedadapters.transfer import simulate_update
 
 Batch = dict[str, Tensor]
-WORDS, TEXTS, HELD_OUT = 32, 1000, 750  # of a labelled task: word pieces a text, texts to learn from and held out
-BLOCK, HELD_OUT_BLOCKS = 64, 48  # of running text: tokens a block, blocks held out
+WORDS, BLOCK = 32, 64  # tokens of a labelled text, and of a block of running text
 TUNED = {"r8": 40}  # an update of our own: the encoder tuned in full on another task, for so many steps
 # steps and rate of continued pretraining on dialogue; each goes on from the one before
 PRETRAINED = {"small": (20, 3e-4), "medium": (40, 5e-4), "large": (80, 1e-3)}
@@ -44,6 +43,8 @@ class Setting:
         tasks: their names.
         steps: of a whole training.
         batch: examples a step.
+        texts: to learn from, of a labelled task; of running text there is as much as the corpus has.
+        held_out: texts or blocks that are measured on.
         probe: unlabelled examples in a batch that a prediction reads.
         rate: the common rate of all kinds of path.
     """
@@ -53,12 +54,36 @@ class Setting:
     tasks: tuple[str, ...]
     steps: int
     batch: int
+    texts: int
+    held_out: int
     probe: int
     rate: float = 1e-2
 
 
-ENCODER = Setting("minilm", ("real", "half", "twice", "r8"), ("newsgroups", "tweets", "rotten_tomatoes"), 80, 16, 16)
-DECODER = Setting("smollm2", ("medium", "small", "large"), ("indonesian", "tales"), 40, 4, 4)
+ENCODER = Setting(
+    "minilm",
+    ("real",),
+    ("newsgroups", "tweets", "rotten_tomatoes"),
+    steps=80,
+    batch=16,
+    texts=1000,
+    held_out=750,
+    probe=16,
+)
+# shorter trainings: many pairs of an adapter and an update
+PAIRS = Setting(
+    "minilm-pairs",
+    ("real", "half", "twice", "r8"),
+    ("newsgroups", "tweets", "medical_specialty", "subjectivity"),
+    steps=40,
+    batch=16,
+    texts=800,
+    held_out=400,
+    probe=16,
+)
+DECODER = Setting(
+    "smollm2", ("medium", "small", "large"), ("indonesian", "tales"), steps=40, batch=4, texts=0, held_out=48, probe=4
+)
 CORPORA = {"indonesian": "quran_indonesian", "tales": "grimm"}
 
 
@@ -102,12 +127,14 @@ class Problem:
 
 def problem(setting: Setting, task: str, seed: int) -> Problem:
     """The data of a seed, and the models."""
-    return _labelled(task, seed) if setting is ENCODER else _running(task, seed)
+    if setting is DECODER:
+        return _running(task, seed, setting.held_out)
+    return _labelled(task, seed, setting.texts, setting.held_out)
 
 
 @functools.lru_cache(maxsize=1)
-def _labelled(name: str, seed: int) -> Problem:
-    task = load_task(name, train=TEXTS, validation=100, test=HELD_OUT, seed=seed)
+def _labelled(name: str, seed: int, texts: int, count: int) -> Problem:
+    task = load_task(name, train=texts, validation=100, test=count, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm-l6"))
     pad = MixedTaskCollator(tokenizer)
 
@@ -125,11 +152,11 @@ def _labelled(name: str, seed: int) -> Problem:
 
 
 @functools.lru_cache(maxsize=1)
-def _running(name: str, seed: int) -> Problem:
+def _running(name: str, seed: int, count: int) -> Problem:
     tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2"))
     passages = [Passage(text) for text in load_corpus(CORPORA[name])]
     learned, kept = (LanguageDataset(side, tokenizer, BLOCK) for side in split_examples(passages, 0.15, seed=0))
-    blocks = [kept[int(i)] for i in np.linspace(0, len(kept) - 2, HELD_OUT_BLOCKS)]
+    blocks = [kept[int(i)] for i in np.linspace(0, len(kept) - 2, count)]
     collate = LanguageCollator(tokenizer)
     held_out = [collate(blocks[i : i + 8]) for i in range(0, len(blocks), 8)]
 
@@ -166,7 +193,7 @@ def _tuned(name: str) -> Path:
         if not file.exists():
             from safetensors.torch import save_file
 
-            given = _labelled.__wrapped__(name, 0)
+            given = _labelled.__wrapped__(name, 0, PAIRS.texts, PAIRS.held_out)
             model = given.build("old")
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
             model.train()
