@@ -112,11 +112,12 @@ def repair(
     If anything fails, the model and the adapters are as they were before.
     """
     adapters = _carried(model)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    given: Any = steps
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise TrainingError(
             "a repair takes steps",
             expected="a whole number of at least 1",
-            got=repr(steps),
+            got=repr(given),
             where="repair(steps=)",
             fix="a tenth of the steps of the first training is a good start",
         )
