@@ -1,9 +1,9 @@
 """Models whose weights are spread over several processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-The backbone is sharded. What the library adds to it is not: every process holds all adapters, gates and tuned values.
-They are a few percent of the backbone, structures and folds need them whole, and FSDP would round gates to the type of
-its mixed precision. So `replicate` hides them from `fully_shard`, whether it is called before or after `attach`, and
-`EndOfBackward` gives their gradients the mean over all processes, as DistributedDataParallel does.
+The backbone is sharded, and the values of a sparse delta with it, see `masking.tuned`. Adapters and gates are not:
+every process holds all of them. They are a few percent of the backbone, structures and folds need them whole, and FSDP
+would round gates to the type of its mixed precision. So `replicate` hides what the library adds from `fully_shard`,
+whether it is called before or after `attach`, and gradients are exchanged at the `EndOfBackward`.
 
 What is done with a sharded weight outside a forward pass is done on all processes together: `whole` gathers it.
 """
@@ -25,7 +25,7 @@ from gatedadapters.errors import AttachError, GatedAdaptersError, TrainingError
 if dist.is_available():
     from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 T = TypeVar("T")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
@@ -119,6 +119,23 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     placed: Tensor = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
     return placed
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A value that every process holds whole, as a tensor of which each keeps an equal share, over the processes of
+    `like`, which is sharded.
+    """
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    spread: Tensor = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return spread
+
+
+def mean_of(value: Tensor, like: Tensor) -> Tensor:
+    """The mean over the processes of what each holds whole, spread over them as `like` is; all call this."""
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    summed = DTensor.from_local(value / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    spread: Tensor = summed.redistribute(placements=placements)
+    return spread
 
 
 def rows_held(tensor: Tensor) -> tuple[int, int]:
@@ -289,24 +306,15 @@ def _short(text: str) -> str:
 
 
 class EndOfBackward:
-    """At the end of each backward pass, gives replicated parameters the mean of all processes' gradients.
-
-    Micro-batches may follow each other: the mean of gradients that are equal already is what they are. A parameter
-    without a gradient on every process keeps none.
+    """Exchanges gradients between the processes at the end of each backward pass.
 
     Args:
         groups: see `groups_of`.
-        parameters: gives the parameters that may have a gradient, the same on every process.
-        then: called when the gradients are exchanged.
+        exchange: called then, on every process.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Any],
-        parameters: Callable[[], Sequence[nn.Parameter]],
-        then: Callable[[], None] | None = None,
-    ) -> None:
-        self.groups, self.parameters, self.then = groups, parameters, then
+    def __init__(self, groups: Sequence[Any], exchange: Callable[[], None]) -> None:
+        self.groups, self.exchange = groups, exchange
         self._backward = -1
 
     def follow(self, output: Any) -> bool:
@@ -320,30 +328,43 @@ class EndOfBackward:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+            torch.autograd.Variable._execution_engine.queue_callback(self.exchange)
 
-    def _ends(self) -> None:
-        self.average()
-        if self.then is not None:
-            self.then()
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Exchange the gradients."""
-        parameters = self.parameters()
-        if not parameters:
-            return
-        home = parameters[0].device
-        held = torch.tensor([float(p.grad is not None) for p in parameters], device=home)
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
-        flat = torch.cat([held, *parts])
-        for group in self.groups:
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
-        shares, values = flat[: len(held)].tolist(), flat[len(held) :].split([p.numel() for p in parameters])
-        for parameter, share, value in zip(parameters, shares, values, strict=True):
-            if share:
-                parameter.grad = value.view_as(parameter).to(parameter.dtype).clone()
+def anywhere(flags: Sequence[Tensor], groups: Sequence[Any], home: torch.device) -> list[bool]:
+    """Which of the flags, scalar tensors, is set on any process of the groups."""
+    if not flags:
+        return []
+    found = torch.stack([flag.to(home) for flag in flags]).int()
+    for group in groups:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in found.tolist()]  # the one host read
+
+
+@torch.no_grad()
+def average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+    """Give replicated parameters the mean of all processes' gradients, as DistributedDataParallel does.
+
+    Micro-batches may follow each other: the mean of gradients that are equal already is what they are. A parameter
+    without a gradient on every process keeps none.
+
+    Args:
+        parameters: those that may have a gradient, the same on every process.
+        groups: see `groups_of`.
+    """
+    if not parameters:
+        return
+    home = parameters[0].device
+    held = torch.tensor([float(p.grad is not None) for p in parameters], device=home)
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
+    flat = torch.cat([held, *parts])
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+    shares, values = flat[: len(held)].tolist(), flat[len(held) :].split([p.numel() for p in parameters])
+    for parameter, share, value in zip(parameters, shares, values, strict=True):
+        if share:
+            parameter.grad = value.view_as(parameter).to(parameter.dtype).clone()
 
 
 # -- what is not supported ---------------------------------------------------------------------------------------------

@@ -229,7 +229,16 @@ class CheckedTrainer(Trainer):
         delta = find_delta(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._follow_sharding()
+        return prepared
+
+    def _follow_sharding(self) -> None:
+        """Once the model is sharded, let a sparse delta follow, and the optimiser learn what stands for its values."""
+        delta = find_delta(cast(nn.Module, self.model))
+        replaced = {} if delta is None else delta.follow_sharding()
+        for group in self.optimizer.param_groups if replaced else ():
+            group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Leave it to `EndOfBackward`, which exchanges all gradients at once, where the Trainer exchanges each."""
@@ -255,6 +264,7 @@ class CheckedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         all_must(lambda: check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled))
         all_must(lambda: self._check_checkpoint(resume_from_checkpoint))
+        self._follow_sharding()
         if self.sharded:
             self._load_trained(resume_from_checkpoint)
         else:

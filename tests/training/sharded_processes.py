@@ -259,7 +259,7 @@ def tuned() -> dict[str, Any]:
         (model(**own_batch(rows, step)).loss * WORLD).backward()
         optimizer.step()
         optimizer.zero_grad()
-    values = {name: part.values.detach().clone() for name, part in delta.items()}
+    values = {name: whole(part.values.detach()).clone() for name, part in delta.items()}
     written = {name: part.present().clone() for name, part in delta.items()}
     model.eval()
     logits = logits_of(model, rows)
@@ -284,7 +284,7 @@ def tuned_by_trainer(folder: Path) -> dict[str, Any]:
         model, args, train_dataset=continued(24), general_dataset=continued(8), selection=selection
     )
     trainer.train()
-    return {name: part.values.detach().clone() for name, part in trainer.delta.items()}
+    return {name: whole(part.values.detach()).clone() for name, part in trainer.delta.items()}
 
 
 def _masked_before_sharding() -> None:
