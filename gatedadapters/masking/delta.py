@@ -271,7 +271,9 @@ class SparseDelta(nn.Module, StepListener):
             check_finite(tensors, where=folder, fix=fix)
 
         def write() -> None:
-            with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
+            with whole_folder(
+                folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None, together=in_a_group()
+            ) as new:
                 written = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
                 self.mask.write(new, {VALUES: written})
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from gatedadapters.errors import AttachError, GatedAdaptersError, TrainingError
@@ -379,12 +380,34 @@ def check_layout_of_weights(model: nn.Module, *, attached: bool = False) -> None
 
     Raises:
         AttachError: by DeepSpeed ZeRO-3, by FSDP of the first version, or by a tensor-parallel plan; or FSDP's
-            checkpointing was applied, or weights are to be loaded on the first process alone.
+            checkpointing was applied, weights are to be loaded on the first process alone, or they are quantised in a
+            way that FSDP2 cannot shard.
     """
     for found, message, fix in _unsupported(model, attached):
         raise AttachError(
             message, expected="weights that are whole, or sharded with FSDP2", got=found, where="the model", fix=fix
         )
+    if is_sharded(model):
+        check_shardable(model)
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Check that FSDP2 can shard the weights, if they are quantised: the 4-bit values of bitsandbytes alone.
+
+    Raises:
+        AttachError: it cannot shard them; names the first one.
+    """
+    for name, parameter in model.named_parameters():
+        parts = is_traceable_wrapper_subclass(parameter) and not is_shard(parameter)
+        if parts or parameter.dtype == torch.int8:
+            raise AttachError(
+                "FSDP2 cannot shard these quantised weights",
+                expected="weights in floating point, or in the 4 bits of bitsandbytes",
+                got=f"{type(parameter).__name__}, {parameter.dtype}",
+                where=name,
+                fix="load with BitsAndBytesConfig(load_in_4bit=True) or without quantisation; or train without FSDP, "
+                "which one process for each device (DistributedDataParallel) does",
+            )
 
 
 def _unsupported(model: nn.Module, attached: bool) -> Iterator[tuple[str, str, str]]:
@@ -402,6 +425,9 @@ def _unsupported(model: nn.Module, attached: bool) -> Iterator[tuple[str, str, s
     if not attached and any(_CHECKPOINT_WRAPPER in f"{name}." for name, _ in model.named_modules()):
         message = "FSDP's activation checkpointing has put wrappers between the blocks and their names"
         yield "CheckpointWrapper", message, "attach before accelerator.prepare, or use gradient_checkpointing_enable()"
+    if not attached and is_sharded(model) and any(getattr(m, "quant_state", None) is not None for m in model.modules()):
+        message = "4-bit weights that are sharded already do not run outside of the model, which attaching has to try"
+        yield "quant_state beside shards", message, "attach first, then shard (a Trainer does)"
     if _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         message = "the weights are loaded on the first process alone, so that the others attach to another backbone"
         fix = "fsdp_cpu_ram_efficient_loading: false; what does not fit in memory is loaded with a DistributedConfig"

@@ -28,7 +28,15 @@ from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key, is_new
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
-from gatedadapters.runtime.sharding import all_must, check_alike, is_sharded, on_first, plain_name, whole
+from gatedadapters.runtime.sharding import (
+    all_must,
+    check_alike,
+    check_shardable,
+    is_sharded,
+    on_first,
+    plain_name,
+    whole,
+)
 from gatedadapters.runtime.steps import CLOCK, unwrapped
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
@@ -227,6 +235,8 @@ class CheckedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         delta = find_delta(cast(nn.Module, self.model))
+        if self.is_fsdp_enabled:
+            check_shardable(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]

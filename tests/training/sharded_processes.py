@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from accelerate.utils import DistributedType
 from recipes import SOON, SPACE, arguments, continued, gated_causal, gated_classifier, labelled, trained, with_dropout
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.errors import GatedAdaptersError
-from gatedadapters.runtime.sharding import whole
+from gatedadapters.runtime.sharding import local, reshard, whole
 from gatedadapters.testing import tiny
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,6 +57,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
     "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
 }
+HAS_4_BITS = find_spec("bitsandbytes") is not None
 SCORES = ("taylor", "magnitude", "random", "synaptic", "fisher")
 
 
@@ -80,6 +82,7 @@ def by_hand(
     after: bool = False,
     checkpointed: bool = False,
     heads: Any = None,
+    rate: float = 1e-2,
     **options: Any,
 ) -> dict[str, Any]:
     """A search in a plain loop, pruned after four of its six steps; then compacted, merged and unmerged."""
@@ -95,7 +98,7 @@ def by_hand(
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its older name
         getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     adapters.set_penalty(ga.Budget(fraction=0.3), schedule=SOON, total_steps=STEPS)
-    optimizer = torch.optim.AdamW(adapters.parameter_groups(1e-2, gate_learning_rate=0.5))
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(rate, gate_learning_rate=0.5))
     rows, gradients, fixed = continued(ROWS * STEPS), [], []
     model.train()
     for step in range(STEPS):
@@ -127,6 +130,13 @@ def by_hand(
         "unmerged": logits_of(model, rows),
         "share of a block's weights here": shares,
     }
+
+
+def halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch in two micro-batches; one of a single example as it is."""
+    count = len(batch["input_ids"])
+    split = [slice(count // 2), slice(count // 2, None)] if count > 1 else [slice(None)]
+    return [{name: value if value.dim() == 0 else value[part] for name, value in batch.items()} for part in split]
 
 
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> Tensor:
@@ -256,9 +266,11 @@ def tuned() -> dict[str, Any]:
     rows = continued(ROWS * STEPS)
     model.train()
     for step in range(STEPS):
-        (model(**own_batch(rows, step)).loss * WORLD).backward()
+        for micro_batch in halves(own_batch(rows, step)):
+            (model(**micro_batch).loss * WORLD).backward()
         optimizer.step()
         optimizer.zero_grad()
+    shares = [local(part.values).numel() / part.values.numel() for part in delta.parts()]
     values = {name: whole(part.values.detach()).clone() for name, part in delta.items()}
     written = {name: part.present().clone() for name, part in delta.items()}
     model.eval()
@@ -266,7 +278,8 @@ def tuned() -> dict[str, Any]:
     delta.remove()
     after_removal = {name: whole(p.detach()) for name, p in model.named_parameters()}
     restored = all(torch.equal(before[name], value) for name, value in after_removal.items())
-    return {"values": values, "written": written, "logits": logits, "restored": restored}
+    found = {"values": values, "written": written, "logits": logits, "restored": restored}
+    return found | {"largest share": max(shares)}
 
 
 def tuned_by_trainer(folder: Path) -> dict[str, Any]:
@@ -292,6 +305,19 @@ def _masked_before_sharding() -> None:
     ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.1))
     shard(model)
     model.train()(**own_batch(continued(ROWS), 0))
+
+
+def _changed_on_one() -> None:
+    model, _ = tiny("llama", head="lm")
+    shard(model)
+    delta = ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.1))
+    model(**own_batch(continued(ROWS), 0)).loss.backward()
+    if RANK:
+        reshard(model)
+        with torch.no_grad():
+            for part in delta.parts():
+                local(part.weight).add_(1.0)
+    torch.optim.AdamW(delta.parameters(), lr=1e-2).step()
 
 
 def allocated() -> Any:
@@ -333,8 +359,40 @@ def frozen_head(folder: Path) -> list[float]:
     """Losses of a classifier whose head is not trained."""
     model, _ = tiny("bert", head="classification")
     ga.attach(with_dropout(model, 0.0), SPACE, heads=())
-    trainer = through_accelerate(folder / f"frozen head {WORLD}", model, labelled([24]), max_steps=4)
+    changes: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    trainer = through_accelerate(folder / f"frozen head {WORLD}", model, labelled([24]), **changes)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save_wide(folder: Path) -> None:
+    """A model that is wide enough for blocks of 64 values."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+    tiny("llama", head="lm", **sizes)[0].save_pretrained(folder / "wide")
+
+
+def quantised(folder: Path, **options: Any) -> Any:
+    """That model, quantised by bitsandbytes."""
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **options)
+    return LlamaForCausalLM.from_pretrained(folder / "wide", quantization_config=config)
+
+
+def in_4_bits(folder: Path, place: Path) -> dict[str, Any]:
+    """A search over 4-bit weights."""
+    model = quantised(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ga.attach(model, SPACE)
+    return trainer_outcome(through_accelerate(place / f"4 bits on {WORLD}", model, continued(24), max_steps=6))
+
+
+def _in_8_bits(folder: Path) -> None:
+    model = quantised(folder, load_in_8bit=True)
+    ga.attach(model, SPACE)
+    through_accelerate(folder / "8 bits", model, continued(24))
+
+
+def _attached_to_4_bits(folder: Path) -> None:
+    model = quantised(folder, load_in_4bit=True)
+    shard(model)
+    ga.attach(model, SPACE)
 
 
 def _differently(**options: Any) -> None:
@@ -425,6 +483,9 @@ def failures(folder: Path) -> dict[str, Callable[[], None]]:
         "tensor parallel": _tensor_parallel,
         "wrapped": _wrapped,
         "masked before sharding": _masked_before_sharding,
+        "changed on one": _changed_on_one,
+        **({"8 bits": lambda: _in_8_bits(folder)} if HAS_4_BITS else {}),
+        **({"attached after 4 bits were sharded": lambda: _attached_to_4_bits(folder)} if HAS_4_BITS else {}),
     }
 
 
@@ -458,6 +519,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         "allocated": allocated,
         "joint": lambda: joint(folder),
         "frozen head": lambda: frozen_head(folder),
+        **({"4 bits": lambda: in_4_bits(folder, folder)} if HAS_4_BITS else {}),
         **{name: partial(error_of, run) for name, run in failures(folder).items()},
     }
 
