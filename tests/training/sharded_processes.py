@@ -170,7 +170,7 @@ def through_accelerate(
     folder: Path, model: Any, data: Any, *, resume: Path | None = None, config: Any = None, **changes: Any
 ) -> ga.GatedTrainer:
     """A trained `GatedTrainer`; on several processes, sharded by accelerate."""
-    settings: dict[str, Any] = {"max_steps": 8, "optim": "adamw_torch", **changes}
+    settings: dict[str, Any] = {"max_steps": 8, **changes}
     if WORLD > 1:
         settings["fsdp"] = True
         settings["fsdp_config"] = {"transformer_layer_cls_to_wrap": block_classes(model), **(config or {})}
@@ -282,11 +282,13 @@ def tuned() -> dict[str, Any]:
     return found | {"share of the values here": share}
 
 
-def tuned_by_trainer(folder: Path) -> dict[str, Any]:
-    """A `SelectiveTrainer` that selects, is sharded by accelerate, and saves."""
+def tuned_by_trainer(folder: Path, resume: Path | None = None) -> dict[str, Any]:
+    """A `SelectiveTrainer` that selects, is sharded by accelerate, and saves; or that resumes from a checkpoint."""
     model, _ = tiny("llama", head="lm")
     with_dropout(model, 0.0)
-    settings: dict[str, Any] = {"max_steps": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {"max_steps": 4}
+    if resume is None:
+        settings |= {"save_strategy": "steps", "save_steps": 2}
     if WORLD > 1:
         settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": block_classes(model)}}
     args = arguments(folder / f"tuned on {WORLD}", per_device_train_batch_size=ROWS // WORLD, **settings)
@@ -296,7 +298,7 @@ def tuned_by_trainer(folder: Path) -> dict[str, Any]:
     trainer = ga.SelectiveTrainer(
         model, args, train_dataset=continued(24), general_dataset=continued(8), selection=selection
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return {name: whole(part.values.detach()).clone() for name, part in trainer.delta.items()}
 
 
@@ -506,6 +508,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
             "resumed 2": lambda: resumed(folder, 2),
             "mask taylor": lambda: masks("taylor"),
             "tuned": tuned,
+            "tuned, resumed": lambda: tuned_by_trainer(folder / "resumed", folder / "tuned on 2" / "checkpoint-2"),
         }
     return {
         **{name: partial(by_hand, **options) for name, options in ORDERS.items()},
@@ -516,6 +519,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         **{f"mask {kind}": partial(masks, kind) for kind in SCORES},
         "tuned": tuned,
         "tuned by the trainer": lambda: tuned_by_trainer(folder),
+        "tuned, resumed": lambda: tuned_by_trainer(folder / "resumed", folder / "tuned on 2" / "checkpoint-2"),
         "allocated": allocated,
         "joint": lambda: joint(folder),
         "frozen head": lambda: frozen_head(folder),

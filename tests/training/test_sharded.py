@@ -179,6 +179,13 @@ def test_a_selective_trainer_is_sharded_by_accelerate(two: Any, folder: Path, tm
     assert_same({name: part.values.detach() for name, part in loaded.items()}, two[0]["tuned by the trainer"])
 
 
+def test_a_delta_resumes_bit_for_bit_and_on_another_number_of_processes(two: Any, four: Any) -> None:
+    for shared in two:
+        assert_same(shared["tuned, resumed"], two[0]["tuned by the trainer"])
+    for shared in four:
+        assert_same(shared["tuned, resumed"], two[0]["tuned by the trainer"], rtol=1e-3, atol=1e-4)
+
+
 def test_a_sharded_probe_allocates_what_one_process_does(two: Any) -> None:
     single = own.allocated()
     assert [shared["allocated"] for shared in two] == [single] * 2
