@@ -247,7 +247,7 @@ class CheckedTrainer(Trainer):
         """Once the model is sharded, let a sparse delta follow, and the optimiser learn what stands for its values."""
         delta = find_delta(cast(nn.Module, self.model))
         replaced = {} if delta is None else delta.follow_sharding()
-        for group in self.optimizer.param_groups if replaced else ():
+        for group in cast(torch.optim.Optimizer, self.optimizer).param_groups if replaced else ():
             group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
