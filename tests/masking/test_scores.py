@@ -310,3 +310,21 @@ def test_a_score_of_ones_own_is_registered_by_its_kind() -> None:
         assert float(found[found.names[-1]].max()) == len(found) - 1
     finally:
         package._KINDS.pop("depth")
+
+
+def test_consistency_is_the_product_of_the_mean_gradients_of_two_halves() -> None:
+    model, batch = tiny("llama", head="lm")
+    model = in_double(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 20, (2, 6), generator=generator)} for _ in range(5)]
+    found = ga.score(model, batches, kind="consistency")
+    parameters = dict(model.named_parameters())
+    halves = []
+    for half in (batches[::2], batches[1::2]):
+        loss = torch.stack([task_losses(model, b).mean() for b in half]).mean()
+        halves.append(torch.autograd.grad(loss, list(parameters.values())))
+    products = {name: a * b for name, a, b in zip(parameters, *halves, strict=True)}
+    assert any(bool((product < 0).any()) for product in products.values())
+    assert_close(found, {name: product.clamp(min=0) for name, product in products.items()})
+    with pytest.raises(MaskError, match="at least two batches"):
+        ga.score(model, batches[:1], kind="consistency")

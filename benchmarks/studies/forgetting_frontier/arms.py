@@ -17,7 +17,6 @@ from benchmarks.common.store import SCRATCH
 from benchmarks.studies.forgetting_frontier.cells import Cell
 from benchmarks.studies.forgetting_frontier.problem import Batch, Problem
 from benchmarks.studies.placement.precision import autocast
-from gatedadapters.masking.scores.losses import task_losses
 
 SCORED = 8  # batches that importance is measured on, of each kind of text
 RANK, LAST, EWC_WEIGHT = 8, 4, 1e4
@@ -58,8 +57,9 @@ class Arm:
 
 
 def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss of the blocks."""
-    return task_losses(model, batch).mean()
+    """Mean loss per token."""
+    loss: Tensor = model(**batch).loss
+    return loss
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def prepared(problem: Problem, cell: Cell) -> Iterator[Arm]:
             _search(problem, cell, found)
             undo = lambda: _detach_all(model)
         elif arm == "osft":
-            subspace = ga.apply_subspace(model, protect=cell.protect, exclude=_fixed(model))
+            subspace = ga.apply_subspace(model, protect=cell.protect)
             found.parameters, undo = list(subspace.parameters()), subspace.remove
         elif arm in ("full", "slow", "replay", "talr", "ewc", "last"):
             _whole(problem, cell, found)

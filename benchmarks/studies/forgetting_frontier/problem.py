@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from benchmarks.studies.forgetting.problems import choice_scores, stream
 from benchmarks.studies.placement.precision import autocast
 from gatedadapters.data.bundled import load_choices, load_corpus, load_smollm2
 from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_examples
-from gatedadapters.masking.scores.losses import task_losses
 
 BATCH, BLOCK = 4, 128  # blocks a step, tokens of a block
 HELD_OUT = 32  # blocks of each kind of text
@@ -53,14 +53,16 @@ class Problem:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def measured(self) -> dict[str, list[float]]:
-        """The loss per token of every held-out block, by kind of text."""
+    def measured(self) -> dict[str, float]:
+        """The loss per token of held-out text, by kind. Blocks are equally long."""
         self.model.eval()
-        with autocast():
-            return {
-                kind: torch.cat([task_losses(self.model, batch) for batch in batches]).double().tolist()
-                for kind, batches in self.held_out.items()
-            }
+        found = {}
+        for kind, batches in self.held_out.items():
+            sizes = [len(batch["input_ids"]) for batch in batches]
+            with autocast():
+                losses = [float(self.model(**batch).loss) for batch in batches]
+            found[kind] = sum(map(operator.mul, losses, sizes)) / sum(sizes)
+        return found
 
 
 @functools.cache

@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ def fitted(model: nn.Module, arm: Arm, rate: float, steps: int) -> Any:
 
 def measured(problem: Problem, cell: Cell) -> dict[str, Any]:
     """Mean losses on held-out text, and with `choices` accuracy and loss on questions."""
-    found: dict[str, Any] = {kind: round(fmean(losses), 6) for kind, losses in problem.measured().items()}
+    found: dict[str, Any] = {kind: round(loss, 6) for kind, loss in problem.measured().items()}
     if cell.choices:
         with autocast():
             found["choices"] = problem.choices()
