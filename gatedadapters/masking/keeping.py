@@ -29,9 +29,9 @@ STRETCH = 10.0  # most that the free share changes from one try to the next
 class TuningTrial:
     """How the tuning to come is tried out, to find the share of elements that it may move; see `select`.
 
-    A try applies a mask, trains with AdamW at a rate that falls linearly, measures, and takes everything back. It should
-    be like the training to come: the same rate and batches, and as many steps if that can be afforded. A shorter try
-    stands for the whole training by assuming that the general loss rises in proportion to the steps.
+    A try applies a mask, trains with AdamW at a rate that falls linearly, measures, and takes everything back. It
+    should be like the training to come: the same rate and batches, and as many steps if that can be afforded. A shorter
+    try stands for the whole training by assuming that the general loss rises in proportion to the steps.
 
     Attributes:
         model: the model that was scored.

@@ -15,8 +15,17 @@ from torch.utils.data import DataLoader
 
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
-from gatedadapters.masking import Mask, SparseDelta, SubspaceDelta, TuningTrial, apply_mask, apply_subspace, get_delta
-from gatedadapters.masking import score, select
+from gatedadapters.masking import (
+    Mask,
+    SparseDelta,
+    SubspaceDelta,
+    TuningTrial,
+    apply_mask,
+    apply_subspace,
+    get_delta,
+    score,
+    select,
+)
 from gatedadapters.masking.delta import NAME, find_delta
 from gatedadapters.masking.scores import score_class
 from gatedadapters.masking.scores.losses import task_losses
@@ -70,8 +79,8 @@ class SelectiveTrainer(CheckedTrainer):
     trained. Checkpoints hold only what is trained; each folder that it writes also holds the delta, for `load_delta`. A
     run resumes only with the mask of its checkpoint; selection gives the same mask again for equal data and seed.
 
-    With `subspace`, whole matrices are trained in their small singular directions instead (`apply_subspace`); nothing is
-    scored or selected then.
+    With `subspace`, whole matrices are trained in their small singular directions instead (`apply_subspace`); nothing
+    is scored or selected then.
 
     Args:
         *args: arguments of the Trainer, as it takes them: a model that computes a loss from a batch with labels,
@@ -86,8 +95,8 @@ class SelectiveTrainer(CheckedTrainer):
         **kwargs: more arguments of the Trainer.
 
     Raises:
-        TrainingError: there is neither general data nor a mask nor a subspace, a target for general text is given but no
-            held-out general data, the model has adapters, or the arguments cannot give a correct result.
+        TrainingError: there is neither general data nor a mask nor a subspace, a target for general text is given but
+            no held-out general data, the model has adapters, or the arguments cannot give a correct result.
     """
 
     def __init__(

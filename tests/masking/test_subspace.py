@@ -77,8 +77,10 @@ def test_what_peft_trains_lies_in_the_same_directions_and_is_all_of_them(shape: 
     torch.testing.assert_close(free.project(change), change, rtol=1e-4, atol=1e-5)
     every = torch.eye(rows * columns).view(-1, rows, columns)
     projections = torch.stack([free.project(one) for one in every]).flatten(1)
-    assert np.linalg.matrix_rank(projections.numpy(), tol=1e-4) == free.params == (rows - protected) * (
-        columns - protected
+    assert (
+        np.linalg.matrix_rank(projections.numpy(), tol=1e-4)
+        == free.params
+        == (rows - protected) * (columns - protected)
     )
 
 

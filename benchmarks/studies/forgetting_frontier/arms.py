@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,29 +65,28 @@ def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
 @contextmanager
 def prepared(problem: Problem, cell: Cell) -> Iterator[Arm]:
     """The arm of a cell within the problem's model; everything is undone afterwards."""
-    problem.reset()
     model, arm = problem.model, cell.arm
-    found = Arm([], problem.domain(cell.seed), plain_loss)
-    undo: Callable[[], object] = lambda: None
-    try:
+    problem.reset()
+    with ExitStack() as undone:
+        undone.callback(problem.reset)
+        found = Arm([], problem.domain(cell.seed), plain_loss)
         if arm in SPACES:
-            adapters = _attached(model, SPACES[arm], cell.seed)
-            found.parameters, undo = list(adapters.weight_parameters()), lambda: ga.detach(model)
+            found.parameters = list(_attached(model, SPACES[arm], cell.seed).weight_parameters())
+            undone.callback(ga.detach, model)
         elif arm in ("gates", "joint"):
+            undone.callback(_take_out, model)
             _search(problem, cell, found)
-            undo = lambda: _detach_all(model)
         elif arm == "osft":
             subspace = ga.apply_subspace(model, protect=cell.protect)
-            found.parameters, undo = list(subspace.parameters()), subspace.remove
+            found.parameters = list(subspace.parameters())
+            undone.callback(subspace.remove)
         elif arm in ("full", "slow", "replay", "talr", "ewc", "last"):
             _whole(problem, cell, found)
         else:
             delta = ga.apply_mask(model, mask_of(problem, cell))
-            found.parameters, undo = list(delta.parameters()), delta.remove
+            found.parameters = list(delta.parameters())
+            undone.callback(delta.remove)
         yield found
-    finally:
-        undo()
-        problem.reset()
 
 
 def _whole(problem: Problem, cell: Cell, found: Arm) -> None:
@@ -151,8 +150,9 @@ def _search(problem: Problem, cell: Cell, found: Arm) -> None:
     found.finish, found.at_once = adapters.compact, True
 
 
-def _detach_all(model: nn.Module) -> None:
-    ga.detach(model)
+def _take_out(model: nn.Module) -> None:
+    if hasattr(model, "gated_adapters"):
+        ga.detach(model)
     if hasattr(model, "sparse_delta"):
         ga.get_delta(model).remove()
 

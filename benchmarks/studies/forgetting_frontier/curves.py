@@ -64,9 +64,7 @@ def areas(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float]:
     return means[0], means[1]
 
 
-def paired(
-    first: Frontier, second: Frontier, value: Callable[[Sequence[Run], Sequence[Run]], float]
-) -> list[float]:
+def paired(first: Frontier, second: Frontier, value: Callable[[Sequence[Run], Sequence[Run]], float]) -> list[float]:
     """`value` of every seed that both arms have, without those for which it is nan."""
     found = [value(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
     return [number for number in found if not np.isnan(number)]
