@@ -26,6 +26,9 @@ from benchmarks.studies.continual import cells as continual_cells
 from benchmarks.studies.continual import table as continual_table
 from benchmarks.studies.forgetting import cells as forgetting_cells
 from benchmarks.studies.forgetting import table as forgetting_table
+from benchmarks.studies.forgetting_frontier import cells as frontier_cells
+from benchmarks.studies.forgetting_frontier import curves
+from benchmarks.studies.forgetting_frontier import table as frontier_table
 from benchmarks.studies.search_quality import cells as quality_cells
 from benchmarks.studies.search_quality import table as quality_table
 from benchmarks.studies.transfer import cells as transfer_cells
@@ -247,6 +250,61 @@ def test_table_pairs_seeds(elsewhere: Callable[[Store], Store], monkeypatch: pyt
     row = next(line for line in quality_table.table().splitlines() if "| random |" in line)
     assert "| 4 |" in row
     assert "+2.0 ± 0.0" in row
+
+
+# -- the forgetting frontier -------------------------------------------------------------------------------------------
+
+START = {"domain": 4.0, "news": 3.0, "fiction": 3.5}
+
+
+def losses(learned: float, lost: float) -> dict[str, float]:
+    return {"domain": 4.0 - learned, "news": 3.0 + lost - 0.1, "fiction": 3.5 + lost + 0.1}
+
+
+def test_an_arm_is_as_good_as_its_best_rate_at_each_loss_on_the_domain() -> None:
+    slow = curves.run_of({"10": losses(0.2, 0.01), "20": losses(0.4, 0.03)}, START)
+    fast = curves.run_of({"20": losses(1.0, 0.2), "10": losses(0.5, 0.1), "40": losses(0.9, 0.9)}, START)
+    assert np.allclose(fast, [(0, 0), (0.5, 0.1), (1.0, 0.2)])  # the rest was learned for less before
+    assert curves.lost_at([slow, fast], 0.3) == pytest.approx(0.02)
+    assert curves.lost_at([slow, fast], 0.75) == pytest.approx(0.15)
+    assert np.isnan(curves.lost_at([slow, fast], 1.1))
+
+
+def test_the_area_between_two_curves_is_taken_over_what_both_learn() -> None:
+    one = [curves.run_of({"1": losses(1.0, 0.1)}, START)]
+    other = [curves.run_of({"1": losses(0.5, 0.1)}, START)]
+    first, second = curves.areas(one, other)
+    assert (first, second) == pytest.approx((0.025, 0.05))
+    assert all(np.isnan(curves.areas(one, [[(0.0, 0.0)]])))
+
+
+def test_frontiers_are_paired_by_seed(elsewhere: Callable[[Store], Store]) -> None:
+    store = elsewhere(frontier_cells.STORE)
+    store.write("indonesian-start", {"start": "indonesian", "points": {"0": START}})
+    for seed in range(3):
+        for arm, share, lost in (("fisher", 0.95, 0.05), ("random", 0.95, 0.1), ("lora", 0.0, 0.1)):
+            if (arm, seed) != ("lora", 2):  # it must not enter the pairs
+                cell = frontier_cells.Cell("indonesian", arm, 1e-3, seed, share)
+                points = {"40": losses(1.0, lost * (1 + seed))}
+                store.write(cell.name, {"cell": vars(cell), "points": points})
+    found = frontier_table.table()
+    pairs = [line for line in found.splitlines() if line.startswith("fisher 0.95") and "0.500 ± 0.000" in line]
+    assert len(pairs) == 2
+    assert [re.split(r"[\s|]{2,}", line)[2] for line in pairs] == ["3", "2"]
+
+
+def test_any_beginning_of_the_frontier_says_something() -> None:
+    cells = list(frontier_cells.cells_of("chinese", ["full", "random", "slow"], [0, 1]))
+    assert len(cells) == len(set(cells)) == 2 * (3 + 9 + 2)
+    assert [(c.arm, c.rate, c.protect) for c in cells[:3]] == [
+        ("full", 3e-4, 0.0),
+        ("random", 1e-3, 0.95),
+        ("slow", 3e-5, 0.0),
+    ]
+    assert {cell.seed for cell in cells[:14]} == {0}
+    assert len({cell.name for cell in cells}) == len(cells)
+    some = list(frontier_cells.cells_of("chinese", ["random", "full"], [0], rates=[1e-3], shares=[0.99]))
+    assert [(c.arm, c.protect) for c in some] == [("random", 0.99), ("full", 0.0)]
 
 
 # -- forgetting and streams --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking.scores import Score, register, score_class
 from gatedadapters.masking.scores.losses import output_norms, task_losses
+from gatedadapters.masking.scores.refreshed import Refreshed
 from gatedadapters.masking.scores.synaptic import Synaptic
 from gatedadapters.testing import tiny
 from gatedadapters.testing.score_contract import scored
@@ -327,3 +328,28 @@ def test_consistency_is_the_product_of_the_mean_gradients_of_two_halves() -> Non
     assert_close(found, {name: product.clamp(min=0) for name, product in products.items()}, tolerance=1e-6)
     with pytest.raises(MaskError, match="at least two batches"):
         ga.score(model, batches[:1], kind="consistency")
+
+
+def test_a_refreshed_score_is_that_of_the_tuned_model_and_belongs_to_the_backbone() -> None:
+    model, batch = tiny("llama", head="lm")
+    batches = [{"input_ids": batch["input_ids"]}]
+    mask = ga.select(ga.score(model, batches, kind="fisher"), protect=0.8)
+    delta = ga.apply_mask(model, mask)
+    with pytest.raises(MaskError, match="is in a model"):
+        Refreshed(delta)
+    optimizer = torch.optim.SGD(delta.parameters(), lr=1.0)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    delta.remove()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = ga.score(model, batches, kind=Refreshed(delta, "fisher"))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    again = ga.select(found, protect=0.8)
+    delta.reapply(model)
+    delta.merge()
+    assert_close(found, {name: ga.score(model, batches, kind="fisher")[name] for name in found.names}, tolerance=1e-6)
+    assert again != mask
+    fresh, _ = tiny("llama", head="lm")
+    ga.apply_mask(fresh, again)
+    with pytest.raises(MaskError, match="does not fit"):
+        ga.score(tiny("bert", head="base")[0], batches, kind=Refreshed(delta))

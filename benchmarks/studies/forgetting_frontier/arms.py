@@ -15,9 +15,12 @@ import gatedadapters as ga
 from benchmarks.common.models import block_maps
 from benchmarks.common.store import SCRATCH
 from benchmarks.studies.forgetting_frontier.cells import Cell
-from benchmarks.studies.forgetting_frontier.problem import Batch, Problem
+from benchmarks.studies.forgetting_frontier.problem import Batch, Batches, Problem
 from benchmarks.studies.placement.precision import autocast
+from gatedadapters.masking import Score
+from gatedadapters.masking.scores.refreshed import Refreshed
 
+REFRESH_STEPS = 10
 SCORED = 8  # batches that importance is measured on, of each kind of text
 RANK, LAST, EWC_WEIGHT = 8, 4, 1e4
 REPLAYED = 5  # steps after which one of a batch's four blocks is English: 5 % of all blocks
@@ -170,10 +173,12 @@ def mask_of(problem: Problem, cell: Cell) -> ga.Mask:
 
 def _made(problem: Problem, cell: Cell) -> ga.Mask:
     model, seed, arm = problem.model, cell.seed, cell.arm
-    fixed = _fixed(model)
+    fixed = fixed_roles(model)
     if arm in ("random", "shira"):
         scope: Any = "tensor" if arm == "shira" else "global"
         return ga.select(ga.score(model, kind="random", exclude=fixed, seed=seed), protect=cell.protect, scope=scope)
+    if arm == "refreshed":
+        return _refreshed(problem, cell, fixed)
     kind = "taylor" if arm == "inverse" else arm
     general = _scores(problem, problem.general, kind, seed, fixed)
     if arm == "inverse":  # what matters most in general is free
@@ -182,17 +187,34 @@ def _made(problem: Problem, cell: Cell) -> ga.Mask:
     return ga.select(general, _scores(problem, problem.domain, kind, seed, fixed), protect=cell.protect)
 
 
-def _scores(problem: Problem, batches: Callable[[int], Iterator[Batch]], kind: str, seed: int, fixed: Any) -> ga.Scores:
+def _refreshed(problem: Problem, cell: Cell, fixed: list[str]) -> ga.Mask:
+    """The Fisher mask, chosen again by the Fisher information in general after a few steps with the first one."""
+    model, seed = problem.model, cell.seed
+    in_domain = _scores(problem, problem.domain, "fisher", seed, fixed)
+    first = ga.select(_scores(problem, problem.general, "fisher", seed, fixed), in_domain, protect=cell.protect)
+    delta = ga.apply_mask(model, first)
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=1e-3, weight_decay=0.0)
+    for batch in itertools.islice(problem.domain(seed), REFRESH_STEPS):
+        optimizer.zero_grad()
+        with autocast():
+            loss = plain_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+    delta.remove()
+    return ga.select(_scores(problem, problem.general, Refreshed(delta), seed, fixed), in_domain, protect=cell.protect)
+
+
+def _scores(problem: Problem, batches: Batches, kind: str | Score, seed: int, fixed: list[str]) -> ga.Scores:
     with autocast():
         return ga.score(problem.model, _taken(batches, seed), kind=kind, exclude=fixed, seed=seed)
 
 
-def _taken(batches: Callable[[int], Iterator[Batch]], seed: int) -> list[Batch]:
+def _taken(batches: Batches, seed: int) -> list[Batch]:
     """Batches to score by, drawn apart from those that are learned from."""
     return list(itertools.islice(batches(1000 + seed), SCORED))
 
 
-def _fixed(model: nn.Module) -> list[str]:
+def fixed_roles(model: nn.Module) -> list[str]:
     """Roles that no mask selects from: all but the linear maps of the blocks."""
     roles = set(ga.score(model, kind="magnitude").roles.values())
     return [role for role in ("embedding", "norm", "bias", "head") if role in roles]

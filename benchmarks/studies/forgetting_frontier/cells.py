@@ -24,6 +24,7 @@ RATES = {
     "talr": _WHOLE,
     "slow": (1e-5, 3e-5),
     "consistency": _ELEMENTS,
+    "refreshed": _ELEMENTS,
     "ia3": _ADAPTERS,
     "ewc": _WHOLE,
     "shira": _ELEMENTS,
@@ -33,7 +34,7 @@ RATES = {
     "joint": _ADAPTERS,
 }
 """The arms, those that decide first, and the rates of each, the lowest first."""
-MASKS = ("random", "taylor", "fisher", "consistency", "shira", "inverse")
+MASKS = ("random", "taylor", "fisher", "consistency", "refreshed", "shira", "inverse")
 SHARED = {**dict.fromkeys(MASKS, SHARES), "osft": (0.5, 0.8, 0.95)}
 """The protected shares of the arms that have one; OSFT's are shares of the singular directions."""
 
@@ -72,6 +73,26 @@ class Cell:
     def measured(self) -> tuple[int, ...]:
         """Numbers of steps after which the model is measured."""
         return tuple(dict.fromkeys(max(1, round(self.steps * part)) for part in (0.25, 0.5, 1.0)))
+
+
+@dataclass(frozen=True)
+class KeepCell:
+    """One search for the share that keeps general ability, and one training with what it finds.
+
+    Attributes:
+        target: relative rise of the general loss that is allowed.
+    """
+
+    domain: str
+    seed: int
+    target: float = 0.01
+    rate: float = 1e-3
+    steps: int = 20
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"keep-{self.domain}-{self.target:g}-{self.rate:g}-{self.steps}-{self.seed}"
 
 
 def cells_of(

@@ -1,10 +1,12 @@
 """What is lost in general when equally much of a domain is learned?
 
 Claims under test: at an equal loss on the domain, the best importance mask raises the general loss at most 0.7 times as
-much as a random mask of its size and as LoRA do; and a small learning rate does not do as well by itself.
+much as a random mask of its size and as LoRA do; a small learning rate does not do as well by itself; and a protected
+share that `select(keep_general=0.01)` finds keeps to it in nine runs of ten on text that it has not seen.
 
     python -m benchmarks forgetting_frontier run [--domains indonesian] [--arms full lora ...] [--seeds 0 1 2 3 4]
     python -m benchmarks forgetting_frontier run --rates 3e-4 1e-3 --shares 0.95 --steps 20 --limit 10 --choices
+    python -m benchmarks forgetting_frontier keep [--seeds 0 1 2 3 4 5 6 7 8 9]   # shares found from a target
     python -m benchmarks forgetting_frontier table
     python -m benchmarks forgetting_frontier picture frontier.png
 
@@ -31,10 +33,11 @@ from torch import nn
 from benchmarks.common.command import carry_out, parser
 from benchmarks.common.store import Result, claimed
 from benchmarks.studies.forgetting_frontier.arms import Arm, prepared
-from benchmarks.studies.forgetting_frontier.cells import DOMAINS, RATES, STEPS, STORE, Cell, cells_of
-from benchmarks.studies.forgetting_frontier.curves import picture
+from benchmarks.studies.forgetting_frontier.cells import DOMAINS, RATES, STEPS, STORE, Cell, KeepCell, cells_of
+from benchmarks.studies.forgetting_frontier.keeping import compute_keep
+from benchmarks.studies.forgetting_frontier.picture import picture
 from benchmarks.studies.forgetting_frontier.problem import Problem, problem_of
-from benchmarks.studies.forgetting_frontier.table import table
+from benchmarks.studies.forgetting_frontier.table import keep_table, table
 from benchmarks.studies.placement.precision import autocast, precision
 from gatedadapters.reporting.versions import versions
 
@@ -120,9 +123,20 @@ def run_all(options: argparse.Namespace) -> None:
                     print(cell.name, result["points"], result["seconds"], flush=True)
 
 
+def keep_all(options: argparse.Namespace) -> None:
+    """Find shares from the target, as far as they are missing."""
+    for domain in options.domains:
+        for seed in options.seeds:
+            cell = KeepCell(domain, seed)
+            with claimed(STORE.loose / f"{cell.name}.lock") as ours:
+                if ours and STORE.read(cell.name) is None:
+                    result = STORE.computed(cell.name, lambda cell=cell: compute_keep(cell))
+                    print(cell.name, {key: value for key, value in result.items() if key != "versions"}, flush=True)
+
+
 def main(arguments: Sequence[str]) -> None:
     """See the module's docstring."""
-    made = parser("forgetting_frontier", __doc__, "picture", threads=1)
+    made = parser("forgetting_frontier", __doc__, "picture", "keep", threads=1)
     made.add_argument("file", nargs="?", type=Path, default=Path("frontier.png"), help="of the picture")
     made.add_argument("--domains", nargs="+", choices=DOMAINS, default=["indonesian"], help="default: indonesian")
     made.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES), help="default: all")
@@ -135,5 +149,9 @@ def main(arguments: Sequence[str]) -> None:
     options = made.parse_args(arguments)
     if options.command == "picture":
         picture(options.file, options.steps)
+    elif options.command == "keep":
+        torch.set_num_threads(options.threads)
+        keep_all(options)
+        print(keep_table())
     else:
         carry_out(options, run=lambda: run_all(options), table=lambda: table(options.steps), pack=STORE.pack)

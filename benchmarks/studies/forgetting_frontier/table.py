@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.common.store import Result
 from benchmarks.common.tables import shown
-from benchmarks.studies.forgetting_frontier.cells import STEPS
+from benchmarks.studies.forgetting_frontier.cells import STEPS, STORE
 from benchmarks.studies.forgetting_frontier.curves import Frontier, Run, areas, frontiers, lost_at, paired
 from gatedadapters.reporting.tables import format_table
 
@@ -28,7 +29,34 @@ def table(steps: int = STEPS) -> str:
         ]
         if pairs:
             parts.append(format_table(["arm", "against", "seeds", "area between, nats", "lost, ratio"], pairs))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, keep_table()]).strip()
+
+
+def keep_table() -> str:
+    """How often a target for general ability was met on text that neither scores nor tries have seen."""
+    found: dict[tuple[str, float], list[Result]] = {}
+    for result in STORE.results().values():
+        if "keep" in result:
+            found.setdefault((result["keep"]["domain"], result["keep"]["target"]), []).append(result)
+    rows = []
+    for (domain, target), results in found.items():
+        done = [result for result in results if "rise" in result]
+        met = sum(result["rise"] <= target for result in done)
+        columns = [[result[key] for result in done] for key in ("rise", "protect", "learned")]
+        texts = [shown(columns[0], signed=True), shown(columns[1]), shown(columns[2], times=1)]
+        tries = [len(result["tries"]) for result in done]
+        rows.append(
+            [
+                domain,
+                f"{target:.0%}",
+                f"{met} of {len(done)}",
+                str(len(results) - len(done)),
+                *texts,
+                shown(tries, times=1),
+            ]
+        )
+    header = ["domain", "target", "met", "refused", "rise, %", "protected, %", "learned, nats", "tries"]
+    return format_table(header, rows) if rows else ""
 
 
 def _counts(seeds: Frontier) -> list[str]:
