@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -208,7 +208,7 @@ class SelectiveTrainer(CheckedTrainer):
             *scores,
             protect=chosen.protect if chosen.keep_general is None else None,
             keep_general=chosen.keep_general,
-            trial=None if chosen.keep_general is None else self._trial(),
+            trial=None if chosen.keep_general is None else self._tuning_trial(),
             contrast=chosen.contrast if self._needs_data else 0.0,
             scope=chosen.scope,
             include=chosen.include,
@@ -216,11 +216,11 @@ class SelectiveTrainer(CheckedTrainer):
         )
         return _of_the_first(found)
 
-    def _trial(self) -> TuningTrial:
+    def _tuning_trial(self) -> TuningTrial:
         """The training to come, to be tried out; under the precision and on the batches of a process."""
         steps = self.args.max_steps
         if steps <= 0:
-            per_epoch = len(self.train_dataset) / (self.args.train_batch_size * self.args.gradient_accumulation_steps)
+            per_epoch = len(cast(Sized, self.train_dataset)) / (self.args.train_batch_size * self.args.gradient_accumulation_steps)
             steps = max(1, math.ceil(self.args.num_train_epochs * per_epoch / self.args.world_size))
         train = list(islice(self._batches(self.train_dataset, self.args.train_batch_size), steps))
         return TuningTrial(
