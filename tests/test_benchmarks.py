@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from benchmarks.__main__ import benchmarks, main
@@ -33,6 +35,7 @@ from benchmarks.studies.search_quality import cells as quality_cells
 from benchmarks.studies.search_quality import table as quality_table
 from benchmarks.studies.transfer import cells as transfer_cells
 from benchmarks.studies.transfer import table as transfer_table
+from gatedadapters.testing import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 COSTS = ("step", "memory", "inspection", "inference", "weakening", "storage", "digests", "shelf", "sharding", "trl")
@@ -305,6 +308,70 @@ def test_any_beginning_of_the_frontier_says_something() -> None:
     assert len({cell.name for cell in cells}) == len(cells)
     some = list(frontier_cells.cells_of("chinese", ["random", "full"], [0], rates=[1e-3], shares=[0.99]))
     assert [(c.arm, c.protect) for c in some] == [("random", 0.99), ("full", 0.0)]
+
+
+@pytest.fixture
+def tiny_frontier(elsewhere: Callable[[Store], Store], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The study's problem with a tiny model and random tokens."""
+    pytest.importorskip("peft")
+    arms, problem, run = (
+        import_module(f"benchmarks.studies.forgetting_frontier.{n}") for n in ("arms", "problem", "run")
+    )
+    keeping = import_module("benchmarks.studies.forgetting_frontier.keeping")
+    elsewhere(frontier_cells.STORE)
+
+    def batches(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            ids = torch.randint(3, 50, (4, 8), generator=generator)
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def held_out(seed: int) -> list[Any]:
+        return [next(batches(seed))]
+
+    model, _ = tiny("llama", head="lm")
+    texts = {kind: held_out(seed) for seed, kind in enumerate(START)}
+    made = problem.Problem(
+        model, batches, lambda seed: batches(seed + 50), texts, lambda: {"accuracy": 0.5, "loss": 1.0}
+    )
+    for module in (arms, problem, run, keeping):
+        monkeypatch.setattr(module, "autocast", nullcontext)
+        if hasattr(module, "precision"):
+            monkeypatch.setattr(module, "precision", lambda: "fp32")
+        if hasattr(module, "problem_of"):
+            monkeypatch.setattr(module, "problem_of", lambda domain: made)
+    for name, value in {"SCRATCH": tmp_path, "RANK": 1, "LAST": 1, "SCORED": 2, "REFRESH_STEPS": 2}.items():
+        monkeypatch.setattr(arms, name, value)
+    monkeypatch.setitem(arms.SPACES, "lora", [{"kind": "lora", "rank": 1}])
+    return made
+
+
+@pytest.mark.parametrize("arm", frontier_cells.RATES)
+def test_an_arm_of_the_frontier_learns_is_measured_on_the_way_and_leaves_no_trace(arm: str, tiny_frontier: Any) -> None:
+    run = import_module("benchmarks.studies.forgetting_frontier.run")
+    model = tiny_frontier.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    share = frontier_cells.SHARED[arm][0] if arm in frontier_cells.SHARED else 0.0
+    result = run.compute(frontier_cells.Cell("indonesian", arm, 1e-2, 0, share, steps=4))
+    assert list(result["points"]) == (["4"] if arm in ("gates", "joint") else ["1", "2", "4"])
+    start = run.start_of("indonesian", choices=False)["points"]["0"]
+    assert result["points"]["4"] != start
+    assert result["trained"] > 0
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_target_is_checked_on_text_that_nobody_has_seen(tiny_frontier: Any) -> None:
+    run = import_module("benchmarks.studies.forgetting_frontier.run")
+    table = frontier_table.keep_table
+    assert table() == ""
+    for seed, target in ((0, 10.0), (1, 10.0), (2, 1e-9)):
+        cell = frontier_cells.KeepCell("indonesian", seed, target=target, steps=2, rate=0.1 if target > 1 else 1.0)
+        frontier_cells.STORE.write(cell.name, run.compute_keep(cell))
+    assert re.search(r"indonesian\W+1000%\W+2 of 2\W+0", table())
+    assert re.search(r"indonesian\W+0%\W+0 of 0\W+1", table())
 
 
 # -- forgetting and streams --------------------------------------------------------------------------------------------

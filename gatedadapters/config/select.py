@@ -27,7 +27,8 @@ class SelectionConfig(Config):
         scope: `global` protects that share of all elements together, `tensor` that share of each tensor.
         include: roles or names of the parameters to choose from. Default: all.
         exclude: roles or names of parameters to leave out of these.
-        batches: number of batches, of general and of domain text each, that scores are averaged over.
+        batches: number of batches, of general and of domain text each, that scores are averaged over; also how many
+            batches of held-out general text a try is measured on.
         batch_size: examples in each batch.
         seed: seed of the scores that draw random numbers.
     """

@@ -220,13 +220,15 @@ class SelectiveTrainer(CheckedTrainer):
         """The training to come, to be tried out; under the precision and on the batches of a process."""
         steps = self.args.max_steps
         if steps <= 0:
-            per_epoch = len(cast(Sized, self.train_dataset)) / (self.args.train_batch_size * self.args.gradient_accumulation_steps)
+            per_epoch = len(cast(Sized, self.train_dataset)) / (
+                self.args.train_batch_size * self.args.gradient_accumulation_steps
+            )
             steps = max(1, math.ceil(self.args.num_train_epochs * per_epoch / self.args.world_size))
         train = list(islice(self._batches(self.train_dataset, self.args.train_batch_size), steps))
         return TuningTrial(
             self.module,
             train,
-            self._batches(self.held_out["general"]),
+            islice(self._batches(self.held_out["general"]), self.selection.batches),
             steps=steps,
             learning_rate=self.args.learning_rate,
             try_steps=self.selection.try_steps,
