@@ -8,7 +8,8 @@ path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regim
 
     python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
-    python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's own choices
+    python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's choices and rivals
+    python -m benchmarks placement frontier [--regimes ...] [--seeds 0 1 2]          # sizes: predicted and retrained
     python -m benchmarks placement table
 
 A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
@@ -25,30 +26,43 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
 
 import gatedadapters as ga
 from benchmarks.common.command import carry_out, parser
 from benchmarks.common.store import Result, claimed
-from benchmarks.common.training import training_arguments
 from benchmarks.studies.placement.cells import (
     COMMON_RATE,
+    GUESSES,
+    LIBRARY,
+    POINT_RATES,
+    SEEDS,
     STORE,
+    AnyCell,
     ArmCell,
     Cell,
+    FrontierCell,
+    PointCell,
     ScoreCell,
-    arms_of,
+    arm_cell,
     cells_of,
+    rates_of,
     read,
+    tuned,
 )
 from benchmarks.studies.placement.judging import packed, predictions
 from benchmarks.studies.placement.precision import autocast, precision
 from benchmarks.studies.placement.regimes import REGIMES, Problem, Regime
+from benchmarks.studies.placement.rivals import PEFT
 from benchmarks.studies.placement.scores import names, placement
 from benchmarks.studies.placement.structures import made
 from benchmarks.studies.placement.table import tables
 from gatedadapters.reporting.versions import versions
 from gatedadapters.structure import Structure
+
+EVA_BATCHES = 4
+BUDGETS = 8  # of a frontier
 
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
@@ -68,12 +82,9 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
         assert isinstance(cell, ArmCell)
         search = {"budget": ga.Budget(params=regime.size), "prior": cell.score}
     try:
-        args = training_arguments(
-            steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=precision() == "bf16"
-        )
         trainer = ga.GatedTrainer(
             problem.model,
-            args,
+            regime.arguments(cell.rate, cell.seed, bf16=precision() == "bf16"),
             train_dataset=problem.items(cell.seed),
             data_collator=problem.collate,
             compute_loss_func=problem.trainer_loss,
@@ -86,12 +97,18 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
     finally:
         ga.detach(problem.model)
         problem.model.zero_grad()
+    found = outcome(losses, right, adapters.structure.params, began, trained, cpu)
+    return {"cell": asdict(cell), **found, "kinds": params_by_kind(adapters.structure)}
+
+
+def outcome(
+    losses: Tensor, right: Tensor | None, params: int, began: float, trained: float, cpu: float
+) -> dict[str, Any]:
+    """What is stored of a training that began, ended and used the processor at these times."""
     return {
-        "cell": asdict(cell),
         "loss": float(losses.mean()),
         "accuracy": None if right is None else float(right.float().mean()),
-        "params": adapters.structure.params,
-        "kinds": params_by_kind(adapters.structure),
+        "params": params,
         "seconds": {
             "train": round(trained - began, 1),
             "measure": round(time.perf_counter() - trained, 1),
@@ -104,7 +121,9 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
 
 
 def compute_arm(cell: ArmCell, regime: Regime) -> Result:
-    """Choose a structure as the library does, and train it."""
+    """Choose a structure as the library does, and train it; or train a method of peft."""
+    if cell.arm in PEFT:
+        return compute_rival(cell, regime)
     if cell.arm == "searched":
         found = compute(cell, regime, None)
         return {"arm": found.pop("cell"), **found}
@@ -128,12 +147,43 @@ def compute_arm(cell: ArmCell, regime: Regime) -> Result:
     return {"arm": found.pop("cell"), **found, "seconds": {**chosen, **found["seconds"]}}
 
 
+def compute_rival(cell: ArmCell, regime: Regime) -> Result:
+    """Train a method of peft with transformers' own Trainer; the model is left as it was."""
+    problem = regime.problem
+    set_seed(cell.seed)
+    began, cpu = time.perf_counter(), time.process_time()
+    first = list(itertools.islice(problem.batches(cell.seed, regime.batch), EVA_BATCHES))
+    wrapped, callbacks = PEFT[cell.arm](problem.model, first, regime.steps)
+    try:
+        trainer = Trainer(
+            wrapped,
+            regime.arguments(cell.rate, cell.seed, bf16=precision() == "bf16"),
+            train_dataset=problem.items(cell.seed),
+            data_collator=problem.collate,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        trained = time.perf_counter()
+        losses, _ = measured(problem, wrapped)
+        params = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    finally:
+        wrapped.unload()
+    return {"arm": asdict(cell), **outcome(losses, None, params, began, trained, cpu)}
+
+
 @torch.no_grad()
-def measured(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The loss of every held-out text, in float64, and whether the model is right."""
-    problem.model.eval()
+def measured(problem: Problem, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    """The loss of every held-out text, in float64, and whether the model is right.
+
+    Args:
+        problem: says what is measured.
+        model: default: the problem's own.
+    """
+    model = problem.model if model is None else model
+    model.eval()
     with autocast():
-        parts = [problem.measure(problem.model, batch) for batch in problem.held_out]
+        parts = [problem.measure(model, batch) for batch in problem.held_out]
     right = [part for _, part in parts if part is not None]
     return torch.cat([losses for losses, _ in parts]).double(), torch.cat(right) if right else None
 
@@ -159,6 +209,35 @@ def compute_score(cell: ScoreCell, regime: Regime, structures: dict[str, Structu
         "precision": precision(),
         "versions": versions(),
     }
+
+
+def compute_frontier(cell: FrontierCell, regime: Regime) -> Result:
+    """What one probe says of eight budgets."""
+    problem = regime.problem
+    problem.reset(cell.seed)
+    began = time.perf_counter()
+    with autocast():
+        found = ga.allocation.place(
+            problem.model,
+            regime.search_space,
+            problem.batches(cell.seed, regime.batch),
+            frontier=BUDGETS,
+            loss=problem.score_loss,
+            heads=problem.heads,
+            seed=cell.seed,
+            progress=False,
+        )
+    (frontier,) = found.frontiers
+    points = [{"params": p.params, "loss": p.loss, "structure": p.structure.to_json()} for p in frontier.points]
+    seconds = round(time.perf_counter() - began, 1)
+    return {"frontier": asdict(cell), "points": points, "base": frontier.base, "seconds": seconds}
+
+
+def compute_point(cell: PointCell, regime: Regime, structure: Structure) -> Result:
+    """Train a structure of a frontier by itself."""
+    found = compute(Cell(cell.regime, "point", cell.seed, cell.rate), regime, structure)
+    del found["cell"]
+    return {"point": asdict(cell), **found}
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -189,20 +268,39 @@ def score_all(options: argparse.Namespace) -> None:
 
 
 def arms_all(options: argparse.Namespace) -> None:
-    """Compute the arms that are missing, seed by seed."""
+    """Compute the arms that are missing: the first seed at every rate, the others at the best of these."""
     for name in options.regimes:
         regime = REGIMES[name]
         structures = made(regime)
-        for cell in arms_of(name, options.seeds):
-            if isinstance(cell, ArmCell):
-                result = if_missing(cell, compute_arm, cell, regime)
-            else:
-                result = if_missing(cell, compute, cell, regime, structures[cell.structure])
-            if result is not None:
-                print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
+        rivals = tuple(PEFT) if name.startswith("smollm2") else ()  # on encoders they have no such small sizes
+        for seed, arm in itertools.product(options.seeds, options.arms or (*LIBRARY, *GUESSES, *rivals)):
+            best = tuned(name, arm)
+            rates = rates_of(arm) if seed == SEEDS[0] else () if best is None else (best,)
+            for cell in (arm_cell(name, arm, seed, rate) for rate in rates):
+                if isinstance(cell, ArmCell):
+                    result = if_missing(cell, compute_arm, cell, regime)
+                else:
+                    result = if_missing(cell, compute, cell, regime, structures[cell.structure])
+                if result is not None:
+                    print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
 
 
-def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result], *arguments: object) -> Result | None:
+def frontier_all(options: argparse.Namespace) -> None:
+    """Compute the frontiers that are missing, and train their structures."""
+    for name, seed in itertools.product(options.regimes, options.seeds):
+        regime, cell = REGIMES[name], FrontierCell(name, seed)
+        if_missing(cell, compute_frontier, cell, regime)
+        predicted = read(cell)
+        for number, point in enumerate(predicted["points"] if predicted else ()):
+            structure = Structure.from_json(point["structure"])
+            for rate in POINT_RATES:
+                place = PointCell(name, number, seed, rate)
+                result = if_missing(place, compute_point, place, regime, structure)
+                if result is not None:
+                    print(f"{place.name}: {point['loss']:.4f} predicted, {result['loss']:.4f} trained", flush=True)
+
+
+def if_missing(cell: AnyCell, function: Callable[..., Result], *arguments: object) -> Result | None:
     """The new result of a cell that nobody has computed and nobody computes now; None of any other."""
     with claimed(STORE.loose / f"{cell.name}.lock") as ours:
         if not ours or read(cell) is not None:
@@ -212,16 +310,18 @@ def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result]
 
 def main(arguments: Sequence[str]) -> None:
     """See the module's docstring."""
-    made_parser = parser("placement", __doc__, "score", "arms", threads=1)
+    made_parser = parser("placement", __doc__, "score", "arms", "frontier", threads=1)
     made_parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
     made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
     made_parser.add_argument("--scores", nargs="+", help="default: all")
-    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores and arms; default: 0")
+    made_parser.add_argument("--arms", nargs="+", help="default: all")
+    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of all but `run`; default: 0")
     options = made_parser.parse_args(arguments)
-    if options.command in ("score", "arms"):
+    further = {"score": score_all, "arms": arms_all, "frontier": frontier_all}
+    if options.command in further:
         torch.set_num_threads(options.threads)
-        (score_all if options.command == "score" else arms_all)(options)
+        further[options.command](options)
         print(tables())
     else:
         carry_out(options, run=lambda: run_all(options), table=tables, pack=STORE.pack)
