@@ -331,8 +331,15 @@ def tiny_frontier(elsewhere: Callable[[Store], Store], monkeypatch: pytest.Monke
 
     model, _ = tiny("llama", head="lm")
     texts = {kind: held_out(seed) for seed, kind in enumerate(START)}
+    choices = {"accuracy": 0.5, "loss": 1.0}
+    model.requires_grad_(False)
     made = problem.Problem(
-        model, batches, lambda seed: batches(seed + 50), texts, lambda: {"accuracy": 0.5, "loss": 1.0}
+        model,
+        batches,
+        lambda seed: batches(seed + 50),
+        texts,
+        lambda: choices,
+        lambda: tiny("llama", head="lm")[0].state_dict(),
     )
     for module in (arms, problem, run, keeping):
         monkeypatch.setattr(module, "autocast", nullcontext)

@@ -45,6 +45,8 @@ def test_training_moves_nothing_along_the_large_singular_directions(protect: flo
         assert size > 1e-2
         assert np.linalg.norm(left[:, :count].T @ change) < 1e-5 * size, name
         assert np.linalg.norm(change @ right[:count].T) < 1e-5 * size, name
+        grad = model.get_parameter(name).grad.numpy()  # of the last step: what the moments of Adam are made of
+        assert np.linalg.norm(left[:, :count].T @ grad) < 1e-5 * np.linalg.norm(grad), name
 
 
 def test_without_protection_it_is_full_tuning_of_the_matrices() -> None:

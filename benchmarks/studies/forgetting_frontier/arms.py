@@ -69,9 +69,8 @@ def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
 def prepared(problem: Problem, cell: Cell) -> Iterator[Arm]:
     """The arm of a cell within the problem's model; everything is undone afterwards."""
     model, arm = problem.model, cell.arm
-    problem.reset()
     with ExitStack() as undone:
-        undone.callback(problem.reset)
+        undone.callback(problem.freeze)
         found = Arm([], problem.domain(cell.seed), plain_loss)
         if arm in SPACES:
             found.parameters = list(_attached(model, SPACES[arm], cell.seed).weight_parameters())
@@ -84,6 +83,7 @@ def prepared(problem: Problem, cell: Cell) -> Iterator[Arm]:
             found.parameters = list(subspace.parameters())
             undone.callback(subspace.remove)
         elif arm in ("full", "slow", "replay", "talr", "ewc", "last"):
+            undone.callback(problem.restore)
             _whole(problem, cell, found)
         else:
             delta = ga.apply_mask(model, mask_of(problem, cell))

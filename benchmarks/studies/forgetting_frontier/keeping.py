@@ -27,7 +27,6 @@ def compute_keep(cell: KeepCell) -> Result:
     """Choose a share by tries, tune with it, and measure on the study's held-out text."""
     torch.manual_seed(cell.seed)
     problem = problem_of(cell.domain)
-    problem.reset()
     model, fixed = problem.model, fixed_roles(problem.model)
     began = time.process_time()
     general = problem.general(1000 + cell.seed)

@@ -35,6 +35,8 @@ class Problem:
         domain, general: endless batches to learn from, and of what is to be kept, by seed.
         held_out: batches of each kind of text that nothing is learned from; the same for all seeds.
         choices: accuracy and loss on questions that are asked in general.
+        start: the pretrained weights, read again when they are needed: a copy of them would take as much memory as the
+            model.
     """
 
     model: nn.Module
@@ -42,15 +44,17 @@ class Problem:
     general: Batches
     held_out: dict[str, list[Batch]]
     choices: Callable[[], dict[str, float]]
+    start: Callable[[], dict[str, Tensor]]
 
-    def __post_init__(self) -> None:
-        self._start = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    def reset(self) -> None:
-        """The pretrained model, frozen, with nothing attached."""
-        self.model.load_state_dict(self._start)
+    def freeze(self) -> None:
+        """No parameter requires a gradient or holds one."""
         self.model.requires_grad_(False)
         self.model.zero_grad(set_to_none=True)
+
+    def restore(self) -> None:
+        """Put the pretrained weights back."""
+        self.freeze()
+        self.model.load_state_dict(self.start())
 
     @torch.no_grad()
     def measured(self) -> dict[str, float]:
@@ -81,8 +85,15 @@ def problem_of(domain: str) -> Problem:
         accuracy, loss = choice_scores(model, tokenizer, task.split("test"))
         return {"accuracy": accuracy, "loss": loss}
 
-    learned = sides["domain"][0]
-    return Problem(model, stream(learned, collate, BATCH), stream(general, collate, BATCH), held_out, choices)
+    model.requires_grad_(False)
+    return Problem(
+        model,
+        stream(sides["domain"][0], collate, BATCH),
+        stream(general, collate, BATCH),
+        held_out,
+        choices,
+        start=lambda: load_smollm2()[0].state_dict(),
+    )
 
 
 def _sides(corpus: str, tokenizer: Any) -> tuple[LanguageDataset, LanguageDataset]:

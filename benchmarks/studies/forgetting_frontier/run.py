@@ -104,9 +104,7 @@ def start_of(domain: str, *, choices: bool) -> Result:
     cell = Cell(domain, "start", 0.0, 0, choices=choices)
 
     def compute_start() -> Result:
-        problem = problem_of(domain)
-        problem.reset()
-        return {"start": domain, "points": {"0": measured(problem, cell)}}
+        return {"start": domain, "points": {"0": measured(problem_of(domain), cell)}}
 
     return STORE.computed(f"{domain}-start{'-choices' * choices}", compute_start)
 
