@@ -11,6 +11,13 @@ from benchmarks.common.tuning import best
 STORE = Store("placement")
 COMMON_RATE = 1e-2  # of all kinds of path
 RATES = (5e-3, COMMON_RATE, 2e-2)  # of which every arm takes its best
+PEFT_RATES = {  # other parameters want others: gains are tuned as they are, vectors by what they multiply
+    "peft-norms": (1e-3, 3e-3, 1e-2),
+    "peft-ia3": (1e-2, 3e-2, 6e-2),
+    "peft-lora": (1e-2, 2e-2, 4e-2),
+    "peft-adalora": (1e-2, 2e-2, 4e-2),
+    "peft-eva": (1e-3, 3e-3, 1e-2),
+}
 SEEDS = (0, 1, 2, 3, 4)
 LIBRARY = ("allocated", "searched")  # what the library chooses
 GUESSES = ("even:all", "kind:norm", "kind:scale", "kind:lora", "random")
@@ -115,8 +122,8 @@ def tuned(regime: str, arm: str) -> float | None:
 
 
 def rates_of(arm: str) -> tuple[float, ...]:
-    """The rates that are tried: gains and vectors of peft want higher ones, because the kinds here have factors."""
-    return tuple(2 * rate for rate in RATES) if arm.startswith("peft-") else RATES
+    """The rates that are tried."""
+    return PEFT_RATES.get(arm, RATES)
 
 
 def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:
