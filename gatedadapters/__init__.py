@@ -26,9 +26,13 @@ from gatedadapters.masking import (
     Mask,
     Scores,
     SparseDelta,
+    SubspaceDelta,
+    TuningTrial,
     apply_mask,
+    apply_subspace,
     get_delta,
     load_delta,
+    load_subspace,
     score,
     select,
     train_last_blocks,
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
         GatedTrainer,
         MultiTaskClassifier,
         SelectiveTrainer,
+        TokenAdaptiveLoss,
         gated,
         selective,
     )
@@ -77,10 +82,14 @@ __all__ = [
     "StreamResult",
     "Structure",
     "Study",
+    "SubspaceDelta",
     "Task",
     "TaskStream",
+    "TokenAdaptiveLoss",
+    "TuningTrial",
     "allocate",
     "apply_mask",
+    "apply_subspace",
     "attach",
     "budget_report",
     "detach",
@@ -97,6 +106,7 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "load_subspace",
     "merge_into",
     "normalise",
     "place",
@@ -116,7 +126,10 @@ __all__ = [
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {
     **dict.fromkeys(
-        ("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer", "gated", "selective"),
+        (
+            *("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer", "TokenAdaptiveLoss"),
+            *("gated", "selective"),
+        ),
         "gatedadapters.training",
     ),
     **dict.fromkeys(
