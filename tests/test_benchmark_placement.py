@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -183,6 +183,52 @@ def test_a_cell_that_another_process_computes_is_left_to_it(run: ModuleType, tmp
     assert run.if_missing(cell, compute) is None  # it is stored
     assert computed == [1]
     assert [file.suffix for file in cells.STORE.loose.iterdir()] == [".json"]
+
+
+def speaker() -> regimes.Problem:
+    torch.manual_seed(0)
+    model, sample = tiny("llama", head="lm")
+    rows = sample["input_ids"][:1].repeat(8, 1)
+    items = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
+
+    def collate(chosen: regimes.Items) -> regimes.Batch:
+        return {name: torch.stack([item[name] for item in chosen]) for name in chosen[0]}
+
+    return regimes.Problem(model, lambda seed: items, collate, [collate(items[:4])], regimes.language_measure)
+
+
+@pytest.mark.parametrize("arm", ["peft-lora", "peft-ia3", "peft-norms", "peft-adalora", "peft-eva"])
+def test_rivals_learn_and_leave_the_model_as_it_was(arm: str, run: ModuleType) -> None:
+    regime = regimes.Regime("test", "tiny", SIZE, 12, 4, speaker, "test")
+    problem = regime.problem
+    before = {key: value.clone() for key, value in problem.model.state_dict().items()}
+    untuned = float(run.measured(problem)[0].mean())
+    found = run.compute_arm(cells.ArmCell("test", arm, score="", rate=2e-2), regime)
+    assert found["loss"] < untuned
+    assert found["params"] > 0
+    after = problem.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_arms_are_compared_at_their_best_rates_seed_by_seed() -> None:
+    losses = {"allocated": (3.0, 2.8, 2.9), "even:all": (3.2, 3.3, 3.1), "random": (3.5, 3.4, 3.6)}
+    for arm, by_rate in losses.items():
+        assert cells.tuned("r", arm) is None  # nothing is measured
+        for rate, loss in zip(cells.rates_of(arm), by_rate, strict=True):
+            cell = cells.arm_cell("r", arm, 0, rate)
+            place = "arm" if isinstance(cell, cells.ArmCell) else "cell"
+            cells.STORE.write(cell.name, {place: asdict(cell), "loss": loss})
+    assert [cells.tuned("r", arm) for arm in losses] == [1e-2, 2e-2, 1e-2]
+    for arm, rate, loss in (("allocated", 1e-2, 2.7), ("even:all", 2e-2, 3.1), ("random", 1e-2, 3.5)):
+        cell = cells.arm_cell("r", arm, 1, rate)
+        place = "arm" if isinstance(cell, cells.ArmCell) else "cell"
+        cells.STORE.write(cell.name, {place: asdict(cell), "loss": loss})
+    rows = [row.split(" | ") for row in table.arms(cells.STORE.results()).splitlines()[2:]]
+    assert [row[1] for row in rows] == ["allocated", "even:all", "random"]
+    assert [row[4] for row in rows] == ["2.7500", "3.1000", "3.4500"]
+    assert rows[1][5].startswith("-0.350 ±")  # -.3 and -.4
+    assert rows[2][5].startswith("-0.700 ±")  # -.6 and -.8
 
 
 def test_any_beginning_of_the_cells_is_useful() -> None:

@@ -14,7 +14,7 @@ from gatedadapters.allocation.placement import Placement, spread_over_units, sta
 from gatedadapters.allocation.probe import Probe, restored, taken
 from gatedadapters.allocation.registry import placement_score
 from gatedadapters.backbone import discover
-from gatedadapters.backbone.fingerprint import backbone_fingerprint, is_own
+from gatedadapters.backbone.fingerprint import backbone_fingerprint
 from gatedadapters.config import Budget, PathOptions, SearchSpace
 from gatedadapters.errors import AllocationError
 from gatedadapters.masking.scores.base import Batch, Loss
@@ -156,7 +156,7 @@ def place(
                     model,
                     adapters,
                     stream,
-                    kept_share=_kept_share(budget, whole, adapters),
+                    kept=_kept(budget, whole),
                     hold_out=method.holds_out or frontier > 0,
                     loss=loss or task_losses,
                     learning_rate=learning_rate,
@@ -164,7 +164,7 @@ def place(
                     whole=whole,
                     progress=progress,
                 )
-                with probe.all_open():
+                with probe.opened():
                     if number == 0:
                         choose_elements(whole, probe)
                     stand_alike(adapters, whole)
@@ -188,45 +188,53 @@ def place_attached(
     loss: Loss,
     seed: int,
     progress: bool,
+    budget: Budget | None,
     frontier: int,
     within: float | None,
-    kept_share: float = KEPT_SHARE,
 ) -> Placement:
-    """Score candidates that are attached already; weights and heads are restored, gates are not touched.
+    """Score candidates that are attached already; they and the heads keep what they have learnt, gates are not touched.
 
-    All tasks get the same worths, those of the mixed batches; none need be above 0. The arguments are those of `place`.
+    Without a frontier, the first unit of each candidate is judged and learns, as in `place`. All tasks get the same
+    worths, those of the mixed batches; none need be above 0. The arguments are those of `place`.
     """
     began = time.perf_counter()
     method = placement_score(score) if isinstance(score, str) else score
-    own = [name for name, p in model.named_parameters() if p.requires_grad or is_own(name)]
-    with restored(model, own, seed):
+    with restored(model, (), seed):
         probe = Probe(
             model,
             adapters,
             batches,
             loss=loss,
             learning_rate=learning_rate,
-            kept_share=kept_share,
+            kept=_kept(budget, adapters),
             hold_out=method.holds_out or frontier > 0,
+            first_units=frontier == 0,
             seed=seed,
             progress=progress,
         )
-        with probe.all_open():
+        with probe.opened():
             choose_elements(adapters, probe)
-            worth = _checked(method.worth(probe), dict(adapters.typed_paths()), method)
+            worth = _checked(_of_judged(method.worth(probe), probe), probe.paths, method)
             found = (_frontier(probe, method, worth, frontier, within),) if frontier else ()
     each = {key: values.expand(len(adapters.tasks), -1) for key, values in worth.items()}
     return Placement(method.kind, each, adapters, time.perf_counter() - began, found, method.returns)
 
 
-def _kept_share(budget: Budget | None, whole: Adapters, probed: Adapters) -> float:
-    """Parameters that will be kept, about, over those of the probe's candidates."""
-    assert whole.bank is not None
-    assert probed.bank is not None
-    if budget is None:
-        return KEPT_SHARE
-    share = budget.resolve(whole.bank.dense_cost(budget.unit)) / whole.bank.dense_cost(budget.unit)
-    return share * whole.bank.dense_cost() / probed.bank.dense_cost()
+def _kept(budget: Budget | None, whole: Adapters) -> float:
+    """Parameters that will be kept, about."""
+    bank = whole.bank
+    assert bank is not None
+    dense = 1.0 if budget is None else bank.dense_cost(budget.unit)
+    share = KEPT_SHARE if budget is None else budget.resolve(dense) / dense
+    return share * bank.dense_cost()
+
+
+def _of_judged(worth: Mapping[str, Tensor], probe: Probe) -> dict[str, Tensor]:
+    """The worths of units that were open, where a score judged closed ones, too."""
+    return {
+        key: values[probe.judged[key]] if key in probe.judged and values.shape == probe.judged[key].shape else values
+        for key, values in worth.items()
+    }
 
 
 def _frontier(
@@ -263,7 +271,8 @@ def choose_elements(whole: Adapters, probe: Probe) -> None:
     if not weights or len(readable) < len(weights):
         return
     totals = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for name, w in readable.items()}
-    probe.gradients(readable, lambda name, grad: totals[name].add_(grad.float()), most=ELEMENT_BATCHES)
+    with probe.adapters.disabled():  # they add nothing before they learn, and would cost a third of the time
+        probe.gradients(readable, lambda name, grad: totals[name].add_(grad.float()), most=ELEMENT_BATCHES)
     for name, total in totals.items():
         total.mul_(readable[name].detach().float()).abs_()
     whole.choose_elements(totals)

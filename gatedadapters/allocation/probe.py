@@ -27,15 +27,16 @@ class Probe:
 
     Attributes:
         model: with `adapters` attached.
-        adapters: the candidates; their gates are held at 1 (`all_open`).
+        adapters: the candidates; the gates of the units that are judged are held at 1, those of others at 0 (`opened`).
         learn: batches to learn from.
         held_out: batches to judge by: the last quarter of what was given, none if nothing is to be judged by them.
         loss: see `masking.scores.Loss`.
         learning_rate: the common rate of all kinds of path, for a structure of the size that will be kept.
-        kept_share: parameters that will be kept over those of the probe's candidates.
+        kept_share: parameters that will be kept over those that are open.
         seed: seed of scores that draw random numbers.
-        ranks: by key, how many units of the whole candidate each unit of the probe's path stands for.
-        params: by key, parameters of the probe's path.
+        judged: by key, which of the path's units are open, (units,) of bool.
+        ranks: by key, how many units of the whole candidate each open unit stands for.
+        params: by key, parameters of the open units.
         unit_params: by key, parameters of one unit.
         gains: by key, what each step of the warm start took off the loss of the next step's batch, to first order.
     """
@@ -49,23 +50,34 @@ class Probe:
         loss: Loss,
         learning_rate: float,
         seed: int,
-        kept_share: float = 1.0,
+        kept: float | None = None,
         hold_out: bool = True,
+        first_units: bool = False,
         whole: Adapters | None = None,
         progress: bool = True,
     ) -> None:
         count = max(1, round(HELD_OUT_SHARE * len(batches))) if hold_out and len(batches) > 1 else 0
         self.learn, self.held_out = list(batches[: len(batches) - count]), list(batches[len(batches) - count :])
         self.model, self.adapters, self.loss = model, adapters, loss
-        self.learning_rate, self.kept_share = learning_rate, min(1.0, kept_share)
         self.seed, self.progress = seed, progress
         self.bank = cast(GateBank, adapters.bank)
-        small = self.paths
-        self.ranks = {key: path.units // small[key].units for key, path in (whole or adapters).typed_paths()}
+        self.judged = {key: self._judged(key, path, first_units) for key, path in self.paths.items()}
+        counts = {key: int(judged.sum()) for key, judged in self.judged.items()}
+        self.ranks = {key: path.units // counts[key] for key, path in (whole or adapters).typed_paths()}
         self.unit_params = {group.key: group.params for group in self.bank.groups}
-        self.params = {group.key: group.params * group.units for group in self.bank.groups}
-        self.gains: dict[str, list[float]] = {key: [] for key in small}
+        self.params = {key: self.unit_params[key] * count for key, count in counts.items()}
+        self.learning_rate = learning_rate
+        self.kept_share = 1.0 if kept is None else min(1.0, kept / sum(self.params.values()))
+        self.gains: dict[str, list[float]] = {key: [] for key in counts}
         self._is_warm = False
+
+    def _judged(self, key: str, path: Path, first_units: bool) -> Tensor:
+        """All units of a path, or the first of each expert if units have gates of their own."""
+        where = self.bank.slices[key]
+        split = where.stop - where.start == path.units
+        judged = torch.zeros(path.units, dtype=torch.bool)
+        judged[:: path.options.size if first_units and split else 1] = True
+        return judged
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -73,10 +85,17 @@ class Probe:
         return dict(self.adapters.typed_paths())
 
     @contextmanager
-    def all_open(self) -> Iterator[None]:
-        """A context in which all gates are 1 and do not learn."""
-        with self.bank.held(torch.ones_like(self.bank.kept)):
+    def opened(self) -> Iterator[None]:
+        """A context in which the units that are judged are open, others closed, and gates do not learn."""
+        with self.bank.held(self._open()):
             yield
+
+    def _open(self) -> Tensor:
+        """Gates, (tasks, units of the bank), that are 1 where units are judged."""
+        kept = torch.zeros_like(self.bank.kept)
+        for key, where in self.bank.slices.items():
+            kept[:, where] = self.judged[key][: where.stop - where.start].to(kept)
+        return kept
 
     # -- a short training ----------------------------------------------------------------------------------------------
 
@@ -132,7 +151,7 @@ class Probe:
     def held_out_losses(self, closed: Collection[str] = ()) -> Tensor:
         """The loss of each held-out example, (examples,), with the paths `closed` switched off."""
         self.model.eval()
-        kept = torch.ones_like(self.bank.kept)
+        kept = self._open()
         for key in closed:
             kept[:, self.bank.slices[key]] = 0.0
         with self.bank.held(kept):

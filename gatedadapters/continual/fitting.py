@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from gatedadapters.continual.measures import Collate
 from gatedadapters.training import FollowOptimizer, GatedTrainer
 from gatedadapters.training.checked import check_finite_loss, check_launch
-from gatedadapters.training.trainer import split_groups
+from gatedadapters.training.rates import split_groups
 
 COMPLETE = "complete"
 """Name of the file that marks a checkpoint as written to its end."""

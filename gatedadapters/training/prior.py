@@ -10,25 +10,26 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
 from gatedadapters.allocation import Placement, PlacementScore
-from gatedadapters.allocation.allocate import FRONTIER_POINTS, KEPT_SHARE, place_attached
+from gatedadapters.allocation.allocate import FRONTIER_POINTS, place_attached
 from gatedadapters.config import Budget
 from gatedadapters.supernet.adapters import Adapters
 
 FEWEST_STEPS = 32
-FEWEST_BATCHES, MOST_BATCHES = 8, 24
+FEWEST_BATCHES, MOST_BATCHES = 8, 24  # of a relative budget in a shorter training; of any training
 NOTED = frozenset({"_metrics", "_total_train_tokens"})
 """What TRL's trainers count whenever they compute a loss."""
 
 
 def probe_batches(steps: int) -> int:
-    """Batches of the probe before a training of `steps`: a fifth of them, from 8 to 24.
+    """Batches of the probe before a training of `steps`: half as many, at most 24; with 8 a score knows little.
 
     0 below 32 steps: so short a training starts from even gates, because a probe would cost more than it can win.
     """
-    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, max(FEWEST_BATCHES, steps // 5))
+    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, steps // 2)
 
 
 def can_be_probed(trainer: Trainer) -> bool:
@@ -47,8 +48,9 @@ def start_gates(
 ) -> Placement:
     """Let gates start from what a score says of the candidates, after a probe on the first batches of the training.
 
-    Weights, heads, random state and the trainer's metrics are as before. All processes start from the mean of what
-    they found.
+    Candidates and heads start from what they learnt in the probe, so that gates judge units that have learnt something.
+    The backbone, the random state and the trainer's metrics are as before. All processes start from the mean of what
+    they found and learnt.
 
     Args:
         trainer: gives the batches and their preparation.
@@ -86,9 +88,9 @@ def start_gates(
             loss=losses,
             seed=adapters.seed,
             progress=not trainer.args.disable_tqdm,
+            budget=None if relative or pressure is None else cast(Budget, pressure.penalty),
             frontier=FRONTIER_POINTS if relative else 0,
             within=budget.within if budget is not None else None,
-            kept_share=KEPT_SHARE if relative or pressure is None else pressure.kept_share(0.0),
         )
     vars(trainer).update(noted)
     bank = placement.bank
@@ -96,8 +98,18 @@ def start_gates(
     worth = placement.for_their_cost().to(bank.log_alpha).clamp(min=0.0)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(worth)
+        for parameter in (*adapters.weight_parameters(), *adapters.head_parameters()):
+            _take_mean(parameter)
     bank.start_from(worth)
     return placement
+
+
+@torch.no_grad()
+def _take_mean(parameter: nn.Parameter) -> None:
+    """Give all processes the mean of their values; shards hold it already, because their gradients are shared."""
+    if not isinstance(parameter, DTensor):
+        dist.all_reduce(parameter)
+        parameter.div_(dist.get_world_size())
 
 
 def agreed_size(placement: Placement, budget: Budget) -> int:

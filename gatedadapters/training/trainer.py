@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -33,6 +33,7 @@ from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 from gatedadapters.training.multitask import MultiTaskClassifier
 from gatedadapters.training.prior import agreed_size, can_be_probed, probe_batches, start_gates
+from gatedadapters.training.rates import ConstantFactor, default_gate_rate, rewound, shared_out, split_groups
 from gatedadapters.training.reference import reference_by_switching_off
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,6 @@ _OF_SPEED = ("runtime", "_per_second", "model_preparation_time")
 
 _LATEST: WeakKeyDictionary[Adapters, ref[GatedTrainer]] = WeakKeyDictionary()
 """The trainer that was made last for each model's adapters."""
-
-
-class ConstantFactor:
-    """The learning-rate factor of gates, which is 1 throughout."""
-
-    def __call__(self, step: int) -> float:
-        """Return 1 at every step."""
-        return 1.0
 
 
 class GatedTrainer(CheckedTrainer):
@@ -77,9 +70,9 @@ class GatedTrainer(CheckedTrainer):
             `flops`, or as a fraction of the candidates, limits the adapters, because a delta costs no flops.
         penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
-        prior: the placement score from which the gates start, after a probe on the first batches of the training (a
-            twentieth of its steps, from 8 to 24); None for even gates. Without a budget, below 32 steps, and
-            in trainers that generate their examples, gates start even.
+        prior: the placement score from which the gates start, after a probe on the first batches of the training (half
+            as many as it has steps, at most 24), in which candidates and heads learn; None for even gates. Without a
+            budget, below 32 steps, and in trainers that generate their examples, gates start even.
         gate_learning_rate: default: a gate can cross its range within the ramp.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
@@ -617,71 +610,6 @@ def _check_model(adapters: Any, model: nn.Module, args: TrainingArguments, train
             where="TrainingArguments",
             fix="bf16=True",
         )
-
-
-def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:
-    """A learning-rate factor that repeats its descent after the prune, compressed into the remaining steps.
-
-    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low.
-
-    Args:
-        factor: learning-rate factor by step.
-        prune: step of the prune.
-        peak: step at which the descent of `factor` begins.
-        total: number of steps.
-
-    References:
-        Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389:
-        learning-rate rewinding.
-    """
-
-    def at(step: int) -> float:
-        if step < prune:
-            return factor(step)
-        return factor(peak + (step - prune) / max(1, total - prune) * (total - peak))
-
-    return (
-        at  # schedulers save the state of callable objects, but not of functions; safe readers accept only the latter
-    )
-
-
-def shared_out(factor: Callable[..., float], pressure: Pressure, total: int) -> Callable[[int], float]:
-    """A learning-rate factor for paths, multiplied by `Pressure.kept_share`.
-
-    Under Adam every open unit moves by about the learning rate, and the contributions of all units at a point add up.
-    So with all candidates open the model's output would move many times as fast as with the few that will stay, which
-    the rate is meant for.
-    """
-    return lambda step: factor(step) * pressure.kept_share(step / total)
-
-
-def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
-    """Move `parameters` into parameter groups of their own.
-
-    Each new group has the options of the group that its parameters come from.
-
-    Returns:
-        The indices of the groups that hold `parameters`.
-    """
-    wanted = {id(p) for p in parameters}
-    found = []
-    for index, group in enumerate(list(optimizer.param_groups)):
-        own = [p for p in group["params"] if id(p) in wanted]
-        if not own:
-            continue
-        if len(own) == len(group["params"]):
-            found.append(index)
-            continue
-        group["params"] = [p for p in group["params"] if id(p) not in wanted]
-        found.append(len(optimizer.param_groups))
-        optimizer.add_param_group({**group, "params": own})
-    return found
-
-
-def default_gate_rate(schedule: Schedule, total_steps: int) -> float:
-    """The rate at which Adam crosses the useful range of log alpha, about 8, within the ramp; in [0.01, 0.3]."""
-    ramp = max(1.0, (schedule.ramp - schedule.warmup) * total_steps)
-    return min(0.3, max(0.01, 8.0 / ramp))
 
 
 @torch.no_grad()

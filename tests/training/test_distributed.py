@@ -88,6 +88,7 @@ def test_two_processes_start_from_the_gates_and_the_size_that_both_found(outcome
     for name in ("fraction", "within"):
         assert not torch.equal(first[f"{name} here"], second[f"{name} here"])  # each probes its own batches
         assert torch.equal(first[name], second[name])
+        assert torch.equal(first[f"{name} learnt"], second[f"{name} learnt"])
         assert first[name].std() > 0
     assert first["size"] == second["size"]
 

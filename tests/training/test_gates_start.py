@@ -76,11 +76,13 @@ def spread(adapters: ga.Adapters) -> dict[str, float]:
     }
 
 
-def test_a_fifth_of_the_steps_is_probed_from_8_to_24_and_nothing_of_short_trainings() -> None:
-    assert [probe_batches(steps) for steps in (1, 31, 32, 40, 60, 120, 10_000)] == [0, 0, 8, 8, 12, 24, 24]
+def test_half_as_many_batches_as_steps_are_probed_at_most_24_and_nothing_of_short_trainings() -> None:
+    assert [probe_batches(steps) for steps in (1, 31, 32, 40, 60, 10_000)] == [0, 0, 16, 20, 24, 24]
 
 
-def test_gates_start_from_what_the_score_says_and_all_else_is_as_before(tmp_path: Path) -> None:
+def test_gates_start_from_what_the_score_says_and_nothing_else_changes_that_it_did_not_train(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_of(tmp_path, prior=Downs())
     model, adapters = trainer.model, trainer.adapters
     log_alpha = adapters.bank.log_alpha
@@ -105,15 +107,30 @@ def test_gates_start_from_what_the_score_says_and_all_else_is_as_before(tmp_path
     assert trainer.placement.score == "downs"
 
 
-def test_a_probe_that_says_nothing_gives_the_training_without_one_bit_for_bit(tmp_path: Path) -> None:
+def test_candidates_and_heads_start_from_what_they_learnt_in_the_probe(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, prior=Even())
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer._start_gates()
+    learnt = {id(p) for p in (*trainer.adapters.weight_parameters(), *trainer.adapters.head_parameters())}
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved - {"gated_adapters.bank.log_alpha"} == {
+        name for name, p in trainer.model.named_parameters() if id(p) in learnt
+    }
+    assert len(set(spread(trainer.adapters).values())) == 1  # the score finds nothing to tell apart
+    for _, path in trainer.adapters.typed_paths():
+        first, *others = path.learned().tolist()
+        assert first > 0
+        assert not any(others)  # the first unit speaks for the others, which add less
+
+
+def test_a_score_that_finds_nothing_useful_gives_the_training_without_a_probe_bit_for_bit(tmp_path: Path) -> None:
     found = {}
-    for name, prior in (("probed", Even()), ("useless", Useless()), ("plain", None)):
+    for name, prior in (("useless", Useless()), ("plain", None)):
         trainer = trainer_of(tmp_path / name, prior=prior)
         trainer.adapters.bank.log_alpha.data.fill_(trainer.adapters.bank.config.init)
         trainer.train()
         found[name] = trained(trainer.model)
         assert (trainer.placement is None) == (prior is None)
-    assert_same(found["probed"], found["plain"])
     assert_same(found["useless"], found["plain"])
 
 

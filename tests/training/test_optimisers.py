@@ -11,7 +11,7 @@ from recipes import SOON, Watch, arguments, gated_classifier, labelled
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
-from gatedadapters.training.trainer import default_gate_rate
+from gatedadapters.training.rates import default_gate_rate
 
 IMPLEMENTATIONS = {
     "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),

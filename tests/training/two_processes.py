@@ -105,6 +105,7 @@ def probed(folder: Path) -> dict[str, Any]:
         assert trainer.placement is not None
         found[name] = ga.get_adapters(model).bank.log_alpha.detach().clone()
         found[f"{name} here"] = trainer.placement.for_their_cost()
+        found[f"{name} learnt"] = torch.cat([p.detach().flatten() for p in ga.get_adapters(model).weight_parameters()])
     found["size"] = ga.get_adapters(model).pressure.penalty.params
     return found
 

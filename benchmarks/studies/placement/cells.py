@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.common.store import Result, Store
+from benchmarks.common.tuning import best
 
 STORE = Store("placement")
 COMMON_RATE = 1e-2  # of all kinds of path
+RATES = (5e-3, COMMON_RATE, 2e-2)  # of which every arm takes its best
 SEEDS = (0, 1, 2, 3, 4)
+LIBRARY = ("allocated", "searched")  # what the library chooses
+GUESSES = ("even:all", "kind:norm", "kind:scale", "kind:lora", "random")
 REPEATED = 10  # structures that are trained with every seed; all others with the first
 
 
@@ -47,7 +51,7 @@ class ArmCell:
     """One way to come by a structure, carried out and trained once.
 
     `allocated`: by the score before any training. `searched`: by gates that start from the score. Every other arm is
-    the name of a structure.
+    a method of peft.
     """
 
     regime: str
@@ -62,13 +66,25 @@ class ArmCell:
         return f"arm_{self.regime}_{self.arm}_{self.score}_{self.rate:g}_{self.seed}"
 
 
-def arms_of(regime: str, seeds: Sequence[int]) -> list[Cell | ArmCell]:
-    """What is compared at equal size, seed by seed: two of the library's, two guesses, and a random structure."""
-    found: list[Cell | ArmCell] = []
-    for seed in seeds:
-        found += [ArmCell(regime, arm, seed) for arm in ("allocated", "searched")]
-        found += [Cell(regime, name, seed) for name in ("even:all", "kind:norm", f"random:{seed}")]
-    return found
+def arm_cell(regime: str, arm: str, seed: int, rate: float) -> Cell | ArmCell:
+    """The cell of an arm; a structure's is shared with those that scores are judged on."""
+    if arm in LIBRARY:
+        return ArmCell(regime, arm, seed, rate=rate)
+    if arm.startswith("peft-"):
+        return ArmCell(regime, arm, seed, score="", rate=rate)
+    return Cell(regime, f"random:{seed}" if arm == "random" else arm, seed, rate)
+
+
+def tuned(regime: str, arm: str) -> float | None:
+    """The rate with the lowest loss of the first seed; None where one of them was not measured."""
+    cells = [arm_cell(regime, arm, SEEDS[0], rate) for rate in rates_of(arm)]
+    chosen = best(cells, read, lambda result: -result["loss"])
+    return None if chosen is None else chosen.rate
+
+
+def rates_of(arm: str) -> tuple[float, ...]:
+    """The rates that are tried: gains and vectors of peft want higher ones, because the kinds here have factors."""
+    return tuple(2 * rate for rate in RATES) if arm.startswith("peft-") else RATES
 
 
 def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import gatedadapters as ga
 from benchmarks.common.store import SCRATCH, locked
@@ -139,6 +139,10 @@ class Regime:
     def search_space(self) -> ga.SearchSpace:
         """The candidates."""
         return ga.SearchSpace.parse({"name": self.space, "paths": SPACES[self.space]}, where=self.name)
+
+    def arguments(self, rate: float, seed: int, *, bf16: bool) -> TrainingArguments:
+        """How everything is trained here."""
+        return training_arguments(steps=self.steps, batch=self.batch, rate=rate, seed=seed, bf16=bf16)
 
     @functools.cached_property
     def problem(self) -> Problem:

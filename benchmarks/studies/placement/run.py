@@ -8,7 +8,7 @@ path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regim
 
     python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
-    python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's own choices
+    python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's choices and rivals
     python -m benchmarks placement table
 
 A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
@@ -25,30 +25,38 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
 
 import gatedadapters as ga
 from benchmarks.common.command import carry_out, parser
 from benchmarks.common.store import Result, claimed
-from benchmarks.common.training import training_arguments
 from benchmarks.studies.placement.cells import (
     COMMON_RATE,
+    GUESSES,
+    LIBRARY,
+    SEEDS,
     STORE,
     ArmCell,
     Cell,
     ScoreCell,
-    arms_of,
+    arm_cell,
     cells_of,
+    rates_of,
     read,
+    tuned,
 )
 from benchmarks.studies.placement.judging import packed, predictions
 from benchmarks.studies.placement.precision import autocast, precision
 from benchmarks.studies.placement.regimes import REGIMES, Problem, Regime
+from benchmarks.studies.placement.rivals import PEFT
 from benchmarks.studies.placement.scores import names, placement
 from benchmarks.studies.placement.structures import made
 from benchmarks.studies.placement.table import tables
 from gatedadapters.reporting.versions import versions
 from gatedadapters.structure import Structure
+
+EVA_BATCHES = 4
 
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
@@ -68,12 +76,9 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
         assert isinstance(cell, ArmCell)
         search = {"budget": ga.Budget(params=regime.size), "prior": cell.score}
     try:
-        args = training_arguments(
-            steps=regime.steps, batch=regime.batch, rate=cell.rate, seed=cell.seed, bf16=precision() == "bf16"
-        )
         trainer = ga.GatedTrainer(
             problem.model,
-            args,
+            regime.arguments(cell.rate, cell.seed, bf16=precision() == "bf16"),
             train_dataset=problem.items(cell.seed),
             data_collator=problem.collate,
             compute_loss_func=problem.trainer_loss,
@@ -86,12 +91,18 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
     finally:
         ga.detach(problem.model)
         problem.model.zero_grad()
+    found = outcome(losses, right, adapters.structure.params, began, trained, cpu)
+    return {"cell": asdict(cell), **found, "kinds": params_by_kind(adapters.structure)}
+
+
+def outcome(
+    losses: Tensor, right: Tensor | None, params: int, began: float, trained: float, cpu: float
+) -> dict[str, Any]:
+    """What is stored of a training that began, ended and used the processor at these times."""
     return {
-        "cell": asdict(cell),
         "loss": float(losses.mean()),
         "accuracy": None if right is None else float(right.float().mean()),
-        "params": adapters.structure.params,
-        "kinds": params_by_kind(adapters.structure),
+        "params": params,
         "seconds": {
             "train": round(trained - began, 1),
             "measure": round(time.perf_counter() - trained, 1),
@@ -104,7 +115,9 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
 
 
 def compute_arm(cell: ArmCell, regime: Regime) -> Result:
-    """Choose a structure as the library does, and train it."""
+    """Choose a structure as the library does, and train it; or train a method of peft."""
+    if cell.arm in PEFT:
+        return compute_rival(cell, regime)
     if cell.arm == "searched":
         found = compute(cell, regime, None)
         return {"arm": found.pop("cell"), **found}
@@ -128,12 +141,43 @@ def compute_arm(cell: ArmCell, regime: Regime) -> Result:
     return {"arm": found.pop("cell"), **found, "seconds": {**chosen, **found["seconds"]}}
 
 
+def compute_rival(cell: ArmCell, regime: Regime) -> Result:
+    """Train a method of peft with transformers' own Trainer; the model is left as it was."""
+    problem = regime.problem
+    set_seed(cell.seed)
+    began, cpu = time.perf_counter(), time.process_time()
+    first = list(itertools.islice(problem.batches(cell.seed, regime.batch), EVA_BATCHES))
+    wrapped, callbacks = PEFT[cell.arm](problem.model, first, regime.steps)
+    try:
+        trainer = Trainer(
+            wrapped,
+            regime.arguments(cell.rate, cell.seed, bf16=precision() == "bf16"),
+            train_dataset=problem.items(cell.seed),
+            data_collator=problem.collate,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        trained = time.perf_counter()
+        losses, _ = measured(problem, wrapped)
+        params = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    finally:
+        wrapped.unload()
+    return {"arm": asdict(cell), **outcome(losses, None, params, began, trained, cpu)}
+
+
 @torch.no_grad()
-def measured(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The loss of every held-out text, in float64, and whether the model is right."""
-    problem.model.eval()
+def measured(problem: Problem, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    """The loss of every held-out text, in float64, and whether the model is right.
+
+    Args:
+        problem: says what is measured.
+        model: default: the problem's own.
+    """
+    model = problem.model if model is None else model
+    model.eval()
     with autocast():
-        parts = [problem.measure(problem.model, batch) for batch in problem.held_out]
+        parts = [problem.measure(model, batch) for batch in problem.held_out]
     right = [part for _, part in parts if part is not None]
     return torch.cat([losses for losses, _ in parts]).double(), torch.cat(right) if right else None
 
@@ -189,17 +233,21 @@ def score_all(options: argparse.Namespace) -> None:
 
 
 def arms_all(options: argparse.Namespace) -> None:
-    """Compute the arms that are missing, seed by seed."""
+    """Compute the arms that are missing: the first seed at every rate, the others at the best of these."""
     for name in options.regimes:
         regime = REGIMES[name]
         structures = made(regime)
-        for cell in arms_of(name, options.seeds):
-            if isinstance(cell, ArmCell):
-                result = if_missing(cell, compute_arm, cell, regime)
-            else:
-                result = if_missing(cell, compute, cell, regime, structures[cell.structure])
-            if result is not None:
-                print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
+        rivals = tuple(PEFT) if name.startswith("smollm2") else ()  # on encoders they have no such small sizes
+        for seed, arm in itertools.product(options.seeds, options.arms or (*LIBRARY, *GUESSES, *rivals)):
+            best = tuned(name, arm)
+            rates = rates_of(arm) if seed == SEEDS[0] else () if best is None else (best,)
+            for cell in (arm_cell(name, arm, seed, rate) for rate in rates):
+                if isinstance(cell, ArmCell):
+                    result = if_missing(cell, compute_arm, cell, regime)
+                else:
+                    result = if_missing(cell, compute, cell, regime, structures[cell.structure])
+                if result is not None:
+                    print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
 
 
 def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result], *arguments: object) -> Result | None:
@@ -217,6 +265,7 @@ def main(arguments: Sequence[str]) -> None:
     made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
     made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
     made_parser.add_argument("--scores", nargs="+", help="default: all")
+    made_parser.add_argument("--arms", nargs="+", help="default: all")
     made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores and arms; default: 0")
     options = made_parser.parse_args(arguments)
     if options.command in ("score", "arms"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
+from typing import Any
 
 from benchmarks.common.store import Result
 from benchmarks.common.tables import markdown, shown
-from benchmarks.studies.placement.cells import COMMON_RATE, STORE
+from benchmarks.studies.placement.cells import COMMON_RATE, GUESSES, LIBRARY, SEEDS, STORE
 from benchmarks.studies.placement.judging import Judgement, ceiling, judge
 
 GROUPS = {  # what tables show of several regimes together
@@ -22,7 +23,7 @@ def tables() -> str:
     """How the library's choices do, how well scores predict, and which guess is the best where."""
     results = STORE.results()
     found = losses(results)
-    parts = (arms(results, found), judgements(results, found), guesses(found))
+    parts = (arms(results), judgements(results, found), guesses(found))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -39,26 +40,44 @@ def losses(results: Mapping[str, Result]) -> Losses:
 # -- arms --------------------------------------------------------------------------------------------------------------
 
 
-def arms(results: Mapping[str, Result], found: Losses) -> str:
-    """What the library chose, minus guesses and the mean random structure of the same seed: losses, paired by seed."""
-    chosen: dict[tuple[str, str], dict[int, Result]] = {}
+def arms(results: Mapping[str, Result]) -> str:
+    """Every arm at its best rate, and what the library chose minus it: losses, paired by seed.
+
+    Rates are those of the first seed; where only one was measured, that one.
+    """
+    measured: dict[tuple[str, str], dict[float, dict[int, Result]]] = {}
     for result in results.values():
-        arm = result.get("arm")
-        if arm is not None and arm["rate"] == COMMON_RATE:
-            chosen.setdefault((arm["regime"], f"{arm['arm']} ({arm['score']})"), {})[arm["seed"]] = result
+        for regime, arm, cell in placed(result):
+            measured.setdefault((regime, arm), {}).setdefault(cell["rate"], {})[cell["seed"]] = result
+    best: dict[tuple[str, str], tuple[float, dict[int, Result]]] = {}
+    for place, by_rate in measured.items():
+        rates = [rate for rate, seeds in by_rate.items() if SEEDS[0] in seeds]
+        if rates:
+            rate = min(rates, key=lambda rate: by_rate[rate][SEEDS[0]]["loss"])
+            best[place] = rate, by_rate[rate]
     rows = []
-    for (regime, arm), by_seed in sorted(chosen.items()):
-        rows.append([regime, arm, str(len(by_seed)), f"{fmean(r['loss'] for r in by_seed.values()):.4f}"])
-        for against in ("even:all", "kind:norm", "random"):
-            pairs = []
-            for seed, result in by_seed.items():
-                own = found.get(regime, {}).get(seed, {})
-                others = [loss for name, loss in own.items() if name == against or name.startswith(f"{against}:")]
-                pairs += [result["loss"] - fmean(others)] if others else []
-            rows[-1].append(f"{shown(pairs, times=1, signed=True)} ({len(pairs)})" if pairs else "")
-    if not rows:
-        return ""
-    return markdown(["regime", "arm", "seeds", "loss", "- even", "- norms alone", "- random"], rows)
+    for regime in dict.fromkeys(regime for regime, arm in best if arm in LIBRARY):
+        own = {arm: found for (name, arm), found in best.items() if name == regime}
+        for arm, (rate, seeds) in sorted(own.items(), key=lambda item: fmean(r["loss"] for r in item[1][1].values())):
+            tried = sum(SEEDS[0] in found for found in measured[regime, arm].values())
+            losses = [result["loss"] for result in seeds.values()]
+            rows.append([regime, arm, f"{rate:g} of {tried}", str(len(seeds)), f"{fmean(losses):.4f}"])
+            for chosen in LIBRARY:
+                ours = own[chosen][1] if chosen in own and chosen != arm else {}
+                rows[-1].append(
+                    shown([ours[s]["loss"] - seeds[s]["loss"] for s in seeds if s in ours], times=1, signed=True)
+                )
+    header = ["regime", "arm", "rate, of how many", "seeds", "loss", *(f"{chosen} - it" for chosen in LIBRARY)]
+    return markdown(header, rows) if rows else ""
+
+
+def placed(result: Result) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The regime and the arm that a result belongs to, and its cell; nothing of a result that is of no arm."""
+    cell = result.get("arm") or result.get("cell")
+    if cell is not None:
+        name = cell.get("arm") or ("random" if cell["structure"] == f"random:{cell['seed']}" else cell["structure"])
+        if name in (*LIBRARY, *GUESSES) or name.startswith("peft-"):
+            yield cell["regime"], name, cell
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
