@@ -27,7 +27,7 @@ def conversation(example: ChoiceExample) -> dict[str, Any]:
 
 
 def main(
-    out: str, steps: int = 60, batch_size: int = 8, held_out: int = 64, learning_rate: float = 3e-3
+    out: str, steps: int = 40, batch_size: int = 4, held_out: int = 64, learning_rate: float = 3e-3
 ) -> dict[str, Any]:
     """Returns the structure, held-out loss before and after, and how many held-out questions are answered right."""
     task = load_choices("commonsenseqa", train=None, validation=0, test=held_out)
