@@ -264,7 +264,7 @@ def probe(
         found = score(model, batches, kind=method, heads=sorted(heads), spill=new / FISHER)
         if isinstance(method, BatchGradients):
             steps, examples = 0, found.record.examples
-            updates = ((name, -method.mean[name]) for name in infos)
+            updates: Iterable[tuple[str, Tensor]] = ((name, -method.mean[name]) for name in infos)
         else:
             updates = _updates(before, model, set(infos))
         norms, stored = _write_deltas(new / DELTAS, updates, config)
