@@ -382,3 +382,18 @@ def test_every_regime_can_spend_its_size() -> None:
     assert {table.group_of(name) for name in regimes.REGIMES} == {regime.group for regime in regimes.REGIMES.values()}
     for regime in regimes.REGIMES.values():
         assert regime.search_space.paths
+
+
+def test_sizes_are_predicted_and_then_trained(run: ModuleType, regime: regimes.Regime) -> None:
+    cell = cells.FrontierCell("test")
+    predicted = run.if_missing(cell, run.compute_frontier, cell, regime)
+    sizes = [point["params"] for point in predicted["points"]]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) > 2
+    structure = Structure.from_json(predicted["points"][1]["structure"])
+    for rate in (1e-3, 1e-2):
+        place = cells.PointCell("test", 1, rate=rate)
+        assert run.if_missing(place, run.compute_point, place, regime, structure)["params"] == sizes[1]
+    (row,) = table.frontiers(cells.STORE.results()).splitlines()[2:]
+    losses = [cells.read(cells.PointCell("test", 1, rate=rate))["loss"] for rate in (1e-3, 1e-2)]
+    assert row.split(" | ")[2:] == [f"{sizes[1]:,}", f"{predicted['points'][1]['loss']:.4f}", f"{min(losses):.4f} |"]

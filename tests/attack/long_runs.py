@@ -20,6 +20,7 @@ from gatedadapters.studies import Study
 
 BYTES = 2 * 2**20  # growth of resident memory over the second half that still counts as none
 SETTLED = 500  # turns after which caches and the allocator's pools are full; memory of fewer is not judged
+LOOKS = 5  # at the memory in each half
 OBJECTS = 100  # the same for objects of Python
 
 
@@ -122,13 +123,18 @@ def run(steps: int) -> int:
     growing = 0
     for name, (loop, divisor) in LOOPS.items():
         count, turns = steps // divisor, loop()
-        used = []
-        for part in (count - count // 2, count // 2):
-            for _ in range(part):
+        half, done = count // 2, 0
+        sooner: list[tuple[int, int]] = []
+        later: list[tuple[int, int]] = []
+        for look in range(1, 2 * LOOKS + 1):
+            while done < count * look // (2 * LOOKS):
                 next(turns)
-            used.append(_memory())
+                done += 1
+            if done >= min(SETTLED, half):
+                (later if done > half else sooner).append(_memory())
         turns.close()
-        grown, objects = used[1][0] - used[0][0], used[1][1] - used[0][1]
+        # Memory rises and falls as the allocator likes, but a leak lifts the lowest point.
+        grown, objects = (min(look[i] for look in later) - min(look[i] for look in sooner) for i in (0, 1))
         grows = objects > OBJECTS or (count >= 2 * SETTLED and grown > BYTES)
         growing += grows
         print(

@@ -11,9 +11,17 @@ from benchmarks.common.tuning import best
 STORE = Store("placement")
 COMMON_RATE = 1e-2  # of all kinds of path
 RATES = (5e-3, COMMON_RATE, 2e-2)  # of which every arm takes its best
+PEFT_RATES = {  # other parameters want others: gains are tuned as they are, vectors by what they multiply
+    "peft-norms": (1e-3, 3e-3, 1e-2),
+    "peft-ia3": (1e-2, 3e-2, 6e-2),
+    "peft-lora": (1e-2, 2e-2, 4e-2),
+    "peft-adalora": (1e-2, 2e-2, 4e-2),
+    "peft-eva": (1e-3, 3e-3, 1e-2),
+}
 SEEDS = (0, 1, 2, 3, 4)
 LIBRARY = ("allocated", "searched")  # what the library chooses
 GUESSES = ("even:all", "kind:norm", "kind:scale", "kind:lora", "random")
+POINT_RATES = (COMMON_RATE / 5, COMMON_RATE)  # the largest structures want less than the common rate
 REPEATED = 10  # structures that are trained with every seed; all others with the first
 
 
@@ -66,6 +74,37 @@ class ArmCell:
         return f"arm_{self.regime}_{self.arm}_{self.score}_{self.rate:g}_{self.seed}"
 
 
+@dataclass(frozen=True)
+class FrontierCell:
+    """The frontier of a regime's candidates: what the probe predicts for eight budgets, and their structures."""
+
+    regime: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"frontier_{self.regime}_{self.seed}"
+
+
+@dataclass(frozen=True)
+class PointCell:
+    """One structure of a frontier, trained by itself."""
+
+    regime: str
+    number: int
+    seed: int = 0
+    rate: float = COMMON_RATE
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"point_{self.regime}_{self.number}_{self.rate:g}_{self.seed}"
+
+
+AnyCell = Cell | ScoreCell | ArmCell | FrontierCell | PointCell
+
+
 def arm_cell(regime: str, arm: str, seed: int, rate: float) -> Cell | ArmCell:
     """The cell of an arm; a structure's is shared with those that scores are judged on."""
     if arm in LIBRARY:
@@ -83,8 +122,8 @@ def tuned(regime: str, arm: str) -> float | None:
 
 
 def rates_of(arm: str) -> tuple[float, ...]:
-    """The rates that are tried: gains and vectors of peft want higher ones, because the kinds here have factors."""
-    return tuple(2 * rate for rate in RATES) if arm.startswith("peft-") else RATES
+    """The rates that are tried."""
+    return PEFT_RATES.get(arm, RATES)
 
 
 def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) -> list[Cell]:
@@ -101,6 +140,6 @@ def cells_of(regime: str, structures: Sequence[str], rate: float = COMMON_RATE) 
     return [*once[:half], *again[0], *once[half:], *(cell for cells in again[1:] for cell in cells)]
 
 
-def read(cell: Cell | ScoreCell | ArmCell) -> Result | None:
+def read(cell: AnyCell) -> Result | None:
     """A stored result, if there is one."""
     return STORE.read(cell.name)

@@ -9,6 +9,7 @@ path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regim
     python -m benchmarks placement run [--regimes smollm2-id-35k ...] [--limit 30]   # trains structures
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
     python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's choices and rivals
+    python -m benchmarks placement frontier [--regimes ...] [--seeds 0 1 2]          # sizes: predicted and retrained
     python -m benchmarks placement table
 
 A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
@@ -35,10 +36,14 @@ from benchmarks.studies.placement.cells import (
     COMMON_RATE,
     GUESSES,
     LIBRARY,
+    POINT_RATES,
     SEEDS,
     STORE,
+    AnyCell,
     ArmCell,
     Cell,
+    FrontierCell,
+    PointCell,
     ScoreCell,
     arm_cell,
     cells_of,
@@ -57,6 +62,7 @@ from gatedadapters.reporting.versions import versions
 from gatedadapters.structure import Structure
 
 EVA_BATCHES = 4
+BUDGETS = 8  # of a frontier
 
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
@@ -205,6 +211,35 @@ def compute_score(cell: ScoreCell, regime: Regime, structures: dict[str, Structu
     }
 
 
+def compute_frontier(cell: FrontierCell, regime: Regime) -> Result:
+    """What one probe says of eight budgets."""
+    problem = regime.problem
+    problem.reset(cell.seed)
+    began = time.perf_counter()
+    with autocast():
+        found = ga.allocation.place(
+            problem.model,
+            regime.search_space,
+            problem.batches(cell.seed, regime.batch),
+            frontier=BUDGETS,
+            loss=problem.score_loss,
+            heads=problem.heads,
+            seed=cell.seed,
+            progress=False,
+        )
+    (frontier,) = found.frontiers
+    points = [{"params": p.params, "loss": p.loss, "structure": p.structure.to_json()} for p in frontier.points]
+    seconds = round(time.perf_counter() - began, 1)
+    return {"frontier": asdict(cell), "points": points, "base": frontier.base, "seconds": seconds}
+
+
+def compute_point(cell: PointCell, regime: Regime, structure: Structure) -> Result:
+    """Train a structure of a frontier by itself."""
+    found = compute(Cell(cell.regime, "point", cell.seed, cell.rate), regime, structure)
+    del found["cell"]
+    return {"point": asdict(cell), **found}
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +285,22 @@ def arms_all(options: argparse.Namespace) -> None:
                     print(f"{cell.name}: {result['loss']:.4f} {result['seconds']}", flush=True)
 
 
-def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result], *arguments: object) -> Result | None:
+def frontier_all(options: argparse.Namespace) -> None:
+    """Compute the frontiers that are missing, and train their structures."""
+    for name, seed in itertools.product(options.regimes, options.seeds):
+        regime, cell = REGIMES[name], FrontierCell(name, seed)
+        if_missing(cell, compute_frontier, cell, regime)
+        predicted = read(cell)
+        for number, point in enumerate(predicted["points"] if predicted else ()):
+            structure = Structure.from_json(point["structure"])
+            for rate in POINT_RATES:
+                place = PointCell(name, number, seed, rate)
+                result = if_missing(place, compute_point, place, regime, structure)
+                if result is not None:
+                    print(f"{place.name}: {point['loss']:.4f} predicted, {result['loss']:.4f} trained", flush=True)
+
+
+def if_missing(cell: AnyCell, function: Callable[..., Result], *arguments: object) -> Result | None:
     """The new result of a cell that nobody has computed and nobody computes now; None of any other."""
     with claimed(STORE.loose / f"{cell.name}.lock") as ours:
         if not ours or read(cell) is not None:
@@ -260,17 +310,18 @@ def if_missing(cell: Cell | ScoreCell | ArmCell, function: Callable[..., Result]
 
 def main(arguments: Sequence[str]) -> None:
     """See the module's docstring."""
-    made_parser = parser("placement", __doc__, "score", "arms", threads=1)
+    made_parser = parser("placement", __doc__, "score", "arms", "frontier", threads=1)
     made_parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
     made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
     made_parser.add_argument("--scores", nargs="+", help="default: all")
     made_parser.add_argument("--arms", nargs="+", help="default: all")
-    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of scores and arms; default: 0")
+    made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of all but `run`; default: 0")
     options = made_parser.parse_args(arguments)
-    if options.command in ("score", "arms"):
+    further = {"score": score_all, "arms": arms_all, "frontier": frontier_all}
+    if options.command in further:
         torch.set_num_threads(options.threads)
-        (score_all if options.command == "score" else arms_all)(options)
+        further[options.command](options)
         print(tables())
     else:
         carry_out(options, run=lambda: run_all(options), table=tables, pack=STORE.pack)

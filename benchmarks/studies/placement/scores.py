@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import gatedadapters as ga
 from benchmarks.studies.placement.judging import Predicts
 from benchmarks.studies.placement.regimes import Regime
 from gatedadapters.allocation import place, score_kinds
@@ -32,6 +33,7 @@ def placement(name: str, regime: Regime, seed: int) -> Predicts:
         problem.model,
         regime.search_space,
         problem.batches(seed, regime.batch),
+        budget=ga.Budget(params=regime.size),
         score=name,
         loss=problem.score_loss,
         heads=problem.heads,

@@ -20,10 +20,10 @@ FIXED = ("even", "kind", "depth", "part", "role")  # what somebody may guess wit
 
 
 def tables() -> str:
-    """How the library's choices do, how well scores predict, and which guess is the best where."""
+    """How the library's choices do, how well scores predict, which guess is the best where, and what size is needed."""
     results = STORE.results()
     found = losses(results)
-    parts = (arms(results), judgements(results, found), guesses(found))
+    parts = (arms(results), judgements(results, found), guesses(found), frontiers(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -180,3 +180,26 @@ def _above_random(values: Mapping[str, float]) -> dict[str, float]:
 
 def _named(values: Mapping[str, float], name: str) -> str:
     return f"{values[name]:+.4f} {name}"
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def frontiers(results: Mapping[str, Result]) -> str:
+    """The loss that a probe predicts for each budget, and that of its structure, trained by itself at its best rate."""
+    trained: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for result in results.values():
+        if "point" in result:
+            cell = result["point"]
+            place = trained.setdefault((cell["regime"], cell["seed"]), {})
+            place.setdefault(cell["number"], []).append(result["loss"])
+    rows = []
+    for result in results.values():
+        cell = result.get("frontier")
+        for number, point in enumerate(result["points"] if cell is not None else ()):
+            losses = trained.get((cell["regime"], cell["seed"]), {}).get(number)
+            if losses:
+                place = (cell["regime"], str(cell["seed"]), f"{point['params']:,}")
+                rows.append([*place, f"{point['loss']:.4f}", f"{min(losses):.4f}"])
+    header = ["regime", "seed", "parameters", "predicted by the probe", "trained by itself"]
+    return markdown(header, rows) if rows else ""
