@@ -33,7 +33,7 @@ def preferences(examples: Iterable[ChoiceExample], seed: int = 0) -> list[dict[s
 
 
 def main(
-    out: str, steps: int = 40, batch_size: int = 4, held_out: int = 64, learning_rate: float = 3e-3
+    out: str, steps: int = 40, batch_size: int = 4, held_out: int = 64, learning_rate: float = 1e-3
 ) -> dict[str, Any]:
     """Returns the structure, and the share of held-out pairs whose right answer is preferred, and the loss."""
     task = load_choices("openbookqa", train=None, validation=0, test=held_out)
