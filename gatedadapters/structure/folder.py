@@ -30,6 +30,7 @@ from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint
 from gatedadapters.config.base import parse_record
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
+from gatedadapters.runtime.sharding import in_a_group
 from gatedadapters.safe_files import leftovers, whole_folder
 from gatedadapters.structure.card import CARD, by_hand, model_card
 from gatedadapters.structure.hub import downloaded
@@ -108,7 +109,9 @@ def write(
     if not allow_nonfinite:
         fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
         check_finite(stored, where=folder, fix=fix)
-    with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
+    with whole_folder(
+        folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None, together=in_a_group()
+    ) as new:
         digest = write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
         text = structure.to_json()
         if origin is not None:

@@ -310,3 +310,17 @@ def test_a_score_of_ones_own_is_registered_by_its_kind() -> None:
         assert float(found[found.names[-1]].max()) == len(found) - 1
     finally:
         package._KINDS.pop("depth")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_the_loss_of_a_language_model_is_that_of_the_next_token_whatever_wraps_it() -> None:
+    peft = pytest.importorskip("peft")
+    model, sample = tiny("llama", head="lm")
+    batch = {"input_ids": sample["input_ids"][:1], "labels": sample["input_ids"][:1]}
+    with torch.no_grad():
+        wanted = model(**batch).loss
+        mine = type("MyModel", (type(model),), {})(model.config)
+        mine.load_state_dict(model.state_dict())
+        compiled = torch.compile(model, backend="eager")
+        for wrapped in (model, mine.eval(), compiled, peft.get_peft_model(model, peft.LoraConfig(r=1))):
+            torch.testing.assert_close(task_losses(wrapped, batch)[0], wanted)
