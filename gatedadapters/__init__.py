@@ -26,9 +26,13 @@ from gatedadapters.masking import (
     Mask,
     Scores,
     SparseDelta,
+    SubspaceDelta,
+    TuningTrial,
     apply_mask,
+    apply_subspace,
     get_delta,
     load_delta,
+    load_subspace,
     score,
     select,
     train_last_blocks,
@@ -36,7 +40,7 @@ from gatedadapters.masking import (
 from gatedadapters.structure import Structure
 from gatedadapters.supernet.adapters import Adapters, get_adapters
 from gatedadapters.supernet.attach import attach, detach
-from gatedadapters.transfer import weaken_knowledge
+from gatedadapters.transfer import predict_damage, weaken_knowledge
 
 if TYPE_CHECKING:
     from gatedadapters import experiments
@@ -48,9 +52,11 @@ if TYPE_CHECKING:
         GatedTrainer,
         MultiTaskClassifier,
         SelectiveTrainer,
+        TokenAdaptiveLoss,
         gated,
         selective,
     )
+    from gatedadapters.transfer import repair
 
 __version__ = "0.2.0"
 __all__ = [
@@ -76,10 +82,14 @@ __all__ = [
     "StreamResult",
     "Structure",
     "Study",
+    "SubspaceDelta",
     "Task",
     "TaskStream",
+    "TokenAdaptiveLoss",
+    "TuningTrial",
     "allocate",
     "apply_mask",
+    "apply_subspace",
     "attach",
     "budget_report",
     "detach",
@@ -96,10 +106,13 @@ __all__ = [
     "load_adapters",
     "load_delta",
     "load_joint",
+    "load_subspace",
     "merge_into",
     "normalise",
     "place",
+    "predict_damage",
     "probe",
+    "repair",
     "run_stream",
     "save_joint",
     "score",
@@ -113,13 +126,17 @@ __all__ = [
 # transformers' Trainer imports peft and more: only those who train pay for it.
 _ON_USE = {
     **dict.fromkeys(
-        ("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer", "gated", "selective"),
+        (
+            *("FollowOptimizer", "GatedTrainer", "MultiTaskClassifier", "SelectiveTrainer", "TokenAdaptiveLoss"),
+            *("gated", "selective"),
+        ),
         "gatedadapters.training",
     ),
     **dict.fromkeys(
         ("StreamResult", "Task", "TaskStream", "probe", "run_stream", "select_core"), "gatedadapters.continual"
     ),
     "Study": "gatedadapters.studies",
+    "repair": "gatedadapters.transfer",
     "load": "gatedadapters.experiments",
 }
 

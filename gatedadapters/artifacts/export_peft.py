@@ -20,7 +20,7 @@ from gatedadapters.backbone.quantized import is_quantized
 from gatedadapters.errors import ArtifactError, TaskError
 from gatedadapters.paths import LoRA, Norm, Path, Rows, Scale, Site, WeightLoRA
 from gatedadapters.paths.peft_kinds import TOGETHER, peft_has
-from gatedadapters.runtime.sharding import class_name, is_sharded, on_first, whole
+from gatedadapters.runtime.sharding import class_name, in_a_group, is_sharded, on_first, whole
 from gatedadapters.safe_files import whole_folder
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.merging import merged_values, table_factor
@@ -130,7 +130,7 @@ def export_peft(
             metadata[BACKBONE] = fingerprint(model, skip=frozenset(saved)).values
 
     def write() -> None:
-        with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite) as new:
+        with whole_folder(folder, files={CONFIG, WEIGHTS}, overwrite=overwrite, together=in_a_group()) as new:
             (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             write_tensors(new / WEIGHTS, stored, metadata=metadata)
 

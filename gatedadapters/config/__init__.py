@@ -9,7 +9,7 @@ from gatedadapters.config.penalty import L0, Budget, Penalty, Schedule
 from gatedadapters.config.quickstart import QUICKSTART_TASKS, quickstart_config
 from gatedadapters.config.robustness import CorruptionConfig
 from gatedadapters.config.search import SearchConfig, TrainingConfig
-from gatedadapters.config.select import SelectConfig, SelectionConfig, TuningConfig
+from gatedadapters.config.select import SelectConfig, SelectionConfig, SelectTrainingConfig, TuningConfig
 from gatedadapters.config.space import PathOptions, SearchSpace, Where
 from gatedadapters.config.study import Factor, StudyConfig
 from gatedadapters.config.tasks import TaskConfig
@@ -35,6 +35,7 @@ __all__ = [
     "SearchConfig",
     "SearchSpace",
     "SelectConfig",
+    "SelectTrainingConfig",
     "SelectionConfig",
     "StreamTrainingConfig",
     "StudyConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path as FilePath
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,11 +14,15 @@ from gatedadapters.config.tasks import TaskConfig, distinct_titles
 
 
 class ProbeConfig(Config):
-    """A probe: a short training that shows which weights a task moves; see `probe`.
+    """A probe shows which weights a task moves; see `probe`.
 
     The defaults are those of the released method.
 
     Attributes:
+        kind: `training` is a short full fine-tuning, which is then undone. `gradient` takes no step: it reads the mean
+            gradient of the batches that the squared gradient is averaged over. That costs a fraction of the time, and
+            neither moments of an optimiser nor a copy of the model on disk. The options `of_training` are for
+            `training` alone. Where a task has a new head, gradients say less: they go through random weights.
         epochs: passes over the examples.
         steps: number of optimiser steps, in place of `epochs`.
         fraction: share of the task's training examples to use.
@@ -32,6 +36,10 @@ class ProbeConfig(Config):
         dtype: number format in which the changes of the weights are stored.
     """
 
+    added: ClassVar[tuple[str, ...]] = ("kind",)
+    of_training: ClassVar[tuple[str, ...]] = ("epochs", "steps", "fraction", "learning_rate", "warmup", "batch_size")
+
+    kind: Literal["training", "gradient"] = "training"
     epochs: float = Field(1.0, gt=0)
     steps: Count | None = None
     fraction: float = Field(1.0, gt=0, le=1)
@@ -42,6 +50,12 @@ class ProbeConfig(Config):
     fisher_batch_size: Count = 2
     start: Literal["base", "current"] = "base"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _read(self) -> ProbeConfig:
+        if self.kind == "gradient" and (unread := self.changed_fields(self.of_training)):
+            raise ValueError(f"kind: gradient takes no step, leave {', '.join(unread)} out")
+        return self
 
 
 class CoreConfig(Config):

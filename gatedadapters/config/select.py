@@ -19,17 +19,25 @@ class SelectionConfig(Config):
     Attributes:
         kind: name of the importance score.
         protect: share of elements that stay frozen.
+        keep_general: in place of `protect`, the most that the loss on held-out general text may rise, as a share of it
+            (0.01: one percent). The share that keeps to it is searched by short tries.
+        tries: most tries of that search.
+        try_steps: most optimiser steps of a try; see `TuningTrial`.
         contrast: λ, how much importance for the domain counts against importance in general.
         scope: `global` protects that share of all elements together, `tensor` that share of each tensor.
         include: roles or names of the parameters to choose from. Default: all.
         exclude: roles or names of parameters to leave out of these.
-        batches: number of batches, of general and of domain text each, that scores are averaged over.
+        batches: number of batches, of general and of domain text each, that scores are averaged over; also how many
+            batches of held-out general text a try is measured on.
         batch_size: examples in each batch.
         seed: seed of the scores that draw random numbers.
     """
 
     kind: str = "taylor"
     protect: float = Field(0.95, gt=0, lt=1)
+    keep_general: float | None = Field(None, gt=0)
+    tries: Count = 6
+    try_steps: Count = 100
     contrast: float = Field(1.0, ge=0)
     scope: Literal["global", "tensor"] = "global"
     include: tuple[str, ...] | None = None
@@ -50,6 +58,12 @@ class SelectionConfig(Config):
             raise ValueError("core is the old name of protect: drop core")
         warnings.warn("SelectionConfig: `core` is now called `protect`; rename the key", FutureWarning, stacklevel=2)
         return {"protect" if key == "core" else key: value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.keep_general is not None and "protect" in self.model_fields_set:
+            raise ValueError("protect is found from keep_general: drop one of them")
+        return self
 
     @property
     def core(self) -> float:
@@ -84,6 +98,16 @@ class TuningConfig(Config):
     seed: Seed = 0
 
 
+class SelectTrainingConfig(TuningConfig):
+    """How long, how fast and by which loss the selected elements are tuned.
+
+    Attributes:
+        token_adaptive: let tokens that the model finds hard count less; see `TokenAdaptiveLoss`.
+    """
+
+    token_adaptive: bool = False
+
+
 class SelectConfig(FileConfig):
     """The configuration of `gatedadapters select`, which tunes only what matters little in general.
 
@@ -100,7 +124,7 @@ class SelectConfig(FileConfig):
     general: TaskConfig
     domain: TaskConfig
     selection: SelectionConfig = SelectionConfig()
-    training: TuningConfig = TuningConfig()
+    training: SelectTrainingConfig = SelectTrainingConfig()
 
     def from_folder(self, folder: FilePath) -> Self:
         """A copy whose relative paths are resolved against `folder`."""

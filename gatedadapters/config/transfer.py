@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path as FilePath
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -87,9 +87,11 @@ class TransferConfig(SearchConfig):
         prefer_transferable: whether the search of the transfer-trained arm prefers points that depend less on
             feed-forward knowledge (`gatedadapters.transfer.prefer_transferable`).
         weakening: probabilities of masking and dropping feed-forward knowledge.
+        repair: lengths of the repairs on the new base, as shares of `training.steps`. Each is made with labels and
+            without, and compared with training anew for as many steps. Empty for none.
         seeds: seeds of training. Each arm is trained once for each. `training.seed` draws the splits of the tables, the
             same for all.
-        shift_texts: number of test texts on which the shift of activations is measured.
+        shift_texts: number of test texts on which the shift of activations is measured and the damage predicted.
     """
 
     update: Place
@@ -98,6 +100,7 @@ class TransferConfig(SearchConfig):
     search: bool = False
     prefer_transferable: bool = False
     weakening: WeakeningConfig = WeakeningConfig()
+    repair: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.05, 0.1, 0.25)
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     shift_texts: Count = 64
 
@@ -119,6 +122,8 @@ class TransferConfig(SearchConfig):
             raise ValueError("prefer_transferable is about what a search keeps: it needs search: true")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
+        if len(set(self.repair)) != len(self.repair):
+            raise ValueError("repair: shares must differ")
         return self
 
     def from_folder(self, folder: FilePath) -> Self:

@@ -1,4 +1,4 @@
-"""The probe: a short run of full fine-tuning that shows which tensors a task moves, and is then undone."""
+"""The probe: which tensors a task moves, seen in a short full fine-tuning that is then undone, or in its gradients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +29,7 @@ from gatedadapters.continual.tensors import tensors_of
 from gatedadapters.errors import ArtifactError
 from gatedadapters.masking import Scores, score
 from gatedadapters.masking.scores import Batch
-from gatedadapters.masking.scores.base import BatchScore, Loss
+from gatedadapters.masking.scores.base import BatchScore, Loss, ScoringRun
 from gatedadapters.masking.scores.losses import token_losses
 from gatedadapters.paths.precision import widened
 from gatedadapters.safe_files import remove_leftovers, whole_folder
@@ -40,7 +41,9 @@ PROBE_FILES = frozenset({RECORD, DELTAS, FISHER})
 
 
 class ProbeRecord(Config):
-    """A probe as data. θ_start are the weights before it, θ_warm the weights at the end of its training.
+    """A probe as data. θ_start are the weights before it, θ_warm the weights at the end of its training. A probe by
+    gradients takes no step: θ_warm is θ_start, and the mean gradient with its sign changed is its update Δ, as of one
+    step of gradient descent. Of a training, Δ is θ_warm - θ_start.
 
     Attributes:
         version: of the format.
@@ -49,9 +52,9 @@ class ProbeRecord(Config):
         seed: of the order of the data.
         config: how long and how fast.
         steps: optimiser steps that were taken.
-        examples: how many training examples were used.
+        examples: how many training examples were used: trained on, or else those of the gradients.
         seconds: that the probe took, squared gradients included. If it was stopped, those of its last part.
-        norms: ‖θ_warm - θ_start‖₂ of every tensor, computed in double precision.
+        norms: ‖Δ‖₂ of every tensor, computed in double precision.
         fisher: mean squared gradient of every tensor at θ_warm.
         request: everything that the result depends on; see `probe`.
     """
@@ -90,6 +93,28 @@ class BatchFisher(BatchScore):
         return grad.to(torch.promote_types(grad.dtype, torch.float32)).square_()
 
 
+class BatchGradients(BatchFisher):
+    """The same, and in the same pass the mean over batches of the gradient itself.
+
+    Attributes:
+        mean: the mean gradient of every parameter, in its shape and at least float32.
+    """
+
+    def begin(self, run: ScoringRun) -> None:
+        """Start at zero."""
+        self.mean = {name: torch.zeros_like(run.totals[name]) for name in run.parameters}
+
+    def _add(self, run: ScoringRun, name: str, grad: Tensor) -> None:
+        self.mean[name] += grad
+        super()._add(run, name, grad)
+
+    def finish(self, run: ScoringRun) -> None:
+        """Mean over batches."""
+        super().finish(run)
+        for total in self.mean.values():
+            total /= run.batches
+
+
 @dataclass(frozen=True)
 class Probe:
     """A finished probe. Numbers per tensor are in memory; elements stay on disk and are read one tensor at a time.
@@ -110,7 +135,7 @@ class Probe:
         return tuple(self.record.norms)
 
     def delta(self, name: str) -> Tensor:
-        """θ_warm - θ_start of one tensor, in its shape, read as float32."""
+        """The update Δ of one tensor, in its shape, read as float32; see `ProbeRecord`."""
         with safe_open(self.folder / DELTAS, framework="pt") as stored:
             found: Tensor = stored.get_tensor(name)
         return found.float()
@@ -175,11 +200,15 @@ def probe(
     seed: int = 0,
     recipe: Recipe | None = None,
 ) -> Probe:
-    """Fine-tune all of `model` on a task for a short while, store the update and the squared gradients at its end, and
-    put every bit of the model back.
+    """Measure which weights a task moves, and leave every bit of the model as it is.
+
+    A probe of kind `training` fine-tunes all of `model` for a short while, stores the update and the squared gradients
+    at its end, and puts the model back. One of kind `gradient` stores the mean gradient, with its sign changed, and the
+    squared gradients of the model as it is, both from one pass over a few batches.
 
     A probe that was stopped, also by SIGKILL, goes on when it is called again with the same arguments. A finished probe
-    is read. It takes the memory of full fine-tuning; a copy of the model lies on disk meanwhile.
+    is read. A training takes the memory of full fine-tuning, and a copy of the model lies on disk meanwhile; gradients
+    take one more copy of the model in memory.
 
     Args:
         model: without adapters or a delta in it.
@@ -222,67 +251,41 @@ def probe(
         return earlier
     infos = tensors_of(model, heads, first_example(model, task))
     _claim(running, request)
-    data = _random_part(task.train, config.fraction, seed)
-    steps = config.steps or math.ceil(config.epochs * math.ceil(len(data) / config.batch_size))
-    own = Recipe(
-        steps,
-        config.batch_size,
-        config.learning_rate,
-        base.head_learning_rate,
-        "cosine",
-        config.warmup,
-        0.0,
-        base.bf16,
-        base.use_cpu,
-        base.checkpoint_steps,
-    )
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    snapshot = Snapshot(running / "start.safetensors", model)
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in infos or name in own_head)
-        fit(
-            model,
-            data,
-            task.collate,
-            own,
-            folder=running,
-            seed=phase_seed(seed, f"probe {task.name}"),
-            heads=sorted(own_head),
+    with ExitStack() as stack:
+        if config.kind == "training":
+            before = stack.enter_context(_undone(model, running))
+            data = _random_part(task.train, config.fraction, seed)
+            own = _recipe(config, len(data), base)
+            _train(model, data, task, set(infos), own_head, own, running, seed)
+            steps, examples = own.steps, len(data)
+        new = stack.enter_context(whole_folder(path, files=PROBE_FILES))
+        method = BatchFisher() if config.kind == "training" else BatchGradients()
+        batches = _fisher_batches(task, config, seed)
+        found = score(model, batches, kind=method, heads=sorted(heads), spill=new / FISHER)
+        if isinstance(method, BatchGradients):
+            steps, examples = 0, found.record.examples
+            updates: Iterable[tuple[str, Tensor]] = ((name, -method.mean[name]) for name in infos)
+        else:
+            updates = _updates(before, model, set(infos))
+        norms, stored = _write_deltas(new / DELTAS, updates, config)
+        fisher = {name: float(widened(found[name]).mean()) for name in infos}
+        if not elements:
+            del found
+            shutil.rmtree(new / FISHER)
+        record = ProbeRecord(
+            task=task.name,
+            start=start,
+            seed=seed,
+            config=config,
+            steps=steps,
+            examples=examples,
+            seconds=round(time.perf_counter() - begin, 2),
+            norms={name: norms[name] for name in infos},  # in the order of the model
+            fisher=fisher,
+            request=request,
         )
-        for parameter in model.parameters():
-            parameter.grad = None  # frees the memory that the squared gradients take next
-        with whole_folder(path, files=PROBE_FILES) as new:
-            norms, stored = _write_deltas(new / DELTAS, snapshot, model, set(infos), config)
-            found = score(
-                model, _fisher_batches(task, config, seed), kind=BatchFisher(), heads=sorted(heads), spill=new / FISHER
-            )
-            fisher = {name: float(widened(found[name]).mean()) for name in infos}
-            if not elements:
-                del found
-                shutil.rmtree(new / FISHER)
-            record = ProbeRecord(
-                task=task.name,
-                start=start,
-                seed=seed,
-                config=config,
-                steps=steps,
-                examples=len(data),
-                seconds=round(time.perf_counter() - begin, 2),
-                norms=norms,
-                fisher=fisher,
-                request=request,
-            )
-            text = json.dumps(record.model_dump(mode="json"), indent=1)
-            (new / RECORD).write_text(with_digests(text, {DELTAS: stored}), encoding="utf-8")
-    finally:
-        snapshot.restore(model)
-        for parameter, wanted in required:
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
-        for module, mode in training:
-            module.training = mode
+        text = json.dumps(record.model_dump(mode="json"), indent=1)
+        (new / RECORD).write_text(with_digests(text, {DELTAS: stored}), encoding="utf-8")
     shutil.rmtree(running)
     return Probe.load(path)
 
@@ -336,17 +339,71 @@ def _fisher_batches(task: Task, config: ProbeConfig, seed: int) -> Iterator[Batc
         yield batch
 
 
+@contextmanager
+def _undone(model: nn.Module, running: Path) -> Iterator[Snapshot]:
+    """A context that puts every bit, flag and mode of the model back at its end; it yields the state at its start."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    snapshot = Snapshot(running / "start.safetensors", model)
+    try:
+        yield snapshot
+    finally:
+        snapshot.restore(model)
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        for module, mode in training:
+            module.training = mode
+
+
+def _train(
+    model: nn.Module,
+    data: Any,
+    task: Task,
+    names: set[str],
+    own_head: frozenset[str],
+    recipe: Recipe,
+    running: Path,
+    seed: int,
+) -> None:
+    """Fine-tune all of the backbone and the task's head."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names or name in own_head)
+    heads, seed = sorted(own_head), phase_seed(seed, f"probe {task.name}")
+    fit(model, data, task.collate, recipe, folder=running, seed=seed, heads=heads)
+    for parameter in model.parameters():
+        parameter.grad = None  # frees the memory that the squared gradients take next
+
+
+def _recipe(config: ProbeConfig, examples: int, base: Recipe) -> Recipe:
+    """The training of a probe."""
+    return replace(
+        base,
+        steps=config.steps or math.ceil(config.epochs * math.ceil(examples / config.batch_size)),
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        schedule="cosine",
+        warmup=config.warmup,
+        weight_decay=0.0,
+    )
+
+
 @torch.no_grad()
-def _write_deltas(
-    file: Path, start: Snapshot, model: nn.Module, names: set[str], config: ProbeConfig
-) -> tuple[dict[str, float], str]:
-    """Write the update of every tensor into a file; returns the norms of the updates by name, and the file's digest."""
-    current, dtype = dict(state_of(model)), getattr(torch, config.dtype)
-    norms, deltas = {}, {}
+def _updates(start: Snapshot, model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The change of every named tensor since the snapshot, float32."""
+    current = dict(state_of(model))
     for name, before in start.tensors():
         if name in names:
-            change = current[name].detach().cpu().float() - before.float()
-            norms[name] = float(widened(change).norm())
-            deltas[name] = change.to(dtype)
-    stored = write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})
-    return {name: norms[name] for name in current if name in names}, stored
+            yield name, current[name].detach().cpu().float() - before.float()
+
+
+@torch.no_grad()
+def _write_deltas(
+    file: Path, updates: Iterable[tuple[str, Tensor]], config: ProbeConfig
+) -> tuple[dict[str, float], str]:
+    """Write the update of every tensor into a file; returns the norms of the updates by name, and the file's digest."""
+    norms, deltas = {}, {}
+    for name, change in updates:
+        norms[name] = float(widened(change).norm())
+        deltas[name] = change.to("cpu", getattr(torch, config.dtype))
+    return norms, write_tensors(file, deltas, metadata={"format": "gatedadapters probe 1"})

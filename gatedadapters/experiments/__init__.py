@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatedadapters.experiments.arms import Arm
     from gatedadapters.experiments.evaluation import TaskScore
+    from gatedadapters.experiments.repairs import RepairReport
     from gatedadapters.experiments.run_allocate import AllocateResult, allocate
     from gatedadapters.experiments.run_compress import CompressResult, compress
     from gatedadapters.experiments.run_continual import ContinualResult, continual
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "Predictions",
+    "RepairReport",
     "SearchResult",
     "SelectResult",
     "TaskScore",
@@ -71,6 +73,7 @@ _FILES = {
     "run_predict": ("Loaded", "Prediction", "Predictions", "load", "predict"),
     "run_search": ("SearchResult", "search"),
     "run_select": ("SelectResult", "select"),
+    "repairs": ("RepairReport",),
     "run_transfer": ("TransferResult", "transfer"),
     "saved": ("show",),
 }

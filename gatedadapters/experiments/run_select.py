@@ -19,6 +19,7 @@ from gatedadapters.experiments.training import training_arguments
 from gatedadapters.inspection import TensorBoardInspector
 from gatedadapters.masking import Mask
 from gatedadapters.safe_files import file_errors
+from gatedadapters.training import TokenAdaptiveLoss
 from gatedadapters.training.selective import Report, SelectiveTrainer
 
 
@@ -83,6 +84,7 @@ def select(
             general_eval_dataset=general[1],
             selection=config.selection,
             data_collator=LanguageCollator(tokenizer),
+            compute_loss_func=TokenAdaptiveLoss() if training.token_adaptive else None,
             callbacks=[TensorBoardInspector(folder / outputs.LOGS, hparams=config)],
         )
         trainer.remove_callback(PrinterCallback)

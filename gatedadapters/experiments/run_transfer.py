@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from gatedadapters.artifacts import load_adapters
-from gatedadapters.config import SearchConfig, TransferConfig
-from gatedadapters.data import AnyTask, ChatTask, MixedTaskDataset, collator, predicts_tokens
-from gatedadapters.errors import LayoutError
+from gatedadapters.config import TransferConfig
+from gatedadapters.data import predicts_tokens
 from gatedadapters.experiments import outputs
-from gatedadapters.experiments.arms import SEARCHED, ArmRunner
-from gatedadapters.experiments.evaluation import accuracies, mean_loss, score_tasks
+from gatedadapters.experiments.base_pair import BasePair, Measured
 from gatedadapters.experiments.progress import progress_bar, silence_transformers
+from gatedadapters.experiments.repairs import ANEW, DIRECT, RepairReport, lengths, repair_arms
 from gatedadapters.experiments.task_models import load_tasks
 from gatedadapters.experiments.training import use_bf16
 from gatedadapters.inspection import save_shift_png
+from gatedadapters.reporting.intervals import Interval
 from gatedadapters.safe_files import file_errors
-from gatedadapters.structure import Structure
-from gatedadapters.supernet.adapters import Adapters, get_adapters
-from gatedadapters.supernet.attach import attach, detach
+from gatedadapters.structure.folder import ADAPTER
+from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.transfer import (
     ActivationShift,
+    Damage,
     TransferReport,
     TransferScores,
-    activation_shift,
-    knowledge_sensitivity,
     transfer_scores,
 )
 from gatedadapters.transfer.evaluate import Train, as_before
-from gatedadapters.transfer.sensitivity import weigh_by
-
-SENSITIVITY_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +44,9 @@ class TransferResult:
         folder: the output folder.
         report: scores by seed and the recovery. A score is the mean accuracy over tasks, or the mean loss where a
             language model answers in tokens.
+        losses: the same of the mean loss over tasks; the very report where that is in losses.
+        repairs: what repairs and trainings on the new base reach.
+        damage: by seed, how much the update is expected to damage the adapter, measured on unlabelled test texts.
         shift: how far activations moved between the bases.
         given: scores (old base, new base) of the configured adapter as it was saved; None if none is configured.
         seconds: duration of the whole run.
@@ -62,13 +55,23 @@ class TransferResult:
     config: TransferConfig
     folder: Path
     report: TransferReport
+    losses: TransferReport
+    repairs: RepairReport
+    damage: tuple[Damage, ...]
     shift: ActivationShift
     given: tuple[float, float] | None
     seconds: float
 
     def table(self) -> str:
-        """Scores, recovery, and how far the activations moved, by point and in the mean."""
-        lines = [self.report.table()]
+        """Scores, recovery, repairs, the predicted damage, and how far the activations moved."""
+        lines = [self.report.table(), ""]
+        if not self.report.lower_is_better:
+            lines += ["the same in loss:\n", self.losses.table(), ""]
+        lines += [self.repairs.table(), ""]
+        costs = [scores.direct - scores.old for scores in self.losses.scores]
+        expected = Interval.of([found.value for found in self.damage])
+        answers = Interval.of([found.outputs for found in self.damage])
+        lines.append(f"predicted damage {expected}, outputs moved by {answers}; measured, in loss: {_signed(costs)}")
         if self.given is not None:
             lines.append(
                 f"the given adapter as saved: {self.given[0]:.3f} on the old base, {self.given[1]:.3f} on the new"
@@ -117,11 +120,13 @@ def transfer(
     start = time.perf_counter()
     tasks = load_tasks(config)
     config = _with_precision(config)
-    scores: list[TransferScores] = []
+    scores, losses = list[TransferScores](), list[TransferScores]()
+    arms, damage = dict[str, list[Measured]](), list[Damage]()
     shift, given = None, None
+    steps = 3 * (config.training.steps + sum(lengths(config.repair, config.training.steps)))
     with (
         tempfile.TemporaryDirectory(prefix="gatedadapters-") as logs,
-        progress_bar(3 * config.training.steps * len(config.seeds)) as progress,
+        progress_bar(steps * len(config.seeds)) as progress,
     ):
         for seed in config.seeds:
             bases = BasePair(config, tasks, seed, Path(logs) / str(seed))
@@ -129,119 +134,48 @@ def transfer(
                 shift = bases.shift()
                 if config.adapter is not None:
                     given = _scores_as_saved(bases, config.adapter)
-            scores.append(_run_seed(bases, seed, None if scores else folder, progress))
+            home = Path(logs) / f"adapters-{seed}" if scores else folder
+            measured = list[Measured]()
+            scores.append(_run_seed(bases, seed, home, progress, measured))
+            losses.append(TransferScores(seed, *(found.loss for found in measured)))
+            damage.append(bases.damage(home / ADAPTER))
+            found = {DIRECT: measured[1], **repair_arms(bases, home / ADAPTER, seed, progress), ANEW: measured[-1]}
+            for arm, own in found.items():
+                arms.setdefault(arm, []).append(own)
     assert shift is not None
     report = TransferReport(tuple(scores), lower_is_better=predicts_tokens(tasks))
-    result = TransferResult(config, folder, report, shift, given, time.perf_counter() - start)
+    result = TransferResult(
+        config,
+        folder,
+        report,
+        TransferReport(tuple(losses), lower_is_better=True),
+        RepairReport({arm: tuple(own) for arm, own in arms.items()}),
+        tuple(damage),
+        shift,
+        given,
+        time.perf_counter() - start,
+    )
     _write(result)
     return result
 
 
-class BasePair:
-    """Both versions of a base, with equal heads, for one seed.
+def _run_seed(
+    bases: BasePair, seed: int, folder: Path, progress: tqdm[Any], measured: list[Measured]
+) -> TransferScores:
+    """Train and test the arms of one seed that `transfer_scores` has.
 
-    Attributes:
-        old: the model before the update.
-        new: the model after it.
-        runners: the arm runners of both.
-
-    Raises:
-        LayoutError: the two do not have the same vocabulary.
+    Args:
+        bases: both versions of the base.
+        seed: of the training.
+        folder: where the adapters are kept.
+        progress: a bar.
+        measured: gets all scores, in the order of the fields of `TransferScores`.
     """
 
-    def __init__(self, config: TransferConfig, tasks: Sequence[AnyTask], seed: int, logs: Path) -> None:
-        self.config, self.tasks = config, tasks
-        shared = {name: getattr(config, name) for name in set(SearchConfig.model_fields) - {"model", "training"}}
-        training = config.training.model_copy(update={"seed": seed})
-        self.runners = [
-            ArmRunner(SearchConfig(model=model, training=training, **shared), tasks, logs)
-            for model in (config.model, config.update)
-        ]
-        self.old, self.new = (runner.model for runner in self.runners)
-        self.tokenizer = self.runners[0].tokenizer
-        words = [runner.tokenizer.get_vocab() for runner in self.runners]
-        differ = sorted(words[0].items() ^ words[1].items(), key=lambda item: item[1])
-        if differ:
-            raise LayoutError(
-                "these are not two versions of one base: the vocabulary differs",
-                expected=f"the {len(words[0]):,} tokens of {config.model}",
-                got=f"{len(words[1]):,} tokens, {differ[0][0]!r} is not the same",
-                where=f"update: {config.update}",
-                fix="give a base and its update",
-            )
+    def score(model: nn.Module) -> float:
+        measured.append(bases.measure(model))
+        return measured[-1].main
 
-    def train(self, model: nn.Module, progress: tqdm[Any]) -> Adapters:
-        """Train adapters of the configured structure or search on one of the models; they stay attached, compact."""
-        runner, config = self.runners[0] if model is self.old else self.runners[1], self.config
-        if config.search:
-            adapters = runner.attach(config.resolved_space())
-        elif config.adapter is not None:
-            adapters = runner.attach(Structure.load(config.adapter))
-        else:
-            adapters = runner.attach(runner.whole_structure())
-        name = SEARCHED if config.search else "adapter"
-        runner.train(adapters, name, progress, searching=config.search)
-        runner.compact(adapters)
-        return adapters
-
-    def train_transferable(self, sensitivity: dict[str, float], progress: tqdm[Any]) -> Adapters:
-        """`train` on the old base, with a search that prefers candidates of low sensitivity."""
-        runner = self.runners[0]
-        runner.callbacks = [WeighBySensitivity(sensitivity)]
-        try:
-            return self.train(self.old, progress)
-        finally:
-            runner.callbacks = []
-
-    def sensitivity(self) -> dict[str, float]:
-        """How much each candidate depends on feed-forward knowledge, measured on training texts and the old base."""
-        batches = self._batches("train", SENSITIVITY_TEXTS)
-        if "task_ids" not in inspect.signature(self.old.forward).parameters:
-            batches = [_without(batch, "task_ids") for batch in batches]
-        adapters = attach(self.old, self.config.resolved_space(), tasks=self.runners[0].names)
-        try:
-            return knowledge_sensitivity(adapters, batches)
-        finally:
-            detach(self.old)
-
-    def score(self, model: nn.Module) -> float:
-        """Mean test accuracy over classification tasks, or mean test loss over tasks of other kinds."""
-        bf16 = self.runners[0].bf16
-        scores = score_tasks(model, self.tasks, self.tokenizer, self.config.training.max_length, bf16=bf16)
-        return mean_loss(scores) if predicts_tokens(self.tasks) else fmean(accuracies(scores).values())
-
-    def shift(self) -> ActivationShift:
-        """How far activations moved between the bases, measured on test texts."""
-        batches = [_without(batch, "task_ids") for batch in self._batches("test", self.config.shift_texts)]
-        old, new = (
-            getattr(model, str(getattr(model, "base_model_prefix", "")), model) for model in (self.old, self.new)
-        )
-        return activation_shift(old, new, batches)
-
-    def _batches(self, split: str, texts: int) -> list[dict[str, Any]]:
-        """Batches of 16 without labels, of at most `texts` texts, which are spread evenly over the split."""
-        length = self.config.training.max_length
-        tasks = [replace(task, packing=False) if isinstance(task, ChatTask) else task for task in self.tasks]
-        data = MixedTaskDataset(tasks, self.tokenizer, split, length)
-        chosen = torch.linspace(0, len(data) - 1, min(texts, len(data))).long().tolist()
-        collate = collator(self.tasks, self.tokenizer)
-        batches = [collate([data[i] for i in chosen[start : start + 16]]) for start in range(0, len(chosen), 16)]
-        return [_without(batch, "labels") for batch in batches]
-
-
-class WeighBySensitivity(TrainerCallback):
-    """Makes a search prefer candidates of low sensitivity, from its first step on."""
-
-    def __init__(self, sensitivity: dict[str, float]) -> None:
-        self.sensitivity = sensitivity
-
-    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        """Weigh the gates. `GatedTrainer` has set the penalty by now."""
-        weigh_by(get_adapters(model), self.sensitivity)
-
-
-def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[Any]) -> TransferScores:
-    """Train and test every arm of one seed. With a folder, its adapters are kept there."""
     config = bases.config
     transferable: Train | None = None
     if config.prefer_transferable:
@@ -254,13 +188,17 @@ def _run_seed(bases: BasePair, seed: int, folder: Path | None, progress: tqdm[An
         bases.old,
         bases.new,
         lambda model, _: bases.train(model, progress),
-        bases.score,
+        score,
         seed=seed,
         weakening=config.weakening,
         total_steps=config.training.steps,
         folder=folder,
         train_transferable=transferable,
     )
+
+
+def _signed(values: list[float]) -> str:
+    return Interval.of(values).text(signed=True)
 
 
 def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
@@ -270,7 +208,7 @@ def _scores_as_saved(bases: BasePair, adapter: str) -> tuple[float, float]:
     for model, base in cases:
         with as_before(model):
             load_adapters(model, adapter, base=base)
-            scores.append(bases.score(model))
+            scores.append(bases.measure(model).main)
     return scores[0], scores[1]
 
 
@@ -278,10 +216,6 @@ def _with_precision(config: TransferConfig) -> TransferConfig:
     """The configuration with `precision: auto` decided, once for all arms, bases and seeds."""
     training = config.training.model_copy(update={"precision": "bf16" if use_bf16(config) else "fp32"})
     return config.model_copy(update={"training": training})
-
-
-def _without(batch: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != name}
 
 
 def _write(result: TransferResult) -> None:
@@ -295,6 +229,9 @@ def _write(result: TransferResult) -> None:
     data = {
         "config": config.as_written(),
         **result.report.to_data(),
+        "losses": result.losses.to_data(),
+        "repairs": result.repairs.to_data(),
+        "predicted_damage": [found.to_data() for found in result.damage],
         "given_adapter": result.given,
         "shift": result.shift.to_data(),
         "seconds": result.seconds,

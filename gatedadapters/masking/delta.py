@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +22,8 @@ from gatedadapters.masking.mask import RECORD, Mask, check_backbone
 from gatedadapters.masking.tuned import TunedElements
 from gatedadapters.runtime.sharding import (
     EndOfBackward,
+    anywhere,
+    average,
     check_alike,
     check_layout_of_weights,
     digest,
@@ -87,7 +88,7 @@ class SparseDelta(nn.Module, StepListener):
         self._handles: list[Any] = []
         self._required_grad: frozenset[str] = frozenset()
         self._as_written: frozenset[str] = frozenset()  # tensors that loading a state dict has not changed
-        self.averaging: EndOfBackward | None = None  # in a sharded model, from its first forward on
+        self.averaging: EndOfBackward | None = None  # in a sharded model
         replicate(self)
         nn.Module.register_load_state_dict_pre_hook(self, _before_loading)
         nn.Module.register_load_state_dict_post_hook(self, _follow_loaded_values)
@@ -225,7 +226,7 @@ class SparseDelta(nn.Module, StepListener):
         self.check()
         for part in self.parts():
             part._written = part.values._version  # so that forward passes do not write the values back
-            part.write(part.originals)
+            part.write_originals()
         try:
             yield
         finally:
@@ -263,14 +264,16 @@ class SparseDelta(nn.Module, StepListener):
                 fix="choose one of them",
             )
         model = self._model[0] if self.applied else None
-        tensors = {f"values.{name}": part.values.to(dtype) for name, part in self.items()}
+        tensors = {f"values.{name}": whole(part.values).to(dtype) for name, part in self.items()}
         tensors |= {f"heads.{name}": value.to(dtype) for name, value in self._heads().items()}
         if not allow_nonfinite:
             fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
             check_finite(tensors, where=folder, fix=fix)
 
         def write() -> None:
-            with whole_folder(folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None) as new:
+            with whole_folder(
+                folder, files=FILES, overwrite=overwrite, beside=RECORD if beside else None, together=in_a_group()
+            ) as new:
                 written = write_tensors(new / VALUES, tensors, metadata={"format": "gatedadapters delta 1"})
                 self.mask.write(new, {VALUES: written})
 
@@ -318,7 +321,7 @@ class SparseDelta(nn.Module, StepListener):
             for module, attribute in part.owners:
                 if id(module) not in held:
                     raise _changed([name], "another module was put in its place")
-                standing = part.spread or isinstance(module.__dict__.get(attribute), LiveWeight)
+                standing = self.averaging is not None or isinstance(module.__dict__.get(attribute), LiveWeight)
                 if not standing or attribute not in module._parameters:
                     raise _changed([name], "another parameter was put in its place")
             if part.weight.requires_grad:
@@ -329,15 +332,15 @@ class SparseDelta(nn.Module, StepListener):
                     where=name,
                     fix="parameter.requires_grad_(False); to train all of it, remove the delta first",
                 )
-        parts = [(name, part) for name, part in self.items() if not part.pending]
-        if parts:
-            home = parts[0][1].values.device
-            flags = torch.stack([part.differs().to(home) for _, part in parts]).int()
-            for group in self.averaging.groups if self.averaging is not None else ():  # all raise, or none
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-            changed = [name for (name, _), flag in zip(parts, flags.tolist(), strict=True) if flag]  # the one host read
-            if changed:
-                raise _changed(changed, "other values in tuned elements")
+        changed = self._where(TunedElements.differs, [name for name, part in self.items() if not part.pending])
+        if changed:
+            raise _changed(changed, "other values in tuned elements")
+
+    def _where(self, flag: Callable[[TunedElements], Tensor], names: Collection[str]) -> list[str]:
+        """Which of the tensors have a flag, on any process: all of them raise, or none."""
+        parts = [(name, part) for name, part in self.items() if name in names]
+        flags = self._anywhere([flag(part) for _, part in parts])
+        return [name for (name, _), found in zip(parts, flags, strict=True) if found]
 
     def stand_in(self) -> None:
         """Let the stand-ins shadow the tuned parameters; in a sharded model they do so from each forward pass until its
@@ -353,27 +356,52 @@ class SparseDelta(nn.Module, StepListener):
             for module, attribute in part.owners:
                 module.__dict__.pop(attribute, None)
 
+    def _anywhere(self, flags: Sequence[Tensor]) -> list[bool]:
+        """Which flags, scalar bool tensors, are set here or, in a sharded model, on any process."""
+        home = next(self.parts()).pattern.columns.device
+        return anywhere(flags, self.averaging.groups if self.averaging is not None else (), home)
+
     def begin_forward(self) -> None:
-        """Called before each forward pass. In the first one of a sharded model, check that all processes hold the same.
+        """Called before each forward pass."""
+        if self.averaging is not None:
+            self.stand_in()
+
+    def follow_sharding(self) -> dict[int, nn.Parameter]:
+        """Keep this process's share of the values alone, if the model is sharded and this was not done yet.
+
+        `apply_mask` does it in a sharded model, and the library's Trainers do when they have sharded theirs.
+
+        Returns:
+            The parameters that have taken the places of others, by the id of the other.
 
         Raises:
-            TrainingError: the processes differ.
+            TrainingError: the processes hold different masks or values.
         """
-        if self.averaging is None:
-            model = self.model
-            if not (in_a_group() and is_sharded(model)):
-                return
-            alike = {"the mask": self.mask.digest, "the values of the delta": digest(dict(self.named_parameters()))}
-            check_alike(alike, where="the first forward of a sharded model")
-            home = home_of(model)
-            for part in self.parts():
-                written = not part.pending
+        model = self.model
+        if self.averaging is not None or not (in_a_group() and is_sharded(model)):
+            return {}
+        alike = {"the mask": self.mask.digest, "the values of the delta": digest(dict(self.named_parameters()))}
+        check_alike(alike, where="sparse delta of a sharded model")
+        reshard(model)
+        groups, home = groups_of(model), home_of(model)
+        replaced = {}
+        for part in self.parts():
+            if is_shard(part.weight):
+                old = id(part.values)
+                replaced[old] = part.share_out()
+            else:
                 part.to(home)
-                part.spread = True
-                part._written = part.values._version if written else None  # moved, not changed
-            values = list(self.tuned.parameters())
-            self.averaging = EndOfBackward(groups_of(model), lambda: values, then=self.stand_down)
-        self.stand_in()
+        self.averaging = EndOfBackward(groups, lambda: self._exchange(groups))
+        return replaced
+
+    def _exchange(self, groups: Sequence[Any]) -> None:
+        """Give the values the mean of all processes' gradients, at the end of a backward pass."""
+        average([part.values for part in self.parts() if not part.spread], groups)
+        spread = [part for part in self.parts() if part.spread]
+        for part, found in zip(spread, self._anywhere([part.has_gradient() for part in spread]), strict=True):
+            if found:
+                part.exchange()
+        self.stand_down()
 
     def _heads(self) -> dict[str, Tensor]:
         """The trained values of the task heads, from the model or, outside one, from the last removal."""
@@ -394,10 +422,10 @@ class SparseDelta(nn.Module, StepListener):
                 if part.weight.device != part.values.device:
                     part.to(part.weight.device)
                 part.originals = part.present().clone()  # of this model, in its type
-                part.spread = is_shard(part.weight)
+            self._model.append(model)
+            self.follow_sharding()
             if not is_sharded(model):
                 self.stand_in()
-            self._model.append(model)
             self.head_names, self._required_grad = head_names, required
             self._handles.append(model.register_forward_pre_hook(RefuseCompilation()))
             self._handles.append(model.register_forward_pre_hook(BeginForward(self)))
@@ -423,11 +451,11 @@ class SparseDelta(nn.Module, StepListener):
         model = self.model
         reshard(model)
         self.averaging = None
-        for part in self.parts():
-            if part.owners and restore:
-                part.write(part.originals)
         self.stand_down()
         for part in self.parts():
+            if part.owners and restore:
+                part.write_originals()
+            part.take_in()
             part.owners, part._written = [], None
         CLOCK.discard(self)
         for handle in self._handles:
@@ -635,8 +663,8 @@ def _before_loading(delta: SparseDelta, *args: Any) -> None:
 
     It runs after the weights of the backbone are loaded, and before the values of the delta are.
     """
-    parts = delta.items() if delta.applied else ()
-    delta._as_written = frozenset(name for name, part in parts if not bool(part.differs()))
+    names = {name for name, _ in delta.items()} if delta.applied else set()
+    delta._as_written = frozenset(names.difference(delta._where(TunedElements.differs, names)))
 
 
 def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
@@ -647,8 +675,8 @@ def _follow_loaded_values(delta: SparseDelta, incompatible: Any) -> None:
     """
     if not delta.applied:
         return
-    loaded = [(name, part) for name, part in delta.items() if name not in delta._as_written]
-    foreign = [n for n, part in loaded if bool(part.differs()) and bool(part.differs(part.originals))]
+    loaded = {name for name, _ in delta.items()} - delta._as_written
+    foreign = delta._where(TunedElements.differs_from_originals, delta._where(TunedElements.differs, loaded))
     if foreign:
         raise _changed(foreign, "a state dict of another backbone was loaded")
     delta.write()

@@ -176,7 +176,7 @@ def _without_stand_in(value: Any) -> Any:
     """The argument without stand-ins. With gradients enabled, a weight becomes a tensor that gathers the gradient."""
     if isinstance(value, LiveWeight):
         weight = weight_of(value)
-        return _gathering(value._tuned.values, weight, value._tuned.pattern) if torch.is_grad_enabled() else weight
+        return _gathering(value._tuned.leaf, weight, value._tuned.pattern) if torch.is_grad_enabled() else weight
     if isinstance(value, (tuple, list)) and any(isinstance(item, LiveWeight) for item in value):
         return type(value)(_without_stand_in(item) for item in value)
     return value
@@ -300,7 +300,7 @@ def _multiplied(x: Any, weight: Any, bias: Any, run: _Run) -> Any:
     if parameter.dim() != 2:
         return NotImplemented
     tuned = weight._tuned
-    return _product(tuned.values, x, _without_stand_in(bias), parameter, tuned.pattern, run)
+    return _product(tuned.leaf, x, _without_stand_in(bias), parameter, tuned.pattern, run)
 
 
 def _embedding(
@@ -316,7 +316,7 @@ def _embedding(
         return NotImplemented
     parameter = weight_of(weight)
     padding = -1 if padding_idx is None else padding_idx % len(parameter)
-    return _rows(weight._tuned.values, ids, parameter, weight._tuned.pattern, padding)
+    return _rows(weight._tuned.leaf, ids, parameter, weight._tuned.pattern, padding)
 
 
 class _TunedPart:
@@ -324,7 +324,7 @@ class _TunedPart:
 
     def __init__(self, whole: Any, index: int) -> None:
         self.pattern, where = whole.pattern.part(index)
-        self.values = whole.values[where]
+        self.leaf = whole.leaf[where]
 
     def current(self, weight: Tensor) -> Tensor:
         return weight

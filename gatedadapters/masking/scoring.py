@@ -50,7 +50,7 @@ def score(
     Args:
         model: any transformers model, or a module that is called as `model(**batch)`; without a delta in it.
         batches: dictionaries of tensors, such as a DataLoader yields. Kinds that read weights alone need none.
-        kind: `taylor`, `fisher`, `synaptic`, `mas`, `magnitude`, `random`, or a `Score` of your own.
+        kind: `taylor`, `fisher`, `consistency`, `synaptic`, `mas`, `magnitude`, `random`, or a `Score` of your own.
         loss: `(model, batch) -> (examples,)`, one loss per example. Default: `scores.losses.task_losses`, or for `mas`
             the squared norm of the output.
         include: roles or names (with * and ?) of the parameters to score; default: the whole backbone.

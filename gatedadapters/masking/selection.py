@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gatedadapters.errors import MaskError
+from gatedadapters.masking.keeping import TuningTrial, mask_that_keeps
 from gatedadapters.masking.mask import Mask, check_backbone
 from gatedadapters.masking.roles import matching_parameters
 from gatedadapters.masking.scores.storage import Scores
@@ -29,6 +30,8 @@ def select(
     *,
     protect: float | None = None,
     density: float | None = None,
+    keep_general: float | None = None,
+    trial: TuningTrial | None = None,
     contrast: float = 1.0,
     scope: Scope = "global",
     include: Sequence[str] | None = None,
@@ -50,6 +53,10 @@ def select(
         domain: scores on the domain's data. None protects general ability alone, as does `contrast=0`.
         protect: share of elements that stay frozen, in (0, 1); default 0.95. Give this or `density`.
         density: share of elements that are free, `1 - protect`.
+        keep_general: in place of a share, the most that the loss on general text may rise, as a share of it: 0.01 is
+            one percent. The share that keeps to it is searched by short tries of the tuning to come; what they showed
+            is in the mask's `origin`. The model is left as it was.
+        trial: how to try, and the held-out general text to measure on; needed with `keep_general`.
         contrast: λ, the weight of the domain's scores, at least 0.
         scope: `global` takes the share over all tensors together, `tensor` in each tensor.
         include: roles or names (with * and ?) to select from; default: everything scored.
@@ -58,7 +65,8 @@ def select(
 
     Raises:
         MaskError: a share is outside (0, 1), scores belong to different backbones or are all 0, a pattern matches
-            nothing, or no element would be free.
+            nothing, no element would be free, there is no held-out general text for `keep_general`, or no share keeps
+            to it.
 
     References:
         arXiv 2604.17051 names the aim: weigh importance in general against importance for the domain, freeze what
@@ -71,6 +79,14 @@ def select(
             )
         warnings.warn("select(core=) is now called select(protect=)", DeprecationWarning, stacklevel=2)
         protect = core
+    if keep_general is not None and (protect is not None or density is not None):
+        raise MaskError(
+            "the protected share is found from keep_general",
+            expected="keep_general= alone",
+            got="protect= or density= beside it",
+            where="select",
+            fix="drop one of them",
+        )
     free = _free_share(protect, density)
     if not math.isfinite(contrast) or contrast < 0:
         raise MaskError(
@@ -99,32 +115,35 @@ def select(
                 where=scores.kind,
                 fix="check the data they were made from",
             )
-    with ExitStack() as stack:
-        keys = _combined(general, domain if contrast else None, contrast, names, stack)
-        if scope == "tensor":
-            indices = {name: lowest({name: keys[name]}, round(free * keys[name].numel()))[name] for name in names}
-        else:
-            total = sum(key.numel() for key in keys.values())
-            indices = lowest(keys, round(free * total))
-    if not any(len(found) for found in indices.values()):
-        raise MaskError(
-            "the mask would select nothing",
-            expected="at least one free element",
-            got=f"a free share of {free:g}",
-            where="select",
-            fix="lower protect= or raise density=",
-        )
     origin = {
         "general": general.kind,
         "domain": None if domain is None else domain.kind,
-        "free": free,
         "contrast": contrast,
         "scope": scope,
         "include": None if include is None else list(include),
         "exclude": None if exclude is None else list(exclude),
     }
     shapes = {name: tuple(general[name].shape) for name in names}
-    return Mask.from_indices(indices, shapes, identity=general.identity, roles=general.roles, origin=origin)
+    with ExitStack() as stack:
+        keys = _combined(general, domain if contrast else None, contrast, names, stack)
+
+        def of_share(free: float) -> Mask:
+            if scope == "tensor":
+                indices = {name: lowest({name: key}, round(free * key.numel()))[name] for name, key in keys.items()}
+            else:
+                indices = lowest(keys, round(free * sum(key.numel() for key in keys.values())))
+            if not any(len(found) for found in indices.values()):
+                raise MaskError(
+                    "the mask would select nothing",
+                    expected="at least one free element",
+                    got=f"a free share of {free:g}",
+                    where="select",
+                    fix="lower protect= or raise density=",
+                )
+            told = {**origin, "free": free}
+            return Mask.from_indices(indices, shapes, identity=general.identity, roles=general.roles, origin=told)
+
+        return of_share(free) if keep_general is None else mask_that_keeps(keep_general, trial, of_share)
 
 
 def normalised_ranks(values: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Models whose weights are spread over several processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-The backbone is sharded. What the library adds to it is not: every process holds all adapters, gates and tuned values.
-They are a few percent of the backbone, structures and folds need them whole, and FSDP would round gates to the type of
-its mixed precision. So `replicate` hides them from `fully_shard`, whether it is called before or after `attach`, and
-`EndOfBackward` gives their gradients the mean over all processes, as DistributedDataParallel does.
+The backbone is sharded, and the values of a sparse delta with it, see `masking.tuned`. Adapters and gates are not:
+every process holds all of them. They are a few percent of the backbone, structures and folds need them whole, and FSDP
+would round gates to the type of its mixed precision. So `replicate` hides what the library adds from `fully_shard`,
+whether it is called before or after `attach`, and gradients are exchanged at the `EndOfBackward`.
 
 What is done with a sharded weight outside a forward pass is done on all processes together: `whole` gathers it.
 """
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from gatedadapters.errors import AttachError, GatedAdaptersError, TrainingError
@@ -25,7 +26,7 @@ from gatedadapters.errors import AttachError, GatedAdaptersError, TrainingError
 if dist.is_available():
     from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 T = TypeVar("T")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
@@ -119,6 +120,23 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     placed: Tensor = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
     return placed
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A value that every process holds whole, as a tensor of which each keeps an equal share, over the processes of
+    `like`, which is sharded.
+    """
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    spread: Tensor = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return spread
+
+
+def mean_of(value: Tensor, like: Tensor) -> Tensor:
+    """The mean over the processes of what each holds whole, spread over them as `like` is; all call this."""
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    summed = DTensor.from_local(value / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    spread: Tensor = summed.redistribute(placements=placements)
+    return spread
 
 
 def rows_held(tensor: Tensor) -> tuple[int, int]:
@@ -289,24 +307,15 @@ def _short(text: str) -> str:
 
 
 class EndOfBackward:
-    """At the end of each backward pass, gives replicated parameters the mean of all processes' gradients.
-
-    Micro-batches may follow each other: the mean of gradients that are equal already is what they are. A parameter
-    without a gradient on every process keeps none.
+    """Exchanges gradients between the processes at the end of each backward pass.
 
     Args:
         groups: see `groups_of`.
-        parameters: gives the parameters that may have a gradient, the same on every process.
-        then: called when the gradients are exchanged.
+        exchange: called then, on every process.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Any],
-        parameters: Callable[[], Sequence[nn.Parameter]],
-        then: Callable[[], None] | None = None,
-    ) -> None:
-        self.groups, self.parameters, self.then = groups, parameters, then
+    def __init__(self, groups: Sequence[Any], exchange: Callable[[], None]) -> None:
+        self.groups, self.exchange = groups, exchange
         self._backward = -1
 
     def follow(self, output: Any) -> bool:
@@ -320,30 +329,43 @@ class EndOfBackward:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+            torch.autograd.Variable._execution_engine.queue_callback(self.exchange)
 
-    def _ends(self) -> None:
-        self.average()
-        if self.then is not None:
-            self.then()
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Exchange the gradients."""
-        parameters = self.parameters()
-        if not parameters:
-            return
-        home = parameters[0].device
-        held = torch.tensor([float(p.grad is not None) for p in parameters], device=home)
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
-        flat = torch.cat([held, *parts])
-        for group in self.groups:
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
-        shares, values = flat[: len(held)].tolist(), flat[len(held) :].split([p.numel() for p in parameters])
-        for parameter, share, value in zip(parameters, shares, values, strict=True):
-            if share:
-                parameter.grad = value.view_as(parameter).to(parameter.dtype).clone()
+def anywhere(flags: Sequence[Tensor], groups: Sequence[Any], home: torch.device) -> list[bool]:
+    """Which of the flags, scalar tensors, is set on any process of the groups."""
+    if not flags:
+        return []
+    found = torch.stack([flag.to(home) for flag in flags]).int()
+    for group in groups:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in found.tolist()]  # the one host read
+
+
+@torch.no_grad()
+def average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+    """Give replicated parameters the mean of all processes' gradients, as DistributedDataParallel does.
+
+    Micro-batches may follow each other: the mean of gradients that are equal already is what they are. A parameter
+    without a gradient on every process keeps none.
+
+    Args:
+        parameters: those that may have a gradient, the same on every process.
+        groups: see `groups_of`.
+    """
+    if not parameters:
+        return
+    home = parameters[0].device
+    held = torch.tensor([float(p.grad is not None) for p in parameters], device=home)
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
+    flat = torch.cat([held, *parts])
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+    shares, values = flat[: len(held)].tolist(), flat[len(held) :].split([p.numel() for p in parameters])
+    for parameter, share, value in zip(parameters, shares, values, strict=True):
+        if share:
+            parameter.grad = value.view_as(parameter).to(parameter.dtype).clone()
 
 
 # -- what is not supported ---------------------------------------------------------------------------------------------
@@ -358,12 +380,34 @@ def check_layout_of_weights(model: nn.Module, *, attached: bool = False) -> None
 
     Raises:
         AttachError: by DeepSpeed ZeRO-3, by FSDP of the first version, or by a tensor-parallel plan; or FSDP's
-            checkpointing was applied, or weights are to be loaded on the first process alone.
+            checkpointing was applied, weights are to be loaded on the first process alone, or they are quantised in a
+            way that FSDP2 cannot shard.
     """
     for found, message, fix in _unsupported(model, attached):
         raise AttachError(
             message, expected="weights that are whole, or sharded with FSDP2", got=found, where="the model", fix=fix
         )
+    if is_sharded(model):
+        check_shardable(model)
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Check that FSDP2 can shard the weights, if they are quantised: the 4-bit values of bitsandbytes alone.
+
+    Raises:
+        AttachError: it cannot shard them; names the first one.
+    """
+    for name, parameter in model.named_parameters():
+        parts = is_traceable_wrapper_subclass(parameter) and not is_shard(parameter)
+        if parts or parameter.dtype == torch.int8:
+            raise AttachError(
+                "FSDP2 cannot shard these quantised weights",
+                expected="weights in floating point, or in the 4 bits of bitsandbytes",
+                got=f"{type(parameter).__name__}, {parameter.dtype}",
+                where=name,
+                fix="load with BitsAndBytesConfig(load_in_4bit=True) or without quantisation; or train without FSDP, "
+                "which one process for each device (DistributedDataParallel) does",
+            )
 
 
 def _unsupported(model: nn.Module, attached: bool) -> Iterator[tuple[str, str, str]]:
@@ -381,6 +425,9 @@ def _unsupported(model: nn.Module, attached: bool) -> Iterator[tuple[str, str, s
     if not attached and any(_CHECKPOINT_WRAPPER in f"{name}." for name, _ in model.named_modules()):
         message = "FSDP's activation checkpointing has put wrappers between the blocks and their names"
         yield "CheckpointWrapper", message, "attach before accelerator.prepare, or use gradient_checkpointing_enable()"
+    if not attached and is_sharded(model) and any(getattr(m, "quant_state", None) is not None for m in model.modules()):
+        message = "4-bit weights that are sharded already do not run outside of the model, which attaching has to try"
+        yield "quant_state beside shards", message, "attach first, then shard (a Trainer does)"
     if _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         message = "the weights are loaded on the first process alone, so that the others attach to another backbone"
         fix = "fsdp_cpu_ram_efficient_loading: false; what does not fit in memory is loaded with a DistributedConfig"

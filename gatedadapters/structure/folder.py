@@ -30,6 +30,7 @@ from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint
 from gatedadapters.config.base import parse_record
 from gatedadapters.errors import ArtifactError, GatedAdaptersError
 from gatedadapters.paths import Path
+from gatedadapters.runtime.sharding import in_a_group
 from gatedadapters.safe_files import leftovers, whole_folder
 from gatedadapters.structure.card import CARD, by_hand, model_card
 from gatedadapters.structure.hub import downloaded
@@ -108,7 +109,9 @@ def write(
     if not allow_nonfinite:
         fix = "train again with a lower rate, or write them as they are with allow_nonfinite=True"
         check_finite(stored, where=folder, fix=fix)
-    with whole_folder(folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None) as new:
+    with whole_folder(
+        folder, files=FILES, overwrite=overwrite, beside=STRUCTURE if beside else None, together=in_a_group()
+    ) as new:
         digest = write_tensors(new / WEIGHTS, stored, metadata={"format": "gatedadapters 1"})
         text = structure.to_json()
         if origin is not None:
@@ -306,6 +309,11 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
     held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
     peft = "adapter_config.json" in held
     fix = "import it as a peft adapter" if peft else "give the folder that Adapters.save wrote"
+    if {"adapters", "delta"} <= set(held):
+        fix = (
+            "load_joint(model, folder) on their own base. A delta cannot be carried to an update, adapters can: "
+            'load_adapters(model, folder + "/adapters", base="updated")'
+        )
     if held and set(held) <= {"tensorboard", ADAPTER}:
         fix = "the run that writes it has not saved an adapter yet: let it finish, or start it again"
     raise ArtifactError(
@@ -345,6 +353,11 @@ def _check_backbone(
     what = " and ".join(parts[part] for part in differ)
     named = origin.base_model_name_or_path if origin is not None else None
     fix = "load the backbone they were trained on" + ("" if named is None else f", {named}")
+    if updated and differ != ["values"]:
+        fix = (
+            "weights do not carry over to other shapes: train anew. Where names and widths of modules are the same, "
+            "ga.attach(model, ga.Structure.load(folder)) takes the structure over"
+        )
     if differ == ["values"]:
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             fix = (

@@ -19,6 +19,7 @@ from gatedadapters.paths import Path, SkippedSite
 from gatedadapters.runtime.call import Call, begin, current, end, is_switched_off, new_serial
 from gatedadapters.runtime.sharding import (
     EndOfBackward,
+    average,
     check_alike,
     check_layout_of_weights,
     digest,
@@ -225,7 +226,8 @@ class Supernet(nn.Module, StepListener):
         for parameter in replicated(model):
             parameter.data = parameter.data.to(home)
         self.to(home)
-        self._averaging = EndOfBackward(groups_of(model), self._learning_now)
+        groups = groups_of(model)
+        self._averaging = EndOfBackward(groups, lambda: average(self._learning_now(), groups))
 
     def described(self) -> dict[str, object]:
         """What has to be the same on all processes, by what it is."""

@@ -4,6 +4,7 @@ from gatedadapters.training.callback import FollowOptimizer
 from gatedadapters.training.gated import GatedClass, SelectiveClass, gated, selective
 from gatedadapters.training.multitask import MultiTaskClassifier, MultiTaskConfig
 from gatedadapters.training.selective import SelectiveTrainer
+from gatedadapters.training.token_adaptive import TokenAdaptiveLoss
 from gatedadapters.training.trainer import GatedTrainer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MultiTaskConfig",
     "SelectiveClass",
     "SelectiveTrainer",
+    "TokenAdaptiveLoss",
     "gated",
     "selective",
 ]

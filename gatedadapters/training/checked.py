@@ -28,7 +28,15 @@ from gatedadapters.errors import TaskError, TrainingError
 from gatedadapters.gates.bank import current_key, is_new
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.reporting.versions import versions
-from gatedadapters.runtime.sharding import all_must, check_alike, is_sharded, on_first, plain_name, whole
+from gatedadapters.runtime.sharding import (
+    all_must,
+    check_alike,
+    check_shardable,
+    is_sharded,
+    on_first,
+    plain_name,
+    whole,
+)
 from gatedadapters.runtime.steps import CLOCK, unwrapped
 from gatedadapters.safe_files import file_errors
 from gatedadapters.training.callback import FollowOptimizer
@@ -227,9 +235,20 @@ class CheckedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         delta = find_delta(cast(nn.Module, self.model))
+        if self.is_fsdp_enabled:
+            check_shardable(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._follow_sharding()
+        return prepared
+
+    def _follow_sharding(self) -> None:
+        """Once the model is sharded, let a sparse delta follow, and the optimiser learn what stands for its values."""
+        delta = find_delta(cast(nn.Module, self.model))
+        replaced = {} if delta is None else delta.follow_sharding()
+        for group in cast(torch.optim.Optimizer, self.optimizer).param_groups if replaced else ():
+            group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Leave it to `EndOfBackward`, which exchanges all gradients at once, where the Trainer exchanges each."""
@@ -255,6 +274,7 @@ class CheckedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         all_must(lambda: check_resumable(resume_from_checkpoint, sharded=self.is_fsdp_enabled))
         all_must(lambda: self._check_checkpoint(resume_from_checkpoint))
+        self._follow_sharding()
         if self.sharded:
             self._load_trained(resume_from_checkpoint)
         else:

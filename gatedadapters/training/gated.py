@@ -52,6 +52,7 @@ class SelectiveClass(Protocol[AnyTrainer_co]):
         general_eval_dataset: Any = None,
         selection: SelectionConfig | None = None,
         mask: Mask | None = None,
+        subspace: float | None = None,
         heads: tuple[str, ...] | None = None,
         **kwargs: Any,
     ) -> AnyTrainer_co:

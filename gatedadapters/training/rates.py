@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from gatedadapters.config import Schedule
 from gatedadapters.gates import Pressure
+
+REWARMED = 0.05  # of the steps after a prune
 
 
 class ConstantFactor:
@@ -22,7 +25,9 @@ class ConstantFactor:
 def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:
     """A learning-rate factor that repeats its descent after the prune, compressed into the remaining steps.
 
-    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low.
+    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low. The rate
+    rises again from near 0, over as many steps as before the first descent, at least a twentieth of those left: Adam
+    knows only the gradients of the dense model, and a full rate at once made one of three language models diverge.
 
     Args:
         factor: learning-rate factor by step.
@@ -34,11 +39,13 @@ def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> 
         Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389:
         learning-rate rewinding.
     """
+    warmup = max(peak, math.ceil(REWARMED * (total - prune)))
 
     def at(step: int) -> float:
         if step < prune:
             return factor(step)
-        return factor(peak + (step - prune) / max(1, total - prune) * (total - peak))
+        since = step - prune
+        return min(1.0, (since + 1) / (warmup + 1)) * factor(peak + since / max(1, total - prune) * (total - peak))
 
     return (
         at  # schedulers save the state of callable objects, but not of functions; safe readers accept only the latter
@@ -78,7 +85,16 @@ def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     return found
 
 
-def default_gate_rate(schedule: Schedule, total_steps: int) -> float:
-    """The rate at which Adam crosses the useful range of log alpha, about 8, within the ramp; in [0.01, 0.3]."""
+def default_gate_rate(schedule: Schedule, total_steps: int, *, probed: int = 0) -> float:
+    """The rate at which Adam crosses the useful range of log alpha, about 8, within the ramp; in [0.01, 0.3].
+
+    After a probe the gates start from evidence, and have as much say as their steps are of all batches looked at: the
+    rate is multiplied by n / (n + probed), with n the steps of the ramp.
+
+    Args:
+        schedule: of the penalty.
+        total_steps: of the training.
+        probed: batches of the probe.
+    """
     ramp = max(1.0, (schedule.ramp - schedule.warmup) * total_steps)
-    return min(0.3, max(0.01, 8.0 / ramp))
+    return min(0.3, max(0.01, 8.0 / ramp)) * ramp / (ramp + probed)

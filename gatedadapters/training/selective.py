@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gatedadapters.config import SelectionConfig
 from gatedadapters.errors import TrainingError
-from gatedadapters.masking import Mask, SparseDelta, apply_mask, get_delta, score, select
+from gatedadapters.masking import (
+    Mask,
+    SparseDelta,
+    SubspaceDelta,
+    TuningTrial,
+    apply_mask,
+    apply_subspace,
+    get_delta,
+    score,
+    select,
+)
 from gatedadapters.masking.delta import NAME, find_delta
 from gatedadapters.masking.scores import score_class
+from gatedadapters.masking.scores.losses import task_losses
 from gatedadapters.reporting import html
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.supernet.supernet import NAME as ADAPTERS
@@ -68,6 +79,9 @@ class SelectiveTrainer(CheckedTrainer):
     trained. Checkpoints hold only what is trained; each folder that it writes also holds the delta, for `load_delta`. A
     run resumes only with the mask of its checkpoint; selection gives the same mask again for equal data and seed.
 
+    With `subspace`, whole matrices are trained in their small singular directions instead (`apply_subspace`); nothing
+    is scored or selected then.
+
     Args:
         *args: arguments of the Trainer, as it takes them: a model that computes a loss from a batch with labels,
             transformers' TrainingArguments, the train_dataset of the domain and so on. `eval_dataset` is held-out data
@@ -76,12 +90,13 @@ class SelectiveTrainer(CheckedTrainer):
         general_eval_dataset: held-out general data.
         selection: how to score and select.
         mask: a mask to apply instead of selecting one.
+        subspace: share of the singular directions of each matrix that is protected, in place of a mask.
         heads: see `apply_mask`.
         **kwargs: more arguments of the Trainer.
 
     Raises:
-        TrainingError: there is neither general data nor a mask, the model has adapters, or the arguments cannot give a
-            correct result.
+        TrainingError: there is neither general data nor a mask nor a subspace, a target for general text is given but
+            no held-out general data, the model has adapters, or the arguments cannot give a correct result.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class SelectiveTrainer(CheckedTrainer):
         general_eval_dataset: Any = None,
         selection: SelectionConfig | None = None,
         mask: Mask | None = None,
+        subspace: float | None = None,
         heads: tuple[str, ...] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -107,12 +123,31 @@ class SelectiveTrainer(CheckedTrainer):
         if settings is not None:
             check_launch(settings)
         self.selection, self.mask, self.heads = selection or SelectionConfig(), mask, heads
+        self.subspace: SubspaceDelta | None = None
+        self._protected_directions = subspace
         self.measured: list[dict[str, float]] = []
-        if mask is None and general_dataset is None and find_delta(model) is None and self._needs_data:
+        selects = mask is None and subspace is None and find_delta(model) is None
+        if subspace is not None and (mask is not None or find_delta(model) is not None):
+            raise TrainingError(
+                "a subspace takes the place of a mask",
+                expected="subspace= or a mask",
+                got="both",
+                where=type(self).__name__,
+                fix="drop one",
+            )
+        if selects and self.selection.keep_general is not None and general_eval_dataset is None:
+            raise TrainingError(
+                "there is no held-out general data, so nobody can tell what is kept",
+                expected="general_eval_dataset=, because of selection.keep_general",
+                got="none",
+                where=type(self).__name__,
+                fix="hold some general data out, or give selection.protect instead",
+            )
+        if selects and general_dataset is None and self._needs_data:
             raise TrainingError(
                 "there is no general data, so importance in general is unknown",
-                expected="general_dataset=, or mask=",
-                got="neither",
+                expected="general_dataset=, mask= or subspace=",
+                got="none of them",
                 where=type(self).__name__,
                 fix="pass data that represents what the model is to keep",
             )
@@ -171,7 +206,9 @@ class SelectiveTrainer(CheckedTrainer):
             scores.append(score(self.module, batches, kind=chosen.kind, heads=self.heads, seed=chosen.seed))
         found = select(
             *scores,
-            protect=chosen.protect,
+            protect=chosen.protect if chosen.keep_general is None else None,
+            keep_general=chosen.keep_general,
+            trial=None if chosen.keep_general is None else self._tuning_trial(),
             contrast=chosen.contrast if self._needs_data else 0.0,
             scope=chosen.scope,
             include=chosen.include,
@@ -179,10 +216,39 @@ class SelectiveTrainer(CheckedTrainer):
         )
         return _of_the_first(found)
 
+    def _tuning_trial(self) -> TuningTrial:
+        """The training to come, to be tried out; under the precision and on the batches of a process."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            per_epoch = len(cast(Sized, self.train_dataset)) / (
+                self.args.train_batch_size * self.args.gradient_accumulation_steps
+            )
+            steps = max(1, math.ceil(self.args.num_train_epochs * per_epoch / self.args.world_size))
+        train = list(islice(self._batches(self.train_dataset, self.args.train_batch_size), steps))
+        return TuningTrial(
+            self.module,
+            train,
+            islice(self._batches(self.held_out["general"]), self.selection.batches),
+            steps=steps,
+            learning_rate=self.args.learning_rate,
+            try_steps=self.selection.try_steps,
+            tries=self.selection.tries,
+            loss=self._loss_of_trial,
+            heads=self.heads,
+            progress=not self.args.disable_tqdm,
+        )
+
+    def _loss_of_trial(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.accelerator.autocast():
+            return task_losses(model, batch)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Select and apply a mask unless the model has a delta; then evaluate, train and evaluate again."""
         self._check_processes()
-        if find_delta(self.module) is None:
+        if self._protected_directions is not None:
+            if self.subspace is None or not self.subspace.applied:
+                self.subspace = apply_subspace(self.module, protect=self._protected_directions, heads=self.heads)
+        elif find_delta(self.module) is None:
             if self.mask is None:
                 self.mask = self.select()
             apply_mask(self.module, self.mask, heads=self.heads)
@@ -204,20 +270,19 @@ class SelectiveTrainer(CheckedTrainer):
                 where="report",
                 fix="call train() before report()",
             )
-        delta = self.delta
-        own = {id(p) for p in delta.parameters()}
+        own = set() if self.subspace is not None else {id(p) for p in self.delta.parameters()}
         params = sum(p.numel() for p in self.module.parameters() if id(p) not in own)
-        return Report(self.measured[0], self.measured[1], delta.params, params)
+        return Report(self.measured[0], self.measured[1], (self.subspace or self.delta).params, params)
 
     def _held_out_losses(self) -> dict[str, float]:
         metrics = self.evaluate() if self.held_out else {}
         return {part: float(metrics[f"eval_{part}_loss"]) for part in self.held_out}
 
-    def _batches(self, data: Any) -> Iterator[dict[str, Any]]:
+    def _batches(self, data: Any, size: int | None = None) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.selection.seed)
         loader: DataLoader[Any] = DataLoader(
             self._removed(data),
-            batch_size=self.selection.batch_size,
+            batch_size=size or self.selection.batch_size,
             shuffle=True,
             generator=generator,
             collate_fn=self.data_collator,
@@ -231,12 +296,16 @@ class SelectiveTrainer(CheckedTrainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _is_trained(self, key: str) -> bool:
+        if self.subspace is not None:
+            return key in self.subspace.names or key in self.subspace.head_names
         return key.startswith(f"{NAME}.") or key in self.delta.head_names
 
     def _write_artifact(self, folder: str) -> None:
-        self.delta.save(folder, beside=True)
+        (self.subspace or self.delta).save(folder, beside=True)
 
     def _origin(self) -> dict[str, str]:
+        if self.subspace is not None:
+            return {BACKBONE: self.subspace.identity.values, MASK: self.subspace.digest}
         return {BACKBONE: self.delta.mask.identity.values, MASK: self.delta.mask.digest}
 
 

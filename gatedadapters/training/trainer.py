@@ -73,7 +73,7 @@ class GatedTrainer(CheckedTrainer):
         prior: the placement score from which the gates start, after a probe on the first batches of the training (half
             as many as it has steps, at most 24), in which candidates and heads learn; None for even gates. Without a
             budget, below 32 steps, and in trainers that generate their examples, gates start even.
-        gate_learning_rate: default: a gate can cross its range within the ramp.
+        gate_learning_rate: default: a gate can cross its range within the ramp; less after a probe, which has its say.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
             examples; needs a data set with `sizes`.
@@ -227,6 +227,10 @@ class GatedTrainer(CheckedTrainer):
             self._pressure = self.adapters.pressure
             logger.info("the smallest structure within %s of the gain has %d parameters", self._relative.within, size)
 
+    def _probed(self, steps: int) -> int:
+        """Batches of the probe before a training of so many steps, also where it was before a checkpoint."""
+        return probe_batches(steps) if self._why_even() is None else 0
+
     def _planned_steps(self) -> int:
         """Optimiser steps of the training, before the Trainer has computed them."""
         if self.args.max_steps > 0:
@@ -236,18 +240,19 @@ class GatedTrainer(CheckedTrainer):
 
     def _why_no_probe(self) -> str | None:
         """The reason why gates start even; None if they start from a probe."""
-        bank, pressure = self.adapters.bank, self.adapters.pressure
+        bank = self.adapters.bank
         if bank is None or bank.frozen or int(bank.step) > 0:
             return "gates that have trained already"
+        is_short = self._relative is None and probe_batches(self._planned_steps()) == 0
+        return self._why_even() or ("a short training" if is_short else None)
+
+    def _why_even(self) -> str | None:
+        """The reason why gates of no training start from a probe, however long it is; None if they do."""
         if self.prior is None:
             return "prior=None"
-        if pressure is None or not isinstance(pressure.penalty, Budget):
+        if self.adapters.pressure is None or not isinstance(self.adapters.pressure.penalty, Budget):
             return "no budget"  # an L0 weight has no size to fill: what starts closed would stay closed
-        if not can_be_probed(self):
-            return f"a {type(self).__name__}, which generates its examples"
-        if self._relative is None and probe_batches(self._planned_steps()) == 0:
-            return "a short training"
-        return None
+        return None if can_be_probed(self) else f"a {type(self).__name__}, which generates its examples"
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. The gates are drawn first: a Trainer may generate its examples before it computes a loss."""
@@ -315,7 +320,8 @@ class GatedTrainer(CheckedTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         rate = self.gate_learning_rate
         if rate is None:
-            rate = default_gate_rate(pressure.schedule if pressure is not None else Schedule(), num_training_steps)
+            schedule = pressure.schedule if pressure is not None else Schedule()
+            rate = default_gate_rate(schedule, num_training_steps, probed=self._probed(num_training_steps))
         group = stepped.param_groups[self._gate_group]
         group["lr"] = rate
         scheduler = super().create_scheduler(num_training_steps, optimizer)

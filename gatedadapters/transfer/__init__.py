@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gatedadapters.transfer.damage import Damage, SiteDamage, predict_damage
 from gatedadapters.transfer.evaluate import (
     Recovery,
     TransferReport,
@@ -17,13 +18,17 @@ from gatedadapters.transfer.shift import ActivationShift, PointShift, activation
 from gatedadapters.transfer.weakening import Weakening, restore_knowledge, weaken_knowledge
 
 if TYPE_CHECKING:
+    from gatedadapters.transfer.repairing import Repair, repair, teacher_outputs
     from gatedadapters.transfer.update import UpdateReport, simulate_update
 
 __all__ = [
     "ActivationShift",
+    "Damage",
     "FeedForward",
     "PointShift",
     "Recovery",
+    "Repair",
+    "SiteDamage",
     "TransferReport",
     "TransferScores",
     "UpdateReport",
@@ -33,16 +38,25 @@ __all__ = [
     "evaluate_transfer",
     "feed_forwards",
     "knowledge_sensitivity",
+    "predict_damage",
     "prefer_transferable",
     "recovery",
+    "repair",
     "restore_knowledge",
     "simulate_update",
+    "teacher_outputs",
     "transfer_scores",
     "weaken_knowledge",
 ]
 
 
+_ON_USE = {  # transformers' Trainer imports peft and more
+    **dict.fromkeys(("UpdateReport", "simulate_update"), "gatedadapters.transfer.update"),
+    **dict.fromkeys(("Repair", "repair", "teacher_outputs"), "gatedadapters.transfer.repairing"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("UpdateReport", "simulate_update"):  # transformers' Trainer imports peft and more
-        return getattr(import_module("gatedadapters.transfer.update"), name)
+    if name in _ON_USE:
+        return getattr(import_module(_ON_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -159,7 +159,7 @@ def check_versions(old: nn.Module, new: nn.Module, sample: Batch | None = None) 
 
     if type(old) is not type(new):
         raise refuse("the class", type(old).__name__, type(new).__name__)
-    words = [_vocabulary(model) for model in (old, new)]
+    words = [vocabulary_size(model) for model in (old, new)]
     if words[0] != words[1]:
         raise refuse("the vocabulary", f"{words[0]:,} tokens", f"{words[1]:,} tokens")
     shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (old, new)]
@@ -323,7 +323,7 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     return {} if config is None else dict(flat(config.to_dict(), ""))
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int:
     """Number of token embeddings; 0 where there are none."""
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return 0 if embedding is None else embedding.num_embeddings

@@ -410,9 +410,20 @@ class PassOver(_Hook):
 
 
 def masked(inner: Tensor, share: float, *, rescale: bool = False) -> Tensor:
-    """`inner` with each element set to 0 with probability `share`, drawn from the device's default generator."""
+    """`inner` with each element set to 0 with probability `share`, drawn from the device's default generator.
+
+    Where autograd allows it, `inner` itself is changed: half of what masking costs is the memory of a second tensor.
+    """
     keep = _ones_and_zeros(inner, share)  # a product of floats costs half of what filling by a bool mask does
-    return inner * (keep / (1 - share) if rescale else keep)
+    factor = keep / (1 - share) if rescale else keep
+    return inner.mul_(factor) if _may_change(inner) else inner * factor
+
+
+def _may_change(inner: Tensor) -> bool:
+    """Whether `inner` was computed just now, by a function whose backward pass does not read its output."""
+    if torch.compiler.is_compiling() or inner._base is not None:
+        return False
+    return type(inner.grad_fn).__name__ in ("GeluBackward0", "MulBackward0", "SiluBackward0")
 
 
 def _ones_and_zeros(like: Tensor, share: float) -> Tensor:

@@ -94,6 +94,24 @@ def test_somebody_who_was_faster_is_not_overwritten(tmp_path: Path) -> None:
     assert read(tmp_path / "out") == {"a": "early", "b": "early"}
 
 
+@pytest.mark.parametrize("text", ["same", "other"])
+def test_of_those_who_write_together_the_first_wins_and_only_other_files_are_an_error(
+    tmp_path: Path, text: str
+) -> None:
+    slow = whole_folder(tmp_path / "out", files=FILES, together=True)
+    new = slow.__enter__()
+    for name in FILES:
+        (new / name).write_text(text)
+    write(tmp_path / "out", "same")
+    if text == "same":
+        slow.__exit__(None, None, None)
+    else:
+        with pytest.raises(ArtifactError, match="already holds"):
+            slow.__exit__(None, None, None)
+    assert read(tmp_path / "out") == {"a": "same", "b": "same"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 KILLED = """
 import os, sys, types
 from pathlib import Path

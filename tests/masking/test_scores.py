@@ -13,6 +13,7 @@ import gatedadapters as ga
 from gatedadapters.errors import ArtifactError, MaskError
 from gatedadapters.masking.scores import Score, register, score_class
 from gatedadapters.masking.scores.losses import output_norms, task_losses
+from gatedadapters.masking.scores.refreshed import Refreshed
 from gatedadapters.masking.scores.synaptic import Synaptic
 from gatedadapters.testing import tiny
 from gatedadapters.testing.score_contract import scored
@@ -310,3 +311,59 @@ def test_a_score_of_ones_own_is_registered_by_its_kind() -> None:
         assert float(found[found.names[-1]].max()) == len(found) - 1
     finally:
         package._KINDS.pop("depth")
+
+
+def test_consistency_is_the_product_of_the_mean_gradients_of_two_halves() -> None:
+    model = in_double(tiny("llama", head="lm")[0])
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 20, (2, 6), generator=generator)} for _ in range(5)]
+    found = ga.score(model, batches, kind="consistency")
+    parameters = dict(model.named_parameters())
+    halves = []
+    for half in (batches[::2], batches[1::2]):
+        loss = torch.stack([task_losses(model, b).mean() for b in half]).mean()
+        halves.append(torch.autograd.grad(loss, list(parameters.values())))
+    products = {name: a * b for name, a, b in zip(parameters, *halves, strict=True)}
+    assert any(bool((product < 0).any()) for product in products.values())
+    assert_close(found, {name: product.clamp(min=0) for name, product in products.items()}, tolerance=1e-6)
+    with pytest.raises(MaskError, match="at least two batches"):
+        ga.score(model, batches[:1], kind="consistency")
+
+
+def test_a_refreshed_score_is_that_of_the_tuned_model_and_belongs_to_the_backbone() -> None:
+    model, batch = tiny("llama", head="lm")
+    batches = [{"input_ids": batch["input_ids"]}]
+    mask = ga.select(ga.score(model, batches, kind="fisher"), protect=0.8)
+    delta = ga.apply_mask(model, mask)
+    with pytest.raises(MaskError, match="is in a model"):
+        Refreshed(delta)
+    optimizer = torch.optim.SGD(delta.parameters(), lr=1.0)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    delta.remove()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = ga.score(model, batches, kind=Refreshed(delta, "fisher"))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    again = ga.select(found, protect=0.8)
+    delta.reapply(model)
+    delta.merge()
+    assert_close(found, {name: ga.score(model, batches, kind="fisher")[name] for name in found.names}, tolerance=1e-6)
+    assert again != mask
+    fresh, _ = tiny("llama", head="lm")
+    ga.apply_mask(fresh, again)
+    with pytest.raises(MaskError, match="does not fit"):
+        ga.score(tiny("bert", head="base")[0], batches, kind=Refreshed(delta))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_the_loss_of_a_language_model_is_that_of_the_next_token_whatever_wraps_it() -> None:
+    peft = pytest.importorskip("peft")
+    model, sample = tiny("llama", head="lm")
+    batch = {"input_ids": sample["input_ids"][:1], "labels": sample["input_ids"][:1]}
+    with torch.no_grad():
+        wanted = model(**batch).loss
+        mine = type("MyModel", (type(model),), {})(model.config)
+        mine.load_state_dict(model.state_dict())
+        compiled = torch.compile(model, backend="eager")
+        for wrapped in (model, mine.eval(), compiled, peft.get_peft_model(model, peft.LoraConfig(r=1))):
+            torch.testing.assert_close(task_losses(wrapped, batch)[0], wanted)

@@ -14,7 +14,7 @@ import gatedadapters as ga
 from gatedadapters.backbone import discover
 from gatedadapters.errors import ConfigError, PathError
 from gatedadapters.paths import Elements, Point, Site, SkippedSite
-from gatedadapters.paths.elements import ElementsOptions
+from gatedadapters.paths.elements import ElementsOptions, largest
 from gatedadapters.testing import tiny
 from gatedadapters.testing.helpers import awaken, output_of, random_loss
 
@@ -137,7 +137,26 @@ def test_maps_with_fewer_weights_are_skipped_by_name_and_with_no_map_left_nothin
     assert not hasattr(model, "gated_adapters")
 
 
-@pytest.mark.parametrize("spoil", ["missing", "shape", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", ["all differ", "many are equal", "all are equal", "one row has them all"])
+@pytest.mark.parametrize(("shape", "k"), [((40, 7), 5), ((7, 40), 5), ((6, 50), 300), ((1, 9), 4), ((30, 1), 8)])
+def test_the_largest_are_those_of_a_whole_sort_and_of_equals_the_earlier_one(
+    shape: tuple[int, int], k: int, values: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator)
+    if values == "many are equal":
+        matrix = matrix.round()
+    elif values == "all are equal":
+        matrix.fill_(-1.5)
+    elif values == "one row has them all":
+        matrix[shape[0] // 2] += 10.0
+    matrix = matrix.to(dtype)
+    for stored in (matrix, matrix.t().contiguous().t()):  # as Linear and Conv1D hold it
+        assert torch.equal(largest(stored, k), matrix.flatten().sort(descending=True, stable=True).indices[:k])
+
+
+@pytest.mark.parametrize("spoil", ["missing", "shape", "nan", "inf", "-inf"])
 def test_scores_that_do_not_fit_name_the_weight(spoil: str) -> None:
     model, batch = tiny("bert")
     adapters = ga.attach(model, space(), batch)
@@ -146,7 +165,9 @@ def test_scores_that_do_not_fit_name_the_weight(spoil: str) -> None:
     if spoil == "missing":
         del scores[name]
     else:
-        scores[name] = scores[name].t() if spoil == "shape" else scores[name] * float("nan")
+        scores[name] = scores[name].t() if spoil == "shape" else scores[name].clone()
+        if spoil != "shape":
+            scores[name][3, 5] = float(spoil)
     with pytest.raises(PathError, match=r"encoder\.layer\.1\.output\.dense"):
         adapters.choose_elements(scores)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from accelerate.utils import DistributedType
 from recipes import SOON, SPACE, arguments, continued, gated_causal, gated_classifier, labelled, trained, with_dropout
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.errors import GatedAdaptersError
-from gatedadapters.runtime.sharding import whole
+from gatedadapters.runtime.sharding import local, reshard, whole
 from gatedadapters.testing import tiny
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,6 +57,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
     "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
 }
+HAS_4_BITS = find_spec("bitsandbytes") is not None
 SCORES = ("taylor", "magnitude", "random", "synaptic", "fisher")
 
 
@@ -80,6 +82,7 @@ def by_hand(
     after: bool = False,
     checkpointed: bool = False,
     heads: Any = None,
+    rate: float = 1e-2,
     **options: Any,
 ) -> dict[str, Any]:
     """A search in a plain loop, pruned after four of its six steps; then compacted, merged and unmerged."""
@@ -95,7 +98,7 @@ def by_hand(
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its older name
         getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     adapters.set_penalty(ga.Budget(fraction=0.3), schedule=SOON, total_steps=STEPS)
-    optimizer = torch.optim.AdamW(adapters.parameter_groups(1e-2, gate_learning_rate=0.5))
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(rate, gate_learning_rate=0.5))
     rows, gradients, fixed = continued(ROWS * STEPS), [], []
     model.train()
     for step in range(STEPS):
@@ -129,6 +132,13 @@ def by_hand(
     }
 
 
+def halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch in two micro-batches; one of a single example as it is."""
+    count = len(batch["input_ids"])
+    split = [slice(count // 2), slice(count // 2, None)] if count > 1 else [slice(None)]
+    return [{name: value if value.dim() == 0 else value[part] for name, value in batch.items()} for part in split]
+
+
 def logits_of(model: Any, rows: list[dict[str, Any]]) -> Tensor:
     """What the model says of the first rows."""
     ids = torch.tensor([row["input_ids"] for row in rows[:ROWS]])
@@ -160,7 +170,7 @@ def through_accelerate(
     folder: Path, model: Any, data: Any, *, resume: Path | None = None, config: Any = None, **changes: Any
 ) -> ga.GatedTrainer:
     """A trained `GatedTrainer`; on several processes, sharded by accelerate."""
-    settings: dict[str, Any] = {"max_steps": 8, "optim": "adamw_torch", **changes}
+    settings: dict[str, Any] = {"max_steps": 8, **changes}
     if WORLD > 1:
         settings["fsdp"] = True
         settings["fsdp_config"] = {"transformer_layer_cls_to_wrap": block_classes(model), **(config or {})}
@@ -256,24 +266,29 @@ def tuned() -> dict[str, Any]:
     rows = continued(ROWS * STEPS)
     model.train()
     for step in range(STEPS):
-        (model(**own_batch(rows, step)).loss * WORLD).backward()
+        for micro_batch in halves(own_batch(rows, step)):
+            (model(**micro_batch).loss * WORLD).backward()
         optimizer.step()
         optimizer.zero_grad()
-    values = {name: part.values.detach().clone() for name, part in delta.items()}
+    share = sum(local(part.values).numel() for part in delta.parts()) / delta.params
+    values = {name: whole(part.values.detach()).clone() for name, part in delta.items()}
     written = {name: part.present().clone() for name, part in delta.items()}
     model.eval()
     logits = logits_of(model, rows)
     delta.remove()
     after_removal = {name: whole(p.detach()) for name, p in model.named_parameters()}
     restored = all(torch.equal(before[name], value) for name, value in after_removal.items())
-    return {"values": values, "written": written, "logits": logits, "restored": restored}
+    found = {"values": values, "written": written, "logits": logits, "restored": restored}
+    return found | {"share of the values here": share}
 
 
-def tuned_by_trainer(folder: Path) -> dict[str, Any]:
-    """A `SelectiveTrainer` that selects, is sharded by accelerate, and saves."""
+def tuned_by_trainer(folder: Path, resume: Path | None = None) -> dict[str, Any]:
+    """A `SelectiveTrainer` that selects, is sharded by accelerate, and saves; or that resumes from a checkpoint."""
     model, _ = tiny("llama", head="lm")
     with_dropout(model, 0.0)
-    settings: dict[str, Any] = {"max_steps": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {"max_steps": 4}
+    if resume is None:
+        settings |= {"save_strategy": "steps", "save_steps": 2}
     if WORLD > 1:
         settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": block_classes(model)}}
     args = arguments(folder / f"tuned on {WORLD}", per_device_train_batch_size=ROWS // WORLD, **settings)
@@ -283,8 +298,8 @@ def tuned_by_trainer(folder: Path) -> dict[str, Any]:
     trainer = ga.SelectiveTrainer(
         model, args, train_dataset=continued(24), general_dataset=continued(8), selection=selection
     )
-    trainer.train()
-    return {name: part.values.detach().clone() for name, part in trainer.delta.items()}
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return {name: whole(part.values.detach()).clone() for name, part in trainer.delta.items()}
 
 
 def _masked_before_sharding() -> None:
@@ -292,6 +307,19 @@ def _masked_before_sharding() -> None:
     ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.1))
     shard(model)
     model.train()(**own_batch(continued(ROWS), 0))
+
+
+def _changed_on_one() -> None:
+    model, _ = tiny("llama", head="lm")
+    shard(model)
+    delta = ga.apply_mask(model, ga.select(ga.score(model, kind="magnitude"), density=0.1))
+    model(**own_batch(continued(ROWS), 0)).loss.backward()
+    if RANK:
+        reshard(model)
+        with torch.no_grad():
+            for part in delta.parts():
+                local(part.weight).add_(1.0)
+    torch.optim.AdamW(delta.parameters(), lr=1e-2).step()
 
 
 def allocated() -> Any:
@@ -333,8 +361,40 @@ def frozen_head(folder: Path) -> list[float]:
     """Losses of a classifier whose head is not trained."""
     model, _ = tiny("bert", head="classification")
     ga.attach(with_dropout(model, 0.0), SPACE, heads=())
-    trainer = through_accelerate(folder / f"frozen head {WORLD}", model, labelled([24]), max_steps=4)
+    changes: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    trainer = through_accelerate(folder / f"frozen head {WORLD}", model, labelled([24]), **changes)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save_wide(folder: Path) -> None:
+    """A model that is wide enough for blocks of 64 values."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+    tiny("llama", head="lm", **sizes)[0].save_pretrained(folder / "wide")
+
+
+def quantised(folder: Path, **options: Any) -> Any:
+    """That model, quantised by bitsandbytes."""
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **options)
+    return LlamaForCausalLM.from_pretrained(folder / "wide", quantization_config=config)
+
+
+def in_4_bits(folder: Path, place: Path) -> dict[str, Any]:
+    """A search over 4-bit weights."""
+    model = quantised(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ga.attach(model, SPACE)
+    return trainer_outcome(through_accelerate(place / f"4 bits on {WORLD}", model, continued(24), max_steps=6))
+
+
+def _in_8_bits(folder: Path) -> None:
+    model = quantised(folder, load_in_8bit=True)
+    ga.attach(model, SPACE)
+    through_accelerate(folder / "8 bits", model, continued(24))
+
+
+def _attached_to_4_bits(folder: Path) -> None:
+    model = quantised(folder, load_in_4bit=True)
+    shard(model)
+    ga.attach(model, SPACE)
 
 
 def _differently(**options: Any) -> None:
@@ -425,6 +485,9 @@ def failures(folder: Path) -> dict[str, Callable[[], None]]:
         "tensor parallel": _tensor_parallel,
         "wrapped": _wrapped,
         "masked before sharding": _masked_before_sharding,
+        "changed on one": _changed_on_one,
+        **({"8 bits": lambda: _in_8_bits(folder)} if HAS_4_BITS else {}),
+        **({"attached after 4 bits were sharded": lambda: _attached_to_4_bits(folder)} if HAS_4_BITS else {}),
     }
 
 
@@ -445,6 +508,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
             "resumed 2": lambda: resumed(folder, 2),
             "mask taylor": lambda: masks("taylor"),
             "tuned": tuned,
+            "tuned, resumed": lambda: tuned_by_trainer(folder / "resumed", folder / "tuned on 2" / "checkpoint-2"),
         }
     return {
         **{name: partial(by_hand, **options) for name, options in ORDERS.items()},
@@ -455,9 +519,11 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         **{f"mask {kind}": partial(masks, kind) for kind in SCORES},
         "tuned": tuned,
         "tuned by the trainer": lambda: tuned_by_trainer(folder),
+        "tuned, resumed": lambda: tuned_by_trainer(folder / "resumed", folder / "tuned on 2" / "checkpoint-2"),
         "allocated": allocated,
         "joint": lambda: joint(folder),
         "frozen head": lambda: frozen_head(folder),
+        **({"4 bits": lambda: in_4_bits(folder, folder)} if HAS_4_BITS else {}),
         **{name: partial(error_of, run) for name, run in failures(folder).items()},
     }
 

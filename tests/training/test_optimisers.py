@@ -11,7 +11,7 @@ from recipes import SOON, Watch, arguments, gated_classifier, labelled
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
-from gatedadapters.training.rates import default_gate_rate
+from gatedadapters.training.rates import default_gate_rate, rewound
 
 IMPLEMENTATIONS = {
     "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),
@@ -84,8 +84,10 @@ def test_paths_learn_at_the_rate_of_what_the_budget_keeps_and_heads_at_the_full_
     )
     trainer.train()
     shares = [seen["paths"] / 1e-2 for seen in watch.seen]
-    assert [seen["heads"] for seen in watch.seen] == [1e-2] * 40
-    assert shares[24:] == [1.0] * 16
+    assert [seen["heads"] for seen in watch.seen] == [1e-2] * 24 + [5e-3] + [
+        1e-2
+    ] * 15  # it rises again after the prune
+    assert shares[24:] == [0.5] + [1.0] * 15
     assert shares[:8] == [shares[0]] * 8
     for share, seen in zip(shares[8:20], watch.seen[8:20], strict=True):
         # what is kept also holds what the lower bound of log alpha leaves open of the rest
@@ -100,7 +102,7 @@ def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> 
         arguments(tmp_path, lr_scheduler_type="constant"),
         train_dataset=labelled([40]),
         penalty=ga.L0(weight=0.1),
-        schedule=SOON,
+        schedule=SOON.model_copy(update={"rewind": False}),
         callbacks=[watch],
     )
     trainer.train()
@@ -153,6 +155,7 @@ def test_decay_moves_no_gate(tmp_path: Path) -> None:
 def test_the_default_rate_crosses_the_range_of_the_gates_within_the_ramp() -> None:
     schedule = ga.Schedule(warmup=0.2, ramp=0.6, prune=0.8)
     assert default_gate_rate(schedule, 1000) * 400 == pytest.approx(8.0)
+    assert default_gate_rate(schedule, 1000, probed=100) * 500 == pytest.approx(8.0)  # 400 steps against 100 batches
     assert default_gate_rate(schedule, 10) == 0.3
     assert default_gate_rate(schedule, 10**6) == 0.01
 
@@ -213,3 +216,13 @@ def test_an_optimiser_of_ones_own_works_and_one_without_the_gates_is_refused(tmp
     assert good.adapters.bank.frozen
     with pytest.raises(TrainingError, match="leaves the gates out"):
         trainer(gates=False).train()
+
+
+def test_after_a_prune_the_rate_rises_again_and_repeats_its_descent() -> None:
+    descent = lambda step: min(1.0, (step + 1) / 3, (40 - step) / 38)  # noqa: E731 (as a scheduler has it)
+    factor = rewound(descent, 4, 2, 40)
+    assert [factor(step) for step in range(4)] == [descent(step) for step in range(4)]
+    assert [factor(step) for step in (4, 5, 6)] == pytest.approx([1 / 3, 2 / 3 * 35 / 36, 34 / 36])
+    assert factor(39) == pytest.approx(1 / 36)
+    rates = [rewound(lambda step: 1.0, 40, 0, 400)(step) for step in range(40, 400)]  # without a warm-up of its own
+    assert rates == pytest.approx([min(1.0, (step + 1) / 19) for step in range(360)])

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optuna
+import processes
 import pytest
 import sharded_processes as own
 import torch
+import trial_processes
 from recipes import assert_same, continued, gated_causal, gated_classifier
+from transformers import LlamaForCausalLM
 
 import gatedadapters as ga
 from gatedadapters.errors import AttachError, TrainingError
+from gatedadapters.studies import open_storage
 from gatedadapters.testing import tiny
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -26,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = folder / "one process"
     own.through_accelerate(place, gated_causal(), continued(24), save_strategy="steps", save_steps=2, max_steps=2)
     own.save_joint(folder)
+    own.save_wide(folder)
     return folder
 
 
@@ -158,6 +167,7 @@ def test_a_sharded_delta_tunes_what_one_process_does(count: int, two: Any, four:
         assert_same(shared["tuned"]["written"], shared["tuned"]["values"])
         torch.testing.assert_close(shared["tuned"]["logits"], single["logits"], rtol=0, atol=1e-3)
         assert shared["tuned"]["restored"]
+        assert shared["tuned"]["share of the values here"] < 1.1 / count
 
 
 def test_a_selective_trainer_is_sharded_by_accelerate(two: Any, folder: Path, tmp_path: Path) -> None:
@@ -169,9 +179,46 @@ def test_a_selective_trainer_is_sharded_by_accelerate(two: Any, folder: Path, tm
     assert_same({name: part.values.detach() for name, part in loaded.items()}, two[0]["tuned by the trainer"])
 
 
+def test_a_delta_resumes_bit_for_bit_and_on_another_number_of_processes(two: Any, four: Any) -> None:
+    for shared in two:
+        assert_same(shared["tuned, resumed"], two[0]["tuned by the trainer"])
+    for shared in four:
+        assert_same(shared["tuned, resumed"], two[0]["tuned by the trainer"], rtol=1e-3, atol=1e-4)
+
+
 def test_a_sharded_probe_allocates_what_one_process_does(two: Any) -> None:
     single = own.allocated()
     assert [shared["allocated"] for shared in two] == [single] * 2
+
+
+def test_two_groups_at_once_are_two_trials_of_one_study(tmp_path: Path, on_processes: Callable[..., None]) -> None:
+    study = optuna.create_study(study_name="rates", storage=open_storage(tmp_path / "study.journal"))
+    for rate in trial_processes.RATES:
+        study.enqueue_trial({"rate": rate})
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(2) as launches:
+        list(launches.map(partial(on_processes, Path(trial_processes.__file__)), folders))
+    found = {trial.params["rate"]: trial.value for trial in study.trials}
+    wanted = {rate: trial_processes.outcome(rate) for rate in trial_processes.RATES}
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert abs(wanted[1e-2] - wanted[1e-3]) > 1e-4
+
+
+def test_what_accelerate_launches_on_cpus_is_not_sharded_and_says_so(tmp_path: Path, free_port: int) -> None:
+    words = ["launch", "--config_file", EXAMPLES / "fsdp2.yaml", "--num_processes", 2, "--main_process_port", free_port]
+    command = map(str, [*words, Path(own.__file__).with_name("launched.py"), tmp_path / "out"])
+    program = "accelerate.commands.accelerate_cli"
+    printed = processes.run(processes.module, program, *command, log=tmp_path / "log")
+    assert "here every process holds the whole model" in printed
+    model, _ = tiny("llama", head="lm")
+    ga.load_adapters(model, tmp_path / "out")
+
+
+def test_the_example_of_shards_runs_on_two_processes(tmp_path: Path, on_processes: Callable[..., None]) -> None:
+    on_processes(EXAMPLES / "sharded.py", tmp_path)
+    ga.load_adapters(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_a_joint_artefact_loads_onto_shards(two: Any, folder: Path) -> None:
@@ -183,6 +230,15 @@ def test_a_joint_artefact_loads_onto_shards(two: Any, folder: Path) -> None:
 def test_a_classifier_with_a_frozen_head_is_trained_alike(two: Any, tmp_path: Path) -> None:
     single = own.frozen_head(tmp_path)
     assert [shared["frozen head"] for shared in two] == [pytest.approx(single, rel=1e-4)] * 2
+
+
+@pytest.mark.skipif(not own.HAS_4_BITS, reason="bitsandbytes is not installed; see the extra 'quantised'")
+def test_a_backbone_in_4_bits_is_trained_alike(two: Any, folder: Path, tmp_path: Path) -> None:
+    single = own.in_4_bits(folder, tmp_path)
+    assert single["losses"][-1] < single["losses"][0]
+    for shared in two:
+        assert shared["4 bits"]["losses"] == pytest.approx(single["losses"], rel=1e-4)
+        assert_same(shared["4 bits"]["state"], single["state"], rtol=1e-3, atol=1e-4)
 
 
 MESSAGES = {
@@ -197,8 +253,13 @@ MESSAGES = {
     "a checkpoint of one process": "resume without FSDP",
     "tensor parallel": "tensor-parallel",
     "wrapped": "attach before accelerator.prepare",
+    "changed on one": "changed from outside between steps",
     "masked before sharding": "apply the mask when the model is sharded",
+    "8 bits": "cannot shard these quantised weights",
+    "attached after 4 bits were sharded": "attach first, then shard",
 }
+if not own.HAS_4_BITS:
+    del MESSAGES["8 bits"], MESSAGES["attached after 4 bits were sharded"]
 
 
 @pytest.mark.parametrize("name", MESSAGES)

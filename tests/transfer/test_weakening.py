@@ -13,6 +13,7 @@ import torch
 from blocks import ORACLES, bart_encoder, moe
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import gatedadapters as ga
 from gatedadapters.errors import AttachError, ConfigError, LayoutError
@@ -142,6 +143,21 @@ def test_masking_does_not_rescale_but_as_an_ablation() -> None:
     scaled = masked(a, 0.25, rescale=True)
     assert set((plain / a).unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(scaled, plain / 0.75)
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.silu, F.relu, torch.exp, lambda x: F.silu(x) * x, lambda x: x[:4]])
+def test_masking_gives_the_values_and_gradients_of_a_product(function: Callable[[Tensor], Tensor]) -> None:
+    """Also where it changes its input, and where it must not: a ReLU reads its output, a view is somebody else's."""
+    x = torch.randn(8, 16, requires_grad=True)
+    before = x.detach().clone()
+    found = []
+    for mask in (lambda a: a * masked(torch.ones_like(a), 0.25), lambda a: masked(a, 0.25)):
+        torch.manual_seed(0)
+        value = mask(function(x))
+        found.append((value.detach(), *torch.autograd.grad((value * torch.arange(16)).sum(), x)))
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+    assert torch.equal(x.detach(), before)
 
 
 def test_dropping_draws_once_for_each_block_and_forward() -> None:

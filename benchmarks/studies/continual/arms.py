@@ -12,16 +12,19 @@ import torch
 
 import gatedadapters as ga
 from benchmarks.common.store import SCRATCH
-from benchmarks.studies.continual.cells import COUNTED_LIKE, HELD_OUT, QUESTIONS, TUNED_LIKE, Cell, counted
+from benchmarks.studies.continual.cells import COUNTED_LIKE, HELD_OUT, QUESTIONS, SEEDS, TUNED_LIKE, Cell, counted
 from benchmarks.studies.continual.label_matching import label_matcher
 from gatedadapters.config import StreamTrainingConfig
 from gatedadapters.continual import Task, TaskStream, choice_tasks, classification_tasks
-from gatedadapters.continual.measures import nearest_class
+from gatedadapters.continual.measures import MeasuredTask, nearest_class, token_scores
 from gatedadapters.data import MixedTaskCollator, MixedTaskDataset
-from gatedadapters.data.bundled import load_choices, load_encoder, load_smollm2, load_task
+from gatedadapters.data.bundled import load_choices, load_corpus, load_encoder, load_smollm2, load_task
+from gatedadapters.data.language import LanguageCollator, LanguageDataset, Passage, split_examples
 
 TEXTS, GENERAL = ("newsgroups", "r8", "tweets", "rotten_tomatoes", "subjectivity"), "medical_specialty"
 CHOICES = ("openbookqa", "piqa", "medmcqa")
+CORPORA, QUESTIONS_TASK, NEWS = ("quran_indonesian", "chinese_reviews", "friends", "grimm"), "commonsenseqa", "xsum"
+BLOCK, BLOCKS, HELD_OUT_BLOCKS = 128, 400, 16  # of running text: tokens of one; how many to learn from and to score
 TRAIN, LENGTH, BATCH = 800, 20, 16
 CORES: dict[str, dict[str, Any]] = {  # of selecting arms that do not take the default
     "matrices": {"exclude": ["bias", "norm", "embedding"], "share": 0.12},  # 2 of 18, 4 of 36
@@ -75,16 +78,60 @@ def decoder_stream(cell: Cell) -> tuple[Any, TaskStream]:
     return model, TaskStream(tasks, general if cell.split == "test" else None)  # most of the time goes into scores
 
 
+def minus_loss(model: torch.nn.Module, task: MeasuredTask) -> float:
+    """Minus the loss per token, in nats: higher is better, as of all scores."""
+    return -token_scores(model, task.held_out, task.collate)[0]
+
+
+def texts_stream(cell: Cell) -> tuple[Any, TaskStream]:
+    """SmolLM2, and one text task after the other: two languages, dialogue, tales, questions. English news, which are
+    never learned, measure general ability. All scores are minus losses per token.
+    """
+    model, tokenizer = load_smollm2()
+    collate = LanguageCollator(tokenizer)
+    seed = cell.stream % SEEDS
+
+    def blocks(name: str) -> Task:
+        """Blocks of running text: what is held out never moves, what is learned is drawn by the seed."""
+        passages = [Passage(text) for text in load_corpus(name)]
+        learned, kept = split_examples(passages, 0.15, seed=0)
+        if cell.split == "validation":
+            learned, kept = split_examples(learned, 0.15, seed=0)
+        sides = [LanguageDataset(side, tokenizer, BLOCK) for side in (learned, kept)]
+        drawn = np.random.default_rng(seed).permutation(len(sides[0]))[:BLOCKS]
+        spread = np.linspace(0, len(sides[1]) - 1, min(HELD_OUT_BLOCKS, len(sides[1]))).astype(int)
+        parts = [[side[int(i)] for i in which] for side, which in zip(sides, (drawn, spread), strict=True)]
+        return Task(name, *parts, collate, minus_loss)
+
+    questions = load_choices(QUESTIONS_TASK, train=BLOCKS, **QUESTIONS, seed=seed)
+    parts = [LanguageDataset(questions.split(part), tokenizer, BLOCK) for part in ("train", cell.split)]
+    tasks = [*map(blocks, CORPORA), Task(QUESTIONS_TASK, *parts, collate, minus_loss)]
+    chosen = [tasks[i] for i in order_of(cell.stream // SEEDS, len(tasks))[: cell.tasks]]
+    return model, TaskStream(chosen, blocks(NEWS))
+
+
+def stream_of(cell: Cell) -> tuple[Any, TaskStream]:
+    """The model and the tasks of a cell."""
+    return {"smollm2": decoder_stream, "smollm2-texts": texts_stream}.get(cell.study, encoder_stream)(cell)
+
+
 def strategy_of(cell: Cell) -> dict[str, Any]:
     """The arm as a strategy and its options."""
-    decoder = cell.study == "smollm2"
+    decoder = cell.study.startswith("smollm2")
+    fisher_batches = 10 if decoder else 20
     warm = {  # a third of tuning, as released
         "steps": max(1, cell.steps // 3),
         "batch_size": 4 if decoder else BATCH,
-        "fisher_batches": 10 if decoder else 20,
+        "fisher_batches": fisher_batches,
     }
-    kind, _, part = cell.arm.partition("-")
-    core = {"core": CORES[part]} if part in CORES else {}
+    kind, *parts = cell.arm.split("-")
+    core = next(({"core": CORES[part]} for part in parts if part in CORES), {})
+    if decoder and "matrices" in parts:  # it has no biases
+        core = {"core": CORES["matrices"] | {"exclude": ["norm", "embedding"]}}
+    if "short" in parts:
+        warm |= {"steps": max(1, cell.steps // 10), "fisher_batches": fisher_batches // 2}
+    elif "gradient" in parts:
+        warm = {"kind": "gradient", "fisher_batches": fisher_batches}
     if kind in ("l2_fisher", "cosine", "lota"):
         return {"kind": kind, "probe": warm, **core}
     if cell.arm in COUNTED_LIKE:
@@ -110,9 +157,10 @@ def training_of(cell: Cell) -> StreamTrainingConfig:
     """How each task is tuned."""
     return StreamTrainingConfig(
         steps=cell.steps,
-        batch_size=4 if cell.study == "smollm2" else BATCH,
+        batch_size=4 if cell.study.startswith("smollm2") else BATCH,
         learning_rate=dict(cell.setting)["rate"],
         seed=cell.stream,
+        precision="bf16" if cell.study == "smollm2-texts" else "fp32",
         device="cpu",
         checkpoint_steps=None,
     )

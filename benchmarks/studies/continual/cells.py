@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from benchmarks.common.store import Result, Store
 
-STUDIES = ("minilm-l3", "minilm-l6", "smollm2")
+STUDIES = ("minilm-l3", "minilm-l6", "smollm2", "smollm2-texts")
 HELD_OUT, STEPS = 120, 50
+TEXTS_STEPS = 24  # of four blocks of 128 tokens, for each task of `smollm2-texts`
 QUESTIONS = {"validation": 30, "test": 60}  # of the decoder's tasks, where they have as many
 STREAMS = (0, 1, 2, 3, 4)
+SEEDS = 3  # of each order of `smollm2-texts`, whose streams are three orders of as many seeds
 TUNING_STREAM = 100
 Setting = tuple[tuple[str, float], ...]  # names and values
 
@@ -38,9 +40,13 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of th
     "replay": (),
     "o_lora": rates(3e-4, 1e-3, 3e-3, 1e-2),
     "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
+    "l2_fisher-matrices-short": (),  # probes that cost less
+    "l2_fisher-matrices-gradient": (),
 }
 DECODER_SETTINGS = {"l2_fisher": rates(3e-4, 1e-3), "random": rates(1e-3, 3e-3)}  # around what suits the encoder
-TUNED_LIKE = {"joint": "sequential", "replay": "sequential", "carried": "l2_fisher-matrices"}  # not tuned again
+TUNED_LIKE = {"joint": "sequential", "replay": "sequential"} | dict.fromkeys(  # not tuned again
+    ("carried", "l2_fisher-matrices-short", "l2_fisher-matrices-gradient"), "l2_fisher-matrices"
+)
 ARMS = tuple(SETTINGS)
 COUNTED_LIKE = {"random": "l2_fisher", "random-matrices": "l2_fisher-matrices", "random-cosine": "cosine"}
 COMPARED = {  # selections: what they are to beat, their own control among them
@@ -50,17 +56,23 @@ COMPARED = {  # selections: what they are to beat, their own control among them
     "cosine": ("sequential", "lora", "random-cosine"),
     "lota": ("sequential", "lora", "l2_fisher-elements"),
     "carried": ("sequential", "lora", "random-matrices", "l2_fisher-matrices"),
+    "l2_fisher-matrices-short": ("l2_fisher-matrices", "random-matrices"),
+    "l2_fisher-matrices-gradient": ("l2_fisher-matrices", "random-matrices"),
 }
-OVERLAPPING = (
-    TUNED_LIKE["carried"],
+OVERLAPPING = (  # arms whose cores are compared, on the 6-layer encoder: its own, and what is to be like them
+    "l2_fisher-matrices",
+    "l2_fisher-matrices-short",
+    "l2_fisher-matrices-gradient",
     "carried",
     "random-matrices",
-)  # arms whose cores are compared, on the 6-layer encoder
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One stream: everything its result depends on. `stream` is the seed, of the order too; 0 keeps the order."""
+    """One stream: everything its result depends on. `stream` is the seed, of the order too; 0 keeps the order. In
+    `smollm2-texts`, `SEEDS` streams in a row have one order.
+    """
 
     study: str
     arm: str
@@ -121,13 +133,14 @@ def tuning_cells(study: str, arm: str) -> list[Cell]:
     """A stream of its own, scored on validation data, for every setting of an arm: as long as the streams compared, for
     a shorter one asks for too high a rate; of the decoder a shorter one nevertheless.
     """
-    steps, tasks = (10, 2) if study == "smollm2" else (STEPS, 5)
+    steps, tasks = {"smollm2": (10, 2), "smollm2-texts": (TEXTS_STEPS, 2)}.get(study, (STEPS, 5))
     return variants(Cell(study, arm, (), TUNING_STREAM, steps, tasks, "validation"))
 
 
 def tuned(study: str, arm: str, result_of: Callable[[Cell], Result | None] = read) -> Setting | None:
-    """Of the settings within a standard error of the best validation OP the one that forgets least; None where a cell
-    that decides it is missing. The 6-layer encoder takes those of the 3-layer one.
+    """Of the settings within a standard error of the best validation OP the one that forgets least; of losses, which
+    have next to no error, the best. None where a cell that decides it is missing. The 6-layer encoder takes those of
+    the 3-layer one.
     """
     study = "minilm-l3" if study == "minilm-l6" else study
     cells = tuning_cells(study, TUNED_LIKE.get(arm, arm))
@@ -141,7 +154,7 @@ def tuned(study: str, arm: str, result_of: Callable[[Cell], Result | None] = rea
         return None
     best = max(found["op"] for found in metrics)
     asked = cells[0].tasks * (QUESTIONS["validation"] if study == "smollm2" else HELD_OUT)
-    error = (best * (1 - best) / asked) ** 0.5
+    error = 0.0 if study == "smollm2-texts" else (best * (1 - best) / asked) ** 0.5
     near = [i for i, found in enumerate(metrics) if found["op"] >= best - error]
     return cells[min(near, key=lambda i: metrics[i]["forgetting"])].setting
 
@@ -150,6 +163,8 @@ def cells_of(study: str, arm: str, setting: Setting) -> list[Cell]:
     """The arm's streams."""
     if study == "smollm2":
         return [Cell(study, arm, setting, 0, steps=30, tasks=3)]
+    if study == "smollm2-texts":
+        return [Cell(study, arm, setting, stream, steps=TEXTS_STEPS) for stream in range(3 * SEEDS)]
     return [Cell(study, arm, setting, stream) for stream in STREAMS]
 
 

@@ -18,11 +18,15 @@ METRICS = {  # as a result names them, and in the table
 
 
 def table(study: str) -> str:
-    """Every arm, and selections minus what they are to beat, paired by stream; in per cent.
+    """Every arm, and selections minus what they are to beat, paired by stream; in per cent, of `smollm2-texts` in nats.
+    Nothing where nothing is stored.
 
     CPU seconds are of a whole stream with its scores; what a probe takes is given as a share of the tuning it serves.
     """
     found, rows = results_of(study), []
+    if not found:
+        return ""
+    times = 1 if study == "smollm2-texts" else 100
     for arm, (setting, results) in found.items():
         values = {name: [result["metrics"][name] for result in results.values()] for name in METRICS}
         stages = [stage for result in results.values() for stage in result["stages"]]
@@ -32,7 +36,7 @@ def table(study: str) -> str:
                 arm,
                 " ".join(f"{value:g}" for _, value in setting),
                 str(len(results)),
-                *(shown(value for value in values[name] if value is not None) for name in METRICS),
+                *(shown((value for value in values[name] if value is not None), times=times) for name in METRICS),
                 f"{fmean(stage['elements'] for stage in stages):,.0f}",
                 f"{fmean(stage['bytes'] for stage in stages):,.0f}",
                 f"{fmean(result['cpu_seconds'] for result in results.values()):.0f}",
@@ -43,10 +47,10 @@ def table(study: str) -> str:
         *("arm", "setting", "streams", *METRICS.values()),
         *("elements / task", "bytes / task", "CPU s", "probe / tuning"),
     ]
-    return "\n\n".join([format_table(header, rows), *differences(found)])
+    return "\n\n".join([format_table(header, rows), *differences(found, times)])
 
 
-def differences(found: Found) -> list[str]:
+def differences(found: Found, times: float) -> list[str]:
     """Each selection minus what it is to beat; no table where there is nothing to compare."""
     rows = []
     for ours, others in COMPARED.items():
@@ -55,7 +59,7 @@ def differences(found: Found) -> list[str]:
                 mine, own = found[ours][1], found[theirs][1]
                 both = sorted(mine.keys() & own.keys())
                 pairs = [
-                    shown((mine[s]["metrics"][name] - own[s]["metrics"][name] for s in both), signed=True)
+                    shown((mine[s]["metrics"][name] - own[s]["metrics"][name] for s in both), times=times, signed=True)
                     for name in ("op", "forgetting")
                 ]
                 rows.append([ours, theirs, str(len(both)), *pairs])
@@ -63,13 +67,15 @@ def differences(found: Found) -> list[str]:
 
 
 def overlaps() -> str:
-    """How much of its own selection the 6-layer encoder is carried, and what chance gives: shares of elements, in
-    per cent; a stream's value is the mean over its tasks.
+    """How much of the 6-layer encoder's own selection cheap probes select, the 3-layer encoder carries, and chance
+    gives: shares of elements, in per cent; a stream's value is the mean over its tasks.
     """
     found, rows = results_of("minilm-l6"), []
     itself, *others = OVERLAPPING
     own = found[itself][1]
     for arm in others:
+        if arm not in found:
+            continue
         other = found[arm][1]
         both = sorted(own.keys() & other.keys())
         shares = [

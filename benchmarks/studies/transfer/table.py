@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 
 from benchmarks.common.tables import shown
+from benchmarks.studies.transfer.carry import carry_cells
+from benchmarks.studies.transfer.carry_table import damage_table, repairs_table
 from benchmarks.studies.transfer.cells import (
     DECODER,
     DECODER_SEEDS,
@@ -144,4 +146,6 @@ def table() -> str:
         parts.append(f"{SWEEP_TASK}, accuracy on the old / the new base:\n{sweep_table()}")
     if any(read(cell) for cell in cells() if cell.setting == DECODER.name):
         parts.append(arms_table(DECODER, (DECODER_TASK,), DECODER_SEEDS))
+    if any(STORE.read(cell.name) for cell in carry_cells()):
+        parts += [repairs_table(), damage_table()]
     return "\n\n".join(parts)

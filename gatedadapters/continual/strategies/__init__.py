@@ -14,6 +14,7 @@ from gatedadapters.continual.strategies.l2_fisher import L2Fisher
 from gatedadapters.continual.strategies.lora import SequentialLoRA
 from gatedadapters.continual.strategies.lota import LoTA
 from gatedadapters.continual.strategies.o_lora import OLoRA
+from gatedadapters.continual.strategies.osft import OSFT
 from gatedadapters.continual.strategies.per_task import PerTask
 from gatedadapters.continual.strategies.random import RandomCores
 from gatedadapters.continual.strategies.replay import Replay
@@ -66,6 +67,7 @@ for _kind in (
     SequentialLoRA,
     EWC,
     OLoRA,
+    OSFT,
     Replay,
     PerTask,
     Joint,

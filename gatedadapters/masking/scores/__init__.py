@@ -3,6 +3,7 @@
 from gatedadapters.config.deprecation import renamed
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch, Loss, Score, ScoringRun
+from gatedadapters.masking.scores.consistency import Consistency
 from gatedadapters.masking.scores.fisher import Fisher
 from gatedadapters.masking.scores.magnitude import Magnitude
 from gatedadapters.masking.scores.mas import MemoryAwareSynapses
@@ -42,7 +43,7 @@ def score_kinds() -> dict[str, type[Score]]:
     return dict(_KINDS)
 
 
-for _kind in (Taylor, Fisher, Synaptic, MemoryAwareSynapses, Magnitude, RandomScore):
+for _kind in (Taylor, Fisher, Consistency, Synaptic, MemoryAwareSynapses, Magnitude, RandomScore):
     register(_kind)
 
 __all__ = ["Batch", "Loss", "Score", "Scores", "ScoringRun", "register", "score_class", "score_kinds"]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gatedadapters.errors import MaskError
 from gatedadapters.masking.scores.base import Batch
-from gatedadapters.runtime.sharding import class_name
 
 _IGNORED = -100
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last also of models that read pictures
@@ -47,7 +46,7 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor | None = batch.get("labels")
     needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    causal = class_name(model).endswith(_CAUSAL) and not needs_labels
+    causal = _is_causal(model) and not needs_labels
     if labels is None and causal:
         ids: Tensor = inputs["input_ids"]
         mask: Tensor | None = inputs.get("attention_mask")
@@ -72,6 +71,16 @@ def _sums(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, labels = logits[:, :-1], labels[:, 1:]
     each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
     return each.sum(1), (labels != _IGNORED).sum(1)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts the next token, by the class it is of or derives from; peft, torch.compile and
+    data-parallel wrappers are looked through.
+    """
+    for name in ("_orig_mod", "module"):
+        model = getattr(model, name, model)
+    base: Any = getattr(model, "get_base_model", None)
+    return any(kind.__name__.endswith(_CAUSAL) for kind in type(model if base is None else base()).__mro__)
 
 
 def output_norms(model: nn.Module, batch: Batch) -> Tensor:
