@@ -101,7 +101,7 @@ def test_sides_are_timed_in_turns_and_compared_within_a_round() -> None:
 def test_every_benchmark_states_its_claim_and_how_it_is_run() -> None:
     names = benchmarks()
     assert set(COSTS) | {"coverage"} <= names.keys()
-    assert len(names) == len(COSTS) + 1 + 8
+    assert len(names) == len(COSTS) + 1 + 9
     for name, script in names.items():
         text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
         assert "Claim" in text, script
