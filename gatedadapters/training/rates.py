@@ -11,8 +11,6 @@ from torch import nn
 from gatedadapters.config import Schedule
 from gatedadapters.gates import Pressure
 
-REWARMED = 0.05  # of the steps after a prune
-
 
 class ConstantFactor:
     """The learning-rate factor of gates, which is 1 throughout."""
@@ -22,24 +20,24 @@ class ConstantFactor:
         return 1.0
 
 
-def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> Callable[[int], float]:
+def rewound(
+    factor: Callable[..., float], prune: int, peak: int, total: int, *, warmup: int = 0
+) -> Callable[[int], float]:
     """A learning-rate factor that repeats its descent after the prune, compressed into the remaining steps.
 
-    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low. The rate
-    rises again from near 0, over as many steps as before the first descent, at least a twentieth of those left: Adam
-    knows only the gradients of the dense model, and a full rate at once made one of three language models diverge.
+    The paths that survive a prune need a high enough rate to recover; the end of a single descent is too low.
 
     Args:
         factor: learning-rate factor by step.
         prune: step of the prune.
         peak: step at which the descent of `factor` begins.
         total: number of steps.
+        warmup: steps after the prune in which the rate rises to that again.
 
     References:
         Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389:
         learning-rate rewinding.
     """
-    warmup = max(peak, math.ceil(REWARMED * (total - prune)))
 
     def at(step: int) -> float:
         if step < prune:
@@ -50,6 +48,14 @@ def rewound(factor: Callable[..., float], prune: int, peak: int, total: int) -> 
     return (
         at  # schedulers save the state of callable objects, but not of functions; safe readers accept only the latter
     )
+
+
+def rewarmed(prune: int, peak: int, total: int) -> int:
+    """Steps of warm-up after a prune, where candidates had learnt in a probe: as many as before the first descent, at
+    least a twentieth of those left. Adam knows only the gradients of the dense model, and candidates that had learnt
+    met the full rate at once in three searches on a language model, of which one diverged.
+    """
+    return max(peak, math.ceil(0.05 * (total - prune)))
 
 
 def shared_out(factor: Callable[..., float], pressure: Pressure, total: int) -> Callable[[int], float]:

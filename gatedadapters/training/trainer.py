@@ -33,7 +33,7 @@ from gatedadapters.supernet.supernet import NAME, peft_beside_adapters
 from gatedadapters.training.checked import BACKBONE, MASK, CheckedTrainer, check_launch, named_arguments
 from gatedadapters.training.multitask import MultiTaskClassifier
 from gatedadapters.training.prior import agreed_size, can_be_probed, probe_batches, start_gates
-from gatedadapters.training.rates import ConstantFactor, default_gate_rate, rewound, shared_out, split_groups
+from gatedadapters.training.rates import ConstantFactor, default_gate_rate, rewarmed, rewound, shared_out, split_groups
 from gatedadapters.training.reference import reference_by_switching_off
 
 logger = logging.getLogger(__name__)
@@ -339,7 +339,8 @@ class GatedTrainer(CheckedTrainer):
         prune = pressure.prune_step if pressure.schedule.rewind else None
         if prune is not None:
             peak = self.args.get_warmup_steps(total)
-            scheduler.lr_lambdas = [rewound(factor, prune, peak, total) for factor in scheduler.lr_lambdas]
+            warmup = rewarmed(prune, peak, total) if self._probed(total) else 0
+            scheduler.lr_lambdas = [rewound(f, prune, peak, total, warmup=warmup) for f in scheduler.lr_lambdas]
         for index in self._path_groups:
             factor = scheduler.lr_lambdas[index] = shared_out(scheduler.lr_lambdas[index], pressure, total)
             scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index] * factor(

@@ -126,7 +126,11 @@ def test_candidates_and_heads_start_from_what_they_learnt_in_the_probe(tmp_path:
 def test_a_score_that_finds_nothing_useful_gives_the_training_without_a_probe_bit_for_bit(tmp_path: Path) -> None:
     found = {}
     for name, prior in (("useless", Useless()), ("plain", None)):
-        trainer = trainer_of(tmp_path / name, prior=prior, gate_learning_rate=0.1)  # else slower after a probe
+        options = {"budget": ga.Budget(fraction=0.3), "schedule": LATE.model_copy(update={"rewind": False})}
+        rates = {
+            "gate_learning_rate": 0.1
+        }  # by default, gates are slower after a probe, and a prune is followed by a rise
+        trainer = trainer_of(tmp_path / name, prior=prior, options=options, **rates)
         trainer.adapters.bank.log_alpha.data.fill_(trainer.adapters.bank.config.init)
         trainer.train()
         found[name] = trained(trainer.model)

@@ -11,7 +11,7 @@ from recipes import SOON, Watch, arguments, gated_classifier, labelled
 
 import gatedadapters as ga
 from gatedadapters.errors import TrainingError
-from gatedadapters.training.rates import default_gate_rate, rewound
+from gatedadapters.training.rates import default_gate_rate, rewarmed, rewound
 
 IMPLEMENTATIONS = {
     "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),
@@ -84,10 +84,8 @@ def test_paths_learn_at_the_rate_of_what_the_budget_keeps_and_heads_at_the_full_
     )
     trainer.train()
     shares = [seen["paths"] / 1e-2 for seen in watch.seen]
-    assert [seen["heads"] for seen in watch.seen] == [1e-2] * 24 + [5e-3] + [
-        1e-2
-    ] * 15  # it rises again after the prune
-    assert shares[24:] == [0.5] + [1.0] * 15
+    assert [seen["heads"] for seen in watch.seen] == [1e-2] * 40
+    assert shares[24:] == [1.0] * 16
     assert shares[:8] == [shares[0]] * 8
     for share, seen in zip(shares[8:20], watch.seen[8:20], strict=True):
         # what is kept also holds what the lower bound of log alpha leaves open of the rest
@@ -102,7 +100,7 @@ def test_the_groups_of_an_l0_run_all_learn_at_the_rate_given(tmp_path: Path) -> 
         arguments(tmp_path, lr_scheduler_type="constant"),
         train_dataset=labelled([40]),
         penalty=ga.L0(weight=0.1),
-        schedule=SOON.model_copy(update={"rewind": False}),
+        schedule=SOON,
         callbacks=[watch],
     )
     trainer.train()
@@ -220,9 +218,31 @@ def test_an_optimiser_of_ones_own_works_and_one_without_the_gates_is_refused(tmp
 
 def test_after_a_prune_the_rate_rises_again_and_repeats_its_descent() -> None:
     descent = lambda step: min(1.0, (step + 1) / 3, (40 - step) / 38)  # noqa: E731 (as a scheduler has it)
-    factor = rewound(descent, 4, 2, 40)
+    assert rewarmed(4, 2, 40) == 2
+    assert rewarmed(40, 0, 400) == 18  # without a warm-up of its own
+    factor = rewound(descent, 4, 2, 40, warmup=2)
     assert [factor(step) for step in range(4)] == [descent(step) for step in range(4)]
     assert [factor(step) for step in (4, 5, 6)] == pytest.approx([1 / 3, 2 / 3 * 35 / 36, 34 / 36])
     assert factor(39) == pytest.approx(1 / 36)
-    rates = [rewound(lambda step: 1.0, 40, 0, 400)(step) for step in range(40, 400)]  # without a warm-up of its own
-    assert rates == pytest.approx([min(1.0, (step + 1) / 19) for step in range(360)])
+    assert rewound(descent, 4, 2, 40)(4) == 1.0  # at once
+
+
+def test_only_candidates_that_learnt_in_a_probe_are_warmed_up_again(tmp_path: Path) -> None:
+    for prior, first in (("gain", 0.5), (None, 1.0)):
+        watch = Watch(lambda model, optimizer: {"heads": heads_rate(model, optimizer)})
+        trainer = ga.GatedTrainer(
+            gated_classifier(),
+            arguments(tmp_path, lr_scheduler_type="constant", max_steps=32),
+            train_dataset=labelled([40]),
+            budget=ga.Budget(fraction=0.1),
+            schedule=ga.Schedule(warmup=0.2, ramp=0.5, prune=0.5),
+            prior=prior,
+            callbacks=[watch],
+        )
+        trainer.train()
+        assert [seen["heads"] / 1e-2 for seen in watch.seen] == pytest.approx([1.0] * 16 + [first] + [1.0] * 15)
+
+
+def heads_rate(model: Any, optimizer: Any) -> float:
+    heads = ga.get_adapters(model).head_parameters()
+    return next(g["lr"] for g in optimizer.param_groups if any(p is q for p in heads for q in g["params"]))
