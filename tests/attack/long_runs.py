@@ -8,7 +8,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from mutate_artefacts import decoder, encoder, tuned, tuned_elements
@@ -19,8 +21,9 @@ import gatedadapters as ga
 from gatedadapters.studies import Study
 
 BYTES = 2 * 2**20  # growth of resident memory over the second half that still counts as none
+POOLS = 16 * 2**20  # growth that counts even if it came at once
 SETTLED = 500  # turns after which caches and the allocator's pools are full; memory of fewer is not judged
-LOOKS = 5  # at the memory in each half
+LOOKS = 5  # at the memory in the second half
 OBJECTS = 100  # the same for objects of Python
 
 
@@ -123,25 +126,23 @@ def run(steps: int) -> int:
     growing = 0
     for name, (loop, divisor) in LOOPS.items():
         count, turns = steps // divisor, loop()
-        half, done = count // 2, 0
-        sooner: list[tuple[int, int]] = []
-        later: list[tuple[int, int]] = []
-        for look in range(1, 2 * LOOKS + 1):
+        done = 0
+        seen: list[tuple[int, int]] = []  # from the end of the first half on
+        for look in range(LOOKS, 2 * LOOKS + 1):
             while done < count * look // (2 * LOOKS):
                 next(turns)
                 done += 1
-            if done >= min(SETTLED, half):
-                (later if done > half else sooner).append(_memory())
+            seen.append(_memory())
         turns.close()
-        # Memory rises and falls as the allocator likes, but a leak lifts the lowest point.
-        grown, objects = (min(look[i] for look in later) - min(look[i] for look in sooner) for i in (0, 1))
-        grows = objects > OBJECTS or (count >= 2 * SETTLED and grown > BYTES)
+        # A leak lifts the memory between all looks; an allocator that takes or returns a pool does so once.
+        lifts = [after[0] - before[0] for before, after in pairwise(seen)]
+        grown, objects = round(median(lifts) * LOOKS), seen[-1][1] - seen[0][1]
+        pools = seen[-1][0] - seen[0][0]
+        grows = objects > OBJECTS or (count >= 2 * SETTLED and (grown > BYTES or pools > POOLS))
         growing += grows
-        print(
-            f"{name}: {count:,} times, in the second half {grown / 2**10:+,.0f} kB and {objects:+,} objects"
-            + (": GROWS" if grows else ""),
-            flush=True,
-        )
+        memory = f"{grown / 2**10:+,.0f} kB steadily, {pools / 2**10:+,.0f} kB in all"
+        told = f"{name}: {count:,} times, in the second half {memory}, {objects:+,} objects"
+        print(told + (": GROWS" if grows else ""), flush=True)
     return growing
 
 
