@@ -19,7 +19,7 @@ from gatedadapters.config import Budget
 from gatedadapters.supernet.adapters import Adapters
 
 FEWEST_STEPS = 32
-FEWEST_BATCHES, MOST_BATCHES = 8, 24  # of a relative budget in a shorter training; of any training
+FEWEST_BATCHES, MOST_BATCHES = 8, 24  # a budget relative to the gain needs a probe before a shorter training, too
 NOTED = frozenset({"_metrics", "_total_train_tokens"})
 """What TRL's trainers count whenever they compute a loss."""
 

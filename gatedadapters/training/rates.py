@@ -51,9 +51,10 @@ def rewound(
 
 
 def rewarmed(prune: int, peak: int, total: int) -> int:
-    """Steps of warm-up after a prune, where candidates had learnt in a probe: as many as before the first descent, at
-    least a twentieth of those left. Adam knows only the gradients of the dense model, and candidates that had learnt
-    met the full rate at once in three searches on a language model, of which one diverged.
+    """Number of warm-up steps after the prune of a search that began with a probe.
+
+    It is the length of the first warm-up, or a twentieth of the remaining steps if that is more. Without it, one of
+    three searches on SmolLM2 diverged after its prune: Adam's averages come from the gradients of the dense model.
     """
     return max(peak, math.ceil(0.05 * (total - prune)))
 
@@ -94,8 +95,8 @@ def split_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 def default_gate_rate(schedule: Schedule, total_steps: int, *, probed: int = 0) -> float:
     """The rate at which Adam crosses the useful range of log alpha, about 8, within the ramp; in [0.01, 0.3].
 
-    After a probe the gates start from evidence, and have as much say as their steps are of all batches looked at: the
-    rate is multiplied by n / (n + probed), with n the steps of the ramp.
+    Gates that start from a probe learn more slowly, because a batch of the probe counts as much as a step of the ramp:
+    the rate is multiplied by ramp / (ramp + probed), both in steps.
 
     Args:
         schedule: of the penalty.

@@ -73,7 +73,7 @@ class GatedTrainer(CheckedTrainer):
         prior: the placement score from which the gates start, after a probe on the first batches of the training (half
             as many as it has steps, at most 24), in which candidates and heads learn; None for even gates. Without a
             budget, below 32 steps, and in trainers that generate their examples, gates start even.
-        gate_learning_rate: default: a gate can cross its range within the ramp; less after a probe, which has its say.
+        gate_learning_rate: default: see `training.rates.default_gate_rate`.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their
             examples; needs a data set with `sizes`.
@@ -228,7 +228,7 @@ class GatedTrainer(CheckedTrainer):
             logger.info("the smallest structure within %s of the gain has %d parameters", self._relative.within, size)
 
     def _probed(self, steps: int) -> int:
-        """Batches of the probe before a training of so many steps, also where it was before a checkpoint."""
+        """Number of batches in the probe before a training of `steps`; a resumed training gives the same number."""
         return probe_batches(steps) if self._why_even() is None else 0
 
     def _planned_steps(self) -> int:
@@ -247,7 +247,7 @@ class GatedTrainer(CheckedTrainer):
         return self._why_even() or ("a short training" if is_short else None)
 
     def _why_even(self) -> str | None:
-        """The reason why gates of no training start from a probe, however long it is; None if they do."""
+        """The reason why gates start even whatever the length of the training; None if there is no such reason."""
         if self.prior is None:
             return "prior=None"
         if self.adapters.pressure is None or not isinstance(self.adapters.pressure.penalty, Budget):
