@@ -294,7 +294,7 @@ def check_free(target: Path, files: Collection[str], overwrite: bool) -> None:
                 expected="a new or an empty folder",
                 got=listed(held),
                 where=target,
-                fix="give another folder, or overwrite=True",
+                fix="give another folder, or overwrite it: overwrite=True, on the command line --overwrite",
             )
     elif target.exists():
         raise ArtifactError(

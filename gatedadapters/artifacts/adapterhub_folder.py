@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_finite, check_inside, read_all
+from gatedadapters.artifacts.parts import not_here
 from gatedadapters.errors import ArtifactError
 from gatedadapters.safe_files import file_errors, read_text
 from gatedadapters.untrusted import load_json
@@ -117,7 +118,11 @@ def read_adapterhub(folder: str | Path) -> AdapterHubFolder:
     where = Path(folder)
     if (where / "adapter_fusion_config.json").is_file():
         raise refused(
-            "a fusion of several adapters is not imported", "one adapter", "adapter_fusion_config.json", where
+            "a fusion of several adapters is not imported",
+            "one adapter",
+            "adapter_fusion_config.json",
+            where,
+            "give the folder of one of the adapters, without the fusion",
         )
     top = _parsed(_Folder, _json(where / CONFIG), where / CONFIG, harmless=None)
     kind = LoraRecord if top.config.get("architecture") == "lora" else BottleneckRecord
@@ -168,8 +173,7 @@ def _check_version(top: _Folder, record: BottleneckRecord | LoraRecord, where: P
 
 def _json(path: Path) -> Any:
     if not path.is_file():
-        got = "no such folder" if not path.parent.exists() else f"no {path.name} in it"
-        raise refused("this is not a folder of AdapterHub", f"a folder with {CONFIG} and {WEIGHTS}", got, path.parent)
+        raise not_here("a folder of AdapterHub", (path.name, WEIGHTS), path.parent)
     try:
         check_inside(path)
         return load_json(read_text(path, most=MOST_RECORD_BYTES))

@@ -92,7 +92,11 @@ def export_gguf(adapters: Adapters, file: str | FilePath, *, task: str | None = 
     target = FilePath(file)
     if target.exists() and not overwrite:
         raise ArtifactError(
-            "the file exists already", expected="a new file", got=target.name, where=target, fix="overwrite=True"
+            "the file exists already",
+            expected="a new file",
+            got=target.name,
+            where=target,
+            fix="give another name, or overwrite it: overwrite=True, on the command line --overwrite",
         )
     with file_errors("write the file", target):
         target.parent.mkdir(parents=True, exist_ok=True)

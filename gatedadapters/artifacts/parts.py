@@ -17,6 +17,7 @@ from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
 from gatedadapters.errors import ArtifactError
 from gatedadapters.paths import LoRA, Point, Site
 from gatedadapters.paths.site import Side
+from gatedadapters.structure.folder import ADAPTER, STRUCTURE
 from gatedadapters.supernet.adapters import Adapters
 from gatedadapters.supernet.attach import find_heads, gated_candidates, install
 
@@ -127,6 +128,24 @@ def check_heads(model: nn.Module, saved: Mapping[str, Tensor], where: FilePath) 
                 where=where,
                 fix="load the model with tie_word_embeddings=False",
             )
+
+
+def not_here(what: str, files: Sequence[str], where: FilePath) -> ArtifactError:
+    """The error for a folder that lacks the first of the files by which another library's folders are known.
+
+    Args:
+        what: the kind of folder: "a peft adapter".
+        files: names of the files.
+        where: the folder.
+    """
+    got, fix = f"no {files[0]} in it", "restore the folder as it was saved"
+    if not where.exists():
+        got, fix = "no such folder", "check the path"
+    elif any((folder / STRUCTURE).is_file() for folder in (where, where / ADAPTER)):
+        got = "an adapter that this library saved"
+        fix = "load_adapters loads it; export_peft, or gatedadapters export, writes it for peft and its readers"
+    expected = f"a folder with {' and '.join(files)}"
+    return ArtifactError(f"this is not {what}", expected=expected, got=got, where=where, fix=fix)
 
 
 class Places:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 
 from gatedadapters.artefact_files import MOST_RECORD_BYTES, check_inside
 from gatedadapters.artifacts.export_peft import CONFIG, WEIGHTS
+from gatedadapters.artifacts.parts import not_here
 from gatedadapters.errors import ArtifactError
 from gatedadapters.safe_files import read_text
 from gatedadapters.untrusted import load_json
@@ -116,8 +117,7 @@ def read_record(where: Path) -> tuple[PeftRecord, dict[str, Any]]:
     """
     path = where / CONFIG
     if not path.is_file():
-        got = "no such folder" if not where.exists() else f"no {CONFIG} in it"
-        raise refused("this is not a peft adapter", f"a folder with {CONFIG} and {WEIGHTS}", got, where)
+        raise not_here("a peft adapter", (CONFIG, WEIGHTS), where)
     try:
         check_inside(path)
         config = load_json(read_text(path, most=MOST_RECORD_BYTES))
@@ -129,7 +129,12 @@ def read_record(where: Path) -> tuple[PeftRecord, dict[str, Any]]:
     kind = RECORDS.get(given) if isinstance(given, str) else None
     if not isinstance(config, dict) or kind is None:
         got = reprlib.repr(given) if isinstance(config, dict) else type(config).__name__
-        fix = "merge it into the backbone with peft (merge_and_unload), and search on that"
+        fix = (
+            "what changes weights can be merged into the backbone with peft (merge_and_unload), to search on that; "
+            "prompts cannot: train one of these types"
+        )
+        if given is None and isinstance(config, dict) and "model_class" in config:
+            fix = "AdapterHub's folders are read with import_adapterhub"
         raise refused("adapters of this type are not imported", f"peft_type {', '.join(RECORDS)}", got, path, fix)
     known = kind.model_fields.keys() | kind.harmless | _HARMLESS
     for field, value in config.items():

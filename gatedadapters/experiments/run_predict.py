@@ -401,7 +401,7 @@ def predict(
     rows: list[Prediction] = []
     for asked in loaded.origin.tasks if task is None else (loaded.task(task),):
         first, second = text or asked.text, pair or asked.pair
-        records = read_table(table, {"text": first, "pair": second})
+        records = read_table(table, {"--column, or text": first, "--pair, or pair": second})
         columns = [
             [cell_text(cells[name], f"{where}, column {name!r}") for where, cells in records]
             for name in (first, second)

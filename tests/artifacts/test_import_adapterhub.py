@@ -211,7 +211,7 @@ UNKNOWN = "a configuration that is not known here"
     [
         ("bert-houlsby", pickled, ["pytorch_adapter.bin, a pickled file", "never opened", "weights_only=True"]),
         ("bert-houlsby", linked_elsewhere, ["a link out of its folder"]),
-        ("bert-houlsby", a_fusion, ["a fusion of several adapters"]),
+        ("bert-houlsby", a_fusion, ["a fusion of several adapters", "one of the adapters, without the fusion"]),
         ("bert-houlsby", lambda folder: (folder / WEIGHTS).unlink(), ["the weights are missing"]),
         ("bert-houlsby", lambda folder: (folder / CONFIG).write_text("[]"), [UNKNOWN, "the whole"]),
         ("bert-houlsby", lambda folder: (folder / CONFIG).write_text("{"), ["cannot be read"]),

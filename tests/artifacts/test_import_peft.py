@@ -359,7 +359,11 @@ half_renamed = renamed(f"{QUERY}.lora_A", "layer.1.query.lora_A")
         (configured(r=4), ["another rank", "rank 4", "rank 3", "query"]),
         (configured(r=None), ["r: Input should be a valid integer"]),
         (configured(peft_type="IA3"), ["more than a plain IA3 adapter", "unset"]),
-        (configured(peft_type="PREFIX_TUNING"), ["of this type are not imported", "PREFIX_TUNING", "merge_and_unload"]),
+        (
+            configured(peft_type="PREFIX_TUNING"),
+            ["of this type are not imported", "PREFIX_TUNING", "merge_and_unload", "prompts cannot"],
+        ),
+        (configured(peft_type=None, model_class="BertAdapterModel"), ["of this type", "read with import_adapterhub"]),
         (configured(bias="all"), ["more than a plain LORA adapter", "bias: 'all'", "part of the backbone"]),
         (configured(use_dora=True), ["other parts", "use_dora: True", "got:      none"]),
         (configured(target_parameters=["mlp.experts.gate_up_proj"]), ["another model", "mlp.experts.gate_up_proj"]),
@@ -391,6 +395,21 @@ def test_a_foreign_or_damaged_folder_is_refused_and_the_model_left_alone(
     model, _ = tiny("bert", head="classification")
     refused(model, folder, says)
     assert not (folder / "exploded").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "adapter"])
+def test_an_adapter_of_our_own_is_sent_to_its_own_reader(tmp_path: Path, inside: str) -> None:
+    model, _ = tiny("bert", head="classification")
+    adapters = ga.attach(model, "lora-all-linear")
+    adapters.compact()
+    adapters.save(tmp_path / inside / "")
+    adapters.detach()
+    refused(model, tmp_path, ["not a peft adapter", "that this library saved", "load_adapters", "gatedadapters export"])
+    refused(model, tmp_path / "none", ["not a peft adapter", "no such folder", "check the path"])
+    with pytest.raises(ArtifactError, match=r"not a folder of AdapterHub[\s\S]*load_adapters"):
+        ga.import_adapterhub(model, tmp_path)
+    with pytest.raises(ArtifactError, match=r"not a peft adapter[\s\S]*gatedadapters export"):
+        ga.normalise(tmp_path, tmp_path / "new")
 
 
 CATASTROPHIC = r"(.*|(\w|\.)+)+!"

@@ -36,7 +36,9 @@ def test_a_new_an_empty_and_a_nested_folder_are_filled(tmp_path: Path) -> None:
 
 def test_an_artefact_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(ArtifactError, match=r"already holds[\s\S]*a new or an empty[\s\S]*a, b[\s\S]*overwrite=True"):
+    with pytest.raises(
+        ArtifactError, match=r"already holds[\s\S]*a new or an empty[\s\S]*a, b[\s\S]*overwrite=True, .*--overwrite"
+    ):
         write(tmp_path / "out", "new")
     assert read(tmp_path / "out") == {"a": "old", "b": "old"}
     write(tmp_path / "out", "new", overwrite=True)

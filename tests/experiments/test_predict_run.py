@@ -51,6 +51,17 @@ def test_a_new_process_predicts_the_labels_of_the_table(searched: Path, tmp_path
         assert sum(row["probabilities"].values()) == pytest.approx(1)
 
 
+def test_a_column_that_the_table_lacks_is_named_with_the_option_that_helps(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "new.csv"
+    table.write_text("review\na good film\n")
+    command = ["predict", str(searched), "--task", "animal", "--table", str(table)]
+    assert main(command) == 2
+    assert "say which column it is with --column, or text=" in capsys.readouterr().err
+    assert main([*command, "--column", "review"]) == 0
+
+
 def test_a_prediction_is_the_softmax_of_the_head_and_equals_the_pipelines(searched: Path) -> None:
     loaded = ga.load(searched)
     found = loaded.predict(["the film was very good"], task="animal").rows[0]
