@@ -194,7 +194,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: 
     """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with file_errors("write the file", path):
+        Path(path).touch()
+        mode = Path(path).stat().st_mode
         save_file(plain, path, metadata=dict(metadata))
+        Path(path).chmod(mode)  # safetensors writes files that their owner alone can read
     return tensors_digest(plain)
 
 
@@ -390,15 +393,16 @@ def check_inside(path: Path) -> None:
         status = path.stat()
     except OSError:
         return  # missing: whoever opens it says so
-    home, target = path.parent.resolve(), path.resolve()
-    if path.is_symlink() and not target.is_relative_to(home) and target.parent not in _blobs(home):
-        raise ArtifactError(
-            "a file of an artefact is a link out of its folder",
-            expected="a file",
-            got=f"a link to {target}",
-            where=path,
-            fix="copy the file itself, if you trust it",
-        )
+    if path.is_symlink():
+        home, target = path.parent.resolve(), path.resolve()
+        if not target.is_relative_to(home) and target.parent not in _blobs(home):
+            raise ArtifactError(
+                "a file of an artefact is a link out of its folder",
+                expected="a file",
+                got=f"a link to {target}",
+                where=path,
+                fix="copy the file itself, if you trust it",
+            )
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(
             "this is no regular file",

@@ -60,6 +60,12 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ga.Adapter
     return folder, adapters, logits
 
 
+def test_whoever_can_read_the_structure_can_read_the_weights(artefact: tuple[Path, ga.Adapters, Tensor]) -> None:
+    modes = {file.name: file.stat().st_mode for file in artefact[0].iterdir()}
+    assert WEIGHTS in modes
+    assert len(set(modes.values())) == 1, modes
+
+
 def loaded_file(folder: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
 
