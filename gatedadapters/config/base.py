@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +18,7 @@ from pydantic import (
     ValidationError,
     model_serializer,
 )
+from pydantic_core import PydanticSerializationError, to_json
 
 from gatedadapters.artefact_files import RecordFile, read_record_file
 from gatedadapters.errors import ArtifactError, ConfigError
@@ -313,7 +313,15 @@ def parse_record(kind: type[Record], data: Mapping[str, Any], *, what: str, wher
         ArtifactError: unknown or missing keys, or values of another type.
     """
     try:
-        return kind.model_validate_json(json.dumps(data), strict=True)
+        return kind.model_validate_json(to_json(data), strict=True)
+    except PydanticSerializationError as error:  # half of a surrogate pair
+        raise ArtifactError(
+            f"this is not {what} as it was saved",
+            expected="text",
+            got=str(error),
+            where=where,
+            fix="copy the folder again as it was saved",
+        ) from None
     except ValidationError as error:
         wrong = config_error(error, where=str(where), known=tuple(kind.model_fields))
         raise ArtifactError(

@@ -215,7 +215,7 @@ def _structure(file: FilePath, verify: bool) -> tuple[RecordFile, Structure]:
     structure = Structure.of_record(record.data, where=file)
     names = [point.module for path in structure.paths for point in (path.site.tap, path.site.write)]
     names += [path.site.host for path in structure.paths] + list(structure.fingerprint.heads)
-    foreign = [name for name in names if is_own(name)]
+    foreign = [name for name in dict.fromkeys(names) if is_own(name)]
     if foreign:
         raise ArtifactError(
             "the structure names a part of the library instead of one of the backbone",
@@ -234,7 +234,8 @@ def _build(structure: Structure, folder: FilePath) -> dict[str, Path]:
         for record in structure.paths:
             try:
                 paths[record.key] = path = record.build()
-                path.routing = structure.routing(record)
+                if len(structure.tasks) > 1:
+                    path.routing = structure.routing(record)
             except (GatedAdaptersError, KeyError, TypeError, RuntimeError) as error:
                 raise ArtifactError(
                     "the structure names a path that cannot be built",
@@ -308,7 +309,7 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
         raise ArtifactError("no such folder", expected="a saved adapter", got="nothing there", where=folder, fix=fix)
     held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else ["a file"]
     peft = "adapter_config.json" in held
-    fix = "import it as a peft adapter" if peft else "give the folder that Adapters.save wrote"
+    fix = "import it: ga.import_peft(model, folder)" if peft else "give the folder that Adapters.save wrote"
     if {"adapters", "delta"} <= set(held):
         fix = (
             "load_joint(model, folder) on their own base. A delta cannot be carried to an update, adapters can: "

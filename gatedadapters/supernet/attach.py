@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 
 from gatedadapters.backbone import Layout, discover
 from gatedadapters.backbone.attached import apply_requires_grad, check_heads_untuned, trained_originally, unpacked
-from gatedadapters.backbone.fingerprint import Fingerprint, backbone_fingerprint, backbone_modules, is_own
+from gatedadapters.backbone.fingerprint import (
+    Fingerprint,
+    backbone_fingerprint,
+    backbone_modules,
+    backbone_parameters,
+    is_own,
+)
 from gatedadapters.backbone.quantized import check_gradients_pass, is_packed
 from gatedadapters.config import PathOptions, Penalty, Schedule, SearchSpace
 from gatedadapters.errors import AttachError, PathError, TaskError
@@ -345,7 +351,7 @@ def move_beside(adapters: Adapters, model: nn.Module) -> None:
     modules = dict(backbone_modules(model))
     device = None
     for _, path in adapters.typed_paths():
-        home = next((p.device for p in modules[path.site.write.module].parameters()), None)
+        home = next((p.device for _, p, _ in backbone_parameters(modules[path.site.write.module])), None)
         if home is not None and home.type != "meta":
             if home.type != "cpu":  # where it was built
                 path.to(home)

@@ -402,7 +402,7 @@ def test_an_adapter_of_our_own_is_sent_to_its_own_reader(tmp_path: Path, inside:
     model, _ = tiny("bert", head="classification")
     adapters = ga.attach(model, "lora-all-linear")
     adapters.compact()
-    adapters.save(tmp_path / inside / "")
+    adapters.save(tmp_path / inside)
     adapters.detach()
     refused(model, tmp_path, ["not a peft adapter", "that this library saved", "load_adapters", "gatedadapters export"])
     refused(model, tmp_path / "none", ["not a peft adapter", "no such folder", "check the path"])

@@ -153,6 +153,12 @@ def test_a_structure_that_contradicts_itself_names_the_field(change: object, sai
         ga.Structure.from_json(json.dumps(data))
 
 
+def test_half_of_a_surrogate_pair_is_no_text(shared: ga.Structure) -> None:
+    data = json.loads(shared.to_json()) | {"tasks": ["\ud800"]}
+    with pytest.raises(ArtifactError, match=r"(?s)not a Structure as it was saved.*text.*there"):
+        ga.Structure.from_json(json.dumps(data), where="there")
+
+
 def test_loading_reads_a_file_or_a_folder_and_names_what_is_missing(shared: ga.Structure, tmp_path: Path) -> None:
     (tmp_path / "structure.json").write_text(shared.to_json(), encoding="utf-8")
     assert ga.Structure.load(tmp_path) == ga.Structure.load(tmp_path / "structure.json") == shared
