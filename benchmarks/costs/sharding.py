@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import socket
 import statistics
@@ -49,7 +48,7 @@ from benchmarks.common.store import Result, Store
 from gatedadapters.errors import TrainingError
 from gatedadapters.reporting.tables import format_table
 from gatedadapters.reporting.versions import versions
-from gatedadapters.runtime.sharding import whole
+from gatedadapters.runtime.sharding import digest, whole
 from gatedadapters.training.resumable import check_resumable
 
 STORE = Store("sharding")
@@ -156,9 +155,10 @@ def measure_steps(world: int, told: Any, rounds: int) -> None:
 
 
 def search(world: int, told: Any, folder: str, resume: str | None) -> None:
-    """A search through accelerate's FSDP2 that leaves checkpoints; tells a digest of what it ends with."""
+    """A search through accelerate's FSDP2 that leaves checkpoints; tells a digest of all bits it ends with."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers.trainer_callback import PrinterCallback
 
     model = model_of(SMALL, sharded=False)
     ga.attach(model, lora_space(RANK))
@@ -180,9 +180,10 @@ def search(world: int, told: Any, folder: str, resume: str | None) -> None:
     ids = rows(SMALL, 64)["input_ids"].tolist()
     data = [{"input_ids": row, "labels": row} for row in ids]
     trainer = ga.GatedTrainer(model, args, train_dataset=data, budget=ga.Budget(fraction=0.25), prior=None)
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     state = {key: whole(value) for key, value in model.state_dict().items() if "gated_adapters" in key}
-    told.put({key: value.double().sum().item() for key, value in state.items()})
+    told.put(digest(state))
 
 
 class Launch:
@@ -249,22 +250,43 @@ def steps(rounds: int) -> Result:
 
 def kills(count: int) -> Result:
     """Kill one of two processes at a random moment, so many times; resume, and compare with an undisturbed run."""
-    undisturbed, *_ = Launch(search, 2, tempfile.mkdtemp(), None).results()
-    ended, same = 0, 0
-    for number in range(count):
-        folder = Path(tempfile.mkdtemp())
-        launch = Launch(search, 2, str(folder), None)
-        while not (folder / f"checkpoint-{EVERY}").exists():
-            time.sleep(0.01)
-        time.sleep(random.random() * 2)
-        victim = launch.ranks[number % 2]
-        assert victim.pid is not None
-        os.kill(victim.pid, signal.SIGKILL)
-        ended += all(launch.codes())
-        again, *_ = Launch(search, 2, str(folder), whole_checkpoint(folder)).results()
-        same += again == undisturbed
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, seconds = undisturbed_search(Path(folder))
+    done, ended, same = 0, 0, 0
+    while done < count:
+        with tempfile.TemporaryDirectory() as folder:
+            told = killed_and_resumed(Path(folder), victim=done % 2, after=random.random() * seconds)
+        if told is not None:
+            done, ended, same = done + 1, ended + told[0], same + (told[1] == undisturbed)
     return {"kills": count, "ended with an error": ended, "resumed to the same": same, "versions": versions()}
+
+
+def undisturbed_search(folder: Path) -> tuple[list[str], float]:
+    """What the two processes of a whole search tell, and the seconds it takes."""
+    began = time.monotonic()
+    return Launch(search, 2, str(folder), None).results(), time.monotonic() - began
+
+
+def killed_and_resumed(folder: Path, *, victim: int, after: float) -> tuple[bool, list[str]] | None:
+    """Kill one of two processes, and resume from the newest checkpoint that is whole, or from the start without one.
+
+    Args:
+        folder: of the run; empty.
+        victim: the rank that is killed.
+        after: seconds between the start of the processes and the kill.
+
+    Returns:
+        Whether the other process ended with an error, too, and what the processes of the resumed run tell; None if the
+        search had ended before the kill.
+    """
+    launch = Launch(search, 2, str(folder), None)
+    process = launch.ranks[victim]
+    process.join(after)
+    process.kill()
+    codes = launch.codes()
+    if codes[victim] != -signal.SIGKILL:
+        return None
+    return all(codes), Launch(search, 2, str(folder), whole_checkpoint(folder)).results()
 
 
 def whole_checkpoint(folder: Path) -> str | None:
