@@ -261,8 +261,13 @@ class CheckedTrainer(Trainer):
         plugin, accelerator = self.accelerator.state.fsdp_plugin, self.accelerator
         with _without_empty_groups(self.optimizer):
             save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        state, file = cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME)
+        on_first(True, lambda: torch.save(state, file))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # All processes wait for each other: the first one then writes the state that makes the checkpoint a whole one.
+        save = super()._save_rng_state  # type: ignore[misc]
+        all_must(lambda: save(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
