@@ -22,6 +22,7 @@ import gatedadapters as ga
 from gatedadapters.errors import AttachError, TrainingError
 from gatedadapters.studies import open_storage
 from gatedadapters.testing import tiny
+from gatedadapters.training.resumable import check_resumable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -266,6 +267,13 @@ if not own.HAS_4_BITS:
 def test_what_cannot_work_ends_with_the_same_error_on_every_process(name: str, two: Any) -> None:
     for shared in two:
         assert re.search(MESSAGES[name], shared[name]), shared[name]
+
+
+def test_a_checkpoint_that_one_process_could_not_write_is_not_taken_for_whole(two: Any, folder: Path) -> None:
+    checkpoint = folder / "full disk" / "checkpoint-2"
+    assert (checkpoint / "rng_state_0.pth").is_file()  # the first process was done
+    with pytest.raises(TrainingError, match="cannot be read"):
+        check_resumable(str(checkpoint), sharded=True)
 
 
 def test_deepspeed_is_refused_by_name_with_what_to_do() -> None:
