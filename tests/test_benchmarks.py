@@ -168,6 +168,15 @@ def test_results_show_the_tables_of_the_stored_cells(name: str) -> None:
     assert [line for line in lines if line not in document] == []
 
 
+def section_of_results(anchor: str) -> str:
+    """The text of a section of the results, by the anchor of its heading."""
+    sections = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## ")
+    return next(s for s in sections if s.partition("\n")[0].lower().replace(" ", "-") == anchor)
+
+
+FIGURE = re.compile(r"\d+\.\d+(?: ± \d+\.\d+)?")
+
+
 def test_readme_names_no_figure_that_the_results_do_not_show() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     _, _, measured = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What was measured")
@@ -175,9 +184,22 @@ def test_readme_names_no_figure_that_the_results_do_not_show() -> None:
     claims = re.findall(r"\(docs/results.md#([a-z-]+)\)(.*)", measured)
     assert len(claims) == results.count("\n## ")
     for anchor, figures in claims:
-        section = next(s for s in results.split("\n## ") if s.partition("\n")[0].lower().replace(" ", "-") == anchor)
-        numbers = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", figures)
-        assert [n for n in numbers if n not in section] == []
+        section = section_of_results(anchor)
+        assert [n for n in FIGURE.findall(figures) if n not in section] == []
+
+
+def test_the_advice_names_no_figure_that_the_results_do_not_show() -> None:
+    advice = (ROOT / "docs" / "guides" / "what-to-use.md").read_text(encoding="utf-8")
+    checked = 0
+    for part in advice.split("\n## "):
+        anchors_of_part = re.findall(r"results.md#([a-z-]+)", part.partition("|---")[0])
+        for line in part.splitlines():
+            anchors = re.findall(r"results.md#([a-z-]+)", line) or anchors_of_part
+            sections = [section_of_results(anchor) for anchor in anchors]
+            figures = FIGURE.findall(re.sub(r"`.*?`", "", line)) if sections else []
+            assert [n for n in figures if not any(n in section for section in sections)] == []
+            checked += len(figures)
+    assert checked > 10
 
 
 def test_documents_name_benchmarks_that_there_are() -> None:

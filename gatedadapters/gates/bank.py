@@ -112,8 +112,8 @@ class GateBank(nn.Module, StepListener):
     fixed: Tensor
     # Computed by `refresh`.
     values: Tensor  # (tasks, units): gates of the units
-    padded: Tensor  # (tasks, gates + 1): gates, and a last one that is always 1
-    slopes: Tensor  # (tasks, gates + 1): derivative of each gate by its log alpha
+    slopes: Tensor  # (tasks, units, levels): derivative of each gate of a unit by its log alpha
+    others: Tensor  # (tasks, units, levels): product of the unit's gates at all other levels
     open_paths: dict[str, bool]
 
     def __init__(self, groups: Sequence[GateGroup], config: GateConfig, *, tasks: int, seed: int) -> None:
@@ -226,12 +226,14 @@ class GateBank(nn.Module, StepListener):
             one = self.log_alpha.new_ones(self.tasks, 1)
             if self.frozen:
                 self.values = self.kept.clone()
-                self.slopes = self.padded = torch.cat([torch.zeros_like(self.log_alpha), one], 1)
+                self.slopes = self.others = torch.zeros(*self.values.shape, self.ancestry.shape[1]).to(self.values)
             else:
                 gates = hard_concrete.sample(self.log_alpha, noise, self.config)
-                self.padded = torch.cat([gates, one], 1)
-                self.slopes = torch.cat([hard_concrete.slope(self.log_alpha, noise, self.config), 0 * one], 1)
-                self.values = self.padded[:, self.ancestry].prod(-1)
+                factors = torch.cat([gates, one], 1)[:, self.ancestry]  # (tasks, units, levels)
+                slopes = torch.cat([hard_concrete.slope(self.log_alpha, noise, self.config), 0 * one], 1)
+                self.values, self.slopes = factors.prod(-1), slopes[:, self.ancestry]
+                rest = [torch.cat([factors[..., :i], factors[..., i + 1 :]], -1) for i in range(factors.shape[-1])]
+                self.others = torch.stack([factor.prod(-1) for factor in rest], -1)
             alive = torch.zeros(len(self.groups), device=self.values.device)
             alive.index_add_(0, self.owner, self.values.amax(0))
             self.open_paths = dict(zip(self.slices, (alive > 0).tolist(), strict=True))  # the one host read
@@ -248,10 +250,8 @@ class GateBank(nn.Module, StepListener):
         values = self.values[:, where]
         if self.frozen or not torch.is_grad_enabled():
             return values
-        gate_gradient = self.gate_gradient[:, where]
-        return _with_derivative(
-            self.log_alpha, values, self.padded, self.slopes, self.ancestry[where], gate_gradient, self.trust[:, where]
-        )
+        constants = (self.slopes, self.others, self.trust, self.gate_gradient)
+        return _with_derivative(self.log_alpha, values, self.ancestry[where], *(held[:, where] for held in constants))
 
     # -- the end of the step -------------------------------------------------------------------------------------------
 
@@ -489,27 +489,25 @@ class _WithDerivative(torch.autograd.Function):
         ctx: Any,
         log_alpha: Tensor,
         values: Tensor,
-        padded: Tensor,
-        slopes: Tensor,
         ancestry: Tensor,
-        gate_gradient: Tensor,
+        slopes: Tensor,
+        others: Tensor,
         trust: Tensor,
+        gate_gradient: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(values, padded, slopes, ancestry, trust)
-        ctx.gate_gradient = gate_gradient
+        ctx.save_for_backward(values, ancestry, slopes, others, trust)
+        ctx.gate_gradient, ctx.shape = gate_gradient, log_alpha.shape
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        values, padded, slopes, ancestry, trust = ctx.saved_tensors
+        values, ancestry, slopes, others, trust = ctx.saved_tensors
         ctx.gate_gradient += grad * values
-        grad = grad * trust
-        factors, local = padded[:, ancestry], slopes[:, ancestry]  # (tasks, units, levels)
-        total = torch.zeros_like(padded)
-        for level in range(ancestry.shape[1]):
-            others = torch.cat([factors[..., :level], factors[..., level + 1 :]], -1).prod(-1)
-            total.index_add_(1, ancestry[:, level], grad * others * local[..., level])
+        by_level = (grad * trust)[..., None] * others * slopes  # (tasks, units, levels)
+        tasks, gates = ctx.shape
+        total = grad.new_zeros(tasks, gates + 1)  # the last is the gate that is always 1
+        total.index_add_(1, ancestry.flatten(), by_level.flatten(1))
         return total[:, :-1], None, None, None, None, None, None
 
 

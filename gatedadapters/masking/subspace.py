@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from gatedadapters.artefact_files import check_finite, read_tensors, with_digests, write_tensors
 from gatedadapters.backbone.fingerprint import Fingerprint, fingerprint, is_own
 from gatedadapters.config.base import Config, read_record
-from gatedadapters.errors import AttachError, MaskError, TrainingError
+from gatedadapters.errors import ArtifactError, AttachError, MaskError, TrainingError
 from gatedadapters.masking.checks import check_head_shapes, check_tensor
 from gatedadapters.masking.delta import find_delta
 from gatedadapters.masking.mask import check_backbone
@@ -380,8 +380,10 @@ def load_subspace(model: nn.Module, folder: str | Path, *, verify: bool = True) 
     identity = fingerprint(model, skip=frozenset(head_names))
     check_backbone(record.fingerprint, identity, where=str(path))
     parameters = dict(model.named_parameters())
-    names = (*record.protected, *head_names)
-    shapes = {name: tuple(parameters[name].shape) for name in names if name in parameters}
+    for name, count in record.protected.items():
+        _check_protected(name, count, parameters.get(name), where=path / RECORD)
+        check_tensor(name, parameters[name], tuple(parameters[name].shape))
+    shapes = {name: tuple(parameters[name].shape) for name in (*record.protected, *head_names)}
     tensors = read_tensors(path / VALUES, shapes, digest=file.digest(VALUES))
     check_head_shapes({name: tensors[name] for name in head_names}, parameters)
     found = SubspaceDelta(model, record.protected, identity=identity, head_names=head_names)
@@ -407,6 +409,27 @@ def _check_free(model: nn.Module, heads: Sequence[str] | None, *, where: str) ->
                 fix="detach, merge or remove it first" if what != "shards of weights" else "load it without sharding",
             )
     return find_heads(model, heads)
+
+
+def _check_protected(name: str, count: int, parameter: Tensor | None, *, where: Path) -> None:
+    """Check that what a record says of a matrix can be true of the model's.
+
+    Raises:
+        ArtifactError: the model has no such matrix, or it has fewer singular directions.
+    """
+    if parameter is None or parameter.dim() < 2:
+        expected, got = "names of matrices of this model", repr(name)
+    elif count > min(parameter.shape[-2:]):
+        expected, got = f"at most {min(parameter.shape[-2:]):,} protected directions of {name}", f"{count:,}"
+    else:
+        return
+    raise ArtifactError(
+        "this subspace does not fit the model",
+        expected=expected,
+        got=got,
+        where=where,
+        fix="give the folder that SubspaceDelta.save wrote for this model",
+    )
 
 
 def _matrices(

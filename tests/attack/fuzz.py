@@ -48,6 +48,10 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # the file that chang
     ),
     "mask": ("mask/mask.json", lambda folder: ga.Mask.load(folder / "mask")),
     "positions": ("mask/mask.safetensors", lambda folder: ga.Mask.load(folder / "mask")),
+    "subspace": (
+        "subspace/subspace.json",
+        lambda folder: ga.load_subspace(mutate_artefacts.encoder(), folder / "subspace"),
+    ),
     "scores": ("scores/scores.json", lambda folder: ga.Scores.load(folder / "scores")),
     "change": ("change/change.safetensors", lambda folder: Change.load(folder / "change")),
     "stream": ("stream/stream.json", lambda folder: StreamResult.load(folder / "stream")),

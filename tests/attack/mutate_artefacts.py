@@ -67,6 +67,11 @@ def _delta(model: nn.Module, folder: Path) -> tuple[Any, Callable[[], object]]:
     return _output(model), delta.remove
 
 
+def _subspace(model: nn.Module, folder: Path) -> tuple[Any, Callable[[], object]]:
+    subspace = ga.load_subspace(model, folder)
+    return (_output(model), subspace.protected), subspace.remove
+
+
 def _joint(model: nn.Module, folder: Path) -> tuple[Any, Callable[[], object]]:
     adapters, delta = ga.load_joint(model, folder)
     return _output(model), lambda: (delta.remove(), adapters.detach())
@@ -124,6 +129,7 @@ KINDS = {
     "bfloat16": Kind(encoder, _adapters),
     "shelf": Kind(decoder, _shelf),
     "delta": Kind(encoder, _delta),
+    "subspace": Kind(encoder, _subspace),
     "joint": Kind(encoder, _joint),
     "peft": Kind(decoder, _peft),
     "mask": Kind(decoder, _mask),
@@ -239,6 +245,12 @@ def _write(folder: Path, scale: float) -> None:
         ga.detach(llama)
     tuned_elements(bert, scale).save(folder / "delta")
     ga.save_joint(bert, folder / "joint")
+    turned = encoder()
+    subspace = ga.apply_subspace(turned, include=["q", "down"])
+    with torch.no_grad():
+        for parameter in subspace.parameters():
+            parameter.mul_(1 + scale)
+    subspace.save(folder / "subspace")
     chosen = {"lm_head.weight": torch.arange(int(9 * scale)) * 7, "model.norm.weight": torch.arange(32)}
     ga.Mask.build(llama, chosen).save(folder / "mask")
     scores = ga.score(llama, [{"input_ids": torch.arange(6)[None]}], kind="magnitude", include=["*norm*", "*q_proj*"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,29 @@ def test_a_saved_subspace_loads_with_the_same_bits_and_can_be_trained_on(tmp_pat
     values.write_bytes(data)
     with pytest.raises(ArtifactError):
         ga.load_subspace(tiny("llama", head="lm")[0], tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "told"),
+    [
+        ("model.norm.weight", 1, "names of matrices of this model"),
+        ("no.such.weight", 1, "names of matrices of this model"),
+        ("model.layers.0.self_attn.q_proj.weight", 10**6, "at most 32 protected directions"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_model_is_refused(tmp_path: Path, name: str, count: int, told: str) -> None:
+    model, _ = tiny("llama", head="lm")
+    ga.apply_subspace(model).save(tmp_path / "saved")
+    record = tmp_path / "saved" / "subspace.json"
+    data = json.loads(record.read_text())
+    data["protected"][name] = count
+    record.write_text(json.dumps(data))
+    fresh, _ = tiny("llama", head="lm")
+    before, flags = snapshot(fresh), [p.requires_grad for p in fresh.parameters()]
+    with pytest.raises(ArtifactError, match=told):
+        ga.load_subspace(fresh, tmp_path / "saved", verify=False)
+    assert_same_bits(fresh, before)
+    assert [p.requires_grad for p in fresh.parameters()] == flags
 
 
 def test_what_cannot_work_is_refused_before_the_model_is_changed() -> None:
