@@ -292,6 +292,7 @@ def test_deepspeed_is_refused_by_name_with_what_to_do() -> None:
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
             "cpu_ram_efficient_loading: false",
         ),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, r"2 processes of one launch(.|\n)*use_cpu=True"),
     ],
 )
 def test_launchers_that_gated_models_cannot_follow_are_refused(
