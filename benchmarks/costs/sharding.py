@@ -228,7 +228,7 @@ def _rank(function: Callable[..., None], rank: int, world: int, port: int, told:
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # accelerate sets two
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     function(world, told, *arguments)
