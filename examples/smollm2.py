@@ -28,7 +28,7 @@ def gated_trainer(kind: Any, config: Any, train: Rows, test: Rows, out: str, **s
         **settings: of `config`.
     """
     model, tokenizer = load_smollm2()
-    ga.attach(model, "decoder-mixed")  # a frozen backbone with gated candidates
+    ga.attach(model, "lora-scale")  # a frozen backbone with the candidates that bear batches of few tokens
     return ga.gated(kind)(
         model,
         args=config(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 import gatedadapters as ga
@@ -27,6 +28,7 @@ def main(name: str, table: str, out: str, steps: int = 300) -> ga.Structure:
             per_device_train_batch_size=16,
             learning_rate=2e-3,
             remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
         ),

@@ -49,8 +49,10 @@ SIDES = ("gated", "peft")
 SPACES = ("lora-all-linear", "decoder-mixed")
 BATCHES = ("chats", "packed")
 SIZE = 57_600  # LoRA of rank 1 at peft's default maps (queries and values); IA3 at peft's default maps, too
-RATES = {  # a grid around the best of each, which is at no edge
+SEARCHES = {"searched": "lora-scale", "searched, every kind": "decoder-mixed"}
+RATES = {  # a grid around the best of each
     "searched": (1e-3, 3e-3, 1e-2),
+    "searched, every kind": (3e-4, 1e-3, 3e-3),
     "peft LoRA": (1e-3, 3e-3, 1e-2),
     "peft IA3": (3e-3, 1e-2, 3e-2),
 }
@@ -176,8 +178,8 @@ def loss(arm: str, rate: float, seed: int, steps: int) -> Result:
     model, tokenizer = load_smollm2()
     more: dict[str, Any] = {"settings": {"max_steps": steps, "learning_rate": rate, "seed": seed}}
     kind: Any = SFTTrainer
-    if arm == "searched":
-        ga.attach(model, "decoder-mixed", seed=seed)
+    if arm in SEARCHES:
+        ga.attach(model, SEARCHES[arm], seed=seed)
         kind, more["budget"] = ga.gated(SFTTrainer), ga.Budget(params=SIZE)
     else:
         lora = LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -190,7 +192,7 @@ def loss(arm: str, rate: float, seed: int, steps: int) -> Result:
     for part in ("validation", "test"):
         prepared = made._prepare_dataset(data(part, completion="right"), tokenizer, made.args, False, None, part)
         found[part] = made.evaluate(prepared)["eval_loss"]
-    if arm == "searched":
+    if arm in SEARCHES:
         size = ga.get_adapters(model).structure.params  # type: ignore[union-attr]
     else:
         size = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
@@ -223,7 +225,10 @@ def in_a_process(name: str, compute: str) -> Result:
 
 def cell(arm: str, rate: float, seed: int, steps: int) -> tuple[str, str]:
     """The name of a training, and the call that computes it."""
-    return f"loss-{arm.replace(' ', '-')}-{rate:g}-{seed}-{steps}", f"loss({arm!r}, {rate!r}, {seed}, {steps})"
+    return (
+        f"loss-{arm.replace(',', '').replace(' ', '-')}-{rate:g}-{seed}-{steps}",
+        f"loss({arm!r}, {rate!r}, {seed}, {steps})",
+    )
 
 
 def run(parts: Sequence[str], steps: int, seeds: int, rounds: int) -> None:

@@ -149,8 +149,9 @@ class Plan:
     def memory_of_a_process(self) -> dict[str, dict[str, int]]:
         """Bytes that training takes on each of `processes`, by number format of the backbone and by part.
 
-        A process holds its share of the weights and, while they are used, two blocks and what lies outside the blocks,
-        gathered; on one process nothing is gathered. Adapters, their gradients and moments are held by every process,
+        A process holds its share of the weights and, while they are used, what lies outside the blocks and three
+        blocks, gathered: one that computes, the buffer that it was gathered into, and that of its neighbour. On one
+        process nothing is gathered. Adapters, their gradients and moments are held by every process,
         and their gradients once more while they are exchanged. Activations are what every linear map of the blocks
         reads and returns, and logits three times in fp32 (with their probabilities and gradient). With checkpointing,
         what each block reads is kept, and the activations of one block.
@@ -158,7 +159,7 @@ class Plan:
         trained = self.params + self.gates
         found = {}
         for name, size in _BYTES.items():
-            gathered = (2 * self.largest_block + self.outside) * size if self.processes > 1 else 0
+            gathered = (3 * self.largest_block + self.outside) * size if self.processes > 1 else 0
             parts = {
                 "weights": -(-self.weights * size // self.processes),
                 "weights gathered": gathered,

@@ -261,8 +261,13 @@ class CheckedTrainer(Trainer):
         plugin, accelerator = self.accelerator.state.fsdp_plugin, self.accelerator
         with _without_empty_groups(self.optimizer):
             save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        state, file = cast(LRScheduler, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME)
+        on_first(True, lambda: torch.save(state, file))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # All processes wait for each other: the first one then writes the state that makes the checkpoint a whole one.
+        save = super()._save_rng_state
+        all_must(lambda: save(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
@@ -511,11 +516,12 @@ def check_launch(args: TrainingArguments) -> None:
 
     Raises:
         TrainingError: the wrapper copies modules or flattens their weights, which breaks hooks and gates; or it cannot
-            follow re-entrant checkpointing.
+            follow re-entrant checkpointing; or nothing joins the processes of this launch.
     """
     plugin = getattr(args, "fsdp_plugin_args", None) or {}
     fsdp = bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
     version = plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     everywhere = not fsdp or not _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
     sharding = "fsdp_version: 2 in the file of accelerate launch --config_file, or TrainingArguments(fsdp=True)"
     wrapped = {
@@ -526,6 +532,10 @@ def check_launch(args: TrainingArguments) -> None:
         "FSDP of the first version": (fsdp and int(version) != 2, sharding),
         "DeepSpeed": (bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED"), f"shard with FSDP2: {sharding}"),
         "FSDP's cpu_ram_efficient_loading": (not everywhere, "cpu_ram_efficient_loading: false"),
+        f"{launched} processes of one launch, each of which would train by itself": (
+            args.world_size == 1 and launched > 1 and "LOCAL_RANK" in os.environ,
+            "TrainingArguments(use_cpu=True) on CPUs, without which accelerate joins processes on accelerators alone",
+        ),
     }
     for name, (is_on, fix) in wrapped.items():
         if is_on:

@@ -17,7 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/attack", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="cases of each format (1000)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first case (0)")
-    parser.add_argument("--only", choices=runner.formats(), action="append", help="attack this format (all)")
+    parser.add_argument("--only", action="append", help="attack this format, or run this scenario of kills (all)")
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--kills", type=int, metavar="N", help="kill N processes instead, while they save and train")
     parser.add_argument(
@@ -27,17 +27,26 @@ def main() -> int:
     if options.kills:
         import kills
 
-        return int(kills.run(options.kills, options.first) > 0)
+        scenarios = chosen(parser, options.only, list(kills.SCENARIOS))
+        return int(kills.run(options.kills, options.first, scenarios) > 0)
     if options.long:
         import long_runs
 
         return int(long_runs.run(options.long) > 0)
     failed = 0
-    for name in options.only or runner.formats():
+    for name in chosen(parser, options.only, runner.formats()):
         answers = runner.run(name, range(options.first, options.first + options.cases), options.workers)
         print(f"{name}: {answers}", flush=True)
         failed += len(answers.faults)
     return int(failed > 0)
+
+
+def chosen(parser: argparse.ArgumentParser, names: list[str] | None, known: list[str]) -> list[str]:
+    """The names that were given, or all."""
+    for name in names or ():
+        if name not in known:
+            parser.error(f"argument --only: {name!r} is none of {', '.join(known)}")
+    return names or known
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def test_every_preset_loads_under_its_own_name(name: str) -> None:
 
 
 def test_the_promised_presets_are_there() -> None:
-    assert {"lora-all-linear", "encoder-mixed", "decoder-mixed", "attention-only"} <= set(presets())
+    promised = {"lora-all-linear", "encoder-mixed", "decoder-mixed", "attention-only", "tiny", "lora-scale"}
+    assert promised <= set(presets())
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig
 
 import gatedadapters as ga
 from gatedadapters import experiments
@@ -67,6 +68,25 @@ def test_a_plan_for_several_processes_shares_the_weights_and_repeats_the_adapter
     assert each["activations, checkpointed"] < each["activations"] == one["activations"]
     assert "memory of each of 4 processes" in str(shared)
     assert "processes" not in str(alone)
+
+
+def test_a_plan_of_wide_blocks_tells_what_each_of_64_processes_holds(tmp_path: Path) -> None:
+    width, inner, blocks, words, keys = 16384, 53248, 8, 128256, 1024  # a few blocks of Llama-3.1-405B
+    shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": words}
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 8}
+    LlamaConfig(**shape, **heads, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    found = experiments.plan(tmp_path, "decoder-mixed", processes=64, tokens=4096)
+    each = found.memory_of_a_process["bf16"]
+    block = 2 * width * width + 2 * width * keys + 3 * width * inner + 2 * width
+    outside = 2 * words * width + width
+    assert found.weights == blocks * block + outside
+    assert each["weights"] == found.weights * 2 // 64
+    assert each["weights gathered"] == 2 * (3 * block + outside)
+    assert each["AdamW"] == 8 * (found.params + found.gates)
+    read_and_returned = 6 * width + 2 * keys + 3 * (width + inner)
+    assert each["activations"] == 4096 * (2 * blocks * read_and_returned + 12 * words)
+    assert each["total, checkpointed"] < each["total"]
+    assert re.search(r"memory of each of 64 processes, 4,096 tokens each(.|\n)*total, checkpointed", str(found))
 
 
 @pytest.mark.parametrize("name", ["processes", "tokens"])

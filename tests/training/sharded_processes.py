@@ -5,6 +5,7 @@ RANK=... WORLD_SIZE=... python sharded_processes.py FOLDER
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from accelerate.utils import DistributedType
 from recipes import SOON, SPACE, arguments, continued, gated_causal, gated_classifier, labelled, trained, with_dropout
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gatedadapters as ga
 from gatedadapters.errors import GatedAdaptersError
@@ -437,6 +438,22 @@ def _no_disk(folder: Path, rank: int) -> None:
     through_accelerate(place, model, continued(24), save_strategy="steps", save_steps=2, max_steps=2)
 
 
+def _disk_full_on_the_second(folder: Path) -> None:
+    """The second process cannot write its random numbers, the last of a checkpoint that it has to write."""
+    save = Trainer._save_rng_state
+    if RANK == 1:
+        Trainer._save_rng_state = _full_disk  # type: ignore[method-assign]
+    try:
+        changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+        through_accelerate(folder / "full disk", gated_causal(), continued(24), **changes)
+    finally:
+        Trainer._save_rng_state = save  # type: ignore[method-assign]
+
+
+def _full_disk(trainer: Trainer, folder: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}/rng_state_{RANK}.pth")
+
+
 def _save_without_disk(folder: Path) -> None:
     model, _ = tiny("llama", head="lm")
     adapters = ga.attach(model, SPACE)
@@ -480,6 +497,7 @@ def failures(folder: Path) -> dict[str, Callable[[], None]]:
         "other libraries": _other_library,
         "no disk on the first": lambda: _no_disk(folder, 0),
         "no disk on the second": lambda: _no_disk(folder, 1),
+        "disk full on the second": lambda: _disk_full_on_the_second(folder),
         "saved without a disk": lambda: _save_without_disk(folder),
         "a checkpoint of one process": lambda: _unsharded_checkpoint(folder),
         "tensor parallel": _tensor_parallel,
@@ -506,8 +524,10 @@ def scenarios(folder: Path) -> dict[str, Callable[[], Any]]:
         return {
             "attached after": lambda: by_hand(after=True),
             "resumed 2": lambda: resumed(folder, 2),
-            "mask taylor": lambda: masks("taylor"),
+            **{f"mask {kind}": partial(masks, kind) for kind in SCORES},
             "tuned": tuned,
+            "tuned by the trainer": lambda: tuned_by_trainer(folder),
+            "allocated": allocated,
             "tuned, resumed": lambda: tuned_by_trainer(folder / "resumed", folder / "tuned on 2" / "checkpoint-2"),
         }
     return {

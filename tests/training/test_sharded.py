@@ -22,6 +22,7 @@ import gatedadapters as ga
 from gatedadapters.errors import AttachError, TrainingError
 from gatedadapters.studies import open_storage
 from gatedadapters.testing import tiny
+from gatedadapters.training.resumable import check_resumable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -147,16 +148,11 @@ def test_what_a_sharded_run_saves_loads_on_one_process(two: Any, folder: Path) -
 
 
 @pytest.mark.parametrize("kind", own.SCORES)
-def test_masks_of_a_sharded_model_are_those_of_one_process_bit_for_bit(kind: str, two: Any) -> None:
+def test_masks_of_a_sharded_model_are_those_of_one_process_bit_for_bit(kind: str, two: Any, four: Any) -> None:
     single = own.masks(kind)
-    for shared in two:
+    for shared in (*two, *four):
         assert_same(shared[f"mask {kind}"]["scores"], single["scores"])
         assert shared[f"mask {kind}"]["mask"] == single["mask"]
-
-
-def test_four_processes_choose_the_mask_of_one(four: Any) -> None:
-    single = own.masks("taylor")
-    assert [shared["mask taylor"]["mask"] for shared in four] == [single["mask"]] * 4
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -170,13 +166,17 @@ def test_a_sharded_delta_tunes_what_one_process_does(count: int, two: Any, four:
         assert shared["tuned"]["share of the values here"] < 1.1 / count
 
 
-def test_a_selective_trainer_is_sharded_by_accelerate(two: Any, folder: Path, tmp_path: Path) -> None:
-    single = own.tuned_by_trainer(tmp_path)
-    for shared in two:
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_selective_trainer_is_sharded_by_accelerate(
+    count: int, two: Any, four: Any, folder: Path, tmp_path: Path
+) -> None:
+    single, every = own.tuned_by_trainer(tmp_path), two if count == 2 else four
+    for shared in every:
         assert_same(shared["tuned by the trainer"], single, rtol=1e-3, atol=1e-4)
+        assert_same(shared["tuned by the trainer"], every[0]["tuned by the trainer"])
     model, _ = tiny("llama", head="lm")
-    loaded = ga.load_delta(model, folder / "tuned on 2" / "checkpoint-4")
-    assert_same({name: part.values.detach() for name, part in loaded.items()}, two[0]["tuned by the trainer"])
+    loaded = ga.load_delta(model, folder / f"tuned on {count}" / "checkpoint-4")
+    assert_same({name: part.values.detach() for name, part in loaded.items()}, every[0]["tuned by the trainer"])
 
 
 def test_a_delta_resumes_bit_for_bit_and_on_another_number_of_processes(two: Any, four: Any) -> None:
@@ -186,9 +186,9 @@ def test_a_delta_resumes_bit_for_bit_and_on_another_number_of_processes(two: Any
         assert_same(shared["tuned, resumed"], two[0]["tuned by the trainer"], rtol=1e-3, atol=1e-4)
 
 
-def test_a_sharded_probe_allocates_what_one_process_does(two: Any) -> None:
+def test_a_sharded_probe_allocates_what_one_process_does(two: Any, four: Any) -> None:
     single = own.allocated()
-    assert [shared["allocated"] for shared in two] == [single] * 2
+    assert [shared["allocated"] for shared in (*two, *four)] == [single] * 6
 
 
 def test_two_groups_at_once_are_two_trials_of_one_study(tmp_path: Path, on_processes: Callable[..., None]) -> None:
@@ -249,6 +249,7 @@ MESSAGES = {
     "other libraries": "differ in the release of torch",
     "no disk on the first": "a part of it is a file|Not a directory",
     "no disk on the second": "a part of it is a file|Not a directory",
+    "disk full on the second": "cannot write the checkpoint",
     "saved without a disk": "cannot write the folder",
     "a checkpoint of one process": "resume without FSDP",
     "tensor parallel": "tensor-parallel",
@@ -268,6 +269,13 @@ def test_what_cannot_work_ends_with_the_same_error_on_every_process(name: str, t
         assert re.search(MESSAGES[name], shared[name]), shared[name]
 
 
+def test_a_checkpoint_that_one_process_could_not_write_is_not_taken_for_whole(two: Any, folder: Path) -> None:
+    checkpoint = folder / "full disk" / "checkpoint-2"
+    assert (checkpoint / "rng_state_0.pth").is_file()  # the first process was done
+    with pytest.raises(TrainingError, match="cannot be read"):
+        check_resumable(str(checkpoint), sharded=True)
+
+
 def test_deepspeed_is_refused_by_name_with_what_to_do() -> None:
     model, _ = tiny("llama", head="lm")
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
@@ -284,6 +292,7 @@ def test_deepspeed_is_refused_by_name_with_what_to_do() -> None:
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
             "cpu_ram_efficient_loading: false",
         ),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, r"2 processes of one launch(.|\n)*use_cpu=True"),
     ],
 )
 def test_launchers_that_gated_models_cannot_follow_are_refused(
