@@ -12,9 +12,9 @@ STORE = Store("placement")
 COMMON_RATE = 1e-2  # of all kinds of path
 RATES = (5e-3, COMMON_RATE, 2e-2)  # of which every arm takes its best
 PEFT_RATES = {  # other parameters want others: gains are tuned as they are, vectors by what they multiply
-    "peft-norms": (1e-3, 3e-3, 1e-2),
-    "peft-ia3": (1e-2, 3e-2, 6e-2),
-    "peft-lora": (1e-2, 2e-2, 4e-2),
+    "peft-norms": (3e-3, 1e-2, 3e-2),
+    "peft-ia3": (3e-2, 6e-2, 1.2e-1),
+    "peft-lora": (2e-2, 4e-2, 8e-2),
     "peft-adalora": (1e-2, 2e-2, 4e-2),
     "peft-eva": (1e-3, 3e-3, 1e-2),
 }
