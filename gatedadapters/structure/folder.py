@@ -315,7 +315,7 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
             "load_joint(model, folder) on their own base. A delta cannot be carried to an update, adapters can: "
             'load_adapters(model, folder + "/adapters", base="updated")'
         )
-    if held and set(held) <= {"tensorboard", ADAPTER}:
+    if folder.is_dir() and is_unfinished_run(folder):
         fix = "the run that writes it has not saved an adapter yet: let it finish, or start it again"
     raise ArtifactError(
         "this is not a saved adapter",
@@ -324,6 +324,12 @@ def adapter_folder(folder: str | FilePath, *, revision: str | None = None) -> Fi
         where=folder,
         fix=fix,
     )
+
+
+def is_unfinished_run(folder: FilePath) -> bool:
+    """Whether a folder is that of a run that has saved no adapter yet."""
+    held = {item.name for item in folder.iterdir()}
+    return bool(held) and held <= {"tensorboard", ADAPTER} and not (folder / ADAPTER / STRUCTURE).is_file()
 
 
 def _check_backbone(

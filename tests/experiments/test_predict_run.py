@@ -93,6 +93,14 @@ def test_the_folder_of_the_run_is_as_good_as_that_of_the_adapter(
     assert "gatedadapters show" in told
 
 
+def test_a_report_on_a_run_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out" / "tensorboard").mkdir(parents=True)
+    assert main(["report", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "a search, not a study" in told
+    assert "let it finish" in told
+
+
 def test_a_language_model_chooses_the_label_of_the_highest_mean_log_probability(
     decoder: Path, tables: Path, configured: Configured
 ) -> None:
