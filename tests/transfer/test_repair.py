@@ -96,6 +96,15 @@ def test_a_teacher_repairs_without_labels_and_is_left_as_it_is(tmp_path: Path, f
     assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
 
 
+def test_a_teacher_answers_as_in_an_evaluation(tmp_path: Path) -> None:
+    old, batch = tiny("bert", head="classification", hidden_dropout_prob=0.5)
+    ga.attach(old, LORA, batch).compact()
+    with torch.no_grad():
+        expected = old.eval()(**batch).logits
+    assert torch.equal(teacher_outputs(old.train(), [batch])[0], expected)
+    assert old.training
+
+
 def test_outputs_computed_beforehand_teach_the_same_as_the_model(tmp_path: Path) -> None:
     old, new, batch = pair(tmp_path, "llama", "lm")
     other = {**batch, "input_ids": batch["input_ids"].flip(0)}
@@ -137,11 +146,17 @@ def test_gated_adapters_keep_their_gates_their_penalty_and_so_their_structure() 
     assert adapters.bank is not None
     with torch.no_grad():
         adapters.bank.log_alpha.copy_(3 * torch.randn(adapters.bank.log_alpha.shape))
+        for parameter in adapters.weight_parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        first = float(model.eval()(**batch).loss)  # with the gates of an evaluation
+    adapters.bank.step += 4  # the prune is due
     structure, pressure = adapters.discretize(), adapters.pressure
     gates = [value.clone() for value in (*adapters.bank.parameters(), *adapters.bank.buffers())]
     before = learned(model)
-    ga.repair(model, [batch], steps=6, progress=False)
+    report = ga.repair(model, [batch], steps=6, progress=False)
+    assert report.losses[0] == pytest.approx(first, rel=1e-5)
     assert not same(learned(model), before)
+    assert adapters.structure is None
     assert same(gates, [*adapters.bank.parameters(), *adapters.bank.buffers()])
     assert adapters.pressure is pressure
     assert adapters.discretize() == structure
@@ -167,6 +182,24 @@ def test_every_kind_learns_at_its_own_rate(tmp_path: Path, monkeypatch: pytest.M
     ga.repair(new, [batch], steps=1, progress=False)
     assert [rate for rate, _ in seen] == [rate for rate, _ in expected]
     assert all(a is b for (_, x), (_, y) in zip(seen, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_the_rate_rises_in_a_tenth_of_the_steps_and_falls_to_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, new, batch = pair(tmp_path, "bert")
+    batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+    highest = ga.get_adapters(new).parameter_groups(1e-3)[0]["lr"]
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: Any, *args: Any) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"] / highest)
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    ga.repair(new, [batch], steps=20, progress=False)
+    assert rates == pytest.approx([0.5, 1.0, *((20 - done) / 18 for done in range(2, 20))])
 
 
 def test_batches_are_read_again_where_they_are_fewer_than_the_steps(tmp_path: Path) -> None:
