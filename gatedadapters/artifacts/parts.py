@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
+from gatedadapters.artefact_files import check_finite
 from gatedadapters.backbone import Layout, LinearMap
 from gatedadapters.backbone.fingerprint import backbone_fingerprint
 from gatedadapters.config import GateConfig, PathOptions, SearchSpace, Where
@@ -61,7 +62,7 @@ def attach_parts(
         where: the folder, for errors.
 
     Raises:
-        ArtifactError: the heads are not those of the model.
+        ArtifactError: the heads are not those of the model, or values are not finite.
         AttachError: see `install`.
     """
     check_heads(model, saved, where)
@@ -85,12 +86,23 @@ def attach_parts(
         identity=backbone_fingerprint(model, skip=frozenset(head_names)),
         seed=seed,
     )
+    fix = "restore the folder: its values, or the scale in its configuration, are too large"
     with torch.no_grad():
         for key, path in adapters.typed_paths():
+            check_finite({f"{key} {name}": value for name, value in values[key].items()}, where=where, fix=fix)
             for name, value in values[key].items():
                 path.get_parameter(name).copy_(value)
             if isinstance(path, LoRA):
-                path.condense(torch.arange(path.units), torch.ones(path.units))
+                try:
+                    path.condense(torch.arange(path.units), torch.ones(path.units))
+                except torch.linalg.LinAlgError as error:
+                    raise ArtifactError(
+                        "the values of an adapter are so large that their product overflows",
+                        expected="a product of A and B within float32",
+                        got="infinities",
+                        where=f"{where}, {key}",
+                        fix=fix,
+                    ) from error
     install(adapters, model, head_names)
     with torch.no_grad():
         state = model.state_dict()

@@ -115,8 +115,8 @@ def mask_that_keeps(target: float, trial: TuningTrial | None, choose: Callable[[
             found = _tried(trial, mask, free, before, held_out, steps, bar)
             tried.append(found)
             bar.set_description(f"protect {1 - free:.2%}: general loss {found.rise:+.2%} (at most {found.bound:+.2%})")
-            if found.bound <= target and free == max(t.free for t in tried if t.bound <= target):
-                kept = mask
+            if found.bound <= target:
+                kept = mask  # larger than one that was kept before, see `next_share`
             free = next_share(tried, target)
     if kept is None:
         best = min(tried, key=lambda found: found.bound)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from statistics import fmean
@@ -332,17 +332,10 @@ def _moved(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def _held_gates(adapters: Adapters) -> Iterator[None]:
-    """Within this context gates are their test-time values, and neither learn nor are pressed."""
-    bank, pressure = adapters.bank, adapters.pressure
-    if bank is None:
+    """Within this context gates are their test-time values, and neither learn nor are pruned."""
+    bank = adapters.bank
+    with nullcontext() if bank is None else bank.held(bank.deterministic()):
         yield
-        return
-    with bank.held(bank.deterministic()):
-        adapters.pressure = None
-        try:
-            yield
-        finally:
-            adapters.pressure = pressure
 
 
 @contextmanager
