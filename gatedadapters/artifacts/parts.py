@@ -93,16 +93,9 @@ def attach_parts(
             for name, value in values[key].items():
                 path.get_parameter(name).copy_(value)
             if isinstance(path, LoRA):
-                try:
-                    path.condense(torch.arange(path.units), torch.ones(path.units))
-                except torch.linalg.LinAlgError as error:
-                    raise ArtifactError(
-                        "the values of an adapter are so large that their product overflows",
-                        expected="a product of A and B within float32",
-                        got="infinities",
-                        where=f"{where}, {key}",
-                        fix=fix,
-                    ) from error
+                path.condense(torch.arange(path.units), torch.ones(path.units))
+            made = {f"{key} {name}": value for name, value in path.named_parameters()}
+            check_finite(made, where=where, fix=fix)  # they may be of a narrower type
     install(adapters, model, head_names)
     with torch.no_grad():
         state = model.state_dict()
