@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -109,4 +110,7 @@ def test_wandb_holds_scalars_and_a_picture(tmp_path: Path, monkeypatch: pytest.M
     wandb.finish()
     assert list((tmp_path / "wandb").rglob("structure/kept*.png"))
     (log,) = (tmp_path / "wandb").rglob("run-*.wandb")
-    assert b"gates/expected_params" in log.read_bytes()
+    deadline = time.monotonic() + 60  # a process of W&B writes it, and may do so after `finish` has returned
+    while b"gates/expected_params" not in log.read_bytes():
+        assert time.monotonic() < deadline, log
+        time.sleep(0.1)
