@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
