@@ -239,9 +239,23 @@ class CheckedTrainer(Trainer):
             check_shardable(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
+        self._forget_evaluation()
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._follow_sharding()
         return prepared
+
+    def _forget_evaluation(self) -> None:
+        """Let accelerate wrap the model for several processes, although an evaluation came before the training.
+
+        accelerate prepares a model once, and for an evaluation without DistributedDataParallel. The training would go
+        on with that, each process by itself.
+        """
+        model: Any = self.model
+        if self.args.world_size > 1 and not self.sharded and getattr(model, "_is_accelerate_prepared", False):
+            del model._is_accelerate_prepared
+            if (forward := model.__dict__.pop("_original_forward", None)) is not None:
+                model.forward = forward  # without autocast, which the training brings anew
+            self.accelerator._models = [other for other in self.accelerator._models if other is not model]
 
     def _follow_sharding(self) -> None:
         """Once the model is sharded, let a sparse delta follow, and the optimiser learn what stands for its values."""

@@ -17,9 +17,11 @@ import gatedadapters as ga
 def main(out: Path) -> None:
     """Search, compact, save."""
     args = arguments(out.with_name("run"), max_steps=4, per_device_train_batch_size=2, bf16=False)
+    data = continued(16)
     trainer = ga.GatedTrainer(
-        gated_causal(), args, train_dataset=continued(16), schedule=SOON, budget=ga.Budget(fraction=0.3)
+        gated_causal(), args, train_dataset=data, eval_dataset=data, schedule=SOON, budget=ga.Budget(fraction=0.3)
     )
+    trainer.evaluate()  # for which accelerate does not join the processes
     trainer.train()
     trainer.adapters.compact()
     trainer.adapters.save(out)
