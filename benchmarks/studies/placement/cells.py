@@ -102,7 +102,21 @@ class PointCell:
         return f"point_{self.regime}_{self.number}_{self.rate:g}_{self.seed}"
 
 
-AnyCell = Cell | ScoreCell | ArmCell | FrontierCell | PointCell
+@dataclass(frozen=True)
+class CostCell:
+    """The time of an allocation, of a search, and of a plain training of what it finds, one after the other."""
+
+    regime: str
+    seed: int = 0
+    steps: int = 120
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        return f"cost_{self.regime}_{self.steps}_{self.seed}"
+
+
+AnyCell = Cell | ScoreCell | ArmCell | FrontierCell | PointCell | CostCell
 
 
 def arm_cell(regime: str, arm: str, seed: int, rate: float) -> Cell | ArmCell:

@@ -362,6 +362,7 @@ REGIMES = {
             for shift in ("pieces", "leet", "reviews")
         ),
         Regime("tweets-reward", "tiny", 3_072, 200, 16, rewarded, "tweets-reward"),
+        Regime("smollm2-id-57k", "tiny", 57_600, 40, 4, indonesian, "smollm2-id-57k"),
         Regime("smollm2-id-305k", "large", 305_280, 40, 4, indonesian, "smollm2-id-305k"),
         Regime("tweets-3072", "tiny", 3_072, 120, 16, lambda: labelled("tweets"), "tweets-3072"),
         Regime("newsgroups-1536", "tiny", 1_536, 120, 16, lambda: labelled("newsgroups"), "newsgroups-1536"),

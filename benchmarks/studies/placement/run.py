@@ -10,6 +10,7 @@ path. Scores may be tuned on `smollm2-id-35k` and `tweets-1536`; the other regim
     python -m benchmarks placement score [--regimes ...] [--scores moved ...] [--seeds 0 1 2]
     python -m benchmarks placement arms [--regimes ...] [--seeds 0 1 2]              # the library's choices and rivals
     python -m benchmarks placement frontier [--regimes ...] [--seeds 0 1 2]          # sizes: predicted and retrained
+    python -m benchmarks placement cost --regimes smollm2-id-35k                     # seconds, on a quiet machine
     python -m benchmarks placement table
 
 A killed run goes on where it stopped, and several processes share the work: each takes what nobody else computes.
@@ -21,8 +22,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from benchmarks.studies.placement.cells import (
     AnyCell,
     ArmCell,
     Cell,
+    CostCell,
     FrontierCell,
     PointCell,
     ScoreCell,
@@ -72,33 +75,40 @@ def compute(cell: Cell | ArmCell, regime: Regime, structure: Structure | None) -
 
     The model is left as it was.
     """
-    problem = regime.problem
-    problem.reset(cell.seed)
-    began, cpu = time.perf_counter(), time.process_time()
-    given = regime.search_space if structure is None else structure
-    adapters = ga.attach(problem.model, given, heads=problem.heads, seed=cell.seed)
     search: dict[str, Any] = {}
     if structure is None:
         assert isinstance(cell, ArmCell)
         search = {"budget": ga.Budget(params=regime.size), "prior": cell.score}
+    began, cpu = time.perf_counter(), time.process_time()
+    with fitted(regime, structure, cell.seed, cell.rate, **search) as adapters:
+        trained = time.perf_counter()
+        losses, right = measured(regime.problem)
+        found = outcome(losses, right, adapters.structure.params, began, trained, cpu)
+    return {"cell": asdict(cell), **found, "kinds": params_by_kind(adapters.structure)}
+
+
+@contextmanager
+def fitted(regime: Regime, structure: Structure | None, seed: int, rate: float, **search: Any) -> Iterator[ga.Adapters]:
+    """A context in which the regime's model has trained adapters: a structure, or all candidates and a search."""
+    problem = regime.problem
+    problem.reset(seed)
+    given = regime.search_space if structure is None else structure
+    adapters = ga.attach(problem.model, given, heads=problem.heads, seed=seed)
     try:
         trainer = ga.GatedTrainer(
             problem.model,
-            regime.arguments(cell.rate, cell.seed, bf16=precision() == "bf16"),
-            train_dataset=problem.items(cell.seed),
+            regime.arguments(rate, seed, bf16=precision() == "bf16"),
+            train_dataset=problem.items(seed),
             data_collator=problem.collate,
             compute_loss_func=problem.trainer_loss,
             **search,
         )
         trainer.train()
         trainer.accelerator.unwrap_model(problem.model, keep_fp32_wrapper=False)  # it wraps `forward` in autocast
-        trained = time.perf_counter()
-        losses, right = measured(problem)
+        yield adapters
     finally:
         ga.detach(problem.model)
         problem.model.zero_grad()
-    found = outcome(losses, right, adapters.structure.params, began, trained, cpu)
-    return {"cell": asdict(cell), **found, "kinds": params_by_kind(adapters.structure)}
 
 
 def outcome(
@@ -127,24 +137,53 @@ def compute_arm(cell: ArmCell, regime: Regime) -> Result:
     if cell.arm == "searched":
         found = compute(cell, regime, None)
         return {"arm": found.pop("cell"), **found}
-    problem, budget = regime.problem, ga.Budget(params=regime.size)
-    problem.reset(cell.seed)
     began, cpu = time.perf_counter(), time.process_time()
-    with autocast():
-        structure = ga.allocate(
-            problem.model,
-            regime.search_space,
-            problem.batches(cell.seed, regime.batch),
-            budget=budget,
-            score=cell.score,
-            loss=problem.score_loss,
-            heads=problem.heads,
-            seed=cell.seed,
-            progress=False,
-        )
+    structure = allocated(regime, cell.seed, cell.score)
     chosen = {"choose": round(time.perf_counter() - began, 1), "choose cpu": round(time.process_time() - cpu, 1)}
     found = compute(cell, regime, structure)
     return {"arm": found.pop("cell"), **found, "seconds": {**chosen, **found["seconds"]}}
+
+
+def allocated(regime: Regime, seed: int, score: str) -> Structure:
+    """The structure that the library chooses before any training."""
+    problem = regime.problem
+    problem.reset(seed)
+    with autocast():
+        return ga.allocate(
+            problem.model,
+            regime.search_space,
+            problem.batches(seed, regime.batch),
+            budget=ga.Budget(params=regime.size),
+            score=score,
+            loss=problem.score_loss,
+            heads=problem.heads,
+            seed=seed,
+            progress=False,
+        )
+
+
+def compute_cost(cell: CostCell, regime: Regime) -> Result:
+    """Time an allocation, a search, and a plain training of what was found for as many steps."""
+    times: dict[str, dict[str, float]] = {}
+
+    def timed(what: str, action: Callable[[], Structure]) -> Structure:
+        began, cpu = time.perf_counter(), time.process_time()
+        found = action()
+        times[what] = {
+            "wall": round(time.perf_counter() - began, 1),
+            "cpu": round(time.process_time() - cpu, 1),
+        }
+        return found
+
+    def fit(structure: Structure | None, **search: Any) -> Structure:
+        with fitted(replace(regime, steps=cell.steps), structure, cell.seed, COMMON_RATE, **search) as adapters:
+            return adapters.structure
+
+    regime.problem.items(cell.seed)  # loads the model and its data
+    timed("allocate", lambda: allocated(regime, cell.seed, "gain"))
+    found = timed("search", lambda: fit(None, budget=ga.Budget(params=regime.size)))
+    timed("train", lambda: fit(found))
+    return {"cost": asdict(cell), "times": times, "precision": precision(), "versions": versions()}
 
 
 def compute_rival(cell: ArmCell, regime: Regime) -> Result:
@@ -300,6 +339,12 @@ def frontier_all(options: argparse.Namespace) -> None:
                     print(f"{place.name}: {point['loss']:.4f} predicted, {result['loss']:.4f} trained", flush=True)
 
 
+def cost_all(options: argparse.Namespace) -> None:
+    """Time what is missing."""
+    for name, seed in itertools.product(options.regimes, options.seeds):
+        if_missing(CostCell(name, seed), compute_cost, CostCell(name, seed), REGIMES[name])
+
+
 def if_missing(cell: AnyCell, function: Callable[..., Result], *arguments: object) -> Result | None:
     """The new result of a cell that nobody has computed and nobody computes now; None of any other."""
     with claimed(STORE.loose / f"{cell.name}.lock") as ours:
@@ -310,7 +355,7 @@ def if_missing(cell: AnyCell, function: Callable[..., Result], *arguments: objec
 
 def main(arguments: Sequence[str]) -> None:
     """See the module's docstring."""
-    made_parser = parser("placement", __doc__, "score", "arms", "frontier", threads=1)
+    made_parser = parser("placement", __doc__, "score", "arms", "frontier", "cost", threads=1)
     made_parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     made_parser.add_argument("--limit", type=int, help="cells of each regime; they come in a useful order")
     made_parser.add_argument("--rate", type=float, default=COMMON_RATE, help="default: %(default)s")
@@ -318,7 +363,7 @@ def main(arguments: Sequence[str]) -> None:
     made_parser.add_argument("--arms", nargs="+", help="default: all")
     made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of all but `run`; default: 0")
     options = made_parser.parse_args(arguments)
-    further = {"score": score_all, "arms": arms_all, "frontier": frontier_all}
+    further = {"score": score_all, "arms": arms_all, "frontier": frontier_all, "cost": cost_all}
     if options.command in further:
         torch.set_num_threads(options.threads)
         further[options.command](options)

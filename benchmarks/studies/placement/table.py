@@ -15,15 +15,18 @@ from benchmarks.studies.placement.judging import Judgement, ceiling, judge
 GROUPS = {  # what tables show of several regimes together
     **dict.fromkeys(("shift-pieces", "shift-leet", "shift-reviews"), "shifts"),
 }
+LONG = 400  # steps of a training that an allocation is compared with
 Losses = dict[str, dict[int, dict[str, float]]]  # by regime, seed and structure
 FIXED = ("even", "kind", "depth", "part", "role")  # what somebody may guess without looking at the data
 
 
 def tables() -> str:
-    """How the library's choices do, how well scores predict, which guess is the best where, and what size is needed."""
+    """How the library's choices do, how well scores predict, which guess is the best where, and what size and what time
+    it takes.
+    """
     results = STORE.results()
     found = losses(results)
-    parts = (arms(results), judgements(results, found), guesses(found), frontiers(results))
+    parts = (arms(results), judgements(results, found), guesses(found), frontiers(results), costs(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -203,3 +206,20 @@ def frontiers(results: Mapping[str, Result]) -> str:
                 rows.append([*place, f"{point['loss']:.4f}", f"{min(losses):.4f}"])
     header = ["regime", "seed", "parameters", "predicted by the probe", "trained by itself"]
     return markdown(header, rows) if rows else ""
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def costs(results: Mapping[str, Result]) -> str:
+    """CPU seconds of choosing beside those of training what was found."""
+    rows = []
+    for result in results.values():
+        if "cost" in result:
+            cell = result["cost"]
+            allocate, search, train = (result["times"][what]["cpu"] for what in ("allocate", "search", "train"))
+            long = train * LONG / cell["steps"]
+            shares = (f"{search / train:.2f}", f"{allocate / long:.1%}")
+            rows.append([cell["regime"], str(cell["steps"]), *(f"{s:.0f}" for s in (train, search, allocate)), *shares])
+    header = ["regime", "steps", "training, CPU s", "search", "allocate", "search / training"]
+    return markdown([*header, f"allocate / training of {LONG} steps"], rows) if rows else ""
