@@ -39,11 +39,18 @@ SETTINGS: dict[str, tuple[dict[str, float], ...]] = {  # so wide that none of th
     "joint": (),
     "replay": (),
     "o_lora": rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "osft": rates(3e-5, 1e-4, 3e-4),
     "carried": (),  # cores of the 3-layer encoder; in the study of the 6-layer one alone
     "l2_fisher-matrices-short": (),  # probes that cost less
     "l2_fisher-matrices-gradient": (),
 }
-DECODER_SETTINGS = {"l2_fisher": rates(3e-4, 1e-3), "random": rates(1e-3, 3e-3)}  # around what suits the encoder
+FEWER_SETTINGS = {  # of the decoder, around what suits the encoder, or what suited the study of forgetting
+    "smollm2": {"l2_fisher": rates(3e-4, 1e-3), "random": rates(1e-3, 3e-3)},
+    "smollm2-texts": {
+        **dict.fromkeys(("sequential", "osft", "l2_fisher-matrices", "random-matrices"), rates(1e-4, 3e-4)),
+        "lora": rates(1e-3, 3e-3),
+    },
+}
 TUNED_LIKE = {"joint": "sequential", "replay": "sequential"} | dict.fromkeys(  # not tuned again
     ("carried", "l2_fisher-matrices-short", "l2_fisher-matrices-gradient"), "l2_fisher-matrices"
 )
@@ -51,7 +58,7 @@ ARMS = tuple(SETTINGS)
 COUNTED_LIKE = {"random": "l2_fisher", "random-matrices": "l2_fisher-matrices", "random-cosine": "cosine"}
 COMPARED = {  # selections: what they are to beat, their own control among them
     "l2_fisher": ("sequential", "lora", "random"),
-    "l2_fisher-matrices": ("sequential", "lora", "random-matrices", "ewc", "o_lora"),
+    "l2_fisher-matrices": ("sequential", "lora", "random-matrices", "ewc", "o_lora", "osft"),
     "l2_fisher-elements": ("sequential", "lora", "random-elements"),
     "cosine": ("sequential", "lora", "random-cosine"),
     "lota": ("sequential", "lora", "l2_fisher-elements"),
@@ -108,7 +115,7 @@ def read(cell: Cell) -> Result | None:
 
 def settings_of(study: str, arm: str) -> tuple[dict[str, float], ...]:
     """What an arm is tuned over."""
-    return DECODER_SETTINGS.get(arm, SETTINGS[arm]) if study == "smollm2" else SETTINGS[arm]
+    return FEWER_SETTINGS.get(study, {}).get(arm, SETTINGS[arm])
 
 
 def variants(cell: Cell) -> list[Cell]:
