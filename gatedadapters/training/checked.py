@@ -239,19 +239,20 @@ class CheckedTrainer(Trainer):
             check_shardable(cast(nn.Module, self.model))
         if delta is not None and self.is_fsdp_enabled:
             delta.stand_down()  # FSDP looks for the parameters; the first forward pass brings the stand-ins back
-        self._forget_evaluation()
+        self._prepare_anew()
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._follow_sharding()
         return prepared
 
-    def _forget_evaluation(self) -> None:
-        """Let accelerate wrap the model for several processes, although an evaluation came before the training.
+    def _prepare_anew(self) -> None:
+        """Let accelerate prepare the model for this training, although something else came before it.
 
-        accelerate prepares a model once, and for an evaluation without DistributedDataParallel. The training would go
-        on with that, each process by itself.
+        accelerate prepares a model once, and takes it as it is from then on. After an evaluation, several processes
+        would each train by itself, because that needs no DistributedDataParallel; after a training in fp32, or one
+        whose model was unwrapped, a training in bf16 would run in fp32.
         """
         model: Any = self.model
-        if self.args.world_size > 1 and not self.sharded and getattr(model, "_is_accelerate_prepared", False):
+        if not self.sharded and getattr(model, "_is_accelerate_prepared", False):
             del model._is_accelerate_prepared
             if (forward := model.__dict__.pop("_original_forward", None)) is not None:
                 model.forward = forward  # without autocast, which the training brings anew
