@@ -135,6 +135,27 @@ def test_bfloat16_trains_and_gates_stay_float32(kind: str, tmp_path: Path) -> No
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+@pytest.mark.parametrize("unwrapped", [True, False], ids=["unwrapped", "wrapped"])
+@pytest.mark.parametrize("before", [True, False], ids=["after bf16", "after fp32"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+def test_a_second_training_of_a_model_has_its_own_precision(
+    bf16: bool, before: bool, unwrapped: bool, tmp_path: Path
+) -> None:
+    """accelerate alone would leave the second as the first was, or in fp32 if the model was unwrapped in between."""
+    model = gated_causal()
+    options = {"train_dataset": [row | {"labels": row["input_ids"]} for row in labelled([20])], "eval_dataset": None}
+    first = run(tmp_path / "first", model=model, bf16=before, max_steps=1, options=options)
+    if unwrapped:
+        first.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    ga.detach(model)
+    ga.attach(model, "attention-only")
+    seen = set()
+    linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    linear.register_forward_hook(lambda module, args, output: seen.add(output.dtype) if module.training else None)
+    run(tmp_path / "second", model=model, bf16=bf16, max_steps=1, options=options)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
 def test_the_penalty_is_not_rounded_under_autocast() -> None:
     model = gated_classifier(CLASSES)
     adapters = ga.get_adapters(model)
