@@ -166,6 +166,25 @@ def test_gains_of_all_groups_add_up_to_the_fall_of_the_loss():
     assert sum(seen["gains"].values()) == pytest.approx(fell, rel=0.15)
 
 
+def test_what_is_gained_in_the_first_step_alone_does_not_count():
+    """Adam's first step moves every parameter by the whole rate, so that all that has a gradient gains by it."""
+    model, batches = probed("llama")
+    worth = {}
+
+    class Look(Gain):
+        def worth(self, probe):
+            probe.warm_start()
+            at_once, later = [5.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.1, 0.1, 0.1, 0.1]
+            probe.gains = {key: at_once if path.kind == "norm" else later for key, path in probe.paths.items()}
+            found = super().worth(probe)
+            worth.update({kind: [found[k] for k, p in probe.paths.items() if p.kind == kind] for kind in KINDS})
+            return found
+
+    place(model, SPACE, batches, score=Look())
+    assert not any(values.any() for values in worth["norm"])
+    assert all((values > 0).all() for values in worth["lora"])
+
+
 class Sizes(PlacementScore):
     """Notes how many examples each batch of the probe has, and ranks nothing."""
 
