@@ -35,9 +35,8 @@ from gatedadapters.supernet.attach import (
 from gatedadapters.supernet.frontier import measure
 
 Batches = Iterable[Batch]
-PROBE_BATCHES = 16
-FRONTIER_BATCHES = 24  # whole ones: a quarter of them measures the loss of each budget
-ELEMENT_BATCHES = 4  # from which the places of single weights are chosen
+PROBE_BATCHES = 24
+ELEMENT_BATCHES = 6  # from which the places of single weights are chosen
 KEPT_SHARE = 1 / 16
 FRONTIER_POINTS = 8
 
@@ -49,7 +48,7 @@ def allocate(
     *,
     budget: Budget,
     score: str | PlacementScore = "gain",
-    probe_batches: int | None = None,
+    probe_batches: int = PROBE_BATCHES,
     learning_rate: float = 1e-2,
     loss: Loss | None = None,
     heads: Sequence[str] | None = None,
@@ -66,10 +65,8 @@ def allocate(
         batches: dictionaries of tensors such as a DataLoader yields; for several tasks, one stream for each by name.
         budget: what the Structure may cost at most.
         score: how candidates are judged: a kind of `allocation.score_kinds()`, or a `PlacementScore` of your own.
-        probe_batches: number of batches, and of steps of the warm start; default: 16, with `Budget(within=)` 24. Scores
-            that judge candidates on held-out batches, and `within`, keep a quarter of them for that. With the default
-            loss, and without `within`, each batch that is read makes two, of half its examples: smaller steps tell as
-            much in half the time.
+        probe_batches: number of batches that are read; scores that judge candidates on held-out batches, and
+            `Budget(within=)`, keep a quarter of them for that.
         learning_rate: the common rate of all kinds of path in the probe's warm start.
         loss: `(model, batch) -> (examples,)`; default: `masking.scores.losses.task_losses`.
         heads: see `attach`.
@@ -109,7 +106,7 @@ def place(
     frontier: int = 0,
     within: float | None = None,
     score: str | PlacementScore = "gain",
-    probe_batches: int | None = None,
+    probe_batches: int = PROBE_BATCHES,
     learning_rate: float = 1e-2,
     loss: Loss | None = None,
     heads: Sequence[str] | None = None,
@@ -139,9 +136,7 @@ def place(
     check_no_adapters(model)
     space = SearchSpace.load(space) if isinstance(space, str) else space
     streams = dict(batches) if isinstance(batches, Mapping) else {DEFAULT_TASK: batches}
-    count = probe_batches or (FRONTIER_BATCHES if frontier else PROBE_BATCHES)
-    halved = loss is None and frontier == 0  # other losses may compare a batch's examples with one another
-    read = {task: taken(stream, count, halved=halved) for task, stream in streams.items()}
+    read = {task: taken(stream, probe_batches) for task, stream in streams.items()}
     head_names = find_heads(model, heads)
     identity = backbone_fingerprint(model, skip=frozenset(head_names))
     sample = _sample(next(iter(read.values()))[0], model)

@@ -20,8 +20,7 @@ class Gain(PlacementScore):
     Every step's movement is multiplied by minus the gradient of the *next* batch, which that step has not seen. So a
     group that only fits the noise of single batches, or overshoots at its rate, gains nothing or loses; and of groups
     that could replace each other, each gets the part that it contributed. The division costs nothing beside the warm
-    start: no candidate is closed, no batch is read twice. The first step does not count: in it Adam moves every
-    parameter by the whole rate, however little its gradient says.
+    start: no candidate is closed, no batch is read twice.
 
     A part of a group gains more than its share of the parameters: `share ** 0.7` of the whole, so that a budget goes to
     the best groups, but not to one alone. A gain counts as far as it is larger than its standard error; a probe that
@@ -43,7 +42,7 @@ class Gain(PlacementScore):
         sizes = torch.tensor([sum(probe.params[key] for key in keys) for keys in groups.values()], dtype=torch.float64)
         gains = torch.tensor([probe.gains[key] for keys in groups.values() for key in keys], dtype=torch.float64)
         gains = torch.stack([part.sum(0) for part in gains.split([len(keys) for keys in groups.values()])])
-        worths = reliable(gains[:, 1:] if gains.shape[1] > 2 else gains)
+        worths = reliable(gains)
         if float(worths.max()) <= 0:
             logger.warning("the probe lowered the loss nowhere, so its candidates are spread evenly: pass more batches")
             worths = sizes**self.returns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -256,14 +256,13 @@ class Probe:
         return iter(tqdm(batches, title, leave=False, disable=None if self.progress else True))
 
 
-def taken(batches: Iterable[Batch], count: int, *, halved: bool = False) -> list[Batch]:
-    """The first `count` batches of an iterable; where they are to be halved, each that is read makes two.
+def taken(batches: Any, count: int) -> list[Batch]:
+    """The first `count` batches of an iterable.
 
     Raises:
         AllocationError: there is none.
     """
-    parts = itertools.chain.from_iterable(map(_halves, batches)) if halved else iter(batches)
-    found = list(itertools.islice(parts, count))
+    found = list(itertools.islice(iter(batches), count))
     if not found:
         raise AllocationError(
             "there is nothing to probe with",
@@ -273,15 +272,6 @@ def taken(batches: Iterable[Batch], count: int, *, halved: bool = False) -> list
             fix="pass a DataLoader or a list of batches; a generator is used up after one pass",
         )
     return found
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    """Two batches of half the examples each; the batch itself if it has one, or if its values do not tell how many."""
-    rows = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch.values()}
-    middle = rows.pop() // 2 if len(rows) == 1 else 0
-    if middle == 0:
-        return [batch]
-    return [{key: value[part] for key, value in batch.items()} for part in (slice(middle), slice(middle, None))]
 
 
 @contextmanager

@@ -14,8 +14,8 @@ class AllocateConfig(SearchConfig):
 
     Attributes:
         score: how candidates are judged: a placement score of `gatedadapters.allocation`, or a kind of importance.
-        probe_batches: number of batches of each task in the probe; default: see `gatedadapters.allocate`.
+        probe_batches: number of batches of each task that are read.
     """
 
     score: str = "gain"
-    probe_batches: Count | None = None
+    probe_batches: Count = 24

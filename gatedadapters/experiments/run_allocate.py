@@ -96,7 +96,7 @@ def allocate(
     model, tokenizer = build_model(config, tasks)
     model.to(chosen_device(config.training.device))
     data = MixedTaskDataset(tasks, tokenizer, "train", config.training.max_length)
-    say(f"{config.model}: a probe on each of {len(tasks)} task(s)")
+    say(f"{config.model}: {config.probe_batches} batches of each of {len(tasks)} task(s)")
     placement = place(
         model,
         config.resolved_space(),

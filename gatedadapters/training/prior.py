@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,23 +14,22 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
 from gatedadapters.allocation import Placement, PlacementScore
-from gatedadapters.allocation.allocate import FRONTIER_BATCHES, FRONTIER_POINTS, PROBE_BATCHES, place_attached
+from gatedadapters.allocation.allocate import FRONTIER_POINTS, place_attached
 from gatedadapters.config import Budget
 from gatedadapters.supernet.adapters import Adapters
 
 FEWEST_STEPS = 32
-FEWEST_BATCHES = 8  # a budget relative to the gain needs a probe before a shorter training, too
+FEWEST_BATCHES, MOST_BATCHES = 8, 24  # a budget relative to the gain needs a probe before a shorter training, too
 NOTED = frozenset({"_metrics", "_total_train_tokens"})
 """What TRL's trainers count whenever they compute a loss."""
 
 
 def probe_batches(steps: int) -> int:
-    """Batches of the probe before a training of `steps`: half as many, at most 16, of half the examples of a step each.
+    """Batches of the probe before a training of `steps`: half as many, at most 24; with 8 a score knows little.
 
-    Fewer tell a score little. 0 below 32 steps: so short a training starts from even gates, because a probe would cost
-    more than it can win.
+    0 below 32 steps: so short a training starts from even gates, because a probe would cost more than it can win.
     """
-    return 0 if steps < FEWEST_STEPS else min(PROBE_BATCHES, steps // 2)
+    return 0 if steps < FEWEST_STEPS else min(MOST_BATCHES, steps // 2)
 
 
 def can_be_probed(trainer: Trainer) -> bool:
@@ -79,9 +77,8 @@ def start_gates(
             return loss_of(model, trainer._prepare_inputs(dict(batch))).float().view(1)
 
     relative = budget is not None and budget.within is not None
-    count = max(FEWEST_BATCHES, min(FRONTIER_BATCHES, steps // 2)) if relative else probe_batches(steps)
-    with torch.random.fork_rng(), nullcontext() if relative else _half_batches(trainer):
-        batches = list(itertools.islice(trainer.get_train_dataloader(), count))
+    with torch.random.fork_rng():
+        batches = list(itertools.islice(trainer.get_train_dataloader(), probe_batches(steps) or FEWEST_BATCHES))
         placement = place_attached(
             model,
             adapters,
@@ -105,17 +102,6 @@ def start_gates(
             _take_mean(parameter)
     bank.start_from(worth)
     return placement
-
-
-@contextmanager
-def _half_batches(trainer: Trainer) -> Iterator[None]:
-    """A context in which a Trainer's batches have half as many examples; its collator still makes them whole."""
-    size = trainer._train_batch_size
-    trainer._train_batch_size = max(1, size // 2)
-    try:
-        yield
-    finally:
-        trainer._train_batch_size = size
 
 
 @torch.no_grad()

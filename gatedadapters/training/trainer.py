@@ -71,8 +71,8 @@ class GatedTrainer(CheckedTrainer):
         penalty: pressure on the adapters alone.
         schedule: see `Schedule`.
         prior: the placement score from which the gates start, after a probe on the first batches of the training (half
-            as many as it has steps, at most 16, of half the examples), in which candidates and heads learn; None for
-            even gates. Without a budget, below 32 steps, and where a trainer generates its examples, gates start even.
+            as many as it has steps, at most 24), in which candidates and heads learn; None for even gates. Without a
+            budget, below 32 steps, and in trainers that generate their examples, gates start even.
         gate_learning_rate: default: see `training.rates.default_gate_rate`.
         delta_learning_rate: of the elements that a sparse delta in the model tunes; default: that of the weights.
         task_temperature: sample tasks with probability proportional to n ** (1 / temperature), n the number of their

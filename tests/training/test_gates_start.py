@@ -76,8 +76,8 @@ def spread(adapters: ga.Adapters) -> dict[str, float]:
     }
 
 
-def test_half_as_many_batches_as_steps_are_probed_at_most_16_and_nothing_of_short_trainings() -> None:
-    assert [probe_batches(steps) for steps in (1, 31, 32, 40, 60, 10_000)] == [0, 0, 16, 16, 16, 16]
+def test_half_as_many_batches_as_steps_are_probed_at_most_24_and_nothing_of_short_trainings() -> None:
+    assert [probe_batches(steps) for steps in (1, 31, 32, 40, 60, 10_000)] == [0, 0, 16, 20, 24, 24]
 
 
 def test_gates_start_from_what_the_score_says_and_nothing_else_changes_that_it_did_not_train(
@@ -105,20 +105,6 @@ def test_gates_start_from_what_the_score_says_and_nothing_else_changes_that_it_d
     assert len(set(downs)) == 1
     assert downs[0] > adapters.bank.config.init > max(others)
     assert trainer.placement.score == "downs"
-
-
-def test_batches_of_the_probe_are_made_of_half_as_many_examples(tmp_path: Path) -> None:
-    sizes: list[int] = []
-
-    class Look(Even):
-        def worth(self, probe: Any) -> dict[str, Tensor]:
-            sizes.extend(len(batch["labels"]) for batch in (*probe.learn, *probe.held_out))
-            return super().worth(probe)
-
-    trainer = trainer_of(tmp_path, prior=Look())
-    trainer._start_gates()
-    assert sizes == [trainer.args.train_batch_size // 2] * 16
-    assert len(next(iter(trainer.get_train_dataloader()))["labels"]) == trainer.args.train_batch_size
 
 
 def test_candidates_and_heads_start_from_what_they_learnt_in_the_probe(tmp_path: Path) -> None:
