@@ -146,7 +146,7 @@ def test_packing_by_the_command_line_leaves_the_table_as_it_is(
 TABLES: dict[str, Callable[[], list[str]]] = {
     "search_quality": lambda: [quality_table.tables()],
     "forgetting": lambda: [forgetting_table.table()],
-    "forgetting_frontier": lambda: [frontier_table.table(steps=20)],
+    "forgetting_frontier": lambda: [frontier_table.table(steps=20), frontier_table.keep_table()],
     "continual": lambda: [*map(continual_table.table, continual_cells.STUDIES), continual_table.overlaps()],
     "transfer": lambda: [transfer_table.table()],
     "compress_lora": lambda: [compress_table.table()],
