@@ -329,14 +329,20 @@ def frontier_all(options: argparse.Namespace) -> None:
     for name, seed in itertools.product(options.regimes, options.seeds):
         regime, cell = REGIMES[name], FrontierCell(name, seed)
         if_missing(cell, compute_frontier, cell, regime)
-        predicted = read(cell)
-        for number, point in enumerate(predicted["points"] if predicted else ()):
-            structure = Structure.from_json(point["structure"])
-            for rate in POINT_RATES:
-                place = PointCell(name, number, seed, rate)
-                result = if_missing(place, compute_point, place, regime, structure)
-                if result is not None:
-                    print(f"{place.name}: {point['loss']:.4f} predicted, {result['loss']:.4f} trained", flush=True)
+        predicted = read(cell) or {"points": ()}
+        places = [
+            (number, PointCell(name, number, cell.seed, rate))
+            for number in range(len(predicted["points"]))
+            for rate in POINT_RATES
+        ]
+        missing = [(number, place) for number, place in places if read(place) is None]
+        if missing and "structure" not in predicted["points"][0]:
+            predicted = compute_frontier(cell, regime)  # what was packed has none
+        for number, place in missing:
+            point = predicted["points"][number]
+            result = if_missing(place, compute_point, place, regime, Structure.from_json(point["structure"]))
+            if result is not None:
+                print(f"{place.name}: {point['loss']:.4f} predicted, {result['loss']:.4f} trained", flush=True)
 
 
 def cost_all(options: argparse.Namespace) -> None:
