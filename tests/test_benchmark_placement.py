@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -397,3 +398,28 @@ def test_sizes_are_predicted_and_then_trained(run: ModuleType, regime: regimes.R
     (row,) = table.frontiers(cells.STORE.results()).splitlines()[2:]
     losses = [cells.read(cells.PointCell("test", 1, rate=rate))["loss"] for rate in (1e-3, 1e-2)]
     assert row.split(" | ")[2:] == [f"{sizes[1]:,}", f"{predicted['points'][1]['loss']:.4f}", f"{min(losses):.4f} |"]
+
+
+def test_a_frontier_goes_on_where_it_was_packed(
+    run: ModuleType, regime: regimes.Regime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"REGIMES": {"test": regime}, "POINT_RATES": (1e-2,), "BUDGETS": 2}.items():
+        monkeypatch.setattr(run, name, value)
+    cell = cells.FrontierCell("test")
+    points = run.if_missing(cell, run.compute_frontier, cell, regime)["points"]
+    cells.STORE.pack()
+    assert cells.read(cell)["points"] == [{"params": p["params"], "loss": p["loss"]} for p in points]
+    run.frontier_all(Namespace(regimes=["test"], seeds=[0]))
+    trained = [cells.read(cells.PointCell("test", number, rate=1e-2)) for number in range(len(points))]
+    assert [result["params"] for result in trained] == [point["params"] for point in points]
+
+
+def test_choosing_is_timed_beside_training_what_was_chosen(run: ModuleType, regime: regimes.Regime) -> None:
+    cell = cells.CostCell("test", steps=4)
+    run.if_missing(cell, run.compute_cost, cell, regime)
+    times = {what: {"wall": 1.0, "cpu": cpu} for what, cpu in (("allocate", 6.0), ("search", 30.0), ("train", 20.0))}
+    found = cells.read(cell)
+    assert found["times"].keys() == times.keys()
+    assert all(seconds["cpu"] > 0 for seconds in found["times"].values())
+    (row,) = table.costs({cell.name: {**found, "times": times}}).splitlines()[2:]
+    assert row == "| test | 4 | 20 | 30 | 6 | 1.50 | 0.3% |"
