@@ -170,8 +170,8 @@ def compute_cost(cell: CostCell, regime: Regime) -> Result:
         began, cpu = time.perf_counter(), time.process_time()
         found = action()
         times[what] = {
-            "wall": round(time.perf_counter() - began, 1),
-            "cpu": round(time.process_time() - cpu, 1),
+            "wall": round(time.perf_counter() - began, 2),
+            "cpu": round(time.process_time() - cpu, 2),
         }
         return found
 
