@@ -51,7 +51,8 @@ class Damage:
     """How much an update is expected to damage adapters; compare updates or adapters by it, it is no loss.
 
     Attributes:
-        value: root mean square over the sites of `share * moved`, see `predict_damage`; of one model.
+        value: root mean square over the sites of `share * moved`, see `predict_damage`. Values of different models
+            cannot be compared.
         outputs: how far the outputs moved: of classes and tokens the divergence KL(old || new) in nats, of other
             outputs the squared error over the mean square.
         sites: one entry for each module that adapters write to.
@@ -91,9 +92,9 @@ def predict_damage(old: nn.Module, new: nn.Module, batches: Iterable[Batch]) -> 
 
         value = root mean square over s of  (||c|| / ||y||) * (||x' - x|| / ||x||)
 
-    A site counts by how much the adapters do there, and by how far what they read has moved. So `value` says where the
-    damage is, and compares adapters of one model. How far the outputs moved, which is returned as well, ranked adapters
-    and updates better, and across models too, by what they lost (`docs/results.md`).
+    A site counts by how much the adapters do there, and by how far what they read has moved. The sites say where the
+    damage is, and `value` ranks the adapters and updates of one model. How far the outputs moved is returned as well:
+    it ranked adapters and updates better by what they lost, and those of different models, too (`docs/results.md`).
 
     Args:
         old: the old base with the adapters attached, compact or with gates.
