@@ -35,6 +35,7 @@ from gatedadapters.paths.base import (
 )
 from gatedadapters.paths.placing import map_sites
 from gatedadapters.paths.site import Site, SkippedSite
+from gatedadapters.paths.sparse_product import sparse_product
 
 
 class ElementsOptions(PathOptions):
@@ -46,8 +47,8 @@ class ElementsOptions(PathOptions):
     4 to 7 characters an element.
 
     Attributes:
-        k: number of elements of each map; a multiple of `chunk`. Memory and time grow with tokens * k: at 1,000
-            elements a path takes about as long as LoRA of rank 8, from some 4,000 on nearly as long as the map itself.
+        k: number of elements of each map; a multiple of `chunk`. Time grows with tokens * k: at 1,000 elements a
+            path takes about as long as LoRA of rank 8, from some 4,000 on nearly as long as the map itself.
         chunk: number of elements of a unit.
         score: which elements before any data is seen: the largest weights, or random ones. Weights whose values cannot
             be read (packed by a quantiser in a way of its own, or on the meta device) get random ones.
@@ -228,10 +229,8 @@ class Elements(Path):
         if any(own.dim() == 2 for own in values):  # gates that differ by example
             count = target.numel() // target.shape[-1]
             values = [own.expand(count, -1) for own in values]
-        read = tapped.reshape(-1, tapped.shape[-1]).index_select(1, positions % site.width_in).to(target.dtype)
-        added = (read * join_parameters(values, -1)).to(target.dtype)
-        rows = target.reshape(-1, target.shape[-1])
-        return rows.index_add(1, positions // site.width_in, added).view(target.shape)
+        rows, columns = positions // site.width_in, positions % site.width_in
+        return sparse_product(tapped, target, join_parameters(values, -1), rows, columns)
 
     def _gated(self, gate: Tensor | None, target: Tensor) -> Tensor:
         """The values multiplied by the gates of their units, (k,), or (rows of target, k)."""
