@@ -36,7 +36,6 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +46,7 @@ from gatedadapters.errors import AttachError, ConfigError, LayoutError, Training
 from gatedadapters.runtime.steps import CLOCK, StepListener, Turn, unwrapped
 from gatedadapters.supernet.hooks import InputHook, OutputHook, hidden_argument, replace_hidden
 from gatedadapters.transfer.feed_forward import FeedForward, feed_forwards
+from gatedadapters.transfer.random_mask import masked
 
 logger = logging.getLogger(__name__)
 
@@ -407,40 +407,6 @@ class PassOver(_Hook):
         given = hidden_argument(args, kwargs).to(output.dtype)
         learns = any(parameter.requires_grad for parameter in module.parameters())
         return given + output[..., :0, :].sum() if learns else given
-
-
-def masked(inner: Tensor, share: float, *, rescale: bool = False) -> Tensor:
-    """`inner` with each element set to 0 with probability `share`, drawn from the device's default generator.
-
-    Where autograd allows it, `inner` itself is changed: half of what masking costs is the memory of a second tensor.
-    """
-    keep = _ones_and_zeros(inner, share)  # a product of floats costs half of what filling by a bool mask does
-    factor = keep / (1 - share) if rescale else keep
-    return inner.mul_(factor) if _may_change(inner) else inner * factor
-
-
-def _may_change(inner: Tensor) -> bool:
-    """Whether `inner` was computed just now, by a function whose backward pass does not read its output."""
-    if torch.compiler.is_compiling() or inner._base is not None:
-        return False
-    return type(inner.grad_fn).__name__ in ("GeluBackward0", "MulBackward0", "SiluBackward0")
-
-
-def _ones_and_zeros(like: Tensor, share: float) -> Tensor:
-    """Of `like`'s shape, dtype and device: each element 0 with probability `share`, else 1, independently.
-
-    On the CPU a Bernoulli draw per element costs as much as the map that reads it. There each element compares 16
-    random bits with a threshold that is rounded to 16 bits at random, once a call: the probability is exactly `share`.
-    torch's generator draws the key of a faster one, which draws the bits.
-    """
-    drawn = torch.empty_like(like, requires_grad=False)
-    if like.device.type != "cpu" or not like.numel():
-        return drawn.bernoulli_(1 - share)
-    key = torch.empty((), dtype=torch.int64, device="cpu").random_()
-    words = np.random.SFC64(int(key)).random_raw(-(-like.numel() // 4))
-    bits = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
-    threshold = (2**16 * share + torch.rand((), dtype=torch.float64)).floor().clamp(max=2**16 - 1) - 2**15
-    return torch.ge(bits, threshold.to(torch.int16), out=drawn)
 
 
 def _put_in_order(module: nn.Module, own: int) -> None:
