@@ -232,6 +232,16 @@ def test_arms_are_compared_at_their_best_rates_seed_by_seed() -> None:
     assert rows[2][5].startswith("-0.700 ±")  # -.6 and -.8
 
 
+def test_a_rate_is_chosen_by_the_mean_over_the_seeds_that_all_rates_have() -> None:
+    losses = {5e-3: (3.0, 3.0, 1.0), 1e-2: (2.8, 2.9), 2e-2: (2.7, 3.3)}  # the first seed alone would choose the last
+    for rate, of_seeds in losses.items():
+        for seed, loss in enumerate(of_seeds):
+            cell = cells.arm_cell("r", "allocated", seed, rate)
+            cells.STORE.write(cell.name, {"arm": asdict(cell), "loss": loss})
+    assert cells.tuned("r", "allocated") == 1e-2
+    assert "0.01 of 3 | 2 | 2.8500" in table.arms(cells.STORE.results())
+
+
 def test_any_beginning_of_the_cells_is_useful() -> None:
     names = [f"random:{i}" for i in range(30)]
     found = cells.cells_of("r", names)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from benchmarks.common.store import Result, Store
-from benchmarks.common.tuning import best
 
 
 def summary(result: Result) -> Result:
@@ -138,10 +139,25 @@ def arm_cell(regime: str, arm: str, seed: int, rate: float) -> Cell | ArmCell:
 
 
 def tuned(regime: str, arm: str) -> float | None:
-    """The rate with the lowest loss of the first seed; None where one of them was not measured."""
-    cells = [arm_cell(regime, arm, SEEDS[0], rate) for rate in rates_of(arm)]
-    chosen = best(cells, read, lambda result: -result["loss"])
-    return None if chosen is None else chosen.rate
+    """The rate with the lowest mean loss over the seeds that were trained at every rate; None where there is no such
+    seed.
+    """
+    losses: dict[float, dict[int, float]] = {rate: {} for rate in rates_of(arm)}
+    for rate, seed in itertools.product(losses, SEEDS):
+        result = read(arm_cell(regime, arm, seed, rate))
+        if result is not None:
+            losses[rate][seed] = result["loss"]
+    return best_rate(losses)
+
+
+def best_rate(losses: Mapping[float, Mapping[int, float]]) -> float | None:
+    """The rate with the lowest mean loss over the seeds that all rates have; None where they share none.
+
+    Args:
+        losses: by rate and seed.
+    """
+    shared = set.intersection(*map(set, losses.values())) if losses else set()
+    return min(losses, key=lambda rate: fmean(losses[rate][seed] for seed in shared)) if shared else None
 
 
 def rates_of(arm: str) -> tuple[float, ...]:

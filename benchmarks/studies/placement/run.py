@@ -307,14 +307,15 @@ def score_all(options: argparse.Namespace) -> None:
 
 
 def arms_all(options: argparse.Namespace) -> None:
-    """Compute the arms that are missing: the first seed at every rate, the others at the best of these."""
+    """Compute the arms that are missing: some seeds at every rate, the others at the rate that is best with these."""
     for name in options.regimes:
         regime = REGIMES[name]
         structures = made(regime)
         rivals = tuple(PEFT) if name.startswith("smollm2") else ()  # on encoders they have no such small sizes
-        for seed, arm in itertools.product(options.seeds, options.arms or (*LIBRARY, *GUESSES, *rivals)):
+        seeds = sorted(options.seeds, key=lambda seed: seed not in options.tune)
+        for seed, arm in itertools.product(seeds, options.arms or (*LIBRARY, *GUESSES, *rivals)):
             best = tuned(name, arm)
-            rates = rates_of(arm) if seed == SEEDS[0] else () if best is None else (best,)
+            rates = rates_of(arm) if seed in options.tune else () if best is None else (best,)
             for cell in (arm_cell(name, arm, seed, rate) for rate in rates):
                 if isinstance(cell, ArmCell):
                     result = if_missing(cell, compute_arm, cell, regime)
@@ -368,6 +369,13 @@ def main(arguments: Sequence[str]) -> None:
     made_parser.add_argument("--scores", nargs="+", help="default: all")
     made_parser.add_argument("--arms", nargs="+", help="default: all")
     made_parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of all but `run`; default: 0")
+    made_parser.add_argument(
+        "--tune",
+        nargs="+",
+        type=int,
+        default=SEEDS[:1],
+        help="of `arms`: seeds trained at every rate; default: 0",
+    )
     options = made_parser.parse_args(arguments)
     further = {"score": score_all, "arms": arms_all, "frontier": frontier_all, "cost": cost_all}
     if options.command in further:

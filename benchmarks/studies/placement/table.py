@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.store import Result
 from benchmarks.common.tables import markdown, shown
-from benchmarks.studies.placement.cells import COMMON_RATE, GUESSES, LIBRARY, SEEDS, STORE
+from benchmarks.studies.placement.cells import COMMON_RATE, GUESSES, LIBRARY, SEEDS, STORE, best_rate, rates_of
 from benchmarks.studies.placement.judging import Judgement, ceiling, judge
 
 GROUPS = {  # what tables show of several regimes together
@@ -46,7 +46,7 @@ def losses(results: Mapping[str, Result]) -> Losses:
 def arms(results: Mapping[str, Result]) -> str:
     """Every arm at its best rate, and what the library chose minus it: losses, paired by seed.
 
-    Rates are those of the first seed; where only one was measured, that one.
+    The rate of an arm has the lowest mean loss over the seeds that were trained at every rate.
     """
     measured: dict[tuple[str, str], dict[float, dict[int, Result]]] = {}
     for result in results.values():
@@ -54,9 +54,12 @@ def arms(results: Mapping[str, Result]) -> str:
             measured.setdefault((regime, arm), {}).setdefault(cell["rate"], {})[cell["seed"]] = result
     best: dict[tuple[str, str], tuple[float, dict[int, Result]]] = {}
     for place, by_rate in measured.items():
-        rates = [rate for rate, seeds in by_rate.items() if SEEDS[0] in seeds]
-        if rates:
-            rate = min(rates, key=lambda rate: by_rate[rate][SEEDS[0]]["loss"])
+        losses = {
+            rate: {s: r["loss"] for s, r in seeds.items()} for rate, seeds in by_rate.items() if SEEDS[0] in seeds
+        }
+        tuning = set.intersection(*(set(losses.get(rate, SEEDS[:1])) for rate in rates_of(place[1])))
+        rate = best_rate({rate: seeds for rate, seeds in losses.items() if tuning <= seeds.keys()})
+        if rate is not None:
             best[place] = rate, by_rate[rate]
     rows = []
     for regime in dict.fromkeys(regime for regime, arm in best if arm in LIBRARY):
