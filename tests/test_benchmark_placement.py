@@ -410,6 +410,22 @@ def test_sizes_are_predicted_and_then_trained(run: ModuleType, regime: regimes.R
     assert row.split(" | ")[2:] == [f"{sizes[1]:,}", f"{predicted['points'][1]['loss']:.4f}", f"{min(losses):.4f} |"]
 
 
+def test_losses_of_single_texts_are_packed_of_the_structures_that_scores_are_judged_on() -> None:
+    chosen = cells.arm_cell("r", "allocated", 0, 1e-2)
+    every = {
+        "judged": {"cell": asdict(cells.Cell("r", "even:all", 0, 1e-2))},
+        "another rate": {"cell": asdict(cells.Cell("r", "even:all", 0, 2e-2))},
+        "another seed": {"cell": asdict(cells.Cell("r", "even:all", 1, 1e-2))},
+        "an arm": {"arm": asdict(chosen)},
+    }
+    for name, place in every.items():
+        cells.STORE.write(name, {**place, "loss": 1.0, "losses": "AAAA"})
+    cells.STORE.pack()
+    packed = cells.STORE.results()
+    assert {name for name, result in packed.items() if "losses" in result} == {"judged"}
+    assert all(result["loss"] == 1.0 for result in packed.values())
+
+
 def test_a_frontier_goes_on_where_it_was_packed(
     run: ModuleType, regime: regimes.Regime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
