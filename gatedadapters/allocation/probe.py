@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -87,7 +87,10 @@ class Probe:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """A context in which the units that are judged are open, others closed, and gates do not learn."""
-        with self.bank.held(self._open()):
+        with ExitStack() as stack:
+            for key, path in self.paths.items():
+                stack.enter_context(path.narrowed(int(self.judged[key].nonzero().max()) + 1))
+            stack.enter_context(self.bank.held(self._open()))
             yield
 
     def _open(self) -> Tensor:

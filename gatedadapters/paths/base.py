@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -115,6 +116,14 @@ class Path(nn.Module, ABC):
     def weight_added_to(self) -> str | None:
         """Name of the backbone's weight that this path adds a map to; None if it changes values alone."""
         return None
+
+    @contextmanager
+    def narrowed(self, units: int) -> Iterator[None]:
+        """A context in which only the first units are open, so that a kind need not compute the others.
+
+        By default nothing happens: closed units add nothing anyway.
+        """
+        yield
 
     def learned(self) -> Tensor:
         """The size of what each unit has learnt, (units,), 0 at the start; by default the norm of all parameters.

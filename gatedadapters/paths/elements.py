@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Literal, Self, cast
 
@@ -136,6 +137,7 @@ class Elements(Path):
         else:
             raise self._misplaced(f"{options.k} elements")
         self._check(found)
+        self._open: int | None = None  # units that are computed; None is all
         self.register_buffer("positions", found)
         self.values = new_parameter(len(found))
 
@@ -160,6 +162,15 @@ class Elements(Path):
     def units(self) -> int:
         """Number of chunks."""
         return len(self.values) // self.chunk
+
+    @contextmanager
+    def narrowed(self, units: int) -> Iterator[None]:
+        """A context in which only the first units are computed: the time of a path grows with its elements."""
+        self._open = units
+        try:
+            yield
+        finally:
+            self._open = None
 
     def effective(self) -> Tensor:
         """The values as they are added to the weights, (k,)."""
@@ -224,13 +235,20 @@ class Elements(Path):
         several = cast(Sequence[Elements], paths)
         site = several[0].site
         check_widths(several[0], tapped, target)
-        positions = join_parameters([path.positions for path in several])
-        values = [path._gated(gate, target) for path, gate in zip(several, gates, strict=True)]
+        counts = [path._computed for path in several]
+        positions = join_parameters([path.positions[:n] for path, n in zip(several, counts, strict=True)])
+        gated = [path._gated(gate, target) for path, gate in zip(several, gates, strict=True)]
+        values = [own[..., :n] for own, n in zip(gated, counts, strict=True)]
         if any(own.dim() == 2 for own in values):  # gates that differ by example
             count = target.numel() // target.shape[-1]
             values = [own.expand(count, -1) for own in values]
         rows, columns = positions // site.width_in, positions % site.width_in
         return sparse_product(tapped, target, join_parameters(values, -1), rows, columns)
+
+    @property
+    def _computed(self) -> int:
+        """Elements that are computed."""
+        return len(self.values) if self._open is None else self._open * self.chunk
 
     def _gated(self, gate: Tensor | None, target: Tensor) -> Tensor:
         """The values multiplied by the gates of their units, (k,), or (rows of target, k)."""

@@ -183,3 +183,33 @@ def test_random_elements_are_distinct_and_every_unit_reaches_all_over_the_weight
     assert len(path.positions.unique()) == 64
     spread = path.positions.view(4, 16)
     assert (spread[:, -1] - spread[:, 0]).min() > 64 * 48 / 2
+
+
+def test_a_narrowed_path_computes_its_open_units_alone() -> None:
+    model, batch = tiny("llama")
+    adapters = ga.attach(model, space(k=16, chunk=4), batch)
+    path = next(iter(adapters.paths.values()))
+    with torch.no_grad():
+        path.values.normal_()
+    gate = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    tapped, target = torch.randn(5, path.site.width_in), torch.randn(5, path.site.width_out)
+
+    def results() -> list[torch.Tensor]:
+        path.values.grad = None
+        given = tapped.clone().requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            found = path(given, target, gate)
+        counts.append(sum(kept))
+        found.square().sum().backward()
+        return [found.detach(), given.grad, path.values.grad]
+
+    counts: list[int] = []
+    whole = results()
+    with path.narrowed(1):
+        narrow = results()
+    for a, b in zip(whole, narrow, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counts[1] < counts[0]
+    results()
+    assert counts[2] == counts[0]
