@@ -261,7 +261,9 @@ def probe(
         new = stack.enter_context(whole_folder(path, files=PROBE_FILES))
         method = BatchFisher() if config.kind == "training" else BatchGradients()
         batches = _fisher_batches(task, config, seed)
-        found = score(model, batches, kind=method, heads=sorted(heads), spill=new / FISHER)
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=base.bf16):  # as the training that it is compared with
+            found = score(model, batches, kind=method, heads=sorted(heads), spill=new / FISHER)
         if isinstance(method, BatchGradients):
             steps, examples = 0, found.record.examples
             updates: Iterable[tuple[str, Tensor]] = ((name, -method.mean[name]) for name in infos)

@@ -149,6 +149,30 @@ def test_squared_gradients_are_those_of_batches_in_double_precision() -> None:
     torch.testing.assert_close(found[name], expected)
 
 
+@pytest.mark.parametrize("kind", ["training", "gradient"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_taken_in_the_precision_of_the_training(kind: str, bf16: bool, tmp_path: Path) -> None:
+    model = classifier()
+    seen: list[torch.dtype] = []
+    linear = model.backbone.encoder.layer[1].output.dense
+    linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    steps = {} if kind == "gradient" else {"steps": 2, "batch_size": 2}
+    config = ProbeConfig(kind=kind, fisher_batches=2, **steps)
+    found = ga.probe(
+        model,
+        tasks()[0],
+        tmp_path / "probe",
+        config,
+        heads=HEADS,
+        own_head=OWN,
+        recipe=dataclasses.replace(RECIPE, bf16=bf16),
+    )
+    assert set(seen[-2:]) == {
+        torch.bfloat16 if bf16 else torch.float32
+    }  # the two batches; before them the layout is found
+    assert all(value > 0 for value in found.record.fisher.values())
+
+
 def test_few_batches_are_averaged_over_those_that_ran(tmp_path: Path) -> None:
     model, task = classifier(dropout=0.0), tasks()[0]  # 12 examples: 6 batches of 2
     few, many = (
