@@ -138,6 +138,7 @@ class Probe:
             before = {p: p.detach().clone() for p in paths if p.requires_grad}
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
+            torch.clear_autocast_cache()  # under a caller's autocast, heads would compute with what they were before
             schedule.step()
             optimizer.zero_grad()
 

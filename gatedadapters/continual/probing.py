@@ -262,7 +262,7 @@ def probe(
         method = BatchFisher() if config.kind == "training" else BatchGradients()
         batches = _fisher_batches(task, config, seed)
         device = next(model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=base.bf16):  # as the training that it is compared with
+        with torch.autocast(device, torch.bfloat16, enabled=base.bf16):
             found = score(model, batches, kind=method, heads=sorted(heads), spill=new / FISHER)
         if isinstance(method, BatchGradients):
             steps, examples = 0, found.record.examples

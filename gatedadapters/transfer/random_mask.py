@@ -41,8 +41,8 @@ class RandomMask(torch.autograd.Function):
         ctx.drawn = key, threshold, scale
         if in_place:
             ctx.mark_dirty(inner)
-        masked = _multiply(inner, key, threshold, scale, out=inner if in_place else None)
-        return inner if in_place else masked
+        result = _multiply(inner, key, threshold, scale, out=inner if in_place else None)
+        return inner if in_place else result
 
     @staticmethod
     @torch.autograd.function.once_differentiable

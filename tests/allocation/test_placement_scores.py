@@ -301,3 +301,23 @@ def test_labels_that_are_all_ignored_are_a_probe_without_gradient():
     blank = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]
     with pytest.raises(AllocationError, match=r"learns nothing|worth anything"):
         place(model, LORA, blank, score="moved")
+
+
+def test_a_probe_under_the_callers_autocast_computes_with_what_it_has_learnt():
+    """Autocast keeps the weights that it has cast until its context ends; without that memory nothing may differ."""
+    learnt = []
+
+    class Look(PlacementScore):
+        kind = "look"
+
+        def worth(self, probe):
+            probe.warm_start()
+            learnt.append({name: p.detach().clone() for name, p in probe.model.named_parameters() if p.requires_grad})
+            return {key: torch.ones(1) for key in probe.paths}
+
+    for remembers in (True, False):
+        model, batches = probed("bert")
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=remembers):
+            place(model, LORA, batches, score=Look(), heads=("classifier",))
+    assert any(name.startswith("classifier") for name in learnt[0])
+    assert all(torch.equal(value, learnt[1][name]) for name, value in learnt[0].items())

@@ -152,17 +152,20 @@ def tuned(regime: str, arm: str) -> float | None:
         result = read(arm_cell(regime, arm, seed, rate))
         if result is not None:
             losses[rate][seed] = result["loss"]
-    return best_rate(losses)
+    return best_rate(losses, rates_of(arm))
 
 
-def best_rate(losses: Mapping[float, Mapping[int, float]]) -> float | None:
-    """The rate with the lowest mean loss over the seeds that all rates have; None where they share none.
+def best_rate(losses: Mapping[float, Mapping[int, float]], planned: Sequence[float]) -> float | None:
+    """The rate with the lowest mean loss over the seeds that the planned rates share; None where they share none.
 
     Args:
-        losses: by rate and seed.
+        losses: by rate and seed; further rates count where they have these seeds.
+        planned: the rates that every arm of this kind tries; those without an entry are left out.
     """
-    shared = set.intersection(*map(set, losses.values())) if losses else set()
-    return min(losses, key=lambda rate: fmean(losses[rate][seed] for seed in shared)) if shared else None
+    entries = [set(losses[rate]) for rate in planned if rate in losses]
+    shared = set.intersection(*entries) if entries else set()
+    tried = [rate for rate, seeds in losses.items() if shared <= seeds.keys()]
+    return min(tried, key=lambda rate: fmean(losses[rate][seed] for seed in shared)) if shared else None
 
 
 def rates_of(arm: str) -> tuple[float, ...]:

@@ -46,7 +46,8 @@ def losses(results: Mapping[str, Result]) -> Losses:
 def arms(results: Mapping[str, Result]) -> str:
     """Every arm at its best rate, and what the library chose minus it: losses, paired by seed.
 
-    The rate of an arm has the lowest mean loss over the seeds that were trained at every rate.
+    The rate of an arm has the lowest mean loss over the seeds that were trained at every rate; an arm without such a
+    seed is left out.
     """
     measured: dict[tuple[str, str], dict[float, dict[int, Result]]] = {}
     for result in results.values():
@@ -54,11 +55,8 @@ def arms(results: Mapping[str, Result]) -> str:
             measured.setdefault((regime, arm), {}).setdefault(cell["rate"], {})[cell["seed"]] = result
     best: dict[tuple[str, str], tuple[float, dict[int, Result]]] = {}
     for place, by_rate in measured.items():
-        losses = {
-            rate: {s: r["loss"] for s, r in seeds.items()} for rate, seeds in by_rate.items() if SEEDS[0] in seeds
-        }
-        tuning = set.intersection(*(set(losses.get(rate, SEEDS[:1])) for rate in rates_of(place[1])))
-        rate = best_rate({rate: seeds for rate, seeds in losses.items() if tuning <= seeds.keys()})
+        by_seed = {rate: {seed: found["loss"] for seed, found in seeds.items()} for rate, seeds in by_rate.items()}
+        rate = best_rate(by_seed, rates_of(place[1]))
         if rate is not None:
             best[place] = rate, by_rate[rate]
     rows = []
